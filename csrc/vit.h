@@ -1,0 +1,218 @@
+// The native contract of vit: one plain struct and one function per op and direction.
+//
+// Every backend (csrc/<backend>/) defines the functions declared here; bindings.cpp exposes them to Python under
+// the same names. Neither torch nor Python is known below this line: NumPy, torch and C++ callers are equal.
+//
+// Letters      B batch, N tokens (queries), L tokens (keys), H heads, D head dimension, C channels, M rows.
+//              For products M, N, K are the usual sizes: [M, K] x [K, N].
+// Pointers     carry their shape; "may be null" says what null means. Unless strides are given, memory is contiguous.
+// Strides      in elements, never bytes.
+// dtype        of activations. param_dtype is the type of weights, biases and their gradients: dtype or float32.
+//              out_dtype (linear) is the type of residual, y and dy: dtype or float32.
+// acc          the accumulator type of a dtype: float64 for float64, else float32. Statistics (mean, rstd, lse) have
+// it. Ownership    the caller owns all memory, the workspace included: <op>_<direction>_workspace(params) says how many
+//              bytes (64-byte aligned) and looks at sizes, dtypes and context only.
+// Behaviour    kernels never allocate device memory, print, exit or synchronise. A bad argument throws vit::Error with
+//              the op, the name and the value. Results depend neither on num_threads nor on what else is in the batch:
+//              the order of every sum follows from N, K, dtype and architecture alone. No atomics on results.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace vit {
+
+// Raised by one whenever a struct or function below changes: Python refuses a module built from another number.
+inline constexpr int kContract = 1;
+
+enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2 };
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Context {
+  void* stream = nullptr;   // cudaStream_t or sycl::queue*; null on the CPU
+  int32_t device = 0;       // device index of the stream
+  int32_t num_threads = 1;  // CPU threads this call may use; 1 never touches a thread pool
+};
+
+// layer_norm: y = (x - mean) * rstd * weight + bias over the last dimension, rstd = 1 / sqrt(var + eps).
+struct LayerNormFwd {
+  const void* x;       // [M, C] rows x_stride apart, elements of a row adjacent
+  const void* weight;  // [C] param_dtype, may be null: 1
+  const void* bias;    // [C] param_dtype, may be null: 0
+  void* y;             // [M, C]
+  void* mean;          // [M] acc, may be null: not wanted
+  void* rstd;          // [M] acc, null when mean is
+  int64_t M, C, x_stride;
+  double eps;
+  DType dtype, param_dtype;
+  Context context;
+};
+
+struct LayerNormBwd {
+  const void* dy;      // [M, C]
+  const void* x;       // [M, C] rows x_stride apart
+  const void* weight;  // [C] param_dtype, may be null: 1
+  const void* mean;    // [M] acc
+  const void* rstd;    // [M] acc
+  void* dx;            // [M, C], may be null: not wanted
+  void* dweight;       // [C] param_dtype, may be null
+  void* dbias;         // [C] param_dtype, may be null
+  void* workspace;     // layer_norm_bwd_workspace bytes
+  int64_t M, C, x_stride;
+  DType dtype, param_dtype;
+  Context context;
+};
+
+// gelu: y = x * Phi(x) (Activation::gelu) or its tanh approximation (Activation::gelu_tanh).
+struct GeluFwd {
+  const void* x;  // [n]
+  void* y;        // [n]
+  int64_t n;
+  Activation activation;
+  DType dtype;
+  Context context;
+};
+
+struct GeluBwd {
+  const void* dy;  // [n]
+  const void* x;   // [n]
+  void* dx;        // [n]
+  int64_t n;
+  Activation activation;
+  DType dtype;
+  Context context;
+};
+
+// matmul: c = a b for each of `batch` pairs. Any strides, also zero (a broadcast batch) and transposed operands.
+struct MatmulFwd {
+  const void* a;    // [batch, M, K]
+  const void* b;    // [batch, K, N]
+  void* c;          // [batch, M, N]
+  void* workspace;  // matmul_fwd_workspace bytes
+  int64_t batch, M, N, K;
+  int64_t a_batch, a_row, a_col;
+  int64_t b_batch, b_row, b_col;
+  DType dtype;
+  Context context;
+};
+
+struct MatmulBwd {
+  const void* dc;   // [batch, M, N]
+  const void* a;    // [batch, M, K]
+  const void* b;    // [batch, K, N]
+  void* da;         // [batch, M, K], may be null: not wanted
+  void* db;         // [batch, K, N], may be null
+  void* workspace;  // matmul_bwd_workspace bytes
+  int64_t batch, M, N, K;
+  int64_t a_batch, a_row, a_col;
+  int64_t b_batch, b_row, b_col;
+  DType dtype;
+  Context context;
+};
+
+// linear: y = activation(x weight^T + bias) + residual.
+struct LinearFwd {
+  const void* x;         // [M, K] rows x_stride apart
+  const void* weight;    // [N, K] param_dtype, rows weight_stride apart
+  const void* bias;      // [N] param_dtype, may be null: 0
+  const void* residual;  // [M, N] out_dtype, may be null: 0
+  void* y;               // [M, N] out_dtype; may be the residual itself
+  void* preact;          // [M, N] dtype: x weight^T + bias, kept for the backward; may be null: not wanted
+  void* workspace;       // linear_fwd_workspace bytes
+  int64_t M, N, K;
+  int64_t x_stride, weight_stride;
+  Activation activation;
+  DType dtype, param_dtype, out_dtype;
+  Context context;
+};
+
+// The gradient of the residual is dy itself and is not computed.
+struct LinearBwd {
+  const void* dy;      // [M, N] out_dtype
+  const void* x;       // [M, K] rows x_stride apart; may be null when dweight is
+  const void* weight;  // [N, K] param_dtype, rows weight_stride apart; may be null when dx is
+  const void* preact;  // [M, N] dtype, null exactly when activation is none
+  void* dx;            // [M, K] dtype, may be null: not wanted
+  void* dweight;       // [N, K] param_dtype, may be null
+  void* dbias;         // [N] param_dtype, may be null
+  void* workspace;     // linear_bwd_workspace bytes
+  int64_t M, N, K;
+  int64_t x_stride, weight_stride;
+  Activation activation;
+  DType dtype, param_dtype, out_dtype;
+  Context context;
+};
+
+// attention: out = softmax(scale q k^T) v for each batch and head. Strides of q, k, v let a packed [B, N, 3, H, D]
+// projection be read in place; elements of one head are adjacent.
+struct AttentionFwd {
+  const void* q;    // [B, N, H, D]
+  const void* k;    // [B, L, H, D]
+  const void* v;    // [B, L, H, D]
+  void* out;        // [B, N, H, D]
+  void* lse;        // [B, H, N] acc: natural logarithm of the softmax denominator; may be null: not wanted
+  void* workspace;  // attention_fwd_workspace bytes
+  int64_t B, N, L, H, D;
+  int64_t q_batch, q_token, q_head;
+  int64_t k_batch, k_token, k_head;
+  int64_t v_batch, v_token, v_head;
+  double scale;
+  DType dtype;
+  Context context;
+};
+
+// The gradients have strides too, so that they can be written into one packed [B, N, 3, H, D] tensor.
+struct AttentionBwd {
+  const void* dout;  // [B, N, H, D]
+  const void* q;     // [B, N, H, D]
+  const void* k;     // [B, L, H, D]
+  const void* v;     // [B, L, H, D]
+  const void* out;   // [B, N, H, D]
+  const void* lse;   // [B, H, N] acc
+  void* dq;          // [B, N, H, D]; all three gradients are always computed
+  void* dk;          // [B, L, H, D]
+  void* dv;          // [B, L, H, D]
+  void* workspace;   // attention_bwd_workspace bytes
+  int64_t B, N, L, H, D;
+  int64_t q_batch, q_token, q_head;
+  int64_t k_batch, k_token, k_head;
+  int64_t v_batch, v_token, v_head;
+  int64_t dq_batch, dq_token, dq_head;
+  int64_t dk_batch, dk_token, dk_head;
+  int64_t dv_batch, dv_token, dv_head;
+  double scale;
+  DType dtype;
+  Context context;
+};
+
+void layer_norm_fwd(const LayerNormFwd&);
+void layer_norm_bwd(const LayerNormBwd&);
+void gelu_fwd(const GeluFwd&);
+void gelu_bwd(const GeluBwd&);
+void matmul_fwd(const MatmulFwd&);
+void matmul_bwd(const MatmulBwd&);
+void linear_fwd(const LinearFwd&);
+void linear_bwd(const LinearBwd&);
+void attention_fwd(const AttentionFwd&);
+void attention_bwd(const AttentionBwd&);
+
+std::size_t layer_norm_bwd_workspace(const LayerNormBwd&);
+std::size_t matmul_fwd_workspace(const MatmulFwd&);
+std::size_t matmul_bwd_workspace(const MatmulBwd&);
+std::size_t linear_fwd_workspace(const LinearFwd&);
+std::size_t linear_bwd_workspace(const LinearBwd&);
+std::size_t attention_fwd_workspace(const AttentionFwd&);
+std::size_t attention_bwd_workspace(const AttentionBwd&);
+
+// What this build is and what it found on this machine ("isa", "threads", "compiler", ...), shown by `vit info`.
+std::vector<std::pair<std::string, std::string>> info();
+
+}  // namespace vit
