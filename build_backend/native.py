@@ -1,0 +1,198 @@
+"""Builds the native backends: one CMake configure and build per folder of csrc/, all at the same time.
+
+A backend that VIT_BACKENDS names must build. Without that variable whatever can be built is built, and why the
+others were not is kept in vit/_build.json for `vit info`, so a missing or broken compiler never fails an install.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLATFORMS = ("x86_64", "aarch64")
+
+
+class BuildError(Exception):
+    """A backend named in VIT_BACKENDS cannot be built, or no such backend exists."""
+
+
+@dataclass
+class Record:
+    """What became of one backend; the values of vit/_build.json."""
+
+    built: bool
+    reason: str | None = None
+    compiler: str | None = None
+    flags: str | None = None
+    architectures: str | None = None
+    seconds: float | None = None
+    bytes: int | None = None
+
+
+def backends() -> list[str]:
+    """The folders of csrc/ that hold a CMakeLists.txt."""
+    return sorted(file.parent.name for file in (ROOT / "csrc").glob("*/CMakeLists.txt"))
+
+
+def requested() -> list[str] | None:
+    """The names in VIT_BACKENDS (comma separated), or None when it is unset or empty. "reference" builds nothing."""
+    names = [name.strip() for name in os.environ.get("VIT_BACKENDS", "").split(",") if name.strip()]
+    known = [*backends(), "reference"]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise BuildError(f"VIT_BACKENDS names {', '.join(unknown)}; this source tree has {', '.join(known)}")
+    return names or None
+
+
+def find_nvcc() -> Path | None:
+    """nvcc from CUDACXX, PATH, /usr/local/cuda or the nvidia-cuda-nvcc wheel, in this order."""
+    named = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    candidates = [Path("/usr/local/cuda/bin/nvcc"), *(Path(p) / "nvidia/cu13/bin/nvcc" for p in sys.path)]
+    return Path(named) if named else next(filter(Path.is_file, candidates), None)
+
+
+def find_sycl() -> Path | None:
+    """The prefix that holds include/sycl/sycl.hpp: of the intel-sycl-rt wheel or of a oneAPI installation.
+
+    The wheel puts its headers next to lib/, which under pip's build isolation is not sys.prefix.
+    """
+    candidates = [Path(sys.prefix), *(Path(p).parents[2] for p in sys.path if p.endswith("site-packages"))]
+    candidates.append(Path("/opt/intel/oneapi/compiler/latest"))
+    return next((p for p in candidates if (p / "include/sycl/sycl.hpp").is_file()), None)
+
+
+def build(target: Path, work: Path) -> dict[str, Record]:
+    """Build the wanted backends into the package folder `target` and write its _build.json.
+
+    `work` holds the CMake build folders and one build.log each. Raises BuildError when a named backend fails.
+    """
+    names, wanted = backends(), requested()
+    tried = names if wanted is None else [name for name in names if name in wanted]
+    jobs = max(1, _max_jobs() // max(1, len(tried)))
+    for name in names:  # a module from an earlier build must not outlive a failure of this one
+        for stale in target.glob(f"_{name}.*"):
+            stale.unlink()
+    with ThreadPoolExecutor(max_workers=len(tried) or 1) as pool:
+        results = dict(zip(tried, pool.map(lambda name: _build_one(name, target, work / name, jobs), tried)))
+    records = {name: results.get(name) or Record(False, "not named in VIT_BACKENDS") for name in names}
+    target.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({name: asdict(record) for name, record in records.items()}, indent=2)
+    (target / "_build.json").write_text(text + "\n", encoding="utf-8")
+    failed = [name for name in wanted or [] if name in results and not results[name].built]
+    if failed:
+        reasons = "\n".join(f"{name}: {results[name].reason}" for name in failed)
+        raise BuildError(f"VIT_BACKENDS names a backend that cannot be built here.\n{reasons}")
+    return records
+
+
+def _max_jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)
+
+
+def _build_one(name: str, target: Path, work: Path, jobs: int) -> Record:
+    """Configure, build and install one backend; every failure becomes the reason of the record."""
+    start = time.monotonic()
+    try:
+        arguments, environment = _toolchain(name)
+        info = _cmake(name, target, work, jobs, arguments, environment)
+    except BuildError as error:
+        return Record(False, str(error))
+    modules = list(target.glob(f"_{name}.*"))
+    return Record(
+        built=True,
+        seconds=round(time.monotonic() - start, 1),
+        bytes=sum(module.stat().st_size for module in modules),
+        **info,
+    )
+
+
+def _toolchain(name: str) -> tuple[list[str], dict[str, str]]:
+    """CMake arguments and environment variables of a backend. Raises BuildError when its compiler is missing."""
+    if sys.platform != "linux" or platform.machine() not in PLATFORMS:
+        found = f"{platform.system()} {platform.machine()}"
+        raise BuildError(f"native backends need Linux on {' or '.join(PLATFORMS)}, this is {found}")
+    if name == "cuda":
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise BuildError(
+                "no nvcc in CUDACXX, PATH or /usr/local/cuda; install the CUDA toolkit, "
+                "or name cuda in VIT_BACKENDS to have its compiler wheels fetched"
+            )
+        # The wheel's libraries lie in lib, where nvcc's own profile does not look (it names lib64).
+        lib = nvcc.resolve().parent.parent / "lib"
+        path = os.pathsep.join(filter(None, [str(lib), os.environ.get("LIBRARY_PATH")]))
+        return [], {"CUDACXX": str(nvcc), **({"LIBRARY_PATH": path} if lib.is_dir() else {})}
+    if name == "sycl":
+        root = find_sycl()
+        if root is None:
+            raise BuildError(
+                "no SYCL headers in this environment or /opt/intel/oneapi; "
+                "name sycl in VIT_BACKENDS to have them fetched"
+            )
+        return [f"-DSYCL_ROOT={root}"], {}
+    return [], {}
+
+
+def _cmake(
+    name: str, target: Path, work: Path, jobs: int, arguments: list[str], environment: dict[str, str]
+) -> dict[str, str]:
+    """Run CMake's configure, build and install steps; return what the build recorded about itself."""
+    # Under build isolation ninja, pybind11 and the headers have new paths in each run: an old cache is useless.
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    scripts = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    cmake, ninja = shutil.which("cmake", path=scripts), shutil.which("ninja", path=scripts)
+    if cmake is None or ninja is None:
+        raise BuildError("cmake and ninja are needed to build it (pip install cmake ninja)")
+    configure = [
+        *(cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+        *("-DCMAKE_BUILD_TYPE=Release", f"-DVIT_BACKEND={name}", f"-DPython_EXECUTABLE={sys.executable}"),
+        *arguments,
+        *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+    ]
+    steps = [
+        configure,
+        [cmake, "--build", str(work), "--parallel", str(jobs)],
+        [cmake, "--install", str(work), "--prefix", str(target)],
+    ]
+    log = work / "build.log"
+    for command in steps:
+        with log.open("a", encoding="utf-8") as stream:
+            print("$", shlex.join(command), file=stream, flush=True)
+            code = subprocess.run(
+                command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                check=False,
+            ).returncode
+        if code != 0:
+            text = log.read_text(encoding="utf-8", errors="replace")
+            print(f"---- {name} did not build ----\n{text}", file=sys.stderr, flush=True)
+            raise BuildError(summarize(text))
+    lines = (work / "build_info.txt").read_text(encoding="utf-8").splitlines()
+    return {key: value.strip() for key, _, value in (line.partition("=") for line in lines) if value.strip()}
+
+
+def summarize(log: str, limit: int = 8) -> str:
+    """The lines of a failed build's log that say why: CMake's error block, else the compiler's errors, else the end."""
+    if "No CMAKE_CXX_COMPILER could be found" in log:
+        return "no C++ compiler found; install g++ or clang, or name one in CXX"
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    first = next((i for i, line in enumerate(lines) if line.startswith("CMake Error")), None)
+    if first is not None:
+        return " ".join(lines[first : first + limit])
+    errors = [line for line in lines if re.search(r"\berror\b|undefined reference", line) and len(line) < 400]
+    return "; ".join(errors[:limit] or lines[-limit:])
