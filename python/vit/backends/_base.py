@@ -1,0 +1,150 @@
+"""What a backend is: one record per file of this package, and the words in which it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+#: Must equal vit::kContract of csrc/vit.h.
+CONTRACT = 1
+
+#: Codes of vit::DType.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class BackendError(RuntimeError):
+    """A backend cannot do what was asked; the text lists the inputs, every candidate's reasons and the way out."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What will be asked of one op: enough to decide before the first call which backends can run it.
+
+    `shapes` maps argument names to sizes; "*" stands for a size that may be anything (the batch).
+    `param_dtype` is the type of weights where it differs from `dtype`. `options` are the op's non-tensor
+    arguments a limit may depend on, for example {"dropout": 0.1}.
+    """
+
+    op: str
+    dtype: torch.dtype
+    shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    training: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+    device_type: str = "cpu"
+    param_dtype: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        def dims(shape: tuple[int | str, ...]) -> str:
+            return "[" + ", ".join(map(str, shape)) + "]"
+
+        tensors = "  ".join(f"{name} {dims(shape)}" for name, shape in self.shapes.items())
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.param_dtype is not None and self.param_dtype != self.dtype:
+            dtype += " with " + str(self.param_dtype).removeprefix("torch.") + " parameters"
+        options = "".join(f", {key}={value}" for key, value in self.options.items())
+        return f"{tensors} {dtype} on {self.device_type}{options}".strip()
+
+
+class Backend:
+    """A place where ops run. Subclasses say on which devices and dtypes, and why not on others."""
+
+    name: str = ""
+    #: "auto" takes the usable backend of the highest priority.
+    priority: int = 0
+    device_types: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot be used on this machine at all; None when it can."""
+        return None
+
+    def default_device(self) -> torch.device:
+        """The device that `vit.create(backend=name)` means when none is given."""
+        return torch.device(self.device_types[0])
+
+    def reasons(self, spec: Spec) -> list[str]:
+        """Why this backend cannot run `spec`, each with the actual and the required value; empty when it can."""
+        reasons = []
+        if why := self.unavailable():
+            reasons.append(why)
+        if spec.device_type not in self.device_types:
+            reasons.append(f"needs tensors on {' or '.join(self.device_types)}, got {spec.device_type}")
+        if spec.dtype not in self.dtypes:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            reasons.append(f"dtype {str(spec.dtype).removeprefix('torch.')} is not one of {allowed}")
+        return reasons
+
+    def info(self) -> dict[str, Any]:
+        """The record shown by `vit.backends()` and `vit info`."""
+        why = self.unavailable()
+        return {"available": why is None, "reason": why, "devices": list(self.device_types)}
+
+
+class NativeBackend(Backend):
+    """A backend whose kernels are the compiled module vit._<name>, loaded when first needed."""
+
+    @cached_property
+    def _loaded(self) -> tuple[ModuleType | None, str | None]:
+        try:
+            module = importlib.import_module(f"vit._{self.name}")
+        except ModuleNotFoundError:
+            return None, f"not built: {build_record(self.name).get('reason') or 'no compiled module in this installation'}"
+        except ImportError as error:
+            return None, f"the compiled module does not load: {error}"
+        if module.contract != CONTRACT:
+            return None, f"built for contract {module.contract}, this vit needs {CONTRACT}: reinstall vit-kernels"
+        return module, None
+
+    def unavailable(self) -> str | None:
+        return self._loaded[1]
+
+    @property
+    def lib(self) -> Any:
+        """The compiled module; raises BackendError with the reason when there is none."""
+        module, why = self._loaded
+        if module is None:
+            raise BackendError(f"vit: backend '{self.name}' cannot be used: {why}")
+        return module
+
+    def context(self, device: torch.device) -> tuple[int, int, int]:
+        """The fields of vit::Context for a call on `device`: stream pointer, device index, CPU threads."""
+        raise NotImplementedError
+
+    def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Scratch memory for one call; the caller keeps the tensor alive until the kernel has been launched."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def info(self) -> dict[str, Any]:
+        record = super().info() | {"build": build_record(self.name)}
+        module, _ = self._loaded
+        return record | (dict(module.info()) if module is not None else {})
+
+
+class HostWorkspace(threading.local):
+    """One growing scratch buffer per Python thread: a fresh 10 MB block would be page-faulted in at every call."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        if self.buffer.numel() < nbytes:
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        return self.buffer
+
+
+def build_record(name: str) -> dict[str, Any]:
+    """What setup.py wrote down about building this backend; empty in a source tree that was never installed."""
+    path = Path(__file__).parent.parent / "_build.json"
+    try:
+        return json.loads(path.read_text()).get(name, {})
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,37 @@
+"""The ops of a Vision Transformer, each on every backend: `vit.ops.<op>(..., backend="auto")`.
+
+OPS is the only list of them: tests, benchmarks, `vit info` and the documentation iterate over it.
+"""
+
+from __future__ import annotations
+
+from ..backends import NativeBackend, Spec, records
+from . import attention as _attention
+from . import gelu as _gelu
+from . import layer_norm as _layer_norm
+from . import linear as _linear
+from . import matmul as _matmul
+from . import op as _op
+from .op import BoundOp, Op
+
+OPS: dict[str, Op] = {m.OP.name: m.OP for m in (_layer_norm, _gelu, _matmul, _linear, _attention)}
+
+# The modules of the ops bear the ops' names; the package's own names are the public functions.
+layer_norm = _layer_norm.layer_norm
+gelu = _gelu.gelu
+matmul = _matmul.matmul
+linear = _linear.linear
+attention = _attention.attention
+
+__all__ = ["OPS", "BoundOp", "Op", "Spec", "attention", "bind", "gelu", "layer_norm", "linear", "matmul"]
+
+# Programs saved by torch.export name the registered ops, so they exist as soon as vit is imported.
+for _backend in records().values():
+    if isinstance(_backend, NativeBackend):
+        for _record in OPS.values():
+            _op.register(_record, _backend)
+
+
+def bind(op: str, backend: str) -> BoundOp:
+    """The callable that runs `op` on one backend, or for "auto" on the best one for each call's arguments."""
+    return _op.bind(OPS[op], backend)

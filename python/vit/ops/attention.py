@@ -1,0 +1,137 @@
+"""Scaled dot-product attention (Vaswani et al., 2017, arXiv:1706.03762) without a score matrix in memory
+(Dao et al., 2022, arXiv:2205.14135)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import DTYPE_CODES, NativeBackend, Spec
+from .op import Op, acc_dtype, autocast_dtype, call, launch, ptr
+
+#: Head dimensions every native kernel takes.
+MAX_HEAD_DIM = 256
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto") -> Tensor:
+    """Replaces each query by the mean of the values, weighted by the softmax of its scaled products with the keys.
+
+    out[b, n, h] = sum_l softmax_l(scale q[b, n, h] . k[b, l, h]) v[b, l, h], scale = 1 / sqrt(D) unless given.
+
+    q [B, N, H, D]; k, v [B, L, H, D], L >= 1, any strides on B, N (L) and H, so that views of a packed projection
+    are read in place; out [B, N, H, D], contiguous. Under autocast all three are cast to its dtype.
+    Raises ValueError for sizes or dtypes that do not fit, BackendError when the named backend cannot run it.
+    """
+    return call(OP, backend, q=q, k=k, v=v, scale=scale)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def limits(spec: Spec) -> list[str]:
+    reasons = []
+    head_dim = spec.shapes.get("q", ("*",))[-1]
+    if isinstance(head_dim, int) and not 1 <= head_dim <= MAX_HEAD_DIM:
+        reasons.append(f"head dimension {head_dim} is not within 1..{MAX_HEAD_DIM}")
+    if dropout := spec.options.get("dropout", 0.0):
+        reasons.append(f"attention dropout {dropout} is not 0")
+    return reasons
+
+
+# ----- native
+
+
+def arguments(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[tuple[Any, ...], None]:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"vit.ops.attention: q, k, v must be [B, N, H, D], got {shapes}")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(
+            f"vit.ops.attention: k and v must have one shape, and B, H, D of q ([B, N, H, D]), got {shapes}"
+        )
+    if k.shape[1] == 0 and q.numel() > 0:
+        raise ValueError(f"vit.ops.attention: at least one key is needed, got {shapes}")
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"vit.ops.attention: head dimension {q.shape[3]} is not within 1..{MAX_HEAD_DIM}, got {shapes}")
+    if (dtype := autocast_dtype(q)) is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"vit.ops.attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    return (q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale)), None
+
+
+FWD = "(Tensor q, Tensor k, Tensor v, float scale, bool save) -> (Tensor out, Tensor lse)"
+BWD = (
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+def fwd_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor]:
+    b, n, h, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, h, n) if save else (0,), dtype=acc_dtype(q.dtype))
+
+
+def fwd(backend: NativeBackend, q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor]:
+    q, k, v = _heads(q), _heads(k), _heads(v)
+    out, lse = fwd_fake(q, k, v, scale, save)
+    sizes = _sizes(q, k, v)
+    code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
+
+    def fields(workspace: int) -> tuple[Any, ...]:
+        return ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse) if save else 0, workspace, *sizes, scale, code, *context
+
+    launch(backend, backend.lib.attention_fwd, backend.lib.attention_fwd_workspace, fields, q.device)
+    return out, lse
+
+
+def bwd_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def bwd(
+    backend: NativeBackend, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _heads(q), _heads(k), _heads(v)
+    grads = dq, dk, dv = bwd_fake(dout, q, k, v, out, lse, scale)
+    sizes = *_sizes(q, k, v), *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3]
+    code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
+
+    def fields(workspace: int) -> tuple[Any, ...]:
+        return (
+            ptr(dout), ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse), ptr(dq), ptr(dk), ptr(dv), workspace,
+            *sizes, scale, code, *context,
+        )  # fmt: skip
+
+    launch(backend, backend.lib.attention_bwd, backend.lib.attention_bwd_workspace, fields, q.device)
+    return grads
+
+
+def _heads(t: Tensor) -> Tensor:
+    """Kernels read the elements of one head side by side; every other stride is free."""
+    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    b, n, h, d = q.shape
+    return b, n, k.shape[1], h, d, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+
+
+def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    q, k, v, ctx.scale = args
+    ctx.save_for_backward(q, k, v, *outputs)
+
+
+def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *kernel(dy, *ctx.saved_tensors, ctx.scale), None
+
+
+OP = Op("attention", reference, arguments, FWD, fwd_fake, fwd, BWD, bwd_fake, bwd, save, backward, limits)

@@ -1,0 +1,156 @@
+"""Layer normalisation over the last dimension (Ba et al., 2016, arXiv:1607.06450)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import DTYPE_CODES, NativeBackend, Spec
+from .op import Op, acc_dtype, call, launch, ptr, rows
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6, backend: str = "auto"
+) -> Tensor:
+    """Normalises each row of `x` to mean 0 and variance 1, then scales and shifts it.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance over the last dimension.
+
+    x [..., C] of any rank >= 1; weight and bias [C] in x's dtype or float32, or None; y like x, contiguous.
+    Raises ValueError for sizes that do not fit, BackendError when the named backend cannot run it.
+    """
+    return call(OP, backend, x=x, weight=weight, bias=bias, eps=eps)
+
+
+def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def limits(spec: Spec) -> list[str]:
+    return []
+
+
+# ----- native
+
+
+def arguments(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+) -> tuple[tuple[Any, ...], None]:
+    if x.dim() == 0:
+        raise ValueError("vit.ops.layer_norm: x must have at least one dimension, got a scalar")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is None:
+            continue
+        if p.shape != x.shape[-1:]:
+            raise ValueError(
+                f"vit.ops.layer_norm: {name} must have shape [{x.shape[-1]}], the last dimension of x "
+                f"{list(x.shape)}, got {list(p.shape)}"
+            )
+        if p.dtype != x.dtype and p.dtype != torch.float32:
+            raise ValueError(f"vit.ops.layer_norm: {name} must be {x.dtype} like x, or torch.float32, got {p.dtype}")
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()  # torch's autocast list for CUDA has layer_norm under float32; the one for the CPU leaves it
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        weight, bias = weight.float(), bias.float()
+    param = weight if weight is not None else bias
+    if param is not None and param.dtype not in (x.dtype, torch.float32):
+        weight = None if weight is None else weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+    return (x, weight, bias, eps), None
+
+
+def _param_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
+    return weight.dtype if weight is not None else bias.dtype if bias is not None else x.dtype
+
+
+FWD = "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool save) -> (Tensor y, Tensor mean, Tensor rstd)"
+BWD = (
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, ScalarType param_dtype, bool[3] mask)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+
+
+def fwd_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = x.shape[:-1] if save else (0,)
+    stats = x.new_empty(m, dtype=acc_dtype(x.dtype)), x.new_empty(m, dtype=acc_dtype(x.dtype))
+    return (torch.empty_like(x, memory_format=torch.contiguous_format), *stats)
+
+
+def fwd(
+    b: NativeBackend, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, stride = rows(x)
+    y, mean, rstd = fwd_fake(x, weight, bias, eps, save)
+    c = x.shape[-1]
+    b.lib.layer_norm_fwd(
+        ptr(x), ptr(weight), ptr(bias), ptr(y), ptr(mean) if save else 0, ptr(rstd) if save else 0,
+        x.numel() // c if c else 0, c, stride, eps,
+        DTYPE_CODES[x.dtype], DTYPE_CODES[_param_dtype(x, weight, bias)], *b.context(x.device),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def bwd_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    param_dtype: torch.dtype,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    c = x.shape[-1]
+    return (
+        torch.empty_like(dy) if mask[0] else dy.new_empty(0),
+        x.new_empty(c if mask[1] else 0, dtype=param_dtype),
+        x.new_empty(c if mask[2] else 0, dtype=param_dtype),
+    )
+
+
+def bwd(
+    b: NativeBackend,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    param_dtype: torch.dtype,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, stride = rows(x)
+    grads = bwd_fake(dy, x, weight, mean, rstd, param_dtype, mask)
+    dx, dweight, dbias = (ptr(g) if wanted else 0 for g, wanted in zip(grads, mask, strict=True))
+    c = x.shape[-1]
+    context = b.context(x.device)
+
+    def fields(workspace: int) -> tuple[Any, ...]:
+        return (
+            ptr(dy), ptr(x), ptr(weight), ptr(mean), ptr(rstd), dx, dweight, dbias, workspace,
+            x.numel() // c if c else 0, c, stride, DTYPE_CODES[x.dtype], DTYPE_CODES[param_dtype], *context,
+        )  # fmt: skip
+
+    launch(b, b.lib.layer_norm_bwd, b.lib.layer_norm_bwd_workspace, fields, x.device)
+    return grads
+
+
+def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _ = args
+    _, mean, rstd = outputs
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.param_dtype = _param_dtype(x, weight, bias)
+
+
+def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[:3])
+    grads = kernel(dy, x, weight, mean, rstd, ctx.param_dtype, mask)
+    return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None
+
+
+OP = Op("layer_norm", reference, arguments, FWD, fwd_fake, fwd, BWD, bwd_fake, bwd, save, backward, limits)

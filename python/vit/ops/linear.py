@@ -1,0 +1,221 @@
+"""The affine map of a fully connected layer, with the activation and the residual sum that follow it fused in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import DTYPE_CODES, NativeBackend, Spec
+from .op import Op, autocast_dtype, call, launch, ptr, rows
+
+#: Codes of vit::Activation.
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Multiplies by a weight matrix, adds the bias, applies the activation, adds the residual.
+
+    y = activation(x weight^T + bias) + residual, activation one of None, "gelu" (erf), "gelu_tanh".
+
+    x [..., K], weight [N, K], bias [N] or None; residual [..., N] (the shape of y) or None; y [..., N], contiguous,
+    in x's dtype, or in the wider of x's and the residual's. Under autocast the product is in the autocast dtype;
+    weight and bias keep theirs, and so do their gradients.
+    Raises ValueError for sizes or dtypes that do not fit, BackendError when the named backend cannot run it.
+    """
+    return call(OP, backend, x=x, weight=weight, bias=bias, activation=activation, residual=residual)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    _activation_code(activation)
+    y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y if residual is None else y + residual
+
+
+def limits(spec: Spec) -> list[str]:
+    return []
+
+
+# ----- native
+
+
+def arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[tuple[Any, ...], None]:
+    code = _activation_code(activation)
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"vit.ops.linear: x [..., K] and weight [N, K] must agree in K, got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"vit.ops.linear: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if (dtype := autocast_dtype(x)) is not None and weight.dtype != torch.float64:
+        x = x.to(dtype)
+        if weight.dtype != torch.float32:
+            weight = weight.to(dtype)
+    elif weight.dtype != x.dtype:
+        raise ValueError(f"vit.ops.linear: x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        bias = bias.to(weight.dtype)
+    if residual is not None:
+        if residual.shape != (*x.shape[:-1], weight.shape[0]):
+            raise ValueError(
+                f"vit.ops.linear: residual must have the shape of the result {[*x.shape[:-1], weight.shape[0]]}, "
+                f"got {list(residual.shape)}"
+            )
+        out = torch.promote_types(x.dtype, residual.dtype)
+        if out not in (x.dtype, torch.float32):
+            raise ValueError(f"vit.ops.linear: residual {residual.dtype} does not go with x {x.dtype}")
+        residual = residual.to(out)
+    return (x, weight, bias, residual, code), None
+
+
+def _activation_code(activation: str | None) -> int:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"vit.ops.linear: activation must be None, 'gelu' or 'gelu_tanh', got {activation!r}")
+    return ACTIVATIONS[activation]
+
+
+FWD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, bool save)"
+    " -> (Tensor y, Tensor preact)"
+)
+BWD = (
+    "(Tensor dy, Tensor? x, Tensor? weight, Tensor? preact, int activation, ScalarType dtype,"
+    " ScalarType param_dtype, bool[3] mask) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+
+
+def fwd_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int, save: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    y = x.new_empty(shape, dtype=x.dtype if residual is None else residual.dtype)
+    return y, x.new_empty(shape if save and activation else (0,))
+
+
+def fwd(
+    b: NativeBackend,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    x, x_stride = rows(x)
+    weight, weight_stride = rows(weight)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    y, preact = fwd_fake(x, weight, bias, residual, activation, save)
+    n, k = weight.shape
+    context = b.context(x.device)
+
+    def fields(workspace: int) -> tuple[Any, ...]:
+        return (
+            ptr(x), ptr(weight), ptr(bias), ptr(residual), ptr(y), ptr(preact) if save and activation else 0, workspace,
+            _rows_of(x), n, k, x_stride, weight_stride, activation,
+            DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], DTYPE_CODES[y.dtype], *context,
+        )  # fmt: skip
+
+    launch(b, b.lib.linear_fwd, b.lib.linear_fwd_workspace, fields, x.device)
+    return y, preact
+
+
+def _rows_of(x: Tensor) -> int:
+    count = 1
+    for n in x.shape[:-1]:
+        count *= n
+    return count
+
+
+def bwd_fake(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    preact: Tensor | None,
+    activation: int,
+    dtype: torch.dtype,
+    param_dtype: torch.dtype,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = dy.shape[-1]
+    return (
+        dy.new_empty((*dy.shape[:-1], weight.shape[1]) if weight is not None and mask[0] else (0,), dtype=dtype),
+        dy.new_empty((n, x.shape[-1]) if x is not None and mask[1] else (0,), dtype=param_dtype),
+        dy.new_empty(n if mask[2] else 0, dtype=param_dtype),
+    )
+
+
+def bwd(
+    b: NativeBackend,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    preact: Tensor | None,
+    activation: int,
+    dtype: torch.dtype,
+    param_dtype: torch.dtype,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = bwd_fake(dy, x, weight, preact, activation, dtype, param_dtype, mask)
+    dx, dweight, dbias = (ptr(g) if wanted else 0 for g, wanted in zip(grads, mask, strict=True))
+    k = x.shape[-1] if x is not None else weight.shape[1] if weight is not None else 0
+    x, x_stride = (None, k) if x is None else rows(x)
+    weight, weight_stride = (None, k) if weight is None else rows(weight)
+    context = b.context(dy.device)
+
+    def fields(workspace: int) -> tuple[Any, ...]:
+        return (
+            ptr(dy), ptr(x), ptr(weight), ptr(preact), dx, dweight, dbias, workspace,
+            _rows_of(dy), dy.shape[-1], k, x_stride, weight_stride, activation,
+            DTYPE_CODES[dtype], DTYPE_CODES[param_dtype], DTYPE_CODES[dy.dtype], *context,
+        )  # fmt: skip
+
+    launch(b, b.lib.linear_bwd, b.lib.linear_bwd_workspace, fields, dy.device)
+    return grads
+
+
+def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    x, weight, _, _, ctx.activation = args
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    # A frozen layer keeps no activations, the first layer no weight.
+    ctx.save_for_backward(
+        x if need_weight else None, weight if need_x else None, outputs[1] if ctx.activation else None
+    )
+    ctx.dtype, ctx.param_dtype = x.dtype, weight.dtype
+
+
+def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, preact = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[:3])
+    dresidual = dy if ctx.needs_input_grad[3] else None
+    if not any(mask):
+        return None, None, None, dresidual, None
+    grads = kernel(dy, x, weight, preact, ctx.activation, ctx.dtype, ctx.param_dtype, mask)
+    return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), dresidual, None
+
+
+OP = Op("linear", reference, arguments, FWD, fwd_fake, fwd, BWD, bwd_fake, bwd, save, backward, limits)
