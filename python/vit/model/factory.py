@@ -1,0 +1,112 @@
+"""`vit.create`: name, backend and weights in, a planned and loaded model out."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import default_device
+from ..data.preprocess import Preprocess
+from ..weights import Checkpoint, load_into, read
+from .configs import get_config, nearest
+from .vision_transformer import VisionTransformer
+
+DEFAULT_NAME = "vit_base_patch16_224"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def create(
+    name: str | None = None,
+    backend: str = "auto",
+    weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    training: bool = True,
+    **arch: Any,
+) -> VisionTransformer:
+    """A Vision Transformer whose ops run on `backend`: [B, in_chans, height, width] -> [B, num_classes].
+
+    name      one of vit.list_models(); None: the one the weights were saved with, else vit_base_patch16_224.
+    backend   "auto" chooses the best per op (see model.plan); a named one ("reference", "cpu", "cuda",
+              "sycl") is strict: BackendError when it cannot run the model here.
+    weights   .safetensors, .npz (JAX), .pt/.pth (state dict), a run folder of `vit train`, a folder with
+              model.safetensors, "hf-hub:organisation/name", or a state dict. Weights for another img_size,
+              in_chans or num_classes are adapted: positions resampled, channels summed or repeated, the head
+              drawn anew.
+    num_classes, in_chans, img_size, and **arch (arguments of VisionTransformer)
+              None: what the weights have, else the named model's value. num_classes=0 returns features.
+    dtype     a torch dtype or its name; None: torch's default.
+    device    None: the named backend's device; for "auto" the first usable of cuda, xpu, cpu.
+    training  False plans the forward only and returns the model in evaluation mode.
+
+    Raises ValueError for an unknown name, argument or size, FileNotFoundError and WeightsError for weights
+    that cannot be used, BackendError as above.
+    """
+    _check_arch(arch)
+    checkpoint = None if weights is None else read(weights)
+    own_name = checkpoint.name if checkpoint else None
+    name = name or own_name or DEFAULT_NAME
+    config = get_config(name)
+
+    settings = dict(config.arch)
+    if checkpoint:
+        # A run folder knows everything; of another model's weights only what a state dict itself tells.
+        settings |= checkpoint.arch if own_name == name else checkpoint.sizes()
+    settings |= arch
+    given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+    settings |= {key: value for key, value in given.items() if value is not None}
+
+    model = VisionTransformer(
+        **settings,
+        backend=backend,
+        training=training,
+        name=name,
+        device=default_device(backend) if device is None else torch.device(device),
+        dtype=_dtype(dtype),
+    )
+    model.preprocess = _preprocess(config.preprocess, checkpoint if own_name == name else None, model)
+    if checkpoint:
+        load_into(model, checkpoint, new_head=num_classes is not None)
+    return model
+
+
+def _check_arch(arch: Mapping[str, Any]) -> None:
+    signature = inspect.signature(VisionTransformer).parameters
+    allowed = [name for name, p in signature.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    for key in arch:
+        if key not in allowed:
+            near = nearest(key, allowed)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"vit: create has no argument {key!r}{hint} Allowed: {', '.join(allowed)}")
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if dtype is None:
+        return torch.get_default_dtype()
+    found = getattr(torch, dtype, None) if dtype in DTYPES else dtype
+    if not isinstance(found, torch.dtype) or str(found).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"vit: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return found
+
+
+def _preprocess(
+    named: Mapping[str, Any], checkpoint: Checkpoint | None, model: VisionTransformer
+) -> Preprocess:
+    """The weights' own transform, else the named model's, at the size and channels of this model."""
+    values = dict(named)
+    if checkpoint and checkpoint.preprocess:
+        values |= checkpoint.preprocess
+    values |= {"img_size": model.patch_embed.img_size, "in_chans": model.patch_embed.in_chans}
+    for statistic in ("mean", "std"):
+        per_channel = values.get(statistic, (0.5,))
+        if len(per_channel) not in (1, values["in_chans"]):  # statistics of images with other channels
+            values[statistic] = (sum(per_channel) / len(per_channel),)
+    return Preprocess.from_dict(values)

@@ -1,0 +1,66 @@
+"""Position embeddings: the fixed 2-D sine table and the resampling of learned ones to another grid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sincos2d(grid: tuple[int, int], dim: int, prefix_tokens: int = 0, temperature: float = 10000.0) -> Tensor:
+    """The fixed table of "Better plain ViT baselines" (arXiv:2205.01580): [1, prefix_tokens + gh * gw, dim]
+    float32.
+
+    With f_k = temperature^(-k / (dim/4 - 1)) for k = 0 .. dim/4 - 1, the row of the patch at (y, x) is
+    [sin(x f), cos(x f), sin(y f), cos(y f)]. Prefix tokens (the class token) have no place in the image:
+    zeros.
+
+    Raises ValueError unless dim is a multiple of 4 and at least 8.
+    """
+    if dim % 4 or dim < 8:
+        raise ValueError(
+            f"vit: pos_embed='sincos2d' needs embed_dim to be a multiple of 4 and at least 8, got {dim}"
+        )
+    height, width = grid
+    quarter = dim // 4
+    # float64: 10000 ** -1 of a position near 100 loses the last digits in float32.
+    frequency = temperature ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / (quarter - 1))
+    y = torch.arange(height, dtype=torch.float64, device="cpu")[:, None] * frequency  # [gh, dim/4]
+    x = torch.arange(width, dtype=torch.float64, device="cpu")[:, None] * frequency  # [gw, dim/4]
+    y = y[:, None, :].expand(height, width, quarter)
+    x = x[None, :, :].expand(height, width, quarter)
+    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1).reshape(1, height * width, dim)
+    return F.pad(table, (0, 0, prefix_tokens, 0)).float()
+
+
+def resample(
+    pos_embed: Tensor,
+    new_grid: tuple[int, int],
+    old_grid: tuple[int, int] | None = None,
+    prefix_tokens: int = 1,
+) -> Tensor:
+    """Learned position embeddings [1, prefix_tokens + h * w, C] for another patch grid, bicubic with
+    antialiasing.
+
+    `old_grid` None means a square one. Prefix rows are kept. Computed in float32, returned in the given
+    dtype: the same values as timm.
+
+    Raises ValueError when the rows do not make up `old_grid` (or a square).
+    """
+    rows = pos_embed.shape[1] - prefix_tokens
+    if old_grid is None:
+        side = int(max(rows, 0) ** 0.5 + 0.5)
+        old_grid = (side, side)
+    if old_grid[0] * old_grid[1] != rows or rows < 1:
+        raise ValueError(
+            f"vit: a position embedding of {pos_embed.shape[1]} rows with {prefix_tokens} prefix token(s) "
+            "is not a "
+            f"{old_grid[0]} x {old_grid[1]} grid; pass the grid it was trained with"
+        )
+    if old_grid == new_grid:
+        return pos_embed
+    prefix, table = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
+    image = table.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # [1, C, h, w]
+    image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
+    table = image.permute(0, 2, 3, 1).reshape(1, new_grid[0] * new_grid[1], -1)
+    return torch.cat([prefix, table.to(pos_embed.dtype)], dim=1)

@@ -1,0 +1,520 @@
+"""The Vision Transformer (arXiv:2010.11929), pre-norm, with timm's parameter names.
+
+    tokens = [class; patches W + b] + position
+    tokens = tokens + attention(norm1(tokens))        for each block
+    tokens = tokens + mlp(norm2(tokens))
+    logits = head(norm(tokens)[class])
+
+Letters: B batch, N tokens, C embed_dim, H heads, D = C / H head dimension. Nothing here knows a backend: the
+modules call `self.ops`, which the model's plan binds once, and again when the model changes device, dtype or
+mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..backends import Plan, Spec, make_plan
+from ..data.preprocess import Preprocess
+from . import init, pos_embed
+from .layers import DropPath, LayerNorm, Linear, PatchEmbed, pair
+
+ACTIVATIONS = ("gelu", "gelu_tanh")
+POOLS = ("token", "avg", "")
+POSITIONS = ("learned", "sincos2d", "none")
+
+
+class Attention(nn.Module):
+    """proj(attention(q, k, v)) with q, k, v from one packed projection: [B, N, C] -> [B, N, C]."""
+
+    ops: Any = ops
+
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.attn_drop = attn_drop
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        B, N, C = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.unbind(2)  # [B, N, H, D] each: views, the kernels take the strides
+        if self.training and self.attn_drop > 0.0:
+            x = _attention_with_dropout(q, k, v, self.attn_drop)
+        else:
+            x = self.ops.attention(q, k, v)
+        return self.proj_drop(self.proj(x.reshape(B, N, C), residual=residual))
+
+
+def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, rate: float) -> Tensor:
+    """Attention with dropped probabilities, [B, N, H, D]: plain PyTorch on every backend that allows it at
+    all."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))): [B, N, C] -> [B, N, C]."""
+
+    def __init__(self, dim: int, hidden: int, activation: str, drop: float, **factory: Any) -> None:
+        super().__init__()
+        self.activation = activation
+        self.fc1 = Linear(dim, hidden, **factory)
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden, dim, **factory)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = self.drop1(self.fc1(x, activation=self.activation))  # [B, N, hidden]
+        return self.drop2(self.fc2(x, residual=residual))
+
+
+class Block(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)): [B, N, C] -> [B, N, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        activation: str = "gelu",
+        norm_eps: float = 1e-6,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim, norm_eps, **factory)
+        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, proj_drop, **factory)
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = LayerNorm(dim, norm_eps, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation, proj_drop, **factory)
+        self.drop_path2 = DropPath(drop_path)
+        # In training something random stands between a branch and its addition: the two cannot be one op.
+        self.branch_drops = proj_drop > 0.0 or drop_path > 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.branch_drops:
+            x = x + self.drop_path1(self.attn(self.norm1(x)))
+            return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = self.attn(self.norm1(x), residual=x)
+        return self.mlp(self.norm2(x), residual=x)
+
+
+class VisionTransformer(nn.Module):
+    """images [B, in_chans, height, width] -> logits [B, num_classes].
+
+    Sizes: img_size and patch_size are one side or (height, width); img_size must be a multiple of patch_size
+    unless dynamic_pad. embed_dim must be a multiple of num_heads; the MLP is int(embed_dim * mlp_ratio) wide.
+
+    Options: global_pool "token" reads the class token, "avg" the mean of the patch tokens with the norm after
+    the pooling, "" returns all tokens. pos_embed "learned", "sincos2d" (fixed) or "none". patch_embed "conv"
+    or "linear": how the projection's weight is kept. act_layer "gelu" (erf) or "gelu_tanh". weight_init: see
+    vit.model.init.
+
+    Regularisation, in training mode only: drop_rate before the head, pos_drop_rate after the position
+    embedding, proj_drop_rate after each projection and in the MLP, attn_drop_rate on attention probabilities
+    (which only the reference backend has), drop_path_rate rising linearly to the last block.
+
+    backend, training, name: see vit.create. Raises ValueError for sizes that do not fit together,
+    BackendError when a named backend cannot run the model.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        class_token: bool = True,
+        global_pool: str = "token",
+        pos_embed: str = "learned",
+        patch_embed: str = "conv",
+        dynamic_pad: bool = False,
+        act_layer: str = "gelu",
+        norm_eps: float = 1e-6,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        weight_init: str = "",
+        *,
+        backend: str = "auto",
+        training: bool = True,
+        name: str = "vit",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("global_pool", global_pool, POOLS)
+        _check_choice("pos_embed", pos_embed, POSITIONS)
+        _check_choice("act_layer", act_layer, ACTIVATIONS)
+        _check_choice("weight_init", weight_init, init.SCHEMES)
+        _check_sizes(
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            hidden=int(embed_dim * mlp_ratio),
+        )
+        _check_rates(
+            drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+        if embed_dim % num_heads:
+            raise ValueError(f"vit: embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        if global_pool == "token" and not class_token:
+            raise ValueError('vit: global_pool="token" needs class_token=True; use global_pool="avg"')
+        if num_classes < 0:
+            raise ValueError(f"vit: num_classes must be 0 (features) or more, got {num_classes}")
+
+        self.name = name
+        self.backend = backend
+        self.num_classes = num_classes
+        self.embed_dim = self.num_features = embed_dim
+        self.num_heads = num_heads
+        self.mlp_hidden = int(embed_dim * mlp_ratio)
+        self.act_layer = act_layer
+        self.attn_drop_rate = attn_drop_rate
+        self.global_pool = global_pool
+        self.num_prefix_tokens = int(class_token)
+        self.weight_init = weight_init
+        self.grad_checkpointing = False
+
+        factory = {"device": device, "dtype": dtype}
+        self.patch_embed = PatchEmbed(
+            pair(img_size), pair(patch_size), in_chans, embed_dim, patch_embed, dynamic_pad, **factory
+        )
+        # Here, so that a refusal comes before the large part is built.
+        self._plan = self._make_plan(self.device, self.dtype, training)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if class_token else None
+        self._add_pos_embed(pos_embed, factory)
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.blocks = nn.Sequential(
+            *[
+                Block(
+                    embed_dim,
+                    num_heads,
+                    mlp_ratio,
+                    qkv_bias,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=drop_path_rate * i / max(depth - 1, 1),
+                    activation=act_layer,
+                    norm_eps=norm_eps,
+                    **factory,
+                )
+                for i in range(depth)
+            ]
+        )
+        # Averaging comes before the norm (and its parameters are then called fc_norm), as in timm.
+        average = global_pool == "avg"
+        self.norm = nn.Identity() if average else LayerNorm(embed_dim, norm_eps, **factory)
+        self.fc_norm = LayerNorm(embed_dim, norm_eps, **factory) if average else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
+        init.init_weights(self, weight_init, num_classes)
+
+        self.preprocess = Preprocess(self.patch_embed.img_size, in_chans=in_chans)
+        self._bind(self._plan)
+        self.train(training)
+
+    def _add_pos_embed(self, kind: str, factory: dict[str, Any]) -> None:
+        prefix, dim = self.num_prefix_tokens, self.embed_dim
+        if kind == "learned":
+            rows = prefix + self.patch_embed.num_patches
+            self.pos_embed: Tensor | None = nn.Parameter(torch.empty(1, rows, dim, **factory))
+        elif kind == "sincos2d":
+            self.register_buffer(
+                "pos_embed", pos_embed.sincos2d(self.patch_embed.grid_size, dim, prefix).to(**factory)
+            )
+        else:
+            self.pos_embed = None
+
+    # ---- forward ----
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """images [B, in_chans, height, width] -> tokens [B, N, C] after the last norm."""
+        tokens = self.embed(images)
+        for block in self.blocks:
+            tokens = self._run_block(block, tokens)
+        return self.norm(tokens)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them."""
+        self._check_input(images)
+        tokens = self.patch_embed(images)  # [B, patches, C]
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)  # [B, N, C]
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed
+        return self.pos_drop(tokens)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """tokens [B, N, C] -> logits [B, num_classes], or with pre_logits the pooled features [B, C]."""
+        x = self.head_drop(self.fc_norm(self.pool(tokens)))
+        return x if pre_logits else self.head(x)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """tokens [B, N, C] -> [B, C]: the class token or the mean of the patch tokens; all tokens for pool
+        ""."""
+        if self.global_pool == "token":
+            return tokens[:, 0]
+        if self.global_pool == "avg":
+            return tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        return tokens
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """(tokens after the last norm, [the patch tokens after each wanted block]), with timm's arguments.
+
+        indices: the last n blocks (int), those (sequence, negative from the end) or all (None). Each entry is
+        [B, C, grid height, grid width], or [B, N, C] with output_fmt "NLC"; with return_prefix_tokens a pair
+        of it and the class token [B, prefix, C]. norm applies the final norm to each; stop_early skips the
+        blocks after the last wanted one; intermediates_only returns the list alone.
+        """
+        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        wanted = _block_indices(indices, len(self.blocks))
+        last = max(wanted) if stop_early else len(self.blocks) - 1
+        tokens = self.embed(images)
+        taken = []
+        for i, block in enumerate(self.blocks[: last + 1]):
+            tokens = self._run_block(block, tokens)
+            if i in wanted:
+                taken.append(self._split_prefix(self.norm(tokens) if norm else tokens, output_fmt))
+        intermediates = (
+            taken if return_prefix_tokens and self.num_prefix_tokens else [patches for patches, _ in taken]
+        )
+        return intermediates if intermediates_only else (self.norm(tokens), intermediates)
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """The outputs of the last n (or the named) blocks, in the form the DINO family uses."""
+        fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(
+            images, n, return_prefix_tokens, norm, True, fmt, intermediates_only=True
+        )
+
+    def _run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False)
+        return block(tokens)
+
+    def _split_prefix(self, tokens: Tensor, output_fmt: str) -> tuple[Tensor, Tensor]:
+        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        if output_fmt == "NCHW":
+            patches = patches.transpose(1, 2).unflatten(2, self.patch_embed.grid_size).contiguous()
+        return patches, prefix
+
+    def _check_input(self, images: Tensor) -> None:
+        weight = self.patch_embed.proj.weight
+        if images.device != weight.device:
+            raise ValueError(
+                f"vit: images are on {images.device}, the model on {weight.device}; use "
+                "images.to(model.device)"
+            )
+        if images.dtype == weight.dtype:
+            return
+        if not images.is_floating_point():
+            raise ValueError(
+                f"vit: images are {images.dtype}, not normalised floating point; model.preprocess makes "
+                "them from "
+                "PIL images"
+            )
+        if not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(
+                f"vit: images are {images.dtype}, the model's parameters {weight.dtype}; "
+                "use images.to(model.dtype) or model.to(images.dtype)"
+            )
+
+    # ---- the plan: which backend runs which op ----
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; images must be there too."""
+        return self.patch_embed.proj.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters; images must have it too, except under autocast."""
+        return self.patch_embed.proj.weight.dtype
+
+    @property
+    def plan(self) -> dict[str, str]:
+        """op -> the backend that runs it."""
+        return dict(self._plan)
+
+    def explain(self) -> str:
+        """A table: op, the backend that runs it, and why each better candidate was refused."""
+        return self._plan.explain()
+
+    def _specs(self, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
+        """Everything the forward asks of the ops."""
+        C, H, N = self.embed_dim, self.num_heads, self.num_prefix_tokens + self.patch_embed.num_patches
+
+        def spec(op: str, options: Mapping[str, Any] | None = None, **shapes: tuple[int | str, ...]) -> Spec:
+            return Spec(op, dtype, shapes, training, options or {}, device.type)
+
+        def linear(tokens: int, inputs: int, outputs: int, activation: str | None = None) -> Spec:
+            options = {"activation": activation} if activation else {}
+            return spec("linear", options, x=("*", tokens, inputs), weight=(outputs, inputs))
+
+        heads = ("*", N, H, C // H)
+        dropout = {"dropout": self.attn_drop_rate} if training and self.attn_drop_rate else {}
+        specs = [
+            linear(self.patch_embed.num_patches, self.patch_embed.patch_values, C),
+            spec("layer_norm", x=("*", N, C), weight=(C,)),
+            linear(N, C, 3 * C),
+            spec("attention", dropout, q=heads, k=heads, v=heads),
+            linear(N, C, C),
+            linear(N, C, self.mlp_hidden, self.act_layer),
+            linear(N, self.mlp_hidden, C),
+        ]
+        if self.num_classes:
+            specs.append(linear(1, C, self.num_classes))
+        return specs
+
+    def _make_plan(self, device: torch.device, dtype: torch.dtype, training: bool) -> Plan:
+        self._plan_training = training
+        return make_plan(self.backend, self._specs(device, dtype, training), self.name)
+
+    def _bind(self, plan: Plan) -> None:
+        self._plan = plan
+        for module in self.modules():
+            if hasattr(module, "ops"):
+                module.ops = plan.ops
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTransformer:
+        """What .to, .half, .cuda and the like come down to. A refused device or dtype leaves the model as it
+        was."""
+        probe = fn(torch.empty(0, device=self.device, dtype=self.dtype))
+        moved = (probe.device, probe.dtype) != (self.device, self.dtype)
+        plan = self._make_plan(probe.device, probe.dtype, self._plan_training) if moved else self._plan
+        super()._apply(fn, recurse)
+        self._bind(plan)
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; with assign=True the tensors may bring another device or dtype, and the plan
+        follows."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        if assign:
+            self._bind(self._make_plan(self.device, self.dtype, self._plan_training))
+        return result
+
+    def train(self, mode: bool = True) -> VisionTransformer:
+        """Training or evaluation mode. A model created with training=False gets its backward planned here."""
+        if mode and not self._plan_training:
+            self._bind(self._make_plan(self.device, self.dtype, training=True))
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, backend={self.backend!r} (runs on {self._plan!r})"
+
+    # ---- what timm's tools ask of a model ----
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer; an Identity when num_classes is 0."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the head by a freshly initialised one; the norm keeps its place. num_classes 0 returns
+        features."""
+        if global_pool is not None:
+            _check_choice("global_pool", global_pool, POOLS)
+            if global_pool == "token" and not self.num_prefix_tokens:
+                raise ValueError('vit: global_pool="token" needs a class token; use global_pool="avg"')
+            self.global_pool = global_pool
+        if num_classes < 0:
+            raise ValueError(f"vit: num_classes must be 0 (features) or more, got {num_classes}")
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = Linear(self.embed_dim, num_classes, device=self.device, dtype=self.dtype)
+            init.init_linear(self.head, "head", self.weight_init, num_classes)
+        self.head.train(self.training)
+        self._bind(self._make_plan(self.device, self.dtype, self._plan_training))
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should leave alone."""
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into a stem and the blocks, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+
+def _block_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
+    if indices is None:
+        return list(range(depth))
+    wanted = range(depth - indices, depth) if isinstance(indices, int) else indices
+    resolved = sorted({i + depth if i < 0 else i for i in wanted})
+    if not resolved or resolved[0] < 0 or resolved[-1] >= depth:
+        raise ValueError(f"vit: block indices {indices} do not lie in the model's {depth} blocks")
+    return resolved
+
+
+def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"vit: {argument}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def _check_sizes(**sizes: int) -> None:
+    for argument, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"vit: {argument} must be a positive whole number, got {size!r}")
+
+
+def _check_rates(**rates: float) -> None:
+    for argument, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"vit: {argument} must be at least 0 and below 1, got {rate}")

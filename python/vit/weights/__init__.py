@@ -1,0 +1,8 @@
+"""Weights from files: safe reading, one converter per foreign layout, adaptation to a model of another
+size."""
+
+from .adapt import load_into as load_into
+from .checkpoint import Checkpoint as Checkpoint
+from .checkpoint import WeightsError as WeightsError
+from .read import load as load
+from .read import read as read
