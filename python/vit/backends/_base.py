@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,27 +91,15 @@ class Backend:
 class NativeBackend(Backend):
     """A backend whose kernels are the compiled module vit._<name>, loaded when first needed."""
 
-    @cached_property
-    def _loaded(self) -> tuple[ModuleType | None, str | None]:
-        try:
-            module = importlib.import_module(f"vit._{self.name}")
-        except ModuleNotFoundError:
-            return None, f"not built: {build_record(self.name).get('reason') or 'no compiled module in this installation'}"
-        except ImportError as error:
-            return None, f"the compiled module does not load: {error}"
-        if module.contract != CONTRACT:
-            return None, f"built for contract {module.contract}, this vit needs {CONTRACT}: reinstall vit-kernels"
-        return module, None
-
     def unavailable(self) -> str | None:
-        return self._loaded[1]
+        return _load(self.name)[1]
 
     @property
     def lib(self) -> Any:
         """The compiled module; raises BackendError with the reason when there is none."""
-        module, why = self._loaded
+        module, why = _load(self.name)
         if module is None:
-            raise BackendError(f"vit: backend '{self.name}' cannot be used: {why}")
+            raise BackendError(f"vit: backend '{self.name}' cannot be used: {why}. Use backend=\"auto\" or \"reference\".")
         return module
 
     def context(self, device: torch.device) -> tuple[int, int, int]:
@@ -125,8 +112,32 @@ class NativeBackend(Backend):
 
     def info(self) -> dict[str, Any]:
         record = super().info() | {"build": build_record(self.name)}
-        module, _ = self._loaded
+        module, _ = _load(self.name)
         return record | (dict(module.info()) if module is not None else {})
+
+
+@torch.compiler.assume_constant_result
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    """The compiled module vit._<name>, imported when first asked for, or the reason why there is none."""
+    if name not in _LOADED:
+        _LOADED[name] = _import(name)
+    return _LOADED[name]
+
+
+_LOADED: dict[str, tuple[ModuleType | None, str | None]] = {}
+
+
+def _import(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        module = importlib.import_module(f"vit._{name}")
+    except ModuleNotFoundError:
+        why = build_record(name).get("reason") or "this installation holds no compiled module"
+        return None, f"not built: {why}"
+    except ImportError as error:
+        return None, f"the compiled module does not load: {error}"
+    if module.contract != CONTRACT:
+        return None, f"built for contract {module.contract}, this vit needs {CONTRACT}: reinstall vit-kernels"
+    return module, None
 
 
 class HostWorkspace(threading.local):

@@ -5,7 +5,7 @@ OPS is the only list of them: tests, benchmarks, `vit info` and the documentatio
 
 from __future__ import annotations
 
-from ..backends import NativeBackend, Spec, records
+from ..backends import Spec
 from . import attention as _attention
 from . import gelu as _gelu
 from . import layer_norm as _layer_norm
@@ -25,11 +25,8 @@ attention = _attention.attention
 
 __all__ = ["OPS", "BoundOp", "Op", "Spec", "attention", "bind", "gelu", "layer_norm", "linear", "matmul"]
 
-# Programs saved by torch.export name the registered ops, so they exist as soon as vit is imported.
-for _backend in records().values():
-    if isinstance(_backend, NativeBackend):
-        for _record in OPS.values():
-            _op.register(_record, _backend)
+for _record in OPS.values():
+    _op.bind_all(_record)
 
 
 def bind(op: str, backend: str) -> BoundOp:

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends
 from ..backends import BackendError, NativeBackend, Spec
@@ -64,10 +64,12 @@ class Op:
     backward: Callable[..., tuple[Tensor | None, ...]]
     limits: Callable[[Spec], list[str]]
 
-    @cached_property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the forward kernel's arguments, the tensors among them first."""
-        return tuple(re.findall(r"(\w+)(?:,|\))", self.fwd_schema.split("->")[0]))
+    #: Names of the forward kernel's arguments, the tensors among them first.
+    inputs: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = re.findall(r"(\w+)(?:,|\))", self.fwd_schema.split("->")[0])
+        object.__setattr__(self, "inputs", tuple(names))
 
 
 class BoundOp:
@@ -109,21 +111,20 @@ class NativeOp(BoundOp):
     def __init__(self, op: Op, backend: str) -> None:
         super().__init__(op, backend)
         record = backends.get(backend)
-        assert isinstance(record, NativeBackend)  # noqa: S101  (bind() decides by this very type)
+        assert isinstance(record, NativeBackend)  # for the type checker: bind_all() looks before it calls
         self.record = record
-        self.usable = record.unavailable() is None
         namespace = getattr(torch.ops, register(op, record))
         self.fwd_op = getattr(namespace, f"{op.name}_fwd").default
         self.bwd_op = getattr(namespace, f"{op.name}_bwd").default
         self.function = _autograd_function(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            self.refuse("a torch.func transform (grad, vmap, jvp, ...)")
         inputs, finish = self.op.arguments(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.check_transforms(inputs)
         self.check(inputs)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
-            y = self.function.apply(*inputs)
+            y = self.function.apply(*(_distinct(inputs) if torch.compiler.is_compiling() else inputs))
         else:
             y = self.forward(*inputs, False)[0]
         return y if finish is None else finish(y)
@@ -137,12 +138,20 @@ class NativeOp(BoundOp):
         """The backward kernel, likewise."""
         return self.op.bwd(self.record, *args) if _ordinary(args) else self.bwd_op(*args)
 
+    def check_transforms(self, inputs: Sequence[Any]) -> None:
+        """Refuses what would silently lose a derivative or a batch dimension."""
+        if torch._C._are_functorch_transforms_active():
+            self.refuse("a torch.func transform (grad, vmap, jvp, ...)")
+        if forward_ad._current_level >= 0 and any(
+            isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in inputs
+        ):
+            self.refuse("forward-mode differentiation")
+
     def check(self, inputs: Sequence[Any]) -> None:
         """The guard of every call: one device of ours, a dtype of ours. The kernels check sizes themselves."""
         device = inputs[0].device
         if (
-            self.usable
-            and device.type in self.record.device_types
+            device.type in self.record.device_types
             and inputs[0].dtype in self.record.dtypes
             and all(a.device == device for a in inputs if isinstance(a, Tensor))
         ):
@@ -188,6 +197,15 @@ def _ordinary(args: Sequence[Any]) -> bool:
     )
 
 
+def _distinct(inputs: Sequence[Any]) -> list[Any]:
+    """The inputs with repeated tensors replaced by views: torch.compile refuses attention(x, x, x) otherwise."""
+    distinct: list[Any] = []
+    for a in inputs:
+        repeated = isinstance(a, Tensor) and any(a is other for other in distinct)
+        distinct.append(a.view_as(a) if repeated else a)
+    return distinct
+
+
 def _autograd_function(bound: NativeOp) -> type[torch.autograd.Function]:
     op = bound.op
 
@@ -205,10 +223,6 @@ def _autograd_function(bound: NativeOp) -> type[torch.autograd.Function]:
             if not torch.compiler.is_compiling() and torch.is_grad_enabled():
                 return _refuse_second(bound, ctx, dy, grads)
             return grads
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            bound.refuse("forward-mode differentiation")
 
     Function.__name__ = Function.__qualname__ = f"{op.name}_{bound.backend}"
     return Function
@@ -234,7 +248,6 @@ def _refuse_second(bound: NativeOp, ctx: Any, dy: Tensor, grads: Sequence[Tensor
     return tuple(None if g is None else next(guarded) for g in grads)
 
 
-@cache
 def register(op: Op, record: NativeBackend) -> str:
     """Defines vit_<backend>::<op>_fwd and _bwd for torch.compile, fake tensors and profilers; returns the namespace."""
     namespace = f"vit_{record.name}"
@@ -261,19 +274,30 @@ def _launcher(launch: Callable[..., Any], record: NativeBackend) -> Callable[...
     return call
 
 
-@cache
 def bind(op: Op, backend: str) -> BoundOp:
     """The op on a backend of that name, or on "auto"; ValueError for an unknown name."""
-    if backend == "auto":
-        return AutoOp(op, backend)
-    native = isinstance(backends.get(backend), NativeBackend)
-    return NativeOp(op, backend) if native else ReferenceOp(op, backend)
+    if (op.name, backend) not in _BOUND:
+        backends.get(backend)  # raises
+    return _BOUND[op.name, backend]
+
+
+#: Made once at import: torch.compile traces the look-up but not the making.
+_BOUND: dict[tuple[str, str], BoundOp] = {}
+
+
+def bind_all(op: Op) -> None:
+    """Makes the callables of a new op for every backend, and registers its kernels with torch.
+
+    Programs saved by torch.export name the registered ops, so they exist as soon as vit is imported.
+    """
+    _BOUND[op.name, "auto"] = AutoOp(op, "auto")
+    for record in backends.records().values():
+        native = isinstance(record, NativeBackend)
+        _BOUND[op.name, record.name] = (NativeOp if native else ReferenceOp)(op, record.name)
 
 
 def _bind_by_name(op: str, backend: str) -> BoundOp:
-    from . import OPS
-
-    return bind(OPS[op], backend)
+    return _BOUND[op, backend]
 
 
 # ----- what the ops' launchers share
