@@ -1,0 +1,191 @@
+#include "cpu/check.h"
+
+#include <initializer_list>
+
+namespace vit {
+namespace {
+
+[[noreturn]] void fail(const char* op, const std::string& text) { throw Error(std::string(op) + ": " + text); }
+
+std::string name(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return "float32";
+    case DType::float64:
+      return "float64";
+    case DType::bfloat16:
+      return "bfloat16";
+    case DType::float16:
+      return "float16";
+  }
+  return "unknown dtype " + std::to_string(static_cast<int>(dtype));
+}
+
+void check_dtype(const char* op, DType dtype) {
+  if (dtype != DType::float32 && dtype != DType::float64 && dtype != DType::bfloat16)
+    fail(op, "dtype is " + name(dtype) + "; the cpu backend takes float32, float64 and bfloat16");
+}
+
+void check_other_dtype(const char* op, const char* argument, DType other, DType dtype) {
+  if (other != dtype && other != DType::float32)
+    fail(op, std::string(argument) + " is " + name(other) + "; allowed beside dtype " + name(dtype) + " are " +
+                 name(dtype) + " and float32");
+}
+
+void check_activation(const char* op, Activation activation, bool none) {
+  const int code = static_cast<int>(activation);
+  if (code < (none ? 0 : 1) || code > 2)
+    fail(op, "activation is " + std::to_string(code) + "; allowed are " + (none ? "0 (none), " : "") +
+                 "1 (gelu) and 2 (gelu_tanh)");
+}
+
+void check_context(const char* op, const Context& context) {
+  if (context.num_threads < 1)
+    fail(op, "num_threads is " + std::to_string(context.num_threads) + "; at least 1 is needed");
+}
+
+struct Size {
+  const char* name;
+  int64_t value;
+};
+
+void check_sizes(const char* op, std::initializer_list<Size> sizes) {
+  for (const Size& size : sizes)
+    if (size.value < 0)
+      fail(op, std::string(size.name) + " is " + std::to_string(size.value) + "; a size is 0 or more");
+}
+
+struct Pointer {
+  const char* name;
+  const void* value;
+  bool needed;
+};
+
+void check_pointers(const char* op, std::initializer_list<Pointer> pointers) {
+  for (const Pointer& pointer : pointers)
+    if (pointer.needed && !pointer.value) fail(op, std::string(pointer.name) + " is null");
+}
+
+}  // namespace
+
+void check(const LayerNormFwd& p) {
+  const char* op = "layer_norm_fwd";
+  check_dtype(op, p.dtype);
+  check_other_dtype(op, "param_dtype", p.param_dtype, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"M", p.M}, {"C", p.C}});
+  const bool work = p.M && p.C;
+  check_pointers(op, {{"x", p.x, work}, {"y", p.y, work}, {"rstd (beside mean)", p.rstd, p.mean && work}});
+}
+
+void check(const LayerNormBwd& p) {
+  const char* op = "layer_norm_bwd";
+  check_dtype(op, p.dtype);
+  check_other_dtype(op, "param_dtype", p.param_dtype, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"M", p.M}, {"C", p.C}});
+  const bool work = p.M && p.C;
+  check_pointers(op, {{"dy", p.dy, work},
+                      {"x", p.x, work},
+                      {"mean", p.mean, work},
+                      {"rstd", p.rstd, work},
+                      {"workspace", p.workspace, work && (p.dweight || p.dbias)}});
+}
+
+void check(const GeluFwd& p) {
+  const char* op = "gelu_fwd";
+  check_dtype(op, p.dtype);
+  check_activation(op, p.activation, false);
+  check_context(op, p.context);
+  check_sizes(op, {{"n", p.n}});
+  check_pointers(op, {{"x", p.x, p.n > 0}, {"y", p.y, p.n > 0}});
+}
+
+void check(const GeluBwd& p) {
+  const char* op = "gelu_bwd";
+  check_dtype(op, p.dtype);
+  check_activation(op, p.activation, false);
+  check_context(op, p.context);
+  check_sizes(op, {{"n", p.n}});
+  check_pointers(op, {{"dy", p.dy, p.n > 0}, {"x", p.x, p.n > 0}, {"dx", p.dx, p.n > 0}});
+}
+
+void check(const MatmulFwd& p) {
+  const char* op = "matmul_fwd";
+  check_dtype(op, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"batch", p.batch}, {"M", p.M}, {"N", p.N}, {"K", p.K}});
+  const bool out = p.batch && p.M && p.N;
+  check_pointers(op, {{"a", p.a, out && p.K}, {"b", p.b, out && p.K}, {"c", p.c, out}});
+}
+
+void check(const MatmulBwd& p) {
+  const char* op = "matmul_bwd";
+  check_dtype(op, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"batch", p.batch}, {"M", p.M}, {"N", p.N}, {"K", p.K}});
+  const bool work = p.batch && p.M && p.N && p.K;
+  check_pointers(op, {{"dc", p.dc, work}, {"a", p.a, work && p.db}, {"b", p.b, work && p.da}});
+}
+
+void check(const LinearFwd& p) {
+  const char* op = "linear_fwd";
+  check_dtype(op, p.dtype);
+  check_other_dtype(op, "param_dtype", p.param_dtype, p.dtype);
+  check_other_dtype(op, "out_dtype", p.out_dtype, p.dtype);
+  check_activation(op, p.activation, true);
+  check_context(op, p.context);
+  check_sizes(op, {{"M", p.M}, {"N", p.N}, {"K", p.K}});
+  const bool out = p.M && p.N;
+  check_pointers(op, {{"x", p.x, out && p.K}, {"weight", p.weight, out && p.K}, {"y", p.y, out}});
+}
+
+void check(const LinearBwd& p) {
+  const char* op = "linear_bwd";
+  check_dtype(op, p.dtype);
+  check_other_dtype(op, "param_dtype", p.param_dtype, p.dtype);
+  check_other_dtype(op, "out_dtype", p.out_dtype, p.dtype);
+  check_activation(op, p.activation, true);
+  check_context(op, p.context);
+  check_sizes(op, {{"M", p.M}, {"N", p.N}, {"K", p.K}});
+  const bool work = p.M && p.N;
+  const bool activation = p.activation != Activation::none;
+  if (!activation && p.preact) fail(op, "preact is given although activation is 0 (none)");
+  check_pointers(op, {{"dy", p.dy, work},
+                      {"preact", p.preact, work && activation},
+                      {"x", p.x, work && p.K && p.dweight},
+                      {"weight", p.weight, work && p.K && p.dx}});
+}
+
+void check(const AttentionFwd& p) {
+  const char* op = "attention_fwd";
+  check_dtype(op, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"B", p.B}, {"N", p.N}, {"L", p.L}, {"H", p.H}, {"D", p.D}});
+  const bool out = p.B && p.N && p.H && p.D;
+  check_pointers(op, {{"q", p.q, out},
+                      {"k", p.k, out && p.L},
+                      {"v", p.v, out && p.L},
+                      {"out", p.out, out},
+                      {"workspace", p.workspace, out}});
+}
+
+void check(const AttentionBwd& p) {
+  const char* op = "attention_bwd";
+  check_dtype(op, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"B", p.B}, {"N", p.N}, {"L", p.L}, {"H", p.H}, {"D", p.D}});
+  const bool queries = p.B && p.N && p.H && p.D, keys = p.B && p.L && p.H && p.D;
+  check_pointers(op, {{"dout", p.dout, queries},
+                      {"q", p.q, queries},
+                      {"out", p.out, queries},
+                      {"lse", p.lse, queries},
+                      {"dq", p.dq, queries},
+                      {"k", p.k, keys},
+                      {"v", p.v, keys},
+                      {"dk", p.dk, keys},
+                      {"dv", p.dv, keys},
+                      {"workspace", p.workspace, queries || keys}});
+}
+
+}  // namespace vit

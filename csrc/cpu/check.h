@@ -1,0 +1,19 @@
+// Argument checks, once for all instruction-set levels: each throws vit::Error naming the op, the argument, its value.
+#pragma once
+
+#include "vit.h"
+
+namespace vit {
+
+void check(const LayerNormFwd&);
+void check(const LayerNormBwd&);
+void check(const GeluFwd&);
+void check(const GeluBwd&);
+void check(const MatmulFwd&);
+void check(const MatmulBwd&);
+void check(const LinearFwd&);
+void check(const LinearBwd&);
+void check(const AttentionFwd&);
+void check(const AttentionBwd&);
+
+}  // namespace vit

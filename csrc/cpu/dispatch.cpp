@@ -1,0 +1,112 @@
+// The functions of vit.h: check the arguments, then call the kernels of the level chosen for this machine.
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/check.h"
+#include "cpu/kernels.h"
+#include "cpu/threads.h"
+
+namespace vit {
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace v3 {
+extern const Kernels kernels;
+}
+namespace v4 {
+extern const Kernels kernels;
+}
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+struct Level {
+  const char* name;
+  const Kernels* kernels;
+  bool (*supported)();
+};
+
+// From the lowest level to the highest; each one contains the one before it.
+const Level kLevels[] = {
+    {"baseline", &baseline::kernels, [] { return true; }},
+#if defined(__x86_64__)
+    {"v3", &v3::kernels, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
+    {"v4", &v4::kernels, [] { return __builtin_cpu_supports("x86-64-v4") != 0; }},
+    {"avx512bf16", &avx512bf16::kernels,
+     [] {
+       return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16") &&
+              __builtin_cpu_supports("avx512vnni");
+     }},
+#endif
+};
+
+std::string supported_names() {
+  std::string names;
+  for (const Level& level : kLevels)
+    if (level.supported()) names += (names.empty() ? "" : ", ") + std::string(level.name);
+  return names;
+}
+
+// The highest level this CPU has, or the lower one that VIT_CPU_ISA names.
+const Level& choose_level() {
+  const char* wanted = std::getenv("VIT_CPU_ISA");
+  const Level* chosen = nullptr;
+  for (const Level& level : kLevels)
+    if (level.supported() && (!wanted || !*wanted || !std::strcmp(wanted, level.name))) chosen = &level;
+  if (!chosen)
+    throw Error("VIT_CPU_ISA is \"" + std::string(wanted) + "\"; this machine and build have " + supported_names() +
+                "; unset it for the fastest");
+  return *chosen;
+}
+
+const Level& active() {
+  static const Level& level = choose_level();
+  return level;
+}
+
+template <class P>
+void run(void (*Kernels::*kernel)(const P&), const P& p) {
+  check(p);
+  (active().kernels->*kernel)(p);
+}
+
+template <class P>
+std::size_t workspace(std::size_t (*Kernels::*function)(const P&), const P& p) {
+  return (active().kernels->*function)(p);
+}
+
+}  // namespace
+
+void layer_norm_fwd(const LayerNormFwd& p) { run(&Kernels::layer_norm_fwd, p); }
+void layer_norm_bwd(const LayerNormBwd& p) { run(&Kernels::layer_norm_bwd, p); }
+void gelu_fwd(const GeluFwd& p) { run(&Kernels::gelu_fwd, p); }
+void gelu_bwd(const GeluBwd& p) { run(&Kernels::gelu_bwd, p); }
+void matmul_fwd(const MatmulFwd& p) { run(&Kernels::matmul_fwd, p); }
+void matmul_bwd(const MatmulBwd& p) { run(&Kernels::matmul_bwd, p); }
+void linear_fwd(const LinearFwd& p) { run(&Kernels::linear_fwd, p); }
+void linear_bwd(const LinearBwd& p) { run(&Kernels::linear_bwd, p); }
+void attention_fwd(const AttentionFwd& p) { run(&Kernels::attention_fwd, p); }
+void attention_bwd(const AttentionBwd& p) { run(&Kernels::attention_bwd, p); }
+
+std::size_t layer_norm_bwd_workspace(const LayerNormBwd& p) { return workspace(&Kernels::layer_norm_bwd_workspace, p); }
+std::size_t matmul_fwd_workspace(const MatmulFwd& p) { return workspace(&Kernels::matmul_fwd_workspace, p); }
+std::size_t matmul_bwd_workspace(const MatmulBwd& p) { return workspace(&Kernels::matmul_bwd_workspace, p); }
+std::size_t linear_fwd_workspace(const LinearFwd& p) { return workspace(&Kernels::linear_fwd_workspace, p); }
+std::size_t linear_bwd_workspace(const LinearBwd& p) { return workspace(&Kernels::linear_bwd_workspace, p); }
+std::size_t attention_fwd_workspace(const AttentionFwd& p) { return workspace(&Kernels::attention_fwd_workspace, p); }
+std::size_t attention_bwd_workspace(const AttentionBwd& p) { return workspace(&Kernels::attention_bwd_workspace, p); }
+
+std::vector<std::pair<std::string, std::string>> info() {
+  return {{"isa", active().name},
+          {"isa available", supported_names()},
+          {"threads", threads_runtime()},
+          {"compiler", __VERSION__},
+          {"flags", VIT_CPU_FLAGS}};
+}
+
+}  // namespace vit

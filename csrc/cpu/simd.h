@@ -1,0 +1,262 @@
+// Vectors of one instruction-set level, written with GCC's vector extensions: the same source gives 128, 256 or 512
+// bits.
+//
+// A kernel computes in the accumulator type A (float or double) with vectors of kLanes<A> elements; load and store
+// convert from and to the element type. Ends of rows take the partial forms load(p, n) and store(p, v, n), so that an
+// element's result never depends on where in a row it stands and nothing beyond a row is touched.
+#pragma once
+
+#include <math.h>
+
+#include "cpu/common.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace vit::VIT_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+typedef float f32v __attribute__((vector_size(kVectorBytes)));
+typedef double f64v __attribute__((vector_size(kVectorBytes)));
+typedef int32_t i32v __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t u32v __attribute__((vector_size(kVectorBytes)));
+typedef int64_t i64v __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t u16hv __attribute__((vector_size(kVectorBytes / 2)));  // as many elements as f32v
+typedef float f32hv __attribute__((vector_size(kVectorBytes / 2)));     // as many elements as f64v
+
+template <class A>
+struct VecOf {
+  using type = f32v;
+  using mask = i32v;
+};
+template <>
+struct VecOf<double> {
+  using type = f64v;
+  using mask = i64v;
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+
+VIT_INLINE f32v broadcast(float x) { return x - f32v{}; }
+VIT_INLINE f64v broadcast(double x) { return x - f64v{}; }
+
+// a * b + c in one rounding where the level has FMA.
+template <class V>
+VIT_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+
+// Bit patterns of one type read as another of the same size.
+template <class To, class From>
+VIT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// --- bfloat16 -------------------------------------------------------------------------------------------------------
+
+VIT_INLINE float to_acc(float x) { return x; }
+VIT_INLINE double to_acc(double x) { return x; }
+VIT_INLINE float to_acc(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+VIT_INLINE f32v from_bf16(u16hv bits) { return bit_cast<f32v>(__builtin_convertvector(bits, u32v) << 16); }
+
+// Round to nearest even; a NaN stays a NaN (adding the rounding term could carry it to infinity).
+VIT_INLINE u16hv to_bf16(f32v x) {
+#if defined(__AVX512BF16__)
+  return bit_cast<u16hv>(_mm512_cvtneps_pbh(bit_cast<__m512>(x)));
+#else
+  const u32v bits = bit_cast<u32v>(x);
+  const u32v rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const u32v quiet_nan = (bits >> 16) | 0x40;
+  return __builtin_convertvector(x == x ? rounded : quiet_nan, u16hv);
+#endif
+}
+
+// --- load, store ----------------------------------------------------------------------------------------------------
+
+template <class V, class T>
+VIT_INLINE V load_raw(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The first n elements (n < lanes of V) of p, the rest 0.
+template <class V, class T>
+VIT_INLINE V load_raw(const T* p, int64_t n) {
+  V v{};
+  memcpy(&v, p, static_cast<size_t>(n) * sizeof(T));
+  return v;
+}
+
+// load<A>(p): kLanes<A> elements of type T as accumulators.
+template <class A, class T>
+struct Memory;
+
+template <>
+struct Memory<float, float> {
+  static VIT_INLINE f32v load(const float* p) { return load_raw<f32v>(p); }
+  static VIT_INLINE f32v load(const float* p, int64_t n) { return load_raw<f32v>(p, n); }
+  static VIT_INLINE void store(float* p, f32v v) { memcpy(p, &v, sizeof v); }
+  static VIT_INLINE void store(float* p, f32v v, int64_t n) { memcpy(p, &v, static_cast<size_t>(n) * 4); }
+};
+
+template <>
+struct Memory<double, double> {
+  static VIT_INLINE f64v load(const double* p) { return load_raw<f64v>(p); }
+  static VIT_INLINE f64v load(const double* p, int64_t n) { return load_raw<f64v>(p, n); }
+  static VIT_INLINE void store(double* p, f64v v) { memcpy(p, &v, sizeof v); }
+  static VIT_INLINE void store(double* p, f64v v, int64_t n) { memcpy(p, &v, static_cast<size_t>(n) * 8); }
+};
+
+template <>
+struct Memory<float, bf16> {
+  static VIT_INLINE f32v load(const bf16* p) { return from_bf16(load_raw<u16hv>(p)); }
+  static VIT_INLINE f32v load(const bf16* p, int64_t n) { return from_bf16(load_raw<u16hv>(p, n)); }
+  static VIT_INLINE void store(bf16* p, f32v v) {
+    const u16hv bits = to_bf16(v);
+    memcpy(p, &bits, sizeof bits);
+  }
+  static VIT_INLINE void store(bf16* p, f32v v, int64_t n) {
+    const u16hv bits = to_bf16(v);
+    memcpy(p, &bits, static_cast<size_t>(n) * 2);
+  }
+};
+
+template <>
+struct Memory<double, float> {  // float32 parameters beside float64 activations
+  static VIT_INLINE f64v load(const float* p) { return __builtin_convertvector(load_raw<f32hv>(p), f64v); }
+  static VIT_INLINE f64v load(const float* p, int64_t n) {
+    return __builtin_convertvector(load_raw<f32hv>(p, n), f64v);
+  }
+  static VIT_INLINE void store(float* p, f64v v) {
+    const f32hv narrow = __builtin_convertvector(v, f32hv);
+    memcpy(p, &narrow, sizeof narrow);
+  }
+  static VIT_INLINE void store(float* p, f64v v, int64_t n) {
+    const f32hv narrow = __builtin_convertvector(v, f32hv);
+    memcpy(p, &narrow, static_cast<size_t>(n) * 4);
+  }
+};
+
+template <class A, class T>
+VIT_INLINE Vec<A> load(const T* p) {
+  return Memory<A, T>::load(p);
+}
+template <class A, class T>
+VIT_INLINE Vec<A> load(const T* p, int64_t n) {
+  return n >= kLanes<A> ? Memory<A, T>::load(p) : Memory<A, T>::load(p, n);
+}
+template <class A, class T>
+VIT_INLINE void store(T* p, Vec<A> v) {
+  Memory<A, T>::store(p, v);
+}
+template <class A, class T>
+VIT_INLINE void store(T* p, Vec<A> v, int64_t n) {
+  n >= kLanes<A> ? Memory<A, T>::store(p, v) : Memory<A, T>::store(p, v, n);
+}
+
+// One element, converted.
+template <class T, class A>
+VIT_INLINE T from_acc(A x) {
+  T out;
+  store<A>(&out, broadcast(x), 1);
+  return out;
+}
+
+// --- across lanes ---------------------------------------------------------------------------------------------------
+
+// All lanes of v below n (n <= lanes) kept, the others replaced by `other`.
+template <class V, class A>
+VIT_INLINE V keep(V v, int64_t n, A other) {
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = i < n ? v[i] : other;
+  return v;
+}
+
+VIT_INLINE float sum(f32v v) {
+  for (int half = kLanes<float> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+VIT_INLINE double sum(f64v v) {
+  for (int half = kLanes<double> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+// The larger of each lane; a NaN in b wins, so that a running maximum keeps it.
+template <class V>
+VIT_INLINE V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+
+// --- functions ------------------------------------------------------------------------------------------------------
+
+// e^x with an error below 1.5 units in the last place; overflows to infinity, underflows through the denormals to 0.
+VIT_INLINE f32v exp(f32v x) {
+  const f32v low = broadcast(-104.0f), high = broadcast(89.0f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  // n = round(x / ln 2): adding 1.5 * 2^23 leaves the integer in the low bits.
+  const f32v magic = broadcast(12582912.0f);
+  const f32v shifted = fma(x, broadcast(1.44269504f), magic);
+  const f32v n = shifted - magic;
+  // r = x - n ln 2 with ln 2 in two parts, the first short enough for n * part to be exact.
+  f32v r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  f32v p = broadcast(1.0f / 5040);
+  p = fma(p, r, broadcast(1.0f / 720));
+  p = fma(p, r, broadcast(1.0f / 120));
+  p = fma(p, r, broadcast(1.0f / 24));
+  p = fma(p, r, broadcast(1.0f / 6));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
+  // 2^n in two factors, because 2^n itself may be denormal or too large.
+  const i32v exponent = bit_cast<i32v>(shifted) - bit_cast<i32v>(magic);
+  const i32v half = exponent >> 1;
+  const f32v scale1 = bit_cast<f32v>((half + 127) << 23);
+  const f32v scale2 = bit_cast<f32v>((exponent - half + 127) << 23);
+  return p * scale1 * scale2;
+}
+
+VIT_INLINE f64v exp(f64v x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
+  return x;
+}
+
+VIT_INLINE f32v erf(f32v x) {
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = ::erff(x[i]);
+  return x;
+}
+
+VIT_INLINE f64v erf(f64v x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::erf(x[i]);
+  return x;
+}
+
+VIT_INLINE f32v tanh(f32v x) {
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = ::tanhf(x[i]);
+  return x;
+}
+
+VIT_INLINE f64v tanh(f64v x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::tanh(x[i]);
+  return x;
+}
+
+}  // namespace vit::VIT_ISA
