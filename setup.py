@@ -1,4 +1,4 @@
-"""Runs build_backend/native.py where setuptools builds extension modules; everything else is in pyproject.toml."""
+"""Runs build_backend/native.py where setuptools builds extension modules; the rest is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).parent / "build_backend"))
 
-import native  # noqa: E402 - found through the line above
+import native
 
 
 class BuildBackends(build_ext):
-    """Build every backend with CMake, next to the Python files (editable) or into the wheel's folder."""
+    """Build every backend with CMake: into the wheel's folder, or (editable) next to the Python files."""
 
     def run(self) -> None:
         try:
@@ -26,22 +26,17 @@ class BuildBackends(build_ext):
             print(f"vit: {name}: {'built' if record.built else f'skipped: {record.reason}'}", flush=True)
 
     def get_outputs(self) -> list[str]:
-        return [str(self._package(False) / file.name) for file in self._built()]
+        package = self._package(inplace=False)
+        return [str(package / file.name) for file in native.outputs(self._package(self.inplace))]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {str(self._package(False) / file.name): str(file) for file in self._built() if self.inplace}
+        sources = native.outputs(self._package(inplace=True)) if self.inplace else []
+        return {str(self._package(inplace=False) / file.name): str(file) for file in sources}
 
     def _package(self, inplace: bool) -> Path:
         if inplace:
             return Path(self.get_finalized_command("build_py").get_package_dir("vit")).absolute()
         return Path(self.build_lib).absolute() / "vit"
-
-    def _built(self) -> list[Path]:
-        folder = self._package(self.inplace)
-        names = ["_build", *native.backends()]
-        return [
-            file for name in names for file in folder.glob(f"{name if name == '_build' else '_' + name}.*")
-        ]
 
 
 setup(

@@ -1,7 +1,7 @@
 """The build backend: setuptools, plus the compiler wheels that only some builds need.
 
-`pip install .` asks for nothing extra. A CUDA build on a machine without nvcc, or a SYCL build, is fetched its
-compiler or headers only when VIT_BACKENDS names that backend, because they are 100 to 200 MB.
+`pip install .` asks for nothing extra. The CUDA compiler (on a machine without nvcc) and the SYCL headers are
+100 to 200 MB: they become build requirements only when VIT_BACKENDS names that backend.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Builds the native backends: one CMake configure and build per folder of csrc/, all at the same time.
 
-A backend that VIT_BACKENDS names must build. Without that variable whatever can be built is built, and why the
-others were not is kept in vit/_build.json for `vit info`, so a missing or broken compiler never fails an install.
+A backend that VIT_BACKENDS names must build. Without that variable whatever can be built is built, and the
+reason for each other one is kept in vit/_build.json for `vit info`: a missing or broken compiler never fails
+an install.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def backends() -> list[str]:
 
 
 def requested() -> list[str] | None:
-    """The names in VIT_BACKENDS (comma separated), or None when it is unset or empty. "reference" builds nothing."""
+    """The comma-separated names in VIT_BACKENDS ("reference" builds nothing), or None when it is unset."""
     names = [name.strip() for name in os.environ.get("VIT_BACKENDS", "").split(",") if name.strip()]
     known = [*backends(), "reference"]
     unknown = [name for name in names if name not in known]
@@ -59,8 +60,10 @@ def requested() -> list[str] | None:
 def find_nvcc() -> Path | None:
     """nvcc from CUDACXX, PATH, /usr/local/cuda or the nvidia-cuda-nvcc wheel, in this order."""
     named = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    if named or "CUDACXX" in os.environ:
+        return Path(named) if named else None
     candidates = [Path("/usr/local/cuda/bin/nvcc"), *(Path(p) / "nvidia/cu13/bin/nvcc" for p in sys.path)]
-    return Path(named) if named else next(filter(Path.is_file, candidates), None)
+    return next(filter(Path.is_file, candidates), None)
 
 
 def find_sycl() -> Path | None:
@@ -73,6 +76,11 @@ def find_sycl() -> Path | None:
     return next((p for p in candidates if (p / "include/sycl/sycl.hpp").is_file()), None)
 
 
+def outputs(package: Path) -> list[Path]:
+    """The files that `build` left in a package folder."""
+    return sorted(file for name in ["build", *backends()] for file in package.glob(f"_{name}.*"))
+
+
 def build(target: Path, work: Path) -> dict[str, Record]:
     """Build the wanted backends into the package folder `target` and write its _build.json.
 
@@ -81,24 +89,27 @@ def build(target: Path, work: Path) -> dict[str, Record]:
     names, wanted = backends(), requested()
     tried = names if wanted is None else [name for name in names if name in wanted]
     jobs = max(1, _max_jobs() // max(1, len(tried)))
-    for name in names:  # a module from an earlier build must not outlive a failure of this one
-        for stale in target.glob(f"_{name}.*"):
-            stale.unlink()
+    for stale in outputs(target):  # a module from an earlier build must not outlive a failure of this one
+        stale.unlink()
+    records = {name: Record(False, "not named in VIT_BACKENDS") for name in names}
     with ThreadPoolExecutor(max_workers=len(tried) or 1) as pool:
-        results = dict(zip(tried, pool.map(lambda name: _build_one(name, target, work / name, jobs), tried)))
-    records = {name: results.get(name) or Record(False, "not named in VIT_BACKENDS") for name in names}
+        futures = {name: pool.submit(_build_one, name, target, work / name, jobs) for name in tried}
+    records |= {name: future.result() for name, future in futures.items()}
     target.mkdir(parents=True, exist_ok=True)
     text = json.dumps({name: asdict(record) for name, record in records.items()}, indent=2)
     (target / "_build.json").write_text(text + "\n", encoding="utf-8")
-    failed = [name for name in wanted or [] if name in results and not results[name].built]
-    if failed:
-        reasons = "\n".join(f"{name}: {results[name].reason}" for name in failed)
-        raise BuildError(f"VIT_BACKENDS names a backend that cannot be built here.\n{reasons}")
+    failed = [f"{name}: {records[name].reason}" for name in tried if not records[name].built]
+    if wanted and failed:
+        raise BuildError("VIT_BACKENDS names a backend that cannot be built here.\n" + "\n".join(failed))
     return records
 
 
 def _max_jobs() -> int:
-    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    value = os.environ.get("MAX_JOBS", "").strip() or str(cores)
+    if not value.isdigit() or int(value) < 1:
+        raise BuildError(f"MAX_JOBS is {value!r}; it must be a whole number from 1")
+    return int(value)
 
 
 def _build_one(name: str, target: Path, work: Path, jobs: int) -> Record:
@@ -119,7 +130,7 @@ def _build_one(name: str, target: Path, work: Path, jobs: int) -> Record:
 
 
 def _toolchain(name: str) -> tuple[list[str], dict[str, str]]:
-    """CMake arguments and environment variables of a backend. Raises BuildError when its compiler is missing."""
+    """CMake arguments and environment variables; raises BuildError when the backend's compiler is absent."""
     if sys.platform != "linux" or platform.machine() not in PLATFORMS:
         found = f"{platform.system()} {platform.machine()}"
         raise BuildError(f"native backends need Linux on {' or '.join(PLATFORMS)}, this is {found}")
@@ -149,7 +160,7 @@ def _cmake(
     name: str, target: Path, work: Path, jobs: int, arguments: list[str], environment: dict[str, str]
 ) -> dict[str, str]:
     """Run CMake's configure, build and install steps; return what the build recorded about itself."""
-    # Under build isolation ninja, pybind11 and the headers have new paths in each run: an old cache is useless.
+    # Build isolation puts ninja, pybind11 and the headers elsewhere in each run: an old cache is useless.
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     scripts = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
@@ -171,14 +182,9 @@ def _cmake(
     for command in steps:
         with log.open("a", encoding="utf-8") as stream:
             print("$", shlex.join(command), file=stream, flush=True)
-            code = subprocess.run(
-                command,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                check=False,
-            ).returncode
-        if code != 0:
+            env = os.environ | environment
+            run = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=env)
+        if run.returncode != 0:
             text = log.read_text(encoding="utf-8", errors="replace")
             print(f"---- {name} did not build ----\n{text}", file=sys.stderr, flush=True)
             raise BuildError(summarize(text))
@@ -187,7 +193,7 @@ def _cmake(
 
 
 def summarize(log: str, limit: int = 8) -> str:
-    """The lines of a failed build's log that say why: CMake's error block, else the compiler's errors, else the end."""
+    """The lines of a failed log that say why: CMake's error, else the compiler's errors, else the end."""
     if "No CMAKE_CXX_COMPILER could be found" in log:
         return "no C++ compiler found; install g++ or clang, or name one in CXX"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
