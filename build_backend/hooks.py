@@ -12,9 +12,7 @@ import native
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 - the hooks that stay as they are
 
-CUDA_COMPILER = [
-    f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")
-]
+CUDA_COMPILER = [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")]
 # The oldest runtime that the `sycl` extra accepts: a module linked with it loads with every later one.
 SYCL_HEADERS = ["intel-sycl-rt==2026.0.0"]
 
