@@ -74,18 +74,24 @@ BWD = (
 
 
 def fwd_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _new_lse(q) if save else q.new_empty(0)
+
+
+def _new_lse(q: Tensor) -> Tensor:
     b, n, h, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, h, n) if save else (0,), dtype=acc_dtype(q.dtype))
+    return q.new_empty((b, h, n), dtype=acc_dtype(q.dtype))
 
 
-def fwd(backend: NativeBackend, q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor]:
+def fwd(
+    backend: NativeBackend, q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool
+) -> tuple[Tensor, Tensor | None]:
     q, k, v = _heads(q), _heads(k), _heads(v)
-    out, lse = fwd_fake(q, k, v, scale, save)
+    out, lse = q.new_empty(q.shape), _new_lse(q) if save else None
     sizes = _sizes(q, k, v)
     code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
 
     def fields(workspace: int) -> tuple[Any, ...]:
-        return ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse) if save else 0, workspace, *sizes, scale, code, *context
+        return ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse), workspace, *sizes, scale, code, *context
 
     launch(backend, backend.lib.attention_fwd, backend.lib.attention_fwd_workspace, fields, q.device)
     return out, lse

@@ -77,19 +77,23 @@ BWD = (
 def fwd_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    m = x.shape[:-1] if save else (0,)
-    stats = x.new_empty(m, dtype=acc_dtype(x.dtype)), x.new_empty(m, dtype=acc_dtype(x.dtype))
-    return (torch.empty_like(x, memory_format=torch.contiguous_format), *stats)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not save:
+        return y, x.new_empty(0), x.new_empty(0)
+    stats = acc_dtype(x.dtype)
+    return y, x.new_empty(x.shape[:-1], dtype=stats), x.new_empty(x.shape[:-1], dtype=stats)
 
 
 def fwd(
     b: NativeBackend, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x, stride = rows(x)
-    y, mean, rstd = fwd_fake(x, weight, bias, eps, save)
+    y = torch.empty_like(x)
+    mean = x.new_empty(x.shape[:-1], dtype=acc_dtype(x.dtype)) if save else None
+    rstd = torch.empty_like(mean) if mean is not None else None
     c = x.shape[-1]
     b.lib.layer_norm_fwd(
-        ptr(x), ptr(weight), ptr(bias), ptr(y), ptr(mean) if save else 0, ptr(rstd) if save else 0,
+        ptr(x), ptr(weight), ptr(bias), ptr(y), ptr(mean), ptr(rstd),
         x.numel() // c if c else 0, c, stride, eps,
         DTYPE_CODES[x.dtype], DTYPE_CODES[_param_dtype(x, weight, bias)], *b.context(x.device),
     )  # fmt: skip
@@ -108,8 +112,8 @@ def bwd_fake(
     c = x.shape[-1]
     return (
         torch.empty_like(dy) if mask[0] else dy.new_empty(0),
-        x.new_empty(c if mask[1] else 0, dtype=param_dtype),
-        x.new_empty(c if mask[2] else 0, dtype=param_dtype),
+        dy.new_empty(c, dtype=param_dtype) if mask[1] else dy.new_empty(0),
+        dy.new_empty(c, dtype=param_dtype) if mask[2] else dy.new_empty(0),
     )
 
 
@@ -122,21 +126,22 @@ def bwd(
     rstd: Tensor,
     param_dtype: torch.dtype,
     mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, stride = rows(x)
-    grads = bwd_fake(dy, x, weight, mean, rstd, param_dtype, mask)
-    dx, dweight, dbias = (ptr(g) if wanted else 0 for g, wanted in zip(grads, mask, strict=True))
     c = x.shape[-1]
+    dx = torch.empty_like(dy) if mask[0] else None
+    dweight = dy.new_empty(c, dtype=param_dtype) if mask[1] else None
+    dbias = dy.new_empty(c, dtype=param_dtype) if mask[2] else None
     context = b.context(x.device)
 
     def fields(workspace: int) -> tuple[Any, ...]:
         return (
-            ptr(dy), ptr(x), ptr(weight), ptr(mean), ptr(rstd), dx, dweight, dbias, workspace,
+            ptr(dy), ptr(x), ptr(weight), ptr(mean), ptr(rstd), ptr(dx), ptr(dweight), ptr(dbias), workspace,
             x.numel() // c if c else 0, c, stride, DTYPE_CODES[x.dtype], DTYPE_CODES[param_dtype], *context,
         )  # fmt: skip
 
     launch(b, b.lib.layer_norm_bwd, b.lib.layer_norm_bwd_workspace, fields, x.device)
-    return grads
+    return dx, dweight, dbias
 
 
 def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:

@@ -124,18 +124,20 @@ def fwd(
     residual: Tensor | None,
     activation: int,
     save: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     x, x_stride = rows(x)
     weight, weight_stride = rows(weight)
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
-    y, preact = fwd_fake(x, weight, bias, residual, activation, save)
     n, k = weight.shape
+    shape = (*x.shape[:-1], n)
+    y = x.new_empty(shape) if residual is None else torch.empty_like(residual)
+    preact = x.new_empty(shape) if save and activation else None
     context = b.context(x.device)
 
     def fields(workspace: int) -> tuple[Any, ...]:
         return (
-            ptr(x), ptr(weight), ptr(bias), ptr(residual), ptr(y), ptr(preact) if save and activation else 0, workspace,
+            ptr(x), ptr(weight), ptr(bias), ptr(residual), ptr(y), ptr(preact), workspace,
             _rows_of(x), n, k, x_stride, weight_stride, activation,
             DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], DTYPE_CODES[y.dtype], *context,
         )  # fmt: skip
@@ -163,9 +165,9 @@ def bwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = dy.shape[-1]
     return (
-        dy.new_empty((*dy.shape[:-1], weight.shape[1]) if weight is not None and mask[0] else (0,), dtype=dtype),
-        dy.new_empty((n, x.shape[-1]) if x is not None and mask[1] else (0,), dtype=param_dtype),
-        dy.new_empty(n if mask[2] else 0, dtype=param_dtype),
+        dy.new_empty((*dy.shape[:-1], _columns(weight)), dtype=dtype) if mask[0] else dy.new_empty(0),
+        dy.new_empty((n, _columns(x)), dtype=param_dtype) if mask[1] else dy.new_empty(0),
+        dy.new_empty(n, dtype=param_dtype) if mask[2] else dy.new_empty(0),
     )
 
 
@@ -179,23 +181,28 @@ def bwd(
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = bwd_fake(dy, x, weight, preact, activation, dtype, param_dtype, mask)
-    dx, dweight, dbias = (ptr(g) if wanted else 0 for g, wanted in zip(grads, mask, strict=True))
-    k = x.shape[-1] if x is not None else weight.shape[1] if weight is not None else 0
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    n, k = dy.shape[-1], _columns(x if weight is None else weight)
+    dx = dy.new_empty((*dy.shape[:-1], k), dtype=dtype) if mask[0] else None
+    dweight = dy.new_empty((n, k), dtype=param_dtype) if mask[1] else None
+    dbias = dy.new_empty(n, dtype=param_dtype) if mask[2] else None
     x, x_stride = (None, k) if x is None else rows(x)
     weight, weight_stride = (None, k) if weight is None else rows(weight)
     context = b.context(dy.device)
 
     def fields(workspace: int) -> tuple[Any, ...]:
         return (
-            ptr(dy), ptr(x), ptr(weight), ptr(preact), dx, dweight, dbias, workspace,
-            _rows_of(dy), dy.shape[-1], k, x_stride, weight_stride, activation,
+            ptr(dy), ptr(x), ptr(weight), ptr(preact), ptr(dx), ptr(dweight), ptr(dbias), workspace,
+            _rows_of(dy), n, k, x_stride, weight_stride, activation,
             DTYPE_CODES[dtype], DTYPE_CODES[param_dtype], DTYPE_CODES[dy.dtype], *context,
         )  # fmt: skip
 
     launch(b, b.lib.linear_bwd, b.lib.linear_bwd_workspace, fields, dy.device)
-    return grads
+    return dx, dweight, dbias
+
+
+def _columns(matrix: Tensor | None) -> int:
+    return 0 if matrix is None else matrix.shape[-1]
 
 
 def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:

@@ -90,18 +90,20 @@ def fwd(backend: NativeBackend, a: Tensor, b: Tensor, save: bool) -> Tensor:
 
 
 def bwd_fake(dc: Tensor, a: Tensor, b: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape if mask[0] else (0,)), b.new_empty(b.shape if mask[1] else (0,))
+    return dc.new_empty(a.shape if mask[0] else (0,)), dc.new_empty(b.shape if mask[1] else (0,))
 
 
-def bwd(backend: NativeBackend, dc: Tensor, a: Tensor, b: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor]:
-    grads = bwd_fake(dc, a, b, mask)
-    da, db = (ptr(g) if wanted else 0 for g, wanted in zip(grads, mask, strict=True))
+def bwd(
+    backend: NativeBackend, dc: Tensor, a: Tensor, b: Tensor, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    da = dc.new_empty(a.shape) if mask[0] else None
+    db = dc.new_empty(b.shape) if mask[1] else None
 
     def fields(workspace: int) -> tuple[Any, ...]:
-        return ptr(dc), ptr(a), ptr(b), da, db, workspace, *_sizes(backend, a, b)
+        return ptr(dc), ptr(a), ptr(b), ptr(da), ptr(db), workspace, *_sizes(backend, a, b)
 
     launch(backend, backend.lib.matmul_bwd, backend.lib.matmul_bwd_workspace, fields, a.device)
-    return grads
+    return da, db
 
 
 def _sizes(backend: NativeBackend, a: Tensor, b: Tensor) -> tuple[Any, ...]:

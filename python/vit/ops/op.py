@@ -44,7 +44,8 @@ class Op:
     reference   the formula in plain PyTorch, with the public arguments; the oracle of all kernels
     arguments   public arguments -> the arguments of the forward kernel (casts, shapes), and what to do with its result
     fwd_schema, fwd_fake, fwd   schema, shape function and launcher of the forward kernel; its last argument `save`
-                says whether the backward will follow, and its first output is the result
+                says whether the backward will follow, and its first output is the result. What is not computed is
+                None from a launcher, `first argument.new_empty(0)` from a fake (a schema has no optional outputs)
     bwd_schema, bwd_fake, bwd   the same of the backward kernel
     save        (ctx, args, outputs): keep what backward needs
     backward    (ctx, bwd, dy): gradients for each argument of the forward kernel, None where not wanted
@@ -268,8 +269,13 @@ _LIBRARIES: list[torch.library.Library] = []  # a Library undefines its ops when
 
 
 def _launcher(launch: Callable[..., Any], record: NativeBackend) -> Callable[..., Any]:
+    """A launcher as torch wants an op: what was not computed (None) is an empty tensor, as the fakes say."""
+
     def call(*args: Any) -> Any:
-        return launch(record, *args)
+        outputs = launch(record, *args)
+        if not isinstance(outputs, tuple):
+            return outputs
+        return tuple(args[0].new_empty(0) if y is None else y for y in outputs)
 
     return call
 
