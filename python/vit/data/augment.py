@@ -1,0 +1,92 @@
+"""Training-time changes to images. Each takes a PIL image and a random generator and returns a PIL image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+from PIL import Image
+
+
+class Augment(Protocol):
+    """A random change of one image; `resizes` says that it also brings the image to the model's size."""
+
+    resizes: ClassVar[bool]
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A small rotation, shear, scaling and shift about the image's centre; what enters at the border is
+    `fill`.
+
+    rotate and shear in degrees, scale and shift as fractions of the image's size; each is drawn uniformly
+    from [-value, value].
+    """
+
+    resizes: ClassVar[bool] = False
+
+    rotate: float = 8.0
+    shear: float = 5.0
+    scale: float = 0.1
+    shift: float = 0.06
+    fill: int = 0
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        angle, shear, scale, right, down = rng.uniform(-1.0, 1.0, 5).tolist()
+        angle, shear = math.radians(self.rotate * angle), math.tan(math.radians(self.shear * shear))
+        scale = 1.0 / (1.0 + self.scale * scale)
+        width, height = image.size
+        # PIL asks, for every pixel of the result, where it comes from: p = A (q - centre) + centre + shift.
+        cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+        a, b, d, e = cos, sin + shear * cos, -sin, cos - shear * sin
+        x, y = width / 2, height / 2
+        c = x - a * x - b * y + self.shift * right * width
+        f = y - d * x - e * y + self.shift * down * height
+        return image.transform(
+            image.size,
+            Image.Transform.AFFINE,
+            (a, b, c, d, e, f),
+            Image.Resampling.BILINEAR,
+            fillcolor=self.fill,
+        )
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """A random part of the image (area and aspect ratio drawn), resized to `size`, and a mirror image half
+    the time.
+
+    size: (height, width) of the result; area: smallest part of the image's area; aspect: widest width /
+        height ratio
+    """
+
+    resizes: ClassVar[bool] = True
+
+    size: tuple[int, int]
+    area: float = 0.35
+    aspect: float = 4 / 3
+    flip: bool = True
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        area, aspect, left, top, mirror = rng.uniform(0.0, 1.0, 5).tolist()
+        width, height = image.size
+        target = width * height * (self.area + (1.0 - self.area) * area)
+        ratio = math.exp((2.0 * aspect - 1.0) * math.log(self.aspect))
+        w = min(width, max(1, round(math.sqrt(target * ratio))))
+        h = min(height, max(1, round(math.sqrt(target / ratio))))
+        x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
+        box = (x, y, min(width, x + w), min(height, y + h))
+        image = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)
+        if self.flip and mirror < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+
+def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of one image in one epoch: the same whatever the worker, the batch or an
+    interruption."""
+    return np.random.Generator(np.random.Philox(key=[seed & (1 << 64) - 1, (epoch << 40) + index]))

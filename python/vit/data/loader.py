@@ -1,0 +1,108 @@
+"""From samples to batches. Every random choice is a function of (seed, epoch, image), never of a generator's
+history.
+
+So an epoch can be entered at any batch, by any number of workers, and gives the same numbers: nothing to
+save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .augment import Augment, generator
+from .preprocess import Preprocess
+from .samples import Samples
+
+Key = tuple[int, int]  # epoch, index of the image
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """(epoch, index) -> (image [C, H, W] float32, class index).
+
+    Without `augment` the image is `preprocess(image)`, whatever the epoch: exactly what evaluation and
+    prediction use. With it, the augmentation stands between the colour mode and size on one side and the
+    normalisation on the other.
+    """
+
+    def __init__(
+        self, samples: Samples, preprocess: Preprocess, augment: Augment | None = None, seed: int = 0
+    ) -> None:
+        self.samples = samples
+        self.preprocess = preprocess
+        self.augment = augment
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        epoch, index = key
+        image = self.samples.image(index)
+        label = int(self.samples.labels[index])
+        if self.augment is None:
+            return self.preprocess(image), label
+        image = self.preprocess.convert(image)
+        if not self.augment.resizes:
+            image = self.preprocess.resize(image)
+        image = self.augment(image, generator(self.seed, epoch, index))
+        return self.preprocess.normalize(image), label
+
+
+class EpochBatches:
+    """The training batches of one process: lists of (epoch, index), each epoch in its own order, remainders
+    dropped.
+
+    Set `epoch` and `start` (batches to leave out) before iterating. Ranks take turns at the images, so that
+    together they see what one process with `world` times the batch size would.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world = rank, world
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.count // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(self.count)
+        stride = self.batch_size * self.world
+        for batch in range(self.start, len(self)):
+            indices = order[batch * stride + self.rank : (batch + 1) * stride : self.world]
+            yield [(self.epoch, int(i)) for i in indices]
+
+
+class InOrder:
+    """The evaluation batches of one process: every image once, in order; rank r of w takes images r, r + w,
+    ..."""
+
+    def __init__(self, count: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.indices = range(rank, count, world)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, i) for i in self.indices[start : start + self.batch_size]]
+
+
+def loader(
+    images: Images, batches: EpochBatches | InOrder, workers: int, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """A DataLoader over those batches: (images [B, C, H, W] float32, labels [B] int64)."""
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+    )

@@ -1,0 +1,23 @@
+"""Optional dependencies: imported where they are used, with an error that names the extra which installs
+them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class MissingExtra(ImportError):
+    """A package that only some commands need is not installed; the text says how to install it."""
+
+
+def require(module: str, extra: str) -> Any:
+    """The imported module; MissingExtra names the extra of this distribution that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:  # the package is there, one of its own imports is not
+            raise
+        raise MissingExtra(
+            f"vit: this needs {error.name}, which is not installed; run: pip install 'vit-kernels[{extra}]'"
+        ) from error

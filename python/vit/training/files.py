@@ -1,0 +1,61 @@
+"""Files that are either the old version or the new one, never a part of it, whatever happens while
+writing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write to; on success its content is on the disk and takes the place of
+    `path`.
+
+    After any error, a full disk included, `path` is what it was and the temporary file is gone. A kill leaves
+    the temporary file behind, under one fixed name that the next write reuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(
+                file.fileno()
+            ).st_mode  # what the user's umask gives; safetensors makes private files
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the content of a text file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: str, offset: int) -> int:
+    """Cuts the file at `offset`, writes the line there and returns the offset behind it, all of it on the
+    disk."""
+    with open(path, "ab") as file:
+        file.truncate(offset)
+        file.seek(offset)
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

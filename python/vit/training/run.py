@@ -1,0 +1,152 @@
+"""The run folder: everything one training leaves behind, and enough to evaluate it, use it and go on with it.
+
+config.yaml         every option, with the recipe's values filled in
+model.json          name, arguments of vit.create, class names, preprocessing
+best.safetensors    the weights kept: best validation accuracy
+metrics.jsonl       one line per epoch, then one with the test figures; raw values
+checkpoint.safetensors   the whole state of the training, for --resume
+curves.png, confusion.png   pictures of metrics.jsonl and of the test images
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import vit
+
+from ..data import DataError, Samples, Source, open_source
+from .config import TrainConfig, from_mapping, read_yaml
+from .evaluate import Evaluation, evaluate
+from .files import append_line, replacing, write_text
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: its path, the resolved configuration and the content of model.json."""
+
+    path: Path
+    config: TrainConfig
+    model: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "best.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @classmethod
+    def create(cls, path: Path, config: TrainConfig, model: dict[str, Any]) -> Run:
+        """Makes the folder and writes config.yaml and model.json."""
+        run = cls(path, config, model)
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "config.yaml", config.to_yaml())
+        write_text(path / "model.json", json.dumps(model, indent=2) + "\n")
+        write_text(run.metrics, "")
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run in an existing folder; ValueError when files are missing or damaged."""
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"vit: {path} is not a run folder: no such folder")
+        for name in ("config.yaml", "model.json"):
+            if not (path / name).is_file():
+                raise ValueError(f"vit: {path} is not a run folder of vit train: it has no {name}")
+        config = from_mapping(read_yaml(path / "config.yaml"), str(path / "config.yaml"))
+        try:
+            model = json.loads((path / "model.json").read_text(encoding="utf-8"))
+            missing = {"name", "arch", "class_names", "preprocess"} - set(model)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"vit: {path / 'model.json'} is damaged: {error}") from error
+        if missing:
+            raise ValueError(f"vit: {path / 'model.json'} lacks {', '.join(sorted(missing))}")
+        return cls(path, config, model)
+
+    def source(self, data: str | None = None) -> Source:
+        """The run's data, or other `data` of the same classes, as it was found."""
+        config = self.config
+        source = open_source(data or config.data, config.bad_images, config.validate)
+        if list(source.class_names) != self.model["class_names"]:
+            raise DataError(
+                f"vit: {data or config.data} has the classes {list(source.class_names)}, "
+                f"{self.path} was trained on {self.model['class_names']}"
+            )
+        return source
+
+    def samples(self, split: str | None, data: str | None) -> Samples:
+        """One split ("train", "val", "test", "all") of the run's data or of other `data`.
+
+        None means "test" for the run's own data and "all" for other data.
+        """
+        source = self.source(data)
+        split = split or ("all" if data else "test")
+        if split == "all":
+            return Samples.concatenate(list(source.splits.values()))
+        if split == "train" or split not in source.splits:
+            config = self.config
+            source = source.divided(config.val_fraction, config.test_fraction, config.split_seed)
+        return source.splits[split]
+
+    def load(self, backend: str | None = None) -> Any:
+        """The kept model, planned for inference."""
+        if not self.weights.is_file():
+            raise ValueError(f"vit: {self.path} has no {self.weights.name} yet: no epoch was finished")
+        return vit.create(weights=self.path, backend=backend or self.config.backend, training=False)
+
+    def evaluate(
+        self,
+        split: str | None = None,
+        data: str | None = None,
+        backend: str | None = None,
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> Evaluation:
+        """Accuracy and loss of the kept model; the defaults repeat what the training logged, to the last
+        bit."""
+        samples = self.samples(split, data)
+        return evaluate(
+            self.load(backend),
+            samples,
+            batch_size or self.config.batch_size or 1,
+            self.config.workers if workers is None else workers,
+        )
+
+    def save_weights(self, state: dict[str, Any]) -> None:
+        """Replaces best.safetensors."""
+        from safetensors.torch import save_file
+
+        with replacing(self.weights) as temporary:
+            save_file(state, temporary)
+
+    def log(self, values: dict[str, Any], offset: int) -> int:
+        """Writes one line of metrics.jsonl at `offset`; returns the offset behind it."""
+        return append_line(self.metrics, json.dumps(values), offset)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def new_path(out: str | Path | None, data: str) -> Path:
+    """Where a new run goes: `out` if it is free, else runs/<data>-<n> with the next free number."""
+    if out is not None:
+        path = Path(out)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(
+                f"vit: {path} exists already; go on with it (vit train --resume {path}) or give another --out"
+            )
+        return path
+    number = 1
+    while (path := Path("runs") / f"{data}-{number}").exists():
+        number += 1
+    return path

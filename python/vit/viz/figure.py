@@ -1,0 +1,24 @@
+"""A matplotlib figure that needs no display and touches no global state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..extras import require
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of that size in inches, drawn by the Agg renderer."""
+    require("matplotlib", "train")
+    figure = require("matplotlib.figure", "train").Figure(figsize=(width, height), layout="constrained")
+    require("matplotlib.backends.backend_agg", "train").FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Replaces the picture at `path`."""
+    from ..training.files import replacing
+
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
