@@ -85,10 +85,11 @@ def arguments(
                 f"vit.ops.linear: residual must have the shape of the result {[*x.shape[:-1], weight.shape[0]]}, "
                 f"got {list(residual.shape)}"
             )
-        out = torch.promote_types(x.dtype, residual.dtype)
-        if out not in (x.dtype, torch.float32):
-            raise ValueError(f"vit.ops.linear: residual {residual.dtype} does not go with x {x.dtype}")
-        residual = residual.to(out)
+        if residual.dtype != x.dtype:  # the sum is in the wider type, as torch promotes
+            out = torch.promote_types(x.dtype, residual.dtype)
+            if out not in (x.dtype, torch.float32):
+                raise ValueError(f"vit.ops.linear: residual {residual.dtype} does not go with x {x.dtype}")
+            residual = residual.to(out)
     return (x, weight, bias, residual, code), None
 
 
