@@ -118,7 +118,7 @@ class Preprocess:
             raise ValueError(
                 f"vit: preprocess: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}"
             )
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        return cls(**values)
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) after the resize, rounded as the two tools do that made the published figures."""
@@ -126,7 +126,8 @@ class Preprocess:
         if height == width:
             short = min(image.size)
             # The shorter side becomes exactly `height`; the longer is truncated.
-            return tuple(height if side == short else int(height * side / short) for side in image.size)
+            w, h = (height if side == short else int(height * side / short) for side in image.size)
+            return w, h
         ratio = min(image.height / height, image.width / width)
         return round(image.width / ratio), round(image.height / ratio)
 

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .vision_transformer import VisionTransformer
 
 SCHEMES = ("", "jax", "jax_nlhb", "moco", "reset", "skip")
 
@@ -39,7 +43,7 @@ def trunc_normal(tensor: Tensor, std: float, bound: float = 6.0) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, scheme: str, num_classes: int) -> None:
+def init_weights(model: VisionTransformer, scheme: str, num_classes: int) -> None:
     """Initialises a freshly built VisionTransformer in place."""
     if scheme == "skip":
         return
@@ -48,8 +52,8 @@ def init_weights(model: nn.Module, scheme: str, num_classes: int) -> None:
     if model.cls_token is not None:
         nn.init.normal_(model.cls_token, std=1e-6)
     for name, module in _depth_first(model):
-        if name == "patch_embed.proj":
-            _init_patch_projection(module, scheme)
+        if module is model.patch_embed.proj:
+            _init_patch_projection(model.patch_embed.proj, scheme)
         elif isinstance(module, nn.Linear):
             init_linear(module, name, scheme, num_classes)
 
@@ -87,13 +91,13 @@ def init_linear(linear: nn.Linear, name: str, scheme: str, num_classes: int) -> 
         _zero_bias(linear)
 
 
-def _init_patch_projection(projection: nn.Module, scheme: str) -> None:
+def _init_patch_projection(projection: nn.Conv2d | nn.Linear, scheme: str) -> None:
     if scheme.startswith("jax"):
         fan_in = projection.weight[0].numel()
         trunc_normal(projection.weight, math.sqrt(1 / fan_in) / TRUNCATED_STD, bound=2.0)
         _zero_bias(projection)
 
 
-def _zero_bias(module: nn.Module) -> None:
+def _zero_bias(module: nn.Conv2d | nn.Linear) -> None:
     if module.bias is not None:
         nn.init.zeros_(module.bias)

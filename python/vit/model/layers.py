@@ -12,16 +12,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .planned import CallsOps
 
 PATCH_LAYOUTS = ("conv", "linear")
 
 
-class LayerNorm(nn.LayerNorm):
-    """layer_norm over the last dimension; eps is 1e-6, the value all published ViT weights were trained
-    with."""
-
-    ops: Any = ops
+class LayerNorm(CallsOps, nn.LayerNorm):
+    """layer_norm over the last dimension; eps 1e-6 is what all published ViT weights were trained with."""
 
     def __init__(self, dim: int, eps: float = 1e-6, **factory: Any) -> None:
         super().__init__(dim, eps=eps, **factory)
@@ -30,10 +27,8 @@ class LayerNorm(nn.LayerNorm):
         return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class Linear(nn.Linear):
+class Linear(CallsOps, nn.Linear):
     """activation(x weight^T + bias) + residual in one op."""
-
-    ops: Any = ops
 
     def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         return self.ops.linear(x, self.weight, self.bias, activation, residual)
@@ -58,7 +53,7 @@ class DropPath(nn.Module):
         return f"rate={self.rate:g}"
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(CallsOps, nn.Module):
     """Cuts an image into patches and projects each: [B, C, H, W] -> [B, N, dim].
 
     A convolution whose stride is its kernel size is one matrix product over the patches, and that is how it
@@ -68,8 +63,6 @@ class PatchEmbed(nn.Module):
     Raises ValueError for an image side that is not a multiple of the patch, unless `dynamic_pad`: then the
     bottom and the right edge are padded with zeros.
     """
-
-    ops: Any = ops
 
     def __init__(
         self,
@@ -89,10 +82,9 @@ class PatchEmbed(nn.Module):
         self.grid_size = self._grid(*img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.patch_values = in_chans * patch_size[0] * patch_size[1]
+        self.proj: nn.Conv2d | nn.Linear
         if layout == "conv":
-            self.proj: nn.Module = nn.Conv2d(
-                in_chans, dim, kernel_size=patch_size, stride=patch_size, **factory
-            )
+            self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **factory)
         elif layout == "linear":
             self.proj = nn.Linear(self.patch_values, dim, **factory)
         else:
@@ -111,33 +103,31 @@ class PatchEmbed(nn.Module):
         patch_h, patch_w = self.patch_size
         if (height % patch_h or width % patch_w) and not self.dynamic_pad:
             raise ValueError(
-                f"vit: the image size {height} x {width} is not a multiple of the patch size {patch_h} x "
+                f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x "
                 f"{patch_w}; "
-                "choose another img_size or patch_size, or pass dynamic_pad=True to pad the bottom and "
-                "right edges"
+                "choose another img_size or patch_size, or dynamic_pad=True to pad the bottom and right edges"
             )
         if height < 1 or width < 1:
             raise ValueError(f"vit: the image size {height} x {width} is empty")
         return -(-height // patch_h), -(-width // patch_w)
 
     def _check(self, images: Tensor) -> None:
-        shape = tuple(images.shape)
+        height, width = self.img_size
         if images.ndim != 4:
+            hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
             raise ValueError(
-                f"vit: images must be [B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}], got "
-                f"{list(shape)}" + ("; add the batch dimension: images[None]" if images.ndim == 3 else "")
+                f"vit: images must be [B, {self.in_chans}, {height}, {width}], got {list(images.shape)}{hint}"
             )
-        if shape[1] != self.in_chans:
-            hint = (
-                "; the channels stand last: images.permute(0, 3, 1, 2)" if shape[3] == self.in_chans else ""
-            )
-            raise ValueError(f"vit: images have {shape[1]} channels, the model takes {self.in_chans}{hint}")
-        if shape[2:] != self.img_size and not (self.dynamic_pad and self._grid(*shape[2:]) == self.grid_size):
-            raise ValueError(
-                f"vit: images are {shape[2]} x {shape[3]}, the model takes {self.img_size[0]} x "
-                f"{self.img_size[1]}; "
-                "resize them (model.preprocess does) or create the model with img_size=(height, width)"
-            )
+        channels, *size = images.shape[1:]
+        if channels != self.in_chans:
+            last = "; the channels stand last: images.permute(0, 3, 1, 2)" if size[1] == self.in_chans else ""
+            raise ValueError(f"vit: images have {channels} channels, the model takes {self.in_chans}{last}")
+        if tuple(size) == self.img_size or (self.dynamic_pad and self._grid(*size) == self.grid_size):
+            return
+        raise ValueError(
+            f"vit: images are {size[0]} x {size[1]}, the model takes {height} x {width}; resize them "
+            "(model.preprocess does) or create the model with img_size=(height, width)"
+        )
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -147,9 +137,8 @@ class PatchEmbed(nn.Module):
         weight = state_dict.get(key)
         if (
             weight is not None
-            and weight.ndim != own.ndim
-            and len(weight) == len(own)
-            and weight.numel() == own.numel()
+            and {weight.ndim, own.ndim} == {2, 4}
+            and weight.flatten(1).shape == own.flatten(1).shape
         ):
             state_dict[key] = weight.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -181,8 +170,8 @@ def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid: tuple[i
     B, N, K = patches.shape
     if grid[0] * grid[1] != N or K % (P * Q):
         raise ValueError(
-            f"vit: unpatchify: {N} patches of {K} values do not fill a {grid[0]} x {grid[1]} grid of {P} "
-            f"x {Q} patches"
+            f"vit: unpatchify: {N} patches of {K} values do not fill a {grid[0]} x {grid[1]} grid "
+            f"of {P} x {Q} patches"
         )
     x = patches.reshape(B, *grid, -1, P, Q)  # [B, gh, gw, C, P, Q]
     x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, gh, P, gw, Q]

@@ -12,7 +12,7 @@ mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,21 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import ops
-from ..backends import Plan, Spec, make_plan
+from ..backends import Spec
 from ..data.preprocess import Preprocess
 from . import init, pos_embed
 from .layers import DropPath, LayerNorm, Linear, PatchEmbed, pair
+from .planned import CallsOps, Planned
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 POOLS = ("token", "avg", "")
 POSITIONS = ("learned", "sincos2d", "none")
 
 
-class Attention(nn.Module):
+class Attention(CallsOps, nn.Module):
     """proj(attention(q, k, v)) with q, k, v from one packed projection: [B, N, C] -> [B, N, C]."""
-
-    ops: Any = ops
 
     def __init__(
         self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, **factory: Any
@@ -49,7 +47,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         B, N, C = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)  # [B, N, H, D] each: views, the kernels take the strides
         if self.training and self.attn_drop > 0.0:
             x = _attention_with_dropout(q, k, v, self.attn_drop)
@@ -59,8 +57,7 @@ class Attention(nn.Module):
 
 
 def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, rate: float) -> Tensor:
-    """Attention with dropped probabilities, [B, N, H, D]: plain PyTorch on every backend that allows it at
-    all."""
+    """Attention with dropped probabilities, [B, N, H, D]: plain PyTorch, since no native backend has it."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
     return F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2)
 
@@ -115,7 +112,7 @@ class Block(nn.Module):
         return self.mlp(self.norm2(x), residual=x)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Planned):
     """images [B, in_chans, height, width] -> logits [B, num_classes].
 
     Sizes: img_size and patch_size are one side or (height, width); img_size must be a multiple of patch_size
@@ -204,12 +201,12 @@ class VisionTransformer(nn.Module):
         self.weight_init = weight_init
         self.grad_checkpointing = False
 
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_embed = PatchEmbed(
             pair(img_size), pair(patch_size), in_chans, embed_dim, patch_embed, dynamic_pad, **factory
         )
-        # Here, so that a refusal comes before the large part is built.
-        self._plan = self._make_plan(self.device, self.dtype, training)
+        # Now, so that a refusal comes before the large part is built.
+        self._plan = self.plan_for(self.device, self.dtype, training)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if class_token else None
         self._add_pos_embed(pos_embed, factory)
         self.pos_drop = nn.Dropout(pos_drop_rate)
@@ -239,7 +236,7 @@ class VisionTransformer(nn.Module):
         init.init_weights(self, weight_init, num_classes)
 
         self.preprocess = Preprocess(self.patch_embed.img_size, in_chans=in_chans)
-        self._bind(self._plan)
+        self.bind(self._plan)
         self.train(training)
 
     def _add_pos_embed(self, kind: str, factory: dict[str, Any]) -> None:
@@ -282,8 +279,7 @@ class VisionTransformer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """tokens [B, N, C] -> [B, C]: the class token or the mean of the patch tokens; all tokens for pool
-        ""."""
+        """tokens [B, N, C] -> the class token or the mean of the patch tokens [B, C]; all of them for ""."""
         if self.global_pool == "token":
             return tokens[:, 0]
         if self.global_pool == "avg":
@@ -311,15 +307,14 @@ class VisionTransformer(nn.Module):
         wanted = _block_indices(indices, len(self.blocks))
         last = max(wanted) if stop_early else len(self.blocks) - 1
         tokens = self.embed(images)
-        taken = []
+        taken: list[Any] = []
         for i, block in enumerate(self.blocks[: last + 1]):
             tokens = self._run_block(block, tokens)
             if i in wanted:
                 taken.append(self._split_prefix(self.norm(tokens) if norm else tokens, output_fmt))
-        intermediates = (
-            taken if return_prefix_tokens and self.num_prefix_tokens else [patches for patches, _ in taken]
-        )
-        return intermediates if intermediates_only else (self.norm(tokens), intermediates)
+        if not (return_prefix_tokens and self.num_prefix_tokens):
+            taken = [patches for patches, _ in taken]
+        return taken if intermediates_only else (self.norm(tokens), taken)
 
     def get_intermediate_layers(
         self,
@@ -357,9 +352,8 @@ class VisionTransformer(nn.Module):
             return
         if not images.is_floating_point():
             raise ValueError(
-                f"vit: images are {images.dtype}, not normalised floating point; model.preprocess makes "
-                "them from "
-                "PIL images"
+                f"vit: images are {images.dtype}, not normalised floating point; model.preprocess makes them "
+                "from PIL images"
             )
         if not torch.is_autocast_enabled(images.device.type):
             raise ValueError(
@@ -367,88 +361,30 @@ class VisionTransformer(nn.Module):
                 "use images.to(model.dtype) or model.to(images.dtype)"
             )
 
-    # ---- the plan: which backend runs which op ----
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are; images must be there too."""
-        return self.patch_embed.proj.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the parameters; images must have it too, except under autocast."""
-        return self.patch_embed.proj.weight.dtype
-
-    @property
-    def plan(self) -> dict[str, str]:
-        """op -> the backend that runs it."""
-        return dict(self._plan)
-
-    def explain(self) -> str:
-        """A table: op, the backend that runs it, and why each better candidate was refused."""
-        return self._plan.explain()
-
-    def _specs(self, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
+    def specs(self, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
         """Everything the forward asks of the ops."""
-        C, H, N = self.embed_dim, self.num_heads, self.num_prefix_tokens + self.patch_embed.num_patches
+        C, H, hidden = self.embed_dim, self.num_heads, self.mlp_hidden
+        patches = self.patch_embed.num_patches
+        N = self.num_prefix_tokens + patches
 
         def spec(op: str, options: Mapping[str, Any] | None = None, **shapes: tuple[int | str, ...]) -> Spec:
             return Spec(op, dtype, shapes, training, options or {}, device.type)
 
-        def linear(tokens: int, inputs: int, outputs: int, activation: str | None = None) -> Spec:
-            options = {"activation": activation} if activation else {}
+        def linear(tokens: int, inputs: int, outputs: int, **options: Any) -> Spec:
             return spec("linear", options, x=("*", tokens, inputs), weight=(outputs, inputs))
 
         heads = ("*", N, H, C // H)
         dropout = {"dropout": self.attn_drop_rate} if training and self.attn_drop_rate else {}
-        specs = [
-            linear(self.patch_embed.num_patches, self.patch_embed.patch_values, C),
+        return [
+            linear(patches, self.patch_embed.patch_values, C),
             spec("layer_norm", x=("*", N, C), weight=(C,)),
             linear(N, C, 3 * C),
             spec("attention", dropout, q=heads, k=heads, v=heads),
             linear(N, C, C),
-            linear(N, C, self.mlp_hidden, self.act_layer),
-            linear(N, self.mlp_hidden, C),
+            linear(N, C, hidden, activation=self.act_layer),
+            linear(N, hidden, C),
+            *([linear(1, C, self.num_classes)] if self.num_classes else []),
         ]
-        if self.num_classes:
-            specs.append(linear(1, C, self.num_classes))
-        return specs
-
-    def _make_plan(self, device: torch.device, dtype: torch.dtype, training: bool) -> Plan:
-        self._plan_training = training
-        return make_plan(self.backend, self._specs(device, dtype, training), self.name)
-
-    def _bind(self, plan: Plan) -> None:
-        self._plan = plan
-        for module in self.modules():
-            if hasattr(module, "ops"):
-                module.ops = plan.ops
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTransformer:
-        """What .to, .half, .cuda and the like come down to. A refused device or dtype leaves the model as it
-        was."""
-        probe = fn(torch.empty(0, device=self.device, dtype=self.dtype))
-        moved = (probe.device, probe.dtype) != (self.device, self.dtype)
-        plan = self._make_plan(probe.device, probe.dtype, self._plan_training) if moved else self._plan
-        super()._apply(fn, recurse)
-        self._bind(plan)
-        return self
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As torch's; with assign=True the tensors may bring another device or dtype, and the plan
-        follows."""
-        result = super().load_state_dict(state_dict, strict, assign)
-        if assign:
-            self._bind(self._make_plan(self.device, self.dtype, self._plan_training))
-        return result
-
-    def train(self, mode: bool = True) -> VisionTransformer:
-        """Training or evaluation mode. A model created with training=False gets its backward planned here."""
-        if mode and not self._plan_training:
-            self._bind(self._make_plan(self.device, self.dtype, training=True))
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"{self.name}, backend={self.backend!r} (runs on {self._plan!r})"
@@ -460,8 +396,7 @@ class VisionTransformer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a freshly initialised one; the norm keeps its place. num_classes 0 returns
-        features."""
+        """Replaces the head by a newly initialised one; 0 removes it. The last norm keeps its place."""
         if global_pool is not None:
             _check_choice("global_pool", global_pool, POOLS)
             if global_pool == "token" and not self.num_prefix_tokens:
@@ -475,7 +410,7 @@ class VisionTransformer(nn.Module):
             self.head = Linear(self.embed_dim, num_classes, device=self.device, dtype=self.dtype)
             init.init_linear(self.head, "head", self.weight_init, num_classes)
         self.head.train(self.training)
-        self._bind(self._make_plan(self.device, self.dtype, self._plan_training))
+        self.replan()
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone."""
