@@ -429,13 +429,13 @@ class VisionTransformer(Planned):
 
 
 def _block_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
+    """Positions of the wanted blocks in rising order; None is all, a number the last ones."""
     if indices is None:
         return list(range(depth))
-    wanted = range(depth - indices, depth) if isinstance(indices, int) else indices
-    resolved = sorted({i + depth if i < 0 else i for i in wanted})
-    if not resolved or resolved[0] < 0 or resolved[-1] >= depth:
+    wanted = range(-indices, 0) if isinstance(indices, int) else indices
+    if not wanted or min(wanted) < -depth or max(wanted) >= depth:
         raise ValueError(f"vit: block indices {indices} do not lie in the model's {depth} blocks")
-    return resolved
+    return sorted({i % depth for i in wanted})
 
 
 def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:
