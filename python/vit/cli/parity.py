@@ -1,0 +1,135 @@
+"""`vit parity`: holds a backend's kernels to the float64 reference, on the machine it is run on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vit.testing.cases import DTYPES, GPU_DTYPES, Case
+from vit.testing.problems import DEFINITIONS
+
+HELP = "check the kernels of a backend against the float64 reference"
+
+GROUPS = ("regular", "odd", "corner", "large")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs every case of the list (vit.testing.CASES) on a backend: its output and each gradient must lie "
+        "within twice the error of PyTorch's own op in that dtype, plus noise, of the float64 reference. "
+        "Exit code 0: all passed, 1: a case failed or the backend cannot run here, 2: bad usage."
+    )
+    parser.add_argument("--backend", default="cpu", help="cpu, cuda, sycl, reference (default: %(default)s)")
+    parser.add_argument("--device", help="torch device of the inputs (default: the backend's own)")
+    parser.add_argument("--op", action="append", choices=tuple(DEFINITIONS), help="only this op (repeatable)")
+    parser.add_argument("--group", action="append", choices=GROUPS, help="only this group (repeatable)")
+    dtypes = sorted({*DTYPES, *GPU_DTYPES})
+    parser.add_argument("--dtype", action="append", choices=dtypes, help="only this dtype (repeatable)")
+    parser.add_argument("--direction", choices=("fwd", "bwd"), help="only outputs, or outputs and gradients")
+    parser.add_argument("--pattern", metavar="REGEX", help="only cases whose id matches")
+    parser.add_argument("--list", action="store_true", help="print the ids of the selected cases and stop")
+    parser.add_argument(
+        "--json", metavar="FILE", nargs="?", const="-", help="verdicts as JSON, to standard output or FILE"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from vit import testing
+    from vit.backends import get
+
+    try:
+        backend = get(args.backend)
+        pattern = re.compile(args.pattern) if args.pattern else None
+    except (ValueError, re.error) as error:
+        print(f"vit parity: {error}", file=sys.stderr)
+        return 2
+    if why := backend.unavailable():
+        print(f"vit parity: backend '{args.backend}' cannot be used: {why}", file=sys.stderr)
+        return 1
+    device = torch.device(args.device) if args.device else backend.default_device()
+    cases = testing.cases(
+        device.type,
+        ops=args.op,
+        groups=args.group,
+        dtypes=args.dtype,
+        directions=[args.direction] if args.direction else None,
+        pattern=pattern.pattern if pattern else None,
+    )
+    if not cases:
+        print("vit parity: no case matches; `vit parity --list` prints all ids", file=sys.stderr)
+        return 2
+    if args.list:
+        print("\n".join(case.id for case in cases))
+        return 0
+
+    ops = testing.backend_ops(args.backend)
+    to_stdout = args.json == "-"
+    results = []
+    out = sys.stderr if to_stdout else sys.stdout
+    with _progress(cases) as step:
+        for case in cases:
+            result = testing.run(case, ops, device)
+            step(case)
+            results.append(result)
+            if not result.ok:
+                print(
+                    ("SKIPPED " if result.skipped else "FAILED ") + (result.text or case.id),
+                    file=out,
+                    flush=True,
+                )
+    failed = sum(not r.ok and not r.skipped for r in results)
+    skipped = sum(r.skipped for r in results)
+    report = {
+        "backend": args.backend,
+        "device": str(device),
+        "passed": len(results) - failed - skipped,
+        "failed": failed,
+        "skipped": skipped,
+        "cases": [r.record() for r in results],
+    }
+    _print_table(results, out)
+    print(
+        f"{args.backend} on {device}: {report['passed']} passed, {failed} failed, {skipped} skipped", file=out
+    )
+    if to_stdout:
+        print(json.dumps(report))
+    elif args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+    return 1 if failed else 0
+
+
+@contextmanager
+def _progress(cases: list[Case]) -> Iterator[Any]:
+    """Calls step(case) after each case: a bar on a terminal when rich is there, else nothing."""
+    try:
+        from rich.progress import MofNCompleteColumn, Progress, TextColumn
+    except ImportError:
+        Progress = None  # type: ignore[assignment,misc]
+    if Progress is None or not sys.stderr.isatty():
+        yield lambda case: None
+        return
+    from rich.console import Console
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[id]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("parity", total=len(cases), id="")
+        yield lambda case: progress.update(task, advance=1, id=case.id)
+
+
+def _print_table(results: list[Any], out: Any) -> None:
+    """Per op and dtype: how many passed, and the case that came closest to its bound."""
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for result in results:
+        rows.setdefault((result.case.op, result.case.dtype), []).append(result)
+    print(f"{'op':<12}{'dtype':<10}{'passed':>9}  error/bound of the worst case", file=out)
+    for (op, dtype), group in rows.items():
+        worst = max(group, key=lambda r: (not r.skipped, r.ratio))
+        passed = f"{sum(r.ok for r in group)}/{len(group)}"
+        print(f"{op:<12}{dtype:<10}{passed:>9}  {worst.ratio:.2f} {worst.case.id}", file=out)

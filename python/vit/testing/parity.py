@@ -1,0 +1,115 @@
+"""Runs one case on one backend and holds its output and gradients to the truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .compare import Comparison, compare
+from .problems import DEFINITIONS, Ops, Problem, Tensors, build, out_dtype, torch_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The verdict on a case: `error` and `bound` of its worst tensor; `text`: what failed or was refused."""
+
+    case: Case
+    error: float
+    bound: float
+    ok: bool
+    skipped: bool = False
+    text: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """error / bound, above 1 for a failure."""
+        return self.error / self.bound if self.bound else (0.0 if self.ok else math.inf)
+
+    def record(self) -> dict[str, Any]:
+        """The entry of `vit parity --json`; an error that is no number (wrong NaN, wrong shape) is null."""
+        case = self.case
+        record: dict[str, Any] = {
+            "id": case.id,
+            "op": case.op,
+            "dtype": case.dtype,
+            "direction": case.direction,
+        }
+        error = self.error if math.isfinite(self.error) else None
+        record |= {"error": error, "bound": self.bound, "ok": self.ok, "group": case.group}
+        if self.text:
+            record["skipped" if self.skipped else "text"] = self.text
+        return record
+
+
+def backend_ops(name: str) -> Ops:
+    """The public ops, all on one backend."""
+    import vit.ops
+
+    return SimpleNamespace(
+        **{op: functools.partial(getattr(vit.ops, op), backend=name) for op in DEFINITIONS}
+    )
+
+
+def run(case: Case, ops: Ops, device: str | torch.device = "cpu") -> Result:
+    """Compares one call of `ops` with the truth: its output, in direction "bwd" also every gradient."""
+    from vit.backends import BackendError
+
+    problem = build(case, device)
+    try:
+        got = call(problem, lambda t: DEFINITIONS[case.op].call(ops, case, t))
+    except BackendError as refusal:
+        return Result(case, 0.0, 0.0, ok=False, skipped=True, text=str(refusal))
+    worst = max(compare_all(problem, got), key=lambda c: (not c.ok, c.ratio))
+    return Result(
+        case, worst.error, worst.bound, worst.ok, text=f"{case.id}\n{worst.text}" if worst.text else ""
+    )
+
+
+def compare_all(problem: Problem, got: Tensors) -> list[Comparison]:
+    """Every tensor of a result against the truth."""
+    case, definition = problem.case, DEFINITIONS[problem.case.op]
+    exact = _double(problem)
+    truth = call(exact, lambda t: definition.call(backend_ops("reference"), case, t))
+    baseline: Tensors = {}
+    if case.dtype != "float64":
+        baseline = call(problem, lambda t: definition.torch(case, t))
+    magnitude = definition.magnitude(case, exact.tensors, exact.dy)
+    return [
+        compare(
+            name if name == "out" else f"gradient of {name}",
+            result,
+            truth[name],
+            baseline.get(name),
+            magnitude[name].broadcast_to(truth[name].shape),
+            dtype=out_dtype(case) if name == "out" else problem.tensors[name].dtype,
+            compute_dtype=torch_dtype(case.dtype),
+        )
+        for name, result in got.items()
+    ]
+
+
+def call(problem: Problem, f: Any) -> Tensors:
+    """f(tensors) as "out", and in the backward direction the gradient of every tensor under its name."""
+    if problem.case.direction == "fwd":
+        with torch.no_grad():
+            return {"out": f(problem.tensors)}
+    leaves = {name: x.detach().requires_grad_() for name, x in problem.tensors.items()}
+    out: Tensor = f(leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), problem.dy.to(out.dtype), allow_unused=True)
+    missing = [name for name, grad in zip(leaves, grads, strict=True) if grad is None]
+    if missing:
+        raise AssertionError(f"{problem.case.id}: no gradient reaches {', '.join(missing)}")
+    return {"out": out.detach()} | dict(zip(leaves, grads, strict=True))
+
+
+def _double(problem: Problem) -> Problem:
+    """The same numbers in float64 on the CPU, contiguous."""
+    tensors = {name: x.to("cpu", torch.float64).contiguous() for name, x in problem.tensors.items()}
+    return Problem(problem.case, tensors, problem.dy.to("cpu", torch.float64))
