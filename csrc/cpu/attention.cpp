@@ -89,7 +89,8 @@ void backward(const AttentionBwd& p) {
         for (int64_t j = 0; j < p.L; ++j) {
           const T* kj = k + j * p.k_token;
           const A score = static_cast<A>(p.scale) * dot<A>(qi, kj, p.D);
-          const A probability = exp(broadcast(score - lse[i]))[0];
+          const A above = score - lse[i];  // > 0 only by rounding, which at huge scores would overflow exp
+          const A probability = exp(broadcast(above > 0 ? A(0) : above))[0];
           const A ds = static_cast<A>(p.scale) * probability * (dot<A>(dout, v + j * p.v_token, p.D) - delta);
           add_scaled(dq, ds, kj, p.D);
           add_scaled(dk + j * row, ds, qi, p.D);

@@ -88,6 +88,7 @@ def fwd(
     b: NativeBackend, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x, stride = rows(x)
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
     y = torch.empty_like(x)
     mean = x.new_empty(x.shape[:-1], dtype=acc_dtype(x.dtype)) if save else None
     rstd = torch.empty_like(mean) if mean is not None else None
@@ -128,6 +129,7 @@ def bwd(
     mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, stride = rows(x)
+    weight = None if weight is None else weight.contiguous()
     c = x.shape[-1]
     dx = torch.empty_like(dy) if mask[0] else None
     dweight = dy.new_empty(c, dtype=param_dtype) if mask[1] else None

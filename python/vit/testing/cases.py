@@ -51,9 +51,7 @@ class Case:
             dtype += f"-out_{self.out_dtype}"
         sizes = "".join(f"{letter}{size}" for letter, size in self.sizes)
         options = [_option_text(name, value) for name, value in self.options]
-        return "-".join(
-            filter(None, [self.op, self.direction, dtype, sizes, *options, self.layout, self.values])
-        )
+        return "-".join(filter(None, [self.op, self.direction, dtype, sizes, *options, self.layout, self.values]))
 
 
 def _option_text(name: str, value: Any) -> str:
@@ -169,8 +167,7 @@ def _linear() -> Iterator[Case]:
     yield _case("linear", "corner", "m0 n8 k16", **gelu, **residual)
     yield _case("linear", "corner", "m5 n8 k0", **gelu, **residual)
     for values in _words(
-        "huge_x, tiny_x, tiny_x+tiny_weight, zero_weight, nan_x, nan_weight, nan_bias, inf_x, inf_weight, "
-        "offset_x"
+        "huge_x, tiny_x, tiny_x+tiny_weight, zero_weight, nan_x, nan_weight, nan_bias, inf_x, inf_weight, offset_x"
     ):
         yield _case("linear", "corner", "m21 n50 k35", values=values)
     for values in _words("huge_x, wide_x, nan_x, inf_x, nan_residual, inf_bias"):

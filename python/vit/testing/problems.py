@@ -69,11 +69,7 @@ class LayerNorm:
         normal, rounded = ((x - mean) * rstd).abs(), (x.abs() + x.abs().mean(-1, keepdim=True)) * rstd
         g = (dy * w).abs()
         sums = g + g.mean(-1, keepdim=True)
-        sums = (
-            sums
-            + rounded * (g * normal).mean(-1, keepdim=True)
-            + normal * (g * rounded).mean(-1, keepdim=True)
-        )
+        sums = sums + rounded * (g * normal).mean(-1, keepdim=True) + normal * (g * rounded).mean(-1, keepdim=True)
         rows = tuple(range(x.dim() - 1))
         out = {"out": rounded * w.abs(), "x": rstd * sums, "weight": (dy.abs() * rounded).sum(rows)}
         if "bias" in t:
@@ -148,13 +144,11 @@ class Linear:
         tensors["weight"].mul_(case["k"] ** -0.5 if case["k"] else 1)
 
     def call(self, ops: Ops, case: Case, t: Tensors) -> Tensor:
-        return ops.linear(
-            t["x"],
-            t["weight"],
-            t.get("bias"),
-            activation=case.option("activation"),
-            residual=t.get("residual"),
-        )
+        x, options = t["x"], {"activation": case.option("activation"), "residual": t.get("residual")}
+        # float32 weights meet bfloat16 activations under autocast only.
+        mixed = t["weight"].dtype != x.dtype
+        with torch.autocast(x.device.type, x.dtype if mixed else torch.bfloat16, enabled=mixed):
+            return ops.linear(x, t["weight"], t.get("bias"), **options)
 
     def torch(self, case: Case, t: Tensors) -> Tensor:
         x, bias = t["x"], t.get("bias")
@@ -214,18 +208,21 @@ class Attention:
         # dp_i = p_i (ds_i - sum_j p_j ds_j) with every ds_j of size scores_j: what rounded scores do to p.
         others = (p * scores).sum(-1, keepdim=True) - p * scores
         rounded = p * (scores * (1 - p) + others.clamp_min(0))
+        out = (p + rounded) @ v.abs()
+        # The backward takes p = exp(s - lse) from the saved lse: now the rounding of lse itself counts too.
+        rounded = p * (scores + (scale * q @ k.mT).logsumexp(-1, keepdim=True).abs())
         dp = do @ v.mT
         dp_abs = do.abs() @ v.abs().mT
         centred = (dp - (p * dp).sum(-1, keepdim=True)).abs()
         ds = p * (dp_abs + (p * dp_abs + rounded * dp.abs()).sum(-1, keepdim=True)) + rounded * centred
         ds = abs(scale) * ds
-        out = {
-            "out": (p + rounded) @ v.abs(),
+        grads = {
+            "out": out,
             "q": ds @ k.abs(),
             "k": ds.mT @ q.abs(),
             "v": (p + rounded).mT @ do.abs(),
         }
-        return {name: x.transpose(1, 2) for name, x in out.items()}
+        return {name: x.transpose(1, 2) for name, x in grads.items()}
 
     def work(self, case: Case) -> tuple[float, str]:
         keys = self.shapes(case)["k"][1]
