@@ -94,9 +94,7 @@ def run(args: argparse.Namespace) -> int:
         "cases": [r.record() for r in results],
     }
     _print_table(results, out)
-    print(
-        f"{args.backend} on {device}: {report['passed']} passed, {failed} failed, {skipped} skipped", file=out
-    )
+    print(f"{args.backend} on {device}: {report['passed']} passed, {failed} failed, {skipped} skipped", file=out)
     if to_stdout:
         print(json.dumps(report))
     elif args.json:
