@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -98,11 +99,13 @@ class Preprocess:
 
     def normalize(self, image: Image.Image) -> Tensor:
         """An image of 0 .. 255 -> float32 [C, H, W]."""
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(image.height, image.width, len(image.getbands())).permute(2, 0, 1).contiguous()
-        mean = torch.tensor(self.mean)[:, None, None]
-        std = torch.tensor(self.std)[:, None, None]
-        return pixels.float().div_(255).sub_(mean).div_(std)
+        # In NumPy: on small images ten torch calls would take longer than all the rest of the transform.
+        pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, -1)
+        values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+        values /= np.float32(255)
+        values -= np.asarray(self.mean, dtype=np.float32)[:, None, None]
+        values /= np.asarray(self.std, dtype=np.float32)[:, None, None]
+        return torch.from_numpy(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
