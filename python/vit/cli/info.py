@@ -25,9 +25,7 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(f"{key:<10} {value}" for key, value in environment.items()))
     print()
     for name, record in backends.items():
-        state = (
-            f"yes, on {', '.join(record['devices'])}" if record["available"] else f"no: {record['reason']}"
-        )
+        state = f"yes, on {', '.join(record['devices'])}" if record["available"] else f"no: {record['reason']}"
         print(f"{name:<10} {state}")
         for key, value in record.items():
             if key not in ("available", "devices", "reason", "name") and value:

@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file")
     parser.add_argument("--model", metavar="NAME", help="model name, for weights that do not know theirs")
-    parser.add_argument(
-        "--top", type=int, default=5, metavar="K", help="classes per image (default: %(default)s)"
-    )
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default: %(default)s)")
     parser.add_argument("--backend", default="auto", help="backend of the ops (default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="images per forward (default: %(default)s)"
@@ -57,10 +55,7 @@ def run(args: argparse.Namespace) -> int:
             shares = model(torch.stack(tensors).to(model.device, model.dtype)).double().softmax(dim=1).cpu()
         best = shares.topk(min(args.top, shares.shape[1]))
         for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
-            top = [
-                {"class": names[i], "index": i, "probability": p}
-                for p, i in zip(values, indices, strict=True)
-            ]
+            top = [{"class": names[i], "index": i, "probability": p} for p, i in zip(values, indices, strict=True)]
             answers.append({"image": path, "top": top})
     if args.json:
         print(json.dumps({"predictions": answers, "failed": failed}))

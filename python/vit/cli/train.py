@@ -29,9 +29,7 @@ def run(args: argparse.Namespace) -> int:
     given = [flag(name) for name in FIELDS if getattr(args, name, None) is not None]
     given += [f"--{name}" for name in ("config", "out") if getattr(args, name)]
     if args.resume and given:
-        print(
-            f"vit: --resume goes on with the run's own options; leave out {', '.join(given)}", file=sys.stderr
-        )
+        print(f"vit: --resume goes on with the run's own options; leave out {', '.join(given)}", file=sys.stderr)
         return 2
     show = display(sys.stderr if args.json else sys.stdout)
     try:

@@ -9,9 +9,7 @@ from .samples import DataError, Samples, Skipped, Source
 
 __all__ = ["DataError", "Samples", "Skipped", "Source", "kind_of", "open_source"]
 
-ALLOWED = (
-    "digits, a folder of class folders, or a folder with MNIST IDX files (train-images-idx3-ubyte[.gz], ...)"
-)
+ALLOWED = "digits, a folder of class folders, or a folder with MNIST IDX files (train-images-idx3-ubyte[.gz], ...)"
 
 
 def kind_of(data: str) -> str:

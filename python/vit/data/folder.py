@@ -49,12 +49,8 @@ def folder(
     for split, base in roots.items():
         for entry in _folders(base):
             if entry.name not in class_names:
-                raise DataError(
-                    f"vit: {entry} is not a class of {roots['train']}; its classes are {list(class_names)}"
-                )
-        listed = [
-            (path, label) for label, name in enumerate(class_names) for path in _files(base / name, skipped)
-        ]
+                raise DataError(f"vit: {entry} is not a class of {roots['train']}; its classes are {list(class_names)}")
+        listed = [(path, label) for label, name in enumerate(class_names) for path in _files(base / name, skipped)]
         reasons = _check((path for path, _ in listed), check, len(listed), report)
         skipped += [Skipped(path, why) for (path, _), why in zip(listed, reasons, strict=True) if why]
         usable = [item for item, why in zip(listed, reasons, strict=True) if not why]

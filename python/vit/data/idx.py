@@ -48,9 +48,7 @@ def idx(folder: Path) -> Source:
         splits["test"] = test
         if test.images[0].shape != train.images[0].shape:  # type: ignore[union-attr]
             sizes = [tuple(s.images[0].shape) for s in splits.values()]  # type: ignore[union-attr]
-            raise DataError(
-                f"vit: in {folder} the training images are {sizes[0]} and the test images {sizes[1]}"
-            )
+            raise DataError(f"vit: in {folder} the training images are {sizes[0]} and the test images {sizes[1]}")
     classes = 1 + max(int(samples.labels.max()) for samples in splits.values())
     if classes < 2:
         raise DataError(f"vit: every label in {folder} is 0; two classes or more are needed")
@@ -67,9 +65,7 @@ def _pair(folder: Path, split: str) -> Samples | None:
         raise DataError(f"vit: {folder} lacks {PREFIXES[split]}-{kind}-idx{KINDS[kind]}-ubyte[.gz]")
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
-        raise DataError(
-            f"vit: {images_path} holds {len(images)} images but {labels_path} {len(labels)} labels"
-        )
+        raise DataError(f"vit: {images_path} holds {len(images)} images but {labels_path} {len(labels)} labels")
     if not len(images):
         raise DataError(f"vit: {images_path} holds no images")
     return Samples(images, labels.astype(np.int64), [f"{split}-{i}" for i in range(len(labels))])

@@ -30,9 +30,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     normalisation on the other.
     """
 
-    def __init__(
-        self, samples: Samples, preprocess: Preprocess, augment: Augment | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, samples: Samples, preprocess: Preprocess, augment: Augment | None = None, seed: int = 0) -> None:
         self.samples = samples
         self.preprocess = preprocess
         self.augment = augment
@@ -95,9 +93,7 @@ class InOrder:
             yield [(0, i) for i in self.indices[start : start + self.batch_size]]
 
 
-def loader(
-    images: Images, batches: EpochBatches | InOrder, workers: int, pin_memory: bool = False
-) -> DataLoader[Any]:
+def loader(images: Images, batches: EpochBatches | InOrder, workers: int, pin_memory: bool = False) -> DataLoader[Any]:
     """A DataLoader over those batches: (images [B, C, H, W] float32, labels [B] int64)."""
     return DataLoader(
         images,

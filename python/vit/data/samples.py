@@ -31,9 +31,7 @@ class Samples:
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.labels) == len(self.keys):
-            raise ValueError(
-                f"vit: {len(self.images)} images, {len(self.labels)} labels, {len(self.keys)} keys"
-            )
+            raise ValueError(f"vit: {len(self.images)} images, {len(self.labels)} labels, {len(self.keys)} keys")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -138,9 +136,7 @@ def read_image(path: Path) -> Image.Image:
             check_mode(image)
             image.load()
             return image
-    except (
-        Exception
-    ) as error:  # decoders raise SyntaxError, struct.error, ... on damaged files, not only OSError
+    except Exception as error:  # decoders raise SyntaxError, struct.error, ... on damaged files, not only OSError
         raise DataError(f"vit: cannot read image {path}: {explain(path, error)}") from error
 
 

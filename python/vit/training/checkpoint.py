@@ -62,9 +62,7 @@ def save(
             save_file(tensors, temporary, metadata={"vit": json.dumps(header)})
     except Exception as error:
         # safetensors has an exception of its own for a full disk; for a caller it is one of the system's.
-        raise OSError(
-            f"vit: cannot write {path}: {error}. The checkpoint before this one is unchanged"
-        ) from error
+        raise OSError(f"vit: cannot write {path}: {error}. The checkpoint before this one is unchanged") from error
 
 
 def load(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Tensor]]:

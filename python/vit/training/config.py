@@ -75,19 +75,13 @@ class TrainConfig:
     lr: float | None = _option(None, "peak learning rate of AdamW")
     min_lr: float = _option(0.0, "learning rate at the end of the cosine")
     warmup_epochs: float | None = _option(None, "epochs of linear warm-up")
-    weight_decay: float = _option(
-        0.05, "of matrices; biases, norms, position embedding and class token have none"
-    )
+    weight_decay: float = _option(0.05, "of matrices; biases, norms, position embedding and class token have none")
     beta2: float = _option(0.999, "AdamW's second moment decay (the first is 0.9)")
     clip: float = _option(1.0, "largest norm of all gradients together; 0 does not clip")
     label_smoothing: float = _option(0.1, "share of the target spread over all classes")
     drop_path: float | None = _option(None, "stochastic depth of the last block")
-    ema: float = _option(
-        0.995, "decay of the averaged weights, which are the ones kept; 0 keeps the plain weights"
-    )
-    augment: str | None = _option(
-        None, "affine: small shifts and rotations; crop: random crops and mirror images"
-    )
+    ema: float = _option(0.995, "decay of the averaged weights, which are the ones kept; 0 keeps the plain weights")
+    augment: str | None = _option(None, "affine: small shifts and rotations; crop: random crops and mirror images")
     amp: str = _option("no", "bf16 runs matmul, linear and attention in bfloat16 (autocast)")
     val_fraction: float = _option(0.1, "of the training images, if the data has no validation split")
     test_fraction: float = _option(0.2, "of the training images, if the data has no test split")
@@ -96,9 +90,7 @@ class TrainConfig:
     workers: int = _option(0, "processes that read images; 0 reads in the training process")
     bad_images: str = _option("skip", "what to do with unusable files of a folder: both name and count them")
     validate: str = _option("decode", "how each file of a folder is checked before training")
-    checkpoint_seconds: float = _option(
-        60.0, "time between checkpoints; there is also one at the end or a signal"
-    )
+    checkpoint_seconds: float = _option(60.0, "time between checkpoints; there is also one at the end or a signal")
 
     def __post_init__(self) -> None:
         for name, (low, high) in {

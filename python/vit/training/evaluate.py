@@ -52,9 +52,7 @@ def evaluate(
     losses: list[Tensor] = []
     found: list[Tensor] = []
     truth: list[Tensor] = []
-    batches = loader(
-        Images(samples, model.preprocess), InOrder(len(samples), batch_size, rank, world), workers
-    )
+    batches = loader(Images(samples, model.preprocess), InOrder(len(samples), batch_size, rank, world), workers)
     for images, labels in batches:
         logits = model(images.to(model.device)).double().cpu()
         losses.append(F.cross_entropy(logits, labels, reduction="none"))
@@ -72,14 +70,16 @@ def evaluate(
 
 def evaluate_run(
     run: str | Path,
-    split: str = "test",
+    split: str | None = None,
     data: str | None = None,
     backend: str | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
 ) -> Evaluation:
-    """The kept model of a run folder on one split of its data, or of other `data` with the same classes."""
+    """The kept model of a run folder on one split of its data, or of other `data` with the same classes.
+
+    The defaults repeat, to the last bit, what the training logged; see Run.samples for `split`.
+    """
     from .run import Run
 
-    folder = Run.open(run)
-    return folder.evaluate(split, data, backend, batch_size, workers)
+    return Run.open(run).evaluate(split, data, backend, batch_size, workers)

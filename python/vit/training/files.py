@@ -20,9 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            mode = os.fstat(
-                file.fileno()
-            ).st_mode  # what the user's umask gives; safetensors makes private files
+            mode = os.fstat(file.fileno()).st_mode  # what the user's umask gives; safetensors makes private files
         yield temporary
         with open(temporary, "rb+") as file:
             os.fchmod(file.fileno(), mode)

@@ -135,9 +135,7 @@ class _Training:
                 f"vit: --arch num_classes={arch['num_classes']}, but {config.data} has "
                 f"{len(self.source.class_names)} classes; leave it out"
             )
-        model = vit.create(
-            config.model, config.backend, weights=config.weights, device=self.accelerator.device, **arch
-        )
+        model = vit.create(config.model, config.backend, weights=config.weights, device=self.accelerator.device, **arch)
         info = {
             "name": config.model,
             "arch": arch,
@@ -183,9 +181,7 @@ class _Training:
         splits = self.source.splits
         sizes = ", ".join(f"{len(splits[name]):,} {name}" for name in ("train", "val", "test"))
         self.display.line(f"run {self.run.path}: {config.model} on {self.source.name} ({sizes} images)")
-        self.display.line(
-            f"backend {self.backend} on {self.accelerator.device}, {self.steps} steps per epoch"
-        )
+        self.display.line(f"backend {self.backend} on {self.accelerator.device}, {self.steps} steps per epoch")
         done = self.progress.epoch * self.steps + self.progress.step
         self.display.start(done, (config.epochs or 0) * self.steps)
         try:
@@ -209,12 +205,7 @@ class _Training:
             while progress.step < self.steps:
                 self._step(passes)
                 self._after_step()
-        images = (
-            (self.steps - first)
-            * config.accumulate
-            * (config.batch_size or 0)
-            * self.accelerator.num_processes
-        )
+        images = (self.steps - first) * config.accumulate * (config.batch_size or 0) * self.accelerator.num_processes
         speed = images / max(time.monotonic() - began, 1e-9)
         result = self._validate()
         self._keep_best(result)
@@ -248,9 +239,7 @@ class _Training:
         config, progress, accelerator = self.config, self.progress, self.accelerator
         step = progress.epoch * self.steps + progress.step
         rank, world = accelerator.process_index, accelerator.num_processes
-        torch.manual_seed(
-            (config.seed + 1) * 0x9E3779B97F4A7C15 + step * world + rank & 0x7FFF_FFFF_FFFF_FFFF
-        )
+        torch.manual_seed((config.seed + 1) * 0x9E3779B97F4A7C15 + step * world + rank & 0x7FFF_FFFF_FFFF_FFFF)
         rate = self._learning_rate(progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -258,9 +247,7 @@ class _Training:
         for _ in range(config.accumulate):
             with accelerator.accumulate(self.prepared):
                 images, labels = next(passes)
-                loss = self._loss(
-                    images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device)
-                )
+                loss = self._loss(images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device))
                 accelerator.backward(loss)
                 total += float(accelerator.reduce(loss.detach(), "mean")) / config.accumulate
         norm = float(accelerator.clip_grad_norm_(self.prepared.parameters(), config.clip or math.inf))
@@ -293,15 +280,11 @@ class _Training:
         config = self.config
         warmup = round((config.warmup_epochs or 0.0) * self.steps)
         total = (config.epochs or 0) * self.steps
-        return learning_rate(
-            self.progress.epoch * self.steps + step, total, warmup, config.lr or 0.0, config.min_lr
-        )
+        return learning_rate(self.progress.epoch * self.steps + step, total, warmup, config.lr or 0.0, config.min_lr)
 
     def _not_finite(self) -> str:
         names = [
-            name
-            for name, p in self.model.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
+            name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
         ]
         where = (
             f"not finite in the gradient of {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; "
@@ -354,9 +337,7 @@ class _Training:
 
         self.accelerator.wait_for_everyone()
         progress = self.progress
-        test = evaluate(
-            self.run.load(), self.source.splits["test"], self.config.batch_size or 1, self.config.workers
-        )
+        test = evaluate(self.run.load(), self.source.splits["test"], self.config.batch_size or 1, self.config.workers)
         seconds = time.monotonic() - self.started
         if self.main:
             final = {
@@ -373,9 +354,7 @@ class _Training:
             self.run.log(final, progress.metrics_bytes)
             curves(self.run.read_metrics(), self.run.path / "curves.png")
             confusion(test.labels, test.predictions, self.source.class_names, self.run.path / "confusion.png")
-        return TrainResult(
-            self.run.path, test, self.config.epochs or 0, seconds, self.backend, progress.best_epoch
-        )
+        return TrainResult(self.run.path, test, self.config.epochs or 0, seconds, self.backend, progress.best_epoch)
 
     # ---- interruption ----
 
@@ -426,9 +405,7 @@ class _Training:
     def _checkpoint(self) -> None:
         self.progress.seconds = time.monotonic() - self.started
         if self.main:
-            checkpoint.save(
-                self.run.checkpoint, self.progress, self._facts(), self.model, self.average, self.optimizer
-            )
+            checkpoint.save(self.run.checkpoint, self.progress, self._facts(), self.model, self.average, self.optimizer)
         self.last_checkpoint = time.monotonic()
 
     def _facts(self) -> dict[str, Any]:
@@ -477,11 +454,7 @@ def accelerator(config: TrainConfig) -> Any:
     state = require("accelerate.state", "train")
     on_cpu = default_device(config.backend).type == "cpu"
     known = state.PartialState._shared_state
-    if (
-        known
-        and known["distributed_type"] == state.DistributedType.NO
-        and (known["device"].type == "cpu") != on_cpu
-    ):
+    if known and known["distributed_type"] == state.DistributedType.NO and (known["device"].type == "cpu") != on_cpu:
         # accelerate keeps one device per interpreter; a second training may be for another one.
         state.AcceleratorState._reset_state(reset_partial_state=True)
     return require("accelerate", "train").Accelerator(

@@ -11,9 +11,7 @@ from torch import nn
 from ..model import VisionTransformer
 
 
-def make_optimizer(
-    model: VisionTransformer, lr: float, weight_decay: float, beta2: float
-) -> torch.optim.AdamW:
+def make_optimizer(model: VisionTransformer, lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101); biases, norms and what model.no_weight_decay() names are not decayed."""
     kept = set(model.no_weight_decay())
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
