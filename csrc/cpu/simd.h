@@ -198,10 +198,55 @@ VIT_INLINE double sum(f64v v) {
   return v[0];
 }
 
-// The larger of each lane; a NaN in b wins, so that a running maximum keeps it.
+// The larger of each lane.
 template <class V>
 VIT_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
+}
+
+template <int kBytes>
+struct Index {
+  using type = int32_t;
+};
+template <>
+struct Index<8> {
+  using type = int64_t;
+};
+
+// Shuffle masks of one step of a transpose: exchange the blocks of D x D above and below the diagonal.
+template <class I, int L, int D>
+struct Exchange {
+  typedef I Mask __attribute__((vector_size(L * sizeof(I))));
+  static VIT_INLINE Mask upper() {
+    Mask m;
+    for (int j = 0; j < L; ++j) m[j] = static_cast<I>(j & D ? L + j - D : j);
+    return m;
+  }
+  static VIT_INLINE Mask lower() {
+    Mask m;
+    for (int j = 0; j < L; ++j) m[j] = static_cast<I>(j & D ? L + j : j + D);
+    return m;
+  }
+};
+
+template <class V, int L, int D>
+VIT_INLINE void exchange(V (&rows)[L]) {
+  using E = Exchange<typename Index<sizeof(V) / L>::type, L, D>;
+  _Pragma("GCC unroll 16") for (int i = 0; i < L; ++i) {
+    if (i & D) continue;
+    const V upper = __builtin_shuffle(rows[i], rows[i + D], E::upper());
+    rows[i + D] = __builtin_shuffle(rows[i], rows[i + D], E::lower());
+    rows[i] = upper;
+  }
+}
+
+// A square block, one row per vector, transposed in registers.
+template <class V, int L>
+VIT_INLINE void transpose(V (&rows)[L]) {
+  exchange<V, L, 1>(rows);
+  if constexpr (L > 2) exchange<V, L, 2>(rows);
+  if constexpr (L > 4) exchange<V, L, 4>(rows);
+  if constexpr (L > 8) exchange<V, L, 8>(rows);
 }
 
 // --- functions ------------------------------------------------------------------------------------------------------
