@@ -72,8 +72,9 @@ def _expected() -> tuple[type[BaseException], ...]:
     """Errors that say all there is to say. Others are defects of vit, and their traceback is wanted."""
     from vit.backends import BackendError
     from vit.extras import MissingExtra
+    from vit.weights import WeightsError
 
-    return (BackendError, MissingExtra, ValueError, OSError)
+    return (BackendError, MissingExtra, WeightsError, ValueError, OSError)
 
 
 def _command(name: str) -> ModuleType:
