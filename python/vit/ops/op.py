@@ -342,8 +342,8 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype autocast wants for matrix products of `x`; None when it is off or leaves `x` alone (float64)."""
+    """The dtype autocast wants for matrix products of `x`; None when it is off or leaves `x` alone (float64, meta)."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)

@@ -1,0 +1,39 @@
+"""What every test file may use: fixed seeds, and the native backends this machine can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from vit.backends import NativeBackend, records
+
+NATIVE = {name: record for name, record in records().items() if isinstance(record, NativeBackend)}
+USABLE = [name for name, record in NATIVE.items() if record.unavailable() is None]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` runs over every native backend; one that cannot run here is a skip with its own reason."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    names = [
+        pytest.param(name, id=name, marks=[] if why is None else [pytest.mark.skip(reason=why)])
+        for name, record in NATIVE.items()
+        for why in (record.unavailable(),)
+    ]
+    metafunc.parametrize("backend", names)
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """Where the backend of a test has its tensors."""
+    return NATIVE[backend].default_device()
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from one seed and leaves the number of threads as it was."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,296 @@
+"""Every case of the list on every native backend of this machine, and what the ops promise beyond numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import vit
+from conftest import NATIVE, USABLE
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from vit.backends import BackendError
+from vit.ops import OPS
+from vit.testing import Case, backend_ops, cases, run
+from vit.testing.problems import DEFINITIONS, build
+
+PARITY = [(name, case) for name in USABLE for case in cases(NATIVE[name].default_device().type)]
+
+#: One small call of each op: positional tensors, then options.
+SMALL = {
+    "layer_norm": ({"x": (2, 5, 16), "weight": (16,), "bias": (16,)}, {}),
+    "gelu": ({"x": (2, 5, 16)}, {}),
+    "matmul": ({"a": (2, 5, 8), "b": (2, 8, 6)}, {}),
+    "linear": ({"x": (2, 5, 8), "weight": (6, 8), "bias": (6,), "residual": (2, 5, 6)}, {"activation": "gelu"}),
+    "attention": ({"q": (2, 5, 2, 8), "k": (2, 7, 2, 8), "v": (2, 7, 2, 8)}, {}),
+}
+
+
+def small(op: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", grad: bool = False):
+    """Tensors and options of one small call."""
+    shapes, options = SMALL[op]
+    tensors = {name: torch.randn(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    return {name: x.requires_grad_(grad) for name, x in tensors.items()}, options
+
+
+def call(op: str, backend: str, tensors: dict[str, Tensor], options: dict) -> Tensor:
+    return getattr(vit.ops, op)(**tensors, **options, backend=backend)
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize(("name", "case"), PARITY, ids=[f"{name}-{case.id}" for name, case in PARITY])
+def test_parity(name: str, case: Case):
+    result = run(case, backend_ops(name), NATIVE[name].default_device())
+    if result.skipped and name not in ("cpu", "sycl"):
+        pytest.skip(result.text)
+    assert result.ok, result.text
+
+
+@pytest.mark.parametrize("name", ["reference", *(n for n in USABLE if torch.float64 in NATIVE[n].dtypes)])
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(name, op):
+    device = "cpu" if name == "reference" else NATIVE[name].default_device()
+    tensors, options = small(op, torch.float64, device, grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *t: call(op, name, dict(zip(tensors, t, strict=True)), options), tuple(tensors.values())
+    )
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gradcheck_of_both_activations(backend, device, activation):
+    if torch.float64 not in NATIVE[backend].dtypes:
+        pytest.skip("no float64")
+    x = torch.randn(3, 7, dtype=torch.float64, device=device, requires_grad=True)
+    w = torch.randn(5, 7, dtype=torch.float64, device=device, requires_grad=True)
+    approximate = "none" if activation == "gelu" else "tanh"
+    assert torch.autograd.gradcheck(lambda x, w: vit.ops.linear(x, w, activation=activation, backend=backend), (x, w))
+    assert torch.autograd.gradcheck(lambda x: vit.ops.gelu(x, approximate, backend=backend), (x,))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_accurate_in_its_tails(backend, device, approximate):
+    """Element by element: twice torch's own error or 4 eps of |x|, where max|y| would hide a wrong tail."""
+    x = torch.cat([torch.linspace(-12, 12, 100_001), 10.0 ** torch.linspace(-30, 0, 1000)]).to(device)
+    truth = F.gelu(x.double(), approximate=approximate)
+    error = (vit.ops.gelu(x, approximate, backend=backend).double() - truth).abs()
+    own = (F.gelu(x, approximate=approximate).double() - truth).abs()
+    bound = 2 * own + 4 * torch.finfo(torch.float32).eps * x.abs().clamp_max(1)
+    worst = (error - bound).argmax()
+    assert (error <= bound).all(), f"x = {x[worst]:.6g}: error {error[worst]:.3g}, bound {bound[worst]:.3g}"
+
+
+# ---- gradients in unusual circumstances ----
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_stride_0_gradient_is_read_correctly(backend, device, op):
+    """sum().backward() sends one number with stride 0."""
+    tensors, options = small(op, device=device, grad=True)
+    call(op, backend, tensors, options).sum().backward()
+    got = {name: x.grad.clone() for name, x in tensors.items()}
+    y = call(op, backend, tensors, options)
+    want = torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y))
+    for (name, grad), other in zip(got.items(), want, strict=True):
+        assert grad.equal(other), name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_only_wanted_gradients_are_computed(backend, device, op):
+    """Each subset of inputs that require a gradient gives the same gradients as all of them."""
+    tensors, options = small(op, device=device, grad=True)
+    y = call(op, backend, tensors, options)
+    dy = torch.randn_like(y)
+    want = dict(zip(tensors, torch.autograd.grad(y, list(tensors.values()), dy), strict=True))
+    for name in tensors:
+        alone = {other: x.detach().requires_grad_(other == name) for other, x in tensors.items()}
+        call(op, backend, alone, options).backward(dy)
+        assert alone[name].grad.equal(want[name]), name
+        assert all(x.grad is None for other, x in alone.items() if other != name)
+
+
+def test_gradient_reaches_a_packed_projection(backend, device):
+    qkv = torch.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
+    exact = qkv.detach().cpu().double().requires_grad_()
+    dy = torch.randn(2, 9, 2, 16, device=device)
+    vit.ops.attention(*qkv.unbind(2), backend=backend).backward(dy)
+    vit.ops.attention(*exact.unbind(2), backend="reference").backward(dy.cpu().double())
+    assert torch.allclose(qkv.grad.cpu().double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_self_attention_of_one_tensor(backend, device):
+    x = torch.randn(2, 9, 2, 16, device=device, requires_grad=True)
+    exact = x.detach().cpu().double().requires_grad_()
+    vit.ops.attention(x, x, x, backend=backend).sum().backward()
+    vit.ops.attention(exact, exact, exact, backend="reference").sum().backward()
+    assert torch.allclose(x.grad.cpu().double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_left_alone(backend, device, op):
+    tensors, options = small(op, device=device, grad=True)
+    before = {name: x.detach().clone() for name, x in tensors.items()}
+    y = call(op, backend, tensors, options)
+    dy = torch.randn_like(y)
+    kept = dy.clone()
+    torch.autograd.grad(y, list(tensors.values()), dy)
+    assert all(x.equal(before[name]) for name, x in tensors.items())
+    assert dy.equal(kept)
+
+
+def test_a_changed_input_is_noticed_by_the_backward(backend, device):
+    x = torch.randn(4, 8, device=device)
+    w = torch.randn(3, 8, device=device, requires_grad=True)
+    y = vit.ops.linear(x, w, backend=backend)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# ---- what is not offered, and wrong arguments ----
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch.func.jvp's own
+@pytest.mark.parametrize("op", OPS)
+def test_transforms_say_what_to_use_instead(backend, device, op):
+    tensors, options = small(op, device=device, grad=True)
+    first = next(iter(tensors))
+
+    def f(x: Tensor) -> Tensor:
+        return call(op, backend, tensors | {first: x}, options).sum()
+
+    x = tensors[first].detach()
+    forward_mode = torch.autograd.forward_ad
+    match = 'backend="reference"'
+    with pytest.raises(BackendError, match=match):
+        torch.func.grad(f)(x)
+    with pytest.raises(BackendError, match=match):
+        torch.vmap(f)(x[None])
+    with pytest.raises(BackendError, match=match):
+        torch.func.jvp(f, (x,), (x,))
+    with forward_mode.dual_level(), pytest.raises(BackendError, match=match):
+        f(forward_mode.make_dual(x, x))
+    y = call(op, backend, tensors, options)
+    (grad,) = torch.autograd.grad(y.square().sum(), tensors[first], create_graph=True)
+    with pytest.raises(BackendError, match=match):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fake_and_meta_tensors_never_reach_a_kernel(backend, device, op):
+    tensors, options = small(op, device=device)
+    want = call(op, backend, tensors, options)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fakes = {name: mode.from_tensor(x).requires_grad_() for name, x in tensors.items()}
+        y = call(op, backend, fakes, options)
+        grads = torch.autograd.grad(y.sum(), list(fakes.values()))
+    assert (y.shape, y.dtype, y.device) == (want.shape, want.dtype, want.device)
+    assert [g.shape for g in grads] == [x.shape for x in tensors.values()]
+    with pytest.raises(BackendError, match=r"needs tensors on .*, got meta"):
+        call(op, backend, {name: x.to("meta") for name, x in tensors.items()}, options)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_dtype_the_backend_lacks_is_refused_with_reasons(backend, device, op):
+    lacking = [d for d in (torch.float16, torch.float64, torch.int32) if d not in NATIVE[backend].dtypes]
+    for dtype in lacking:
+        shapes, options = SMALL[op]
+        tensors = {name: torch.ones(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        with pytest.raises(BackendError, match=f"dtype {str(dtype)[6:]} is not one of"):
+            call(op, backend, tensors, options)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "gelu"])
+def test_tensors_on_two_devices_are_refused(backend, device, op):
+    tensors, options = small(op, device=device)
+    last = list(tensors)[-1]
+    tensors[last] = tensors[last].to("meta")
+    with pytest.raises((ValueError, BackendError), match=r"device|meta"):
+        call(op, backend, tensors, options)
+
+
+WRONG_SHAPES = {
+    "layer_norm": [{"weight": (15,)}, {"bias": (17,)}, {"x": ()}, {"weight": (1, 16)}],
+    "gelu": [],
+    "matmul": [{"b": (2, 7, 6)}, {"a": (3, 5, 8)}],
+    "linear": [{"weight": (6, 9)}, {"bias": (5,)}, {"residual": (2, 5, 7)}, {"weight": (8,)}, {"x": ()}],
+    "attention": [
+        {"q": (2, 5, 16)},
+        {"k": (2, 7, 2, 16)},
+        {"v": (2, 6, 2, 8)},
+        {"k": (3, 7, 2, 8), "v": (3, 7, 2, 8)},
+        {"k": (2, 0, 2, 8), "v": (2, 0, 2, 8)},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"), [(op, s) for op, all_ in WRONG_SHAPES.items() for s in all_], ids=lambda v: str(v)
+)
+def test_wrong_shapes_are_refused_with_the_shapes(backend, device, op, shapes):
+    tensors, options = small(op, device=device)
+    tensors |= {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=rf"^vit\.ops\.{op}: .*\[.*\]|^vit\.ops\.{op}: .*scalar"):
+        call(op, backend, tensors, options)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "gelu"])
+def test_mixed_dtypes_are_refused_or_documented(backend, device, op):
+    """Only float32 next to a narrower type has a meaning: parameters of layer_norm, the residual of linear."""
+    tensors, options = small(op, torch.bfloat16, device)
+    second = list(tensors)[1]
+    tensors[second] = tensors[second].to(torch.float32)
+    if op == "layer_norm":
+        assert call(op, backend, tensors, options).dtype == torch.bfloat16
+        return
+    with pytest.raises(ValueError, match="one dtype"):
+        call(op, backend, tensors, options)
+
+
+def test_options_outside_the_contract_are_refused(backend, device):
+    x, w = torch.randn(2, 8, device=device), torch.randn(4, 8, device=device)
+    with pytest.raises(ValueError, match="'relu'"):
+        vit.ops.linear(x, w, activation="relu", backend=backend)
+    with pytest.raises(ValueError, match="'fast'"):
+        vit.ops.gelu(x, approximate="fast", backend=backend)
+    wide = torch.randn(1, 2, 1, 257, device=device)
+    with pytest.raises((ValueError, BackendError), match="257"):
+        vit.ops.attention(wide, wide, wide, backend=backend)
+    with pytest.raises(ValueError, match="known are auto"):
+        vit.ops.gelu(x, backend="cpuu")
+
+
+# ---- autocast ----
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_follows_torch(backend, device, op):
+    """Products run in bfloat16, norms and GELU keep their dtype; the gradient of a parameter has its own dtype."""
+    tensors, options = small(op, device=device, grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = call(op, backend, tensors, options)
+        native = call(op, "reference", tensors, options)
+    assert y.dtype == native.dtype
+    y.float().sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in tensors.values())
+    exact = {name: x.detach().cpu().double().requires_grad_() for name, x in tensors.items()}
+    call(op, "reference", exact, options).sum().backward()
+    for name, x in tensors.items():
+        assert torch.allclose(x.grad.cpu().double(), exact[name].grad, rtol=0.05, atol=0.05), name
+
+
+def test_the_definitions_of_the_case_list_cover_all_ops():
+    assert set(DEFINITIONS) == set(OPS) == set(SMALL)
+
+
+def test_empty_results_have_the_right_shape(backend, device):
+    """The corner cases check numbers; this one also the shape of gradients of nothing."""
+    for case in cases(device.type, groups=["corner"], directions=["bwd"], pattern="[bmnh]0"):
+        problem = build(case, device)
+        leaves = {name: x.detach().requires_grad_() for name, x in problem.tensors.items()}
+        y = DEFINITIONS[case.op].call(backend_ops(backend), case, leaves)
+        y.sum().backward()
+        for name, x in leaves.items():
+            assert x.grad.shape == x.shape, f"{case.id}: {name}"
+            assert not x.grad.isnan().any(), f"{case.id}: {name}"
