@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     except (Interrupted, TrainError) as stop:
         print(stop, file=sys.stderr)
         return 1
+    if not result.is_main:
+        return 0
     show.line(
         f"test accuracy {100 * result.test.accuracy:.2f} % ({result.test.images} images, loss "
         f"{result.test.loss:.4f}), "

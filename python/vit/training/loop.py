@@ -65,6 +65,7 @@ class TrainResult:
     seconds: float
     backend: str
     best_epoch: int
+    is_main: bool  # whether this is the process that speaks for all
 
 
 def train(
@@ -354,7 +355,9 @@ class _Training:
             self.run.log(final, progress.metrics_bytes)
             curves(self.run.read_metrics(), self.run.path / "curves.png")
             confusion(test.labels, test.predictions, self.source.class_names, self.run.path / "confusion.png")
-        return TrainResult(self.run.path, test, self.config.epochs or 0, seconds, self.backend, progress.best_epoch)
+        return TrainResult(
+            self.run.path, test, self.config.epochs or 0, seconds, self.backend, progress.best_epoch, self.main
+        )
 
     # ---- interruption ----
 
