@@ -36,9 +36,7 @@ SIZES = {
 }
 
 
-def _vit(
-    size: str, patch: int, image: int, statistics: tuple[tuple[float, ...], ...] = HALF, **arch: Any
-) -> Config:
+def _vit(size: str, patch: int, image: int, statistics: tuple[tuple[float, ...], ...] = HALF, **arch: Any) -> Config:
     embed_dim, depth, num_heads, mlp_ratio = SIZES[size]
     sizes = {
         "img_size": image,
@@ -88,9 +86,7 @@ CONFIGS: dict[str, Config] = {
     "deit_small_patch16_224": _vit("small", 16, 224, IMAGENET),
     "deit_base_patch16_224": _vit("base", 16, 224, IMAGENET),
     # The 8 x 8 grey digits of scikit-learn: 16 tokens of 2 x 2 pixels.
-    "vit_digits": _gray(
-        0.5, 0.5, img_size=8, patch_size=2, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2.0
-    ),
+    "vit_digits": _gray(0.5, 0.5, img_size=8, patch_size=2, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2.0),
     # A small MNIST model: 16 tokens of 7 x 7 pixels; the statistics are those of the MNIST training images.
     "vit_mnist_demo": _gray(
         0.1307, 0.3081, img_size=28, patch_size=7, embed_dim=64, depth=2, num_heads=8, proj_drop_rate=0.1

@@ -50,41 +50,44 @@ def create(
     Raises ValueError for an unknown name, argument or size, FileNotFoundError and WeightsError for weights
     that cannot be used, BackendError as above.
     """
-    _check_arch(arch)
     checkpoint = None if weights is None else read(weights)
-    own_name = checkpoint.name if checkpoint else None
-    name = name or own_name or DEFAULT_NAME
-    config = get_config(name)
-
-    settings = dict(config.arch)
+    settings: dict[str, Any] = {}
+    saved = checkpoint is not None and name in (None, checkpoint.name)  # the weights' own model, not just its tensors
     if checkpoint:
-        # A run folder knows everything; of another model's weights only what a state dict itself tells.
-        settings |= checkpoint.arch if own_name == name else checkpoint.sizes()
-    settings |= arch
+        name = name or checkpoint.name
+        settings = checkpoint.sizes() | (dict(checkpoint.arch) if saved else {})
+    name = name or DEFAULT_NAME
+    config = get_config(name)
     given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
-    settings |= {key: value for key, value in given.items() if value is not None}
+    settings = dict(config.arch) | settings | arch | {k: v for k, v in given.items() if v is not None}
+    _check_arch(settings)
+    scheme = settings.pop("weight_init", "")
 
     model = VisionTransformer(
         **settings,
+        weight_init="skip" if checkpoint else scheme,
         backend=backend,
         training=training,
         name=name,
         device=default_device(backend) if device is None else torch.device(device),
         dtype=_dtype(dtype),
     )
-    model.preprocess = _preprocess(config.preprocess, checkpoint if own_name == name else None, model)
+    model.weight_init = scheme
+    model.preprocess = _preprocess(config.preprocess, checkpoint if saved else None, model)
     if checkpoint:
         load_into(model, checkpoint, new_head=num_classes is not None)
+        if saved and len(checkpoint.class_names or ()) == model.num_classes:
+            model.class_names = checkpoint.class_names
     return model
 
 
-def _check_arch(arch: Mapping[str, Any]) -> None:
+def _check_arch(settings: Mapping[str, Any]) -> None:
     signature = inspect.signature(VisionTransformer).parameters
     allowed = [name for name, p in signature.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    for key in arch:
+    for key in settings:
         if key not in allowed:
             near = nearest(key, allowed)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            hint = f"; did you mean {', '.join(near)}?" if near else "."
             raise ValueError(f"vit: create has no argument {key!r}{hint} Allowed: {', '.join(allowed)}")
 
 
@@ -97,9 +100,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _preprocess(
-    named: Mapping[str, Any], checkpoint: Checkpoint | None, model: VisionTransformer
-) -> Preprocess:
+def _preprocess(named: Mapping[str, Any], checkpoint: Checkpoint | None, model: VisionTransformer) -> Preprocess:
     """The weights' own transform, else the named model's, at the size and channels of this model."""
     values = dict(named)
     if checkpoint and checkpoint.preprocess:

@@ -129,17 +129,11 @@ class PatchEmbed(CallsOps, nn.Module):
             "(model.preprocess does) or create the model with img_size=(height, width)"
         )
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Takes the projection's weight in either layout."""
         key, own = prefix + "proj.weight", self.proj.weight
         weight = state_dict.get(key)
-        if (
-            weight is not None
-            and {weight.ndim, own.ndim} == {2, 4}
-            and weight.flatten(1).shape == own.flatten(1).shape
-        ):
+        if weight is not None and {weight.ndim, own.ndim} == {2, 4} and weight.flatten(1).shape == own.flatten(1).shape:
             state_dict[key] = weight.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -170,8 +164,7 @@ def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid: tuple[i
     B, N, K = patches.shape
     if grid[0] * grid[1] != N or K % (P * Q):
         raise ValueError(
-            f"vit: unpatchify: {N} patches of {K} values do not fill a {grid[0]} x {grid[1]} grid "
-            f"of {P} x {Q} patches"
+            f"vit: unpatchify: {N} patches of {K} values do not fill a {grid[0]} x {grid[1]} grid of {P} x {Q} patches"
         )
     x = patches.reshape(B, *grid, -1, P, Q)  # [B, gh, gw, C, P, Q]
     x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, gh, P, gw, Q]

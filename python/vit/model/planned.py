@@ -87,9 +87,7 @@ class Planned(nn.Module):
         self.bind(plan)
         return self
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; with assign=True the tensors may bring another device or dtype: the plan follows."""
         result = super().load_state_dict(state_dict, strict, assign)
         if assign:

@@ -18,9 +18,7 @@ def sincos2d(grid: tuple[int, int], dim: int, prefix_tokens: int = 0, temperatur
     Raises ValueError unless dim is a multiple of 4 and at least 8.
     """
     if dim % 4 or dim < 8:
-        raise ValueError(
-            f"vit: pos_embed='sincos2d' needs embed_dim to be a multiple of 4 and at least 8, got {dim}"
-        )
+        raise ValueError(f"vit: pos_embed='sincos2d' needs embed_dim to be a multiple of 4 and at least 8, got {dim}")
     height, width = grid
     quarter = dim // 4
     # float64: 10000 ** -1 of a position near 100 loses the last digits in float32.

@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backends import Spec
 from ..data.preprocess import Preprocess
-from . import init, pos_embed
+from . import init
 from .layers import DropPath, LayerNorm, Linear, PatchEmbed, pair
 from .planned import CallsOps, Planned
+from .pos_embed import sincos2d
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 POOLS = ("token", "avg", "")
@@ -201,14 +202,21 @@ class VisionTransformer(Planned):
         self.weight_init = weight_init
         self.grad_checkpointing = False
 
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        home = torch.empty(0, device=device, dtype=dtype)  # what None stands for
+        # Weights that are about to be loaded need room, not values.
+        factory: dict[str, Any] = {"device": "meta" if weight_init == "skip" else home.device, "dtype": home.dtype}
         self.patch_embed = PatchEmbed(
             pair(img_size), pair(patch_size), in_chans, embed_dim, patch_embed, dynamic_pad, **factory
         )
         # Now, so that a refusal comes before the large part is built.
-        self._plan = self.plan_for(self.device, self.dtype, training)
+        self._plan = self.plan_for(home.device, home.dtype, training)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if class_token else None
-        self._add_pos_embed(pos_embed, factory)
+        self.pos_embed: Tensor | None
+        if pos_embed == "learned":
+            rows = self.num_prefix_tokens + self.patch_embed.num_patches
+            self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim, **factory))
+        else:
+            self.register_buffer("pos_embed", None)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.Sequential(
             *[
@@ -233,23 +241,16 @@ class VisionTransformer(Planned):
         self.fc_norm = LayerNorm(embed_dim, norm_eps, **factory) if average else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
+        if weight_init == "skip":
+            self.to_empty(device=home.device)
         init.init_weights(self, weight_init, num_classes)
+        if pos_embed == "sincos2d":
+            self.pos_embed = sincos2d(self.patch_embed.grid_size, embed_dim, self.num_prefix_tokens).to(home)
 
+        self.class_names: tuple[str, ...] | None = None
         self.preprocess = Preprocess(self.patch_embed.img_size, in_chans=in_chans)
         self.bind(self._plan)
         self.train(training)
-
-    def _add_pos_embed(self, kind: str, factory: dict[str, Any]) -> None:
-        prefix, dim = self.num_prefix_tokens, self.embed_dim
-        if kind == "learned":
-            rows = prefix + self.patch_embed.num_patches
-            self.pos_embed: Tensor | None = nn.Parameter(torch.empty(1, rows, dim, **factory))
-        elif kind == "sincos2d":
-            self.register_buffer(
-                "pos_embed", pos_embed.sincos2d(self.patch_embed.grid_size, dim, prefix).to(**factory)
-            )
-        else:
-            self.pos_embed = None
 
     # ---- forward ----
 
@@ -326,9 +327,7 @@ class VisionTransformer(Planned):
     ) -> list[Any]:
         """The outputs of the last n (or the named) blocks, in the form the DINO family uses."""
         fmt = "NCHW" if reshape else "NLC"
-        return self.forward_intermediates(
-            images, n, return_prefix_tokens, norm, True, fmt, intermediates_only=True
-        )
+        return self.forward_intermediates(images, n, return_prefix_tokens, norm, True, fmt, intermediates_only=True)
 
     def _run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -345,8 +344,7 @@ class VisionTransformer(Planned):
         weight = self.patch_embed.proj.weight
         if images.device != weight.device:
             raise ValueError(
-                f"vit: images are on {images.device}, the model on {weight.device}; use "
-                "images.to(model.device)"
+                f"vit: images are on {images.device}, the model on {weight.device}; use images.to(model.device)"
             )
         if images.dtype == weight.dtype:
             return

@@ -1,75 +1,54 @@
-"""Fitting a checkpoint to a model: another number of classes or channels, another patch grid, missing
-names."""
+"""Fitting a checkpoint to a model: another number of classes or channels, another patch grid."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import math
-from collections.abc import Iterable
-from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..model import pos_embed
-from .checkpoint import Checkpoint, WeightsError
+from ..model import VisionTransformer
+from ..model.pos_embed import resample
+from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError, some
 
 log = logging.getLogger("vit")
 
-HEAD = ("head.weight", "head.bias")
-PATCHES = "patch_embed.proj.weight"
 
-
-def load_into(model: Any, checkpoint: Checkpoint, new_head: bool = False) -> None:
-    """Copies a checkpoint into a VisionTransformer, adapting what has a meaningful adaptation.
+def load_into(model: VisionTransformer, checkpoint: Checkpoint, new_head: bool = False) -> None:
+    """Copies a checkpoint into a model, adapting what has a meaningful adaptation.
 
     new_head: the caller asked for this number of classes, so that a checkpoint without a head is fine too.
-    Raises WeightsError naming every parameter that is missing, unexpected, of another shape or not finite.
+    Raises WeightsError naming every parameter that is missing, unexpected or of another shape.
     """
-    state = dict(checkpoint.state)
-    wanted = model.state_dict()
-    check_finite(state, checkpoint.source)
-    _fit_head(state, wanted, checkpoint.source, new_head)
+    state, wanted = dict(checkpoint.state), model.state_dict()
+    if _fit_head(state, wanted, checkpoint.source, new_head):
+        model.reset_classifier(model.num_classes)
+        wanted = {key: value for key, value in wanted.items() if key not in HEAD}
     _fit_norm(state, wanted)
-    _fit_patches(state, wanted)
+    _fit_patches(state, wanted, model)
     _fit_positions(state, wanted, model, checkpoint)
-    _check_names(state, wanted, checkpoint.source, fresh=HEAD if new_head else ())
+    _check_names(state, wanted, checkpoint.source)
     model.load_state_dict(state, strict=False)
 
 
-def check_finite(state: dict[str, Tensor], source: str) -> None:
-    """WeightsError naming the parameters that hold NaN or infinities."""
-    bad = [
-        key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()
-    ]
-    if bad:
+def _fit_head(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str, new_head: bool) -> bool:
+    """Takes a head that does not fit out of `state`; whether the model needs a new one. Says which."""
+    classes = len(wanted["head.weight"]) if "head.weight" in wanted else 0
+    had = len(state["head.weight"]) if "head.weight" in state else 0
+    if had == classes:
+        return False
+    for key in HEAD:
+        state.pop(key, None)
+    if not classes:  # features
+        return False
+    if not had and not new_head:
         raise WeightsError(
-            f"vit: {source}: NaN or infinite values in {_some(bad)}. The training that wrote it diverged; "
-            "use an "
-            "earlier checkpoint, or repair the tensors of vit.weights.load(...) and pass the state dict "
-            "as weights"
+            f"vit: {source} has no classifier head; pass num_classes=0 for features or num_classes=N for a new head"
         )
-
-
-def _fit_head(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str, new_head: bool) -> None:
-    if "head.weight" not in wanted:  # num_classes=0: features
-        for key in HEAD:
-            state.pop(key, None)
-    elif "head.weight" not in state:
-        if not new_head:
-            raise WeightsError(
-                f"vit: {source} has no classifier head; pass num_classes=0 for features or num_classes=N "
-                "for a new head"
-            )
-        log.warning(
-            "%s has no head: a new one for %d classes was initialised", source, len(wanted["head.weight"])
-        )
-    elif len(state["head.weight"]) != len(wanted["head.weight"]):
-        had, has = len(state["head.weight"]), len(wanted["head.weight"])
-        log.warning("%s: its head for %d classes was dropped, a new one for %d initialised", source, had, has)
-        for key in HEAD:
-            state.pop(key, None)
+    what = f"its head for {had} classes was dropped" if had else "it has no head"
+    log.warning("%s: %s, a new one for %d classes was initialised", source, what, classes)
+    return True
 
 
 def _fit_norm(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -81,91 +60,72 @@ def _fit_norm(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
                     state[f"{new}.{kind}"] = state.pop(f"{old}.{kind}")
 
 
-def _fit_patches(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    weight = state.get(PATCHES)
-    if weight is None or weight.ndim != 4 or wanted[PATCHES].ndim != 4:
+def _fit_patches(state: dict[str, Tensor], wanted: dict[str, Tensor], model: VisionTransformer) -> None:
+    """Brings the projection to the model's channels and layout; a patch of another size is left to _check_names."""
+    weight, embed = state.get(PATCHES), model.patch_embed
+    patch_height, patch_width = embed.patch_size
+    if weight is None or weight.ndim not in (2, 4) or weight[0].numel() % (patch_height * patch_width):
         return
-    channels = wanted[PATCHES].shape[1]
-    if weight.shape[1] == 3 and channels != 3:
-        state[PATCHES] = adapt_channels(weight, channels)
-        log.info("patch embedding: 3 image channels adapted to %d", channels)
+    if weight.ndim == 4 and tuple(weight.shape[2:]) != embed.patch_size:
+        return
+    weight = weight.reshape(len(weight), -1, patch_height, patch_width)
+    if weight.shape[1] != embed.in_chans:
+        log.info("patch embedding: %d image channels adapted to %d", weight.shape[1], embed.in_chans)
+        weight = adapt_channels(weight, embed.in_chans)
+    state[PATCHES] = weight.reshape(len(weight), *wanted[PATCHES].shape[1:])
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """An RGB patch weight [dim, 3, P, Q] for another number of channels, as timm does: summed for 1, else
-    repeated (R, G, B, R, ...) and scaled by 3 / channels, so that equal channels give the old response."""
+    """A patch weight [dim, C, P, Q] for another number of channels, by timm's rule: summed for 1, else repeated
+    (R, G, B, R, ...) and scaled by C / channels, so that equal channels give the old response."""
+    old = weight.shape[1]
     if channels == 1:
         return weight.float().sum(dim=1, keepdim=True).to(weight.dtype)
-    repeated = weight.float().repeat(1, math.ceil(channels / 3), 1, 1)[:, :channels]
-    return (repeated * (3 / channels)).to(weight.dtype)
+    repeated = weight.float().repeat(1, math.ceil(channels / old), 1, 1)[:, :channels]
+    return (repeated * (old / channels)).to(weight.dtype)
 
 
 def _fit_positions(
-    state: dict[str, Tensor], wanted: dict[str, Tensor], model: Any, checkpoint: Checkpoint
+    state: dict[str, Tensor], wanted: dict[str, Tensor], model: VisionTransformer, checkpoint: Checkpoint
 ) -> None:
-    table, own = state.get("pos_embed"), wanted.get("pos_embed")
+    """Resamples learned positions to the model's patch grid. A fixed table is the model's own, right for its grid."""
+    table, own = state.get(POSITIONS), wanted.get(POSITIONS)
+    if own is not None and not isinstance(model.pos_embed, nn.Parameter):
+        state[POSITIONS] = own
+        return
     if table is None or own is None or table.ndim != 3 or table.shape[2] != own.shape[2]:
         return
-    grid = model.patch_embed.grid_size
-    if not isinstance(model.pos_embed, torch.nn.Parameter):  # fixed: the model's own is right for its grid
-        state["pos_embed"] = own
+    grid, old_grid = model.patch_embed.grid_size, checkpoint.grid()
+    if old_grid == grid or (old_grid is None and table.shape == own.shape):
         return
-    old_grid = checkpoint.grid or _square(table.shape[1] - model.num_prefix_tokens)
-    if old_grid is None and table.shape == own.shape:
-        return  # a rectangular grid; equal token counts and nothing that says otherwise
-    if old_grid != grid:
-        state["pos_embed"] = pos_embed.resample(table, grid, old_grid, model.num_prefix_tokens)
-        log.info("position embedding resampled from %s to %s patches", old_grid or "a square of", grid)
+    try:
+        state[POSITIONS] = resample(table, grid, old_grid, model.num_prefix_tokens)
+    except ValueError as error:
+        raise WeightsError(f"vit: {checkpoint.source}: {POSITIONS} does not fit: {error}") from error
+    log.info("position embedding resampled from %s to %s patches", old_grid or "a square of", grid)
 
 
-def _square(rows: int) -> tuple[int, int] | None:
-    side = math.isqrt(max(rows, 0))
-    return (side, side) if side * side == rows else None
-
-
-def _check_names(
-    state: dict[str, Tensor], wanted: dict[str, Tensor], source: str, fresh: Iterable[str]
-) -> None:
-    missing = [
-        key for key in wanted if key not in state and key not in fresh and not _dropped(key, state, wanted)
-    ]
+def _check_names(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> None:
+    missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
     shapes = [
         f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
         for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape and not _same_patches(key, state, wanted)
+        if key in state and state[key].shape != value.shape
     ]
     if not (missing or unexpected or shapes):
         return
     lines = [f"vit: {source} does not fit the model:"]
     if missing:
-        lines.append(f"  missing     {_some(missing)}")
+        lines.append(f"  missing     {some(missing)}")
     if unexpected:
-        named = []
-        for key in unexpected:
-            near = difflib.get_close_matches(key, wanted, n=1)
-            named.append(f"{key} (nearest: {near[0]})" if near else key)
-        lines.append(f"  unexpected  {_some(named)}")
+        lines.append(f"  unexpected  {some([_with_nearest(key, wanted) for key in unexpected[:12]] + unexpected[12:])}")
     if shapes:
-        lines.append(f"  shape       {_some(shapes)}")
-    lines.append(
-        "Create the model with the sizes the weights were made for (name, patch_size, embed_dim, depth, ...)."
-    )
+        lines.append(f"  shape       {some(shapes)}")
+    lines.append("Create the model with the sizes the weights were made for (name, patch_size, embed_dim, depth, ...)")
     raise WeightsError("\n".join(lines))
 
 
-def _dropped(key: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    """A head that _fit_head took out, having said so."""
-    return key in HEAD and not any(head in state for head in HEAD)
-
-
-def _same_patches(key: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    """The two layouts of the patch projection, which load into each other."""
-    return (
-        key == PATCHES and state[key].ndim != wanted[key].ndim and state[key].numel() == wanted[key].numel()
-    )
-
-
-def _some(names: list[str], limit: int = 12) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+def _with_nearest(key: str, wanted: dict[str, Tensor]) -> str:
+    near = difflib.get_close_matches(key, wanted, n=1)
+    return f"{key} (nearest: {near[0]})" if near else key

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from ..model.layers import pair
+
+PATCHES = "patch_embed.proj.weight"
+POSITIONS = "pos_embed"
+HEAD = ("head.weight", "head.bias")
+
+
+def some(names: Sequence[str], limit: int = 12) -> str:
+    """The first names of a list that may be long, for error texts."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class WeightsError(RuntimeError):
@@ -16,9 +28,11 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`state`: timm's parameter names -> tensors on the CPU. `arch`, `preprocess`: arguments of
-    VisionTransformer and Preprocess; name and class_names where the source knows them. `grid`: the patch grid
-    of the position embedding."""
+    """What a source of weights says.
+
+    state: timm's parameter names -> tensors on the CPU. arch, preprocess: arguments of VisionTransformer and of
+    Preprocess, as far as they are written beside the weights; likewise the model's name and the class names.
+    """
 
     state: Mapping[str, Tensor]
     source: str
@@ -26,14 +40,22 @@ class Checkpoint:
     arch: Mapping[str, Any] = field(default_factory=dict)
     preprocess: Mapping[str, Any] | None = None
     class_names: tuple[str, ...] | None = None
-    grid: tuple[int, int] | None = None
 
     def sizes(self) -> dict[str, int]:
-        """The sizes that do not depend on the rest of the network: classes and image channels."""
+        """What the tensors themselves tell about the ends of the network: classes and image channels."""
         sizes = {}
         if (head := self.state.get("head.weight")) is not None:
-            sizes["num_classes"] = head.shape[0]
-        patches = self.state.get("patch_embed.proj.weight")
-        if patches is not None and patches.ndim == 4:
+            sizes["num_classes"] = len(head)
+        if (patches := self.state.get(PATCHES)) is not None and patches.ndim == 4:
             sizes["in_chans"] = patches.shape[1]
         return sizes
+
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of patches that the position embedding stands for, where image and patch size are known."""
+        image, patch, patches = self.arch.get("img_size"), self.arch.get("patch_size"), self.state.get(PATCHES)
+        if patches is not None and patches.ndim == 4:
+            patch = tuple(patches.shape[2:])
+        if image is None or patch is None:
+            return None
+        (height, width), (patch_height, patch_width) = pair(image), pair(patch)
+        return -(-height // patch_height), -(-width // patch_width)

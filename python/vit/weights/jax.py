@@ -20,12 +20,10 @@ PREFIXES = ("opt/target/", "params/img/", "params/", "img/")
 
 def read_npz(path: Path) -> dict[str, Tensor]:
     """All arrays of an archive; ValueError for one that holds Python objects."""
-    with np.load(path, allow_pickle=False) as archive:
-        return {
-            key: torch.from_numpy(np.array(archive[key]))
-            for key in archive.files
-            if archive[key].dtype.kind == "f"
-        }
+    # NumPy leaves a file that it opened itself open when the archive is broken.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    return {key: torch.from_numpy(array) for key, array in arrays.items() if array.dtype.kind == "f"}
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
@@ -37,9 +35,7 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     timm's models and are left out."""
     for prefix in PREFIXES:
         if prefix + "embedding/kernel" in state:
-            state = {
-                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-            }
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     state = _unstack(state)
     dim = state["embedding/kernel"].shape[-1]
     found = {
@@ -81,9 +77,7 @@ def _block(state: Mapping[str, Tensor], source: str, target: str, dim: int) -> d
     attn = f"{source}/MultiHeadDotProductAttention_{attention}"
     qkv = ("query", "key", "value")
     found = {
-        f"{target}.attn.qkv.weight": torch.cat(
-            [state[f"{attn}/{p}/kernel"].reshape(dim, dim).T for p in qkv]
-        ),
+        f"{target}.attn.qkv.weight": torch.cat([state[f"{attn}/{p}/kernel"].reshape(dim, dim).T for p in qkv]),
         f"{target}.attn.qkv.bias": torch.cat([state[f"{attn}/{p}/bias"].reshape(dim) for p in qkv]),
         f"{target}.attn.proj.weight": state[f"{attn}/out/kernel"].reshape(dim, dim).T.contiguous(),
         f"{target}.attn.proj.bias": state[f"{attn}/out/bias"],

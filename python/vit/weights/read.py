@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import pickle
-import zipfile
-from collections.abc import Mapping
+import pickletools
+import re
+import struct
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from . import jax, torchvision, transformers
-from .checkpoint import Checkpoint, WeightsError
+from .checkpoint import Checkpoint, WeightsError, some
+
+log = logging.getLogger("vit")
 
 HUB = "hf-hub:"
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
@@ -31,15 +36,24 @@ PREFIXES = ("module.", "_orig_mod.")
 
 
 def load(source: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a file, folder or hub repository, under timm's parameter names.
-
-    Raises FileNotFoundError when there is none, WeightsError when it cannot be read safely.
-    """
+    """The state dict in a file, folder or hub repository, under timm's parameter names. Raises as `read`."""
     return dict(read(source).state)
 
 
-def read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Checkpoint:
-    """Everything a source of weights says; a mapping is taken as a state dict. Raises as `load`."""
+def read(source: str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint, non_finite: str = "error") -> Checkpoint:
+    """Everything a source of weights says; a mapping is taken as a state dict.
+
+    non_finite: whether NaN and infinities are an "error" or make a "warn"-ing that names their parameters.
+    Raises FileNotFoundError when there is no such file, WeightsError when it cannot be read safely.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    checkpoint = _read(source)
+    check_finite(checkpoint, non_finite)
+    return checkpoint
+
+
+def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Checkpoint:
     if isinstance(source, Mapping):
         return _checkpoint(source, "the given state dict")
     if isinstance(source, str) and source.startswith(HUB):
@@ -52,39 +66,68 @@ def read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Checkpoint:
     return _checkpoint(read_file(path), str(path))
 
 
+def check_finite(checkpoint: Checkpoint, non_finite: str) -> None:
+    """Names the parameters that hold NaN or infinities, as WeightsError or as a log warning."""
+    if non_finite not in ("error", "warn"):
+        raise ValueError(f"vit: non_finite={non_finite!r} is not one of 'error', 'warn'")
+    floating = {key: value for key, value in checkpoint.state.items() if value.is_floating_point()}
+    bad = [key for key, value in floating.items() if not torch.isfinite(value).all()]
+    if not bad:
+        return
+    text = f"{checkpoint.source}: NaN or infinite values in {some(bad)}"
+    if non_finite == "error":
+        raise WeightsError(
+            f"vit: {text}. Take a checkpoint from before the training diverged; to load this one all the "
+            "same, "
+            "pass weights=vit.weights.read(source, non_finite='warn')"
+        )
+    log.warning(text)
+
+
 def read_file(path: Path) -> Mapping[str, Any]:
     """The tensors of one file by name; WeightsError when it is truncated, unknown or would execute code."""
-    readers = {".safetensors": _read_safetensors, ".npz": jax.read_npz}
+    readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {".safetensors": load_file, ".npz": jax.read_npz}
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"vit: weights {str(path)!r}: the suffix is not one of {', '.join(SUFFIXES)}")
     try:
         return readers.get(path.suffix, _read_pickle)(path)
-    except (SafetensorError, zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (WeightsError, PermissionError):
+        raise
+    except Exception as error:  # a broken file makes each reader stumble in half a dozen ways
         raise WeightsError(
-            f"vit: weights {str(path)!r} ({path.stat().st_size} bytes) are truncated or not a "
-            f"{path.suffix} file: {error}"
+            f"vit: weights {str(path)!r} ({path.stat().st_size} bytes) are truncated or not a {path.suffix} "
+            f"file: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
-
-
-def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    return load_file(path)
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "truncated" in str(error) or "invalid load key" in str(error):
-            raise ValueError(error) from error
+        with warnings.catch_warnings():  # about what is refused below anyway
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        names = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        if not (names or "TorchScript" in str(error) or _is_whole_pickle(path)):
+            raise  # not a question of trust: broken
+        called = f" ({', '.join(dict.fromkeys(names))})" if names else ""
         raise WeightsError(
-            f"vit: weights {str(path)!r} hold more than tensors, and reading them would execute code "
-            "stored in the "
-            "file: refused. If you trust it, load it yourself and save the tensors alone: "
-            "safetensors.torch.save_file(torch.load(path, weights_only=False).state_dict(), "
-            "'weights.safetensors')"
+            f"vit: weights {str(path)!r} hold more than tensors, and reading them would execute code the "
+            "file "
+            f"names{called}: refused. If you trust it, save its tensors alone and use that file: "
+            "safetensors.torch.save_file(torch.load(path, weights_only=False).state_dict(), 'x.safetensors')"
         ) from error
-    except RuntimeError as error:  # torch's word for a broken zip archive
-        raise ValueError(error) from error
+    if not isinstance(found, Mapping):
+        raise WeightsError(f"vit: weights {str(path)!r} hold a {type(found).__name__}, not a state dict")
+    return found
+
+
+def _is_whole_pickle(path: Path) -> bool:
+    """Whether the file is a plain pickle from its first to its last opcode; looks, executes nothing."""
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in pickletools.genops(file)) > 1
+    except (ValueError, EOFError, IndexError, struct.error):
+        return False
 
 
 def _read_folder(folder: Path) -> Checkpoint:
@@ -108,7 +151,9 @@ def _read_folder(folder: Path) -> Checkpoint:
     for file in ("model.safetensors", "pytorch_model.bin"):
         if (folder / file).exists():
             config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-            return _checkpoint(read_file(folder / file), str(folder / file), **_hub_config(config))
+            return _checkpoint(
+                read_file(folder / file), str(folder / file), **(transformers.about(config) or _timm_config(config))
+            )
     raise FileNotFoundError(
         f"vit: folder {str(folder)!r} holds neither a run (model.json) nor model.safetensors; pass the "
         "weights file itself"
@@ -136,16 +181,20 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise WeightsError(f"vit: {str(path)!r} is not JSON: {error}") from error
 
 
-def _hub_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json as published beside timm's weights says about the model; nothing for other ones."""
+def _timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config.json beside timm's published weights says of their model; nothing for other ones."""
     pretrained = config.get("pretrained_cfg") or {}
     keys = ("mean", "std", "interpolation", "crop_pct")
-    preprocess = {key: pretrained[key] for key in keys if key in pretrained}
-    return {"name": config.get("architecture"), "preprocess": preprocess or None}
+    return {
+        "name": config.get("architecture"),
+        "arch": config.get("model_args") or {},
+        "preprocess": {key: pretrained[key] for key in keys if key in pretrained} or None,
+        "class_names": tuple(config.get("label_names") or ()) or None,
+    }
 
 
 def _checkpoint(found: Mapping[str, Any], source: str, **about: Any) -> Checkpoint:
-    """Unwraps, recognises the layout, converts the names."""
+    """Unwraps what training programs wrap, recognises the layout, converts the names."""
     for wrapper in WRAPPERS:
         if isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
@@ -154,17 +203,13 @@ def _checkpoint(found: Mapping[str, Any], source: str, **about: Any) -> Checkpoi
     for prefix in PREFIXES:
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if not state:
+        keys = some([str(key) for key in found]) or "none"
+        raise WeightsError(f"vit: {source} holds no tensors that are parameters; its entries: {keys}")
     for layout in (jax, transformers, torchvision):
         if layout.recognises(state):
             state = layout.convert(state)
-    if not state:
-        raise WeightsError(
-            f"vit: {source} holds no tensors; its keys are {', '.join(map(str, list(found)[:8]))}"
-        )
-    checkpoint = Checkpoint(state, source, **about)
-    if not checkpoint.arch:
-        checkpoint = Checkpoint(state, source, **(about | {"arch": checkpoint.sizes()}))
-    return checkpoint
+    return Checkpoint(state, source, **about)
 
 
 def _similar_files(path: Path) -> str:

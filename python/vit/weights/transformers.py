@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,34 @@ _LAYER = {
 }
 
 
+#: transformers' names of sizes -> ours.
+_SIZES = {
+    "image_size": "img_size",
+    "patch_size": "patch_size",
+    "num_channels": "in_chans",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "layer_norm_eps": "norm_eps",
+    "qkv_bias": "qkv_bias",
+}
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def about(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What transformers' config.json says of a ViT; None for other models. Their images are resized without a
+    crop, which Preprocess does not do: the named model's transform stays."""
+    if config.get("model_type") != "vit":
+        return None
+    arch = {ours: config[theirs] for theirs, ours in _SIZES.items() if theirs in config}
+    if "intermediate_size" in config:
+        arch["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
+    if config.get("hidden_act") in _ACTIVATIONS:
+        arch["act_layer"] = _ACTIVATIONS[config["hidden_act"]]
+    names = [label for _, label in sorted((config.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    return {"arch": arch, "class_names": tuple(names) or None}
+
+
 def recognises(state: Mapping[str, Tensor]) -> bool:
     return any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state)
 
@@ -34,9 +63,7 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """transformers' names -> timm's. The pooler is left out; what else is unknown keeps its name and is
     reported."""
     state = {
-        key.removeprefix("vit."): value
-        for key, value in state.items()
-        if not key.startswith(("pooler", "vit.pooler"))
+        key.removeprefix("vit."): value for key, value in state.items() if not key.startswith(("pooler", "vit.pooler"))
     }
     found = {}
     for key, value in state.items():
