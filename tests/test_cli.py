@@ -309,20 +309,21 @@ def test_resume_takes_no_other_options(run: Path, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["run"] == str(run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_with_the_command_that_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "2"), (signal.SIGTERM, "0")])
+def test_a_signal_ends_with_the_command_that_goes_on(tmp_path: Path, number: signal.Signals, workers: str) -> None:
+    """As Ctrl-C in a terminal does, the signal goes to the whole process group, workers included."""
     out = tmp_path / "run"
-    process = vit_process("train", "--out", str(out), "--epochs", "1000", "--arch", "depth=1")
+    words = ["--out", str(out), "--epochs", "1000", "--arch", "depth=1", "--workers", workers]
+    process = vit_process("train", *words, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.search(rf"go on with: vit train --resume {re.escape(str(out))}\n", error)
-    assert "Traceback" not in error
+    assert re.fullmatch(rf"vit: stopped after .*; go on with: vit train --resume {re.escape(str(out))}\n", error)
     assert (out / "checkpoint.safetensors").is_file()
     assert not re.search(r"\x1b|\r", output), "plain lines in a pipe"
 

@@ -171,6 +171,18 @@ def test_a_file_that_vanishes_later_is_named(tmp_path: Path) -> None:
         Images(samples, RGB)[0, 1]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_damaged_later_is_named_without_a_traceback(tmp_path: Path, workers: int) -> None:
+    write_images(tmp_path, {"a": 3, "b": 3})
+    samples = folder(tmp_path, validate="header").splits["train"]
+    path = tmp_path / "a" / "000.png"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError) as caught:
+        list(loader(Images(samples, RGB), InOrder(len(samples), 4), workers))
+    assert str(caught.value).startswith(f"vit: cannot read image {path}: ")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("counts", "text"),
     [

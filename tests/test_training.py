@@ -251,6 +251,17 @@ def test_a_killed_process_is_resumed_bit_identically(whole: TrainResult, tmp_pat
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")], "leftovers are reused"
 
 
+def test_resuming_does_not_need_the_weights_it_started_from(whole: TrainResult, tmp_path: Path) -> None:
+    weights = tmp_path / "start.safetensors"
+    weights.write_bytes((whole.run / "best.safetensors").read_bytes())
+    config = dataclasses.replace(SMALL, weights=str(weights))
+    first = train(config, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(config, out=tmp_path / "run", display=Hook(3, terminate))
+    weights.unlink()
+    same_bits(first.run, train(resume=tmp_path / "run").run)
+
+
 def test_resuming_with_workers_from_the_middle_of_an_epoch(tmp_path: Path) -> None:
     folder = coloured_folders(tmp_path / "data", 40)
     config = dataclasses.replace(FOLDER, data=str(folder), workers=2)

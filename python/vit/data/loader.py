@@ -7,6 +7,7 @@ save.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,4 +102,11 @@ def loader(images: Images, batches: EpochBatches | InOrder, workers: int, pin_me
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
+        worker_init_fn=_leave_signals,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the main one decides, and ends its workers with SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -14,6 +14,10 @@ from PIL import Image
 class DataError(ValueError):
     """Data that cannot be used: the text names the file or the value, what is allowed, and the way out."""
 
+    def __init__(self, text: str) -> None:
+        # A DataLoader raises a worker's error anew with its traceback as text; the last line of that is the error.
+        super().__init__(text.rpartition("DataError: ")[2].strip())
+
 
 @dataclass(frozen=True)
 class Samples:

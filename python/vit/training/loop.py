@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import platform
 import signal
 import threading
@@ -102,7 +101,7 @@ class _Training:
         self.main = bool(self.accelerator.is_main_process)
         self.display: Display = display if self.main else Silent()
         self.source = self._open_source()
-        self.model, info = self._create_model()
+        self.model, info = self._create_model(None if resumed else config.weights)
         self.batches, self.loader = self._make_loader()
         self.steps = len(self.batches) // config.accumulate  # optimizer steps per epoch
         self.average = Average(self.model, config.ema) if config.ema else None
@@ -127,7 +126,7 @@ class _Training:
             self.display.line(f"skipped {describe(source.skipped, Path(config.data))}")
         return source.divided(config.val_fraction, config.test_fraction, config.split_seed)
 
-    def _create_model(self) -> tuple[Any, dict[str, Any]]:
+    def _create_model(self, weights: str | None) -> tuple[Any, dict[str, Any]]:
         config = self.config
         torch.manual_seed(config.seed)
         arch = {"num_classes": len(self.source.class_names), "drop_path_rate": config.drop_path} | config.arch
@@ -136,7 +135,7 @@ class _Training:
                 f"vit: --arch num_classes={arch['num_classes']}, but {config.data} has "
                 f"{len(self.source.class_names)} classes; leave it out"
             )
-        model = vit.create(config.model, config.backend, weights=config.weights, device=self.accelerator.device, **arch)
+        model = vit.create(config.model, config.backend, weights=weights, device=self.accelerator.device, **arch)
         info = {
             "name": config.model,
             "arch": arch,
@@ -423,7 +422,7 @@ class _Training:
                 "torch": torch.__version__,
                 "vit": vit.__version__,
                 "cpu": platform.machine(),
-                "isa": os.environ.get("VIT_CPU_ISA", ""),
+                "isa": vit.backends()["cpu"].get("isa"),
             },
         }
 
