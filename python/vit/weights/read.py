@@ -125,7 +125,7 @@ def _is_whole_pickle(path: Path) -> bool:
     """Whether the file is a plain pickle from its first to its last opcode; looks, executes nothing."""
     try:
         with path.open("rb") as file:
-            return sum(1 for _ in pickletools.genops(file)) > 1
+            return sum(1 for _ in pickletools.genops(file)) > 1 and not file.read(1)
     except (ValueError, EOFError, IndexError, struct.error):
         return False
 
