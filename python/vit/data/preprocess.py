@@ -28,8 +28,7 @@ INTERPOLATIONS = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resizes the shorter side to floor(img_size / crop_pct), crops the centre, returns (x / 255 - mean) /
-    std.
+    """Resizes the shorter side to floor(img_size / crop_pct), crops the centre, returns (x / 255 - mean) / std.
 
     img_size: one side or (height, width). mean, std: one number per channel, or one for all. in_chans 1 makes
     the image grey, 3 RGB. Called with a PIL image it returns float32 [in_chans, height, width].
@@ -47,15 +46,12 @@ class Preprocess:
     def __post_init__(self) -> None:
         size = self.img_size
         # The dataclass is frozen: these three settle the forms that arguments and JSON may take.
-        object.__setattr__(
-            self, "img_size", (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        )
+        object.__setattr__(self, "img_size", (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])))
         object.__setattr__(self, "mean", self._per_channel("mean", self.mean))
         object.__setattr__(self, "std", self._per_channel("std", self.std))
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(
-                f"vit: preprocess: interpolation {self.interpolation!r} is not one of "
-                f"{', '.join(INTERPOLATIONS)}"
+                f"vit: preprocess: interpolation {self.interpolation!r} is not one of {', '.join(INTERPOLATIONS)}"
             )
         if not 0.0 < self.crop_pct <= 1.0:
             raise ValueError(f"vit: preprocess: crop_pct must be above 0 and at most 1, got {self.crop_pct}")
@@ -70,9 +66,7 @@ class Preprocess:
     def convert(self, image: Image.Image) -> Image.Image:
         """The image with the model's number of channels: grey for 1, RGB for 3."""
         if not isinstance(image, Image.Image):
-            raise TypeError(
-                f"vit: preprocess takes a PIL image, got {type(image).__name__}; use Image.open(path)"
-            )
+            raise TypeError(f"vit: preprocess takes a PIL image, got {type(image).__name__}; use Image.open(path)")
         if self.in_chans not in (1, 3):
             raise ValueError(
                 f"vit: preprocess: a PIL image cannot be made into {self.in_chans} channels; "
@@ -80,22 +74,17 @@ class Preprocess:
             )
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             raise ValueError(
-                f"vit: preprocess: the image has mode {image.mode!r}, more than 8 bits per pixel, and "
-                "converting would "
-                "clip it; scale it to 0 .. 255 first"
+                f"vit: preprocess: the image has mode {image.mode!r}, more than 8 bits per pixel, and converting "
+                "would clip it; scale it to 0 .. 255 first"
             )
         return image.convert("L" if self.in_chans == 1 else "RGB")
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Resizes keeping the aspect ratio, then cuts out the central img_size; too small a side is padded
-        with 0."""
+        """Resizes keeping the aspect ratio, then cuts out the central img_size; too small a side is padded with 0."""
         height, width = self.img_size
         image = image.resize(self._resized(image), INTERPOLATIONS[self.interpolation])
-        # PIL fills what lies outside with zeros. Rounding half to even is what the published accuracies used.
-        pad_left, pad_top = max((width - image.width) // 2, 0), max((height - image.height) // 2, 0)
-        left = -pad_left if pad_left or width > image.width else round((image.width - width) / 2.0)
-        top = -pad_top if pad_top or height > image.height else round((image.height - height) / 2.0)
-        return image.crop((left, top, left + width, top + height))
+        left, top = _centre(image.width, width), _centre(image.height, height)
+        return image.crop((left, top, left + width, top + height))  # PIL fills what lies outside with zeros
 
     def normalize(self, image: Image.Image) -> Tensor:
         """An image of 0 .. 255 -> float32 [C, H, W]."""
@@ -109,18 +98,14 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
         """The inverse of to_dict; ValueError names unknown keys."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(
-                f"vit: preprocess: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-            )
+            raise ValueError(f"vit: preprocess: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         return cls(**values)
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
@@ -139,7 +124,10 @@ class Preprocess:
         if len(values) == 1:
             return values * self.in_chans
         if len(values) != self.in_chans:
-            raise ValueError(
-                f"vit: preprocess: {name} has {len(values)} values for {self.in_chans} channel(s)"
-            )
+            raise ValueError(f"vit: preprocess: {name} has {len(values)} values for {self.in_chans} channel(s)")
         return values
+
+
+def _centre(length: int, window: int) -> int:
+    """Where a centred window begins, rounded half to even as for the published accuracies; negative if it is longer."""
+    return -((window - length) // 2) if window > length else round((length - window) / 2)

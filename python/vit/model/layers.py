@@ -103,8 +103,7 @@ class PatchEmbed(CallsOps, nn.Module):
         patch_h, patch_w = self.patch_size
         if (height % patch_h or width % patch_w) and not self.dynamic_pad:
             raise ValueError(
-                f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x "
-                f"{patch_w}; "
+                f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x {patch_w}; "
                 "choose another img_size or patch_size, or dynamic_pad=True to pad the bottom and right edges"
             )
         if height < 1 or width < 1:

@@ -51,8 +51,7 @@ def resample(
         old_grid = (side, side)
     if old_grid[0] * old_grid[1] != rows or rows < 1:
         raise ValueError(
-            f"vit: a position embedding of {pos_embed.shape[1]} rows with {prefix_tokens} prefix token(s) "
-            "is not a "
+            f"vit: a position embedding of {pos_embed.shape[1]} rows with {prefix_tokens} prefix token(s) is not a "
             f"{old_grid[0]} x {old_grid[1]} grid; pass the grid it was trained with"
         )
     if old_grid == new_grid:

@@ -77,8 +77,7 @@ def check_finite(checkpoint: Checkpoint, non_finite: str) -> None:
     text = f"{checkpoint.source}: NaN or infinite values in {some(bad)}"
     if non_finite == "error":
         raise WeightsError(
-            f"vit: {text}. Take a checkpoint from before the training diverged; to load this one all the "
-            "same, "
+            f"vit: {text}. Take a checkpoint from before the training diverged; to load this one all the same, "
             "pass weights=vit.weights.read(source, non_finite='warn')"
         )
     log.warning(text)
@@ -111,8 +110,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
             raise  # not a question of trust: broken
         called = f" ({', '.join(dict.fromkeys(names))})" if names else ""
         raise WeightsError(
-            f"vit: weights {str(path)!r} hold more than tensors, and reading them would execute code the "
-            "file "
+            f"vit: weights {str(path)!r} hold more than tensors, and reading them would execute code the file "
             f"names{called}: refused. If you trust it, save its tensors alone and use that file: "
             "safetensors.torch.save_file(torch.load(path, weights_only=False).state_dict(), 'x.safetensors')"
         ) from error
@@ -155,8 +153,8 @@ def _read_folder(folder: Path) -> Checkpoint:
                 read_file(folder / file), str(folder / file), **(transformers.about(config) or _timm_config(config))
             )
     raise FileNotFoundError(
-        f"vit: folder {str(folder)!r} holds neither a run (model.json) nor model.safetensors; pass the "
-        "weights file itself"
+        f"vit: folder {str(folder)!r} holds neither a run (model.json) nor model.safetensors; "
+        "pass the weights file itself"
     )
 
 
