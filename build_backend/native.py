@@ -96,7 +96,8 @@ def build(target: Path, work: Path) -> dict[str, Record]:
         futures = {name: pool.submit(_build_one, name, target, work / name, jobs) for name in tried}
     records |= {name: future.result() for name, future in futures.items()}
     target.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({name: asdict(record) for name, record in records.items()}, indent=2)
+    known = {n: {k: v for k, v in asdict(r).items() if v is not None} for n, r in records.items()}
+    text = json.dumps(known, indent=2)
     (target / "_build.json").write_text(text + "\n", encoding="utf-8")
     failed = [f"{name}: {records[name].reason}" for name in tried if not records[name].built]
     if wanted and failed:

@@ -24,6 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFTOVERS = ("build", "dist", "site", "runs", "*.egg-info", "*.so", "_build.json", "__pycache__", ".*_cache", ".venv*")
+VERSION = re.compile(r'^version = "(.+)"$', re.MULTILINE)
 BUILD_SWITCHES = {"VIT_BACKENDS", "CMAKE_ARGS", "MAX_JOBS", "PYTHONPATH"}
 BINDINGS = """
 #include <Python.h>
@@ -153,6 +154,8 @@ def test_a_wheel_built_from_the_sdist_equals_one_built_from_the_tree(tree: Path)
 @pytest.mark.slow
 def test_install_into_a_fresh_environment(tree: Path, fresh_python: Path) -> None:
     pip("install", build_wheel(tree), tree=tree, python=fresh_python)
+    script = run(fresh_python.parent / "vit", "--version", cwd=tree)
+    assert script.stdout.strip() == f"vit {re.search(VERSION, (tree / 'pyproject.toml').read_text())[1]}"
     assert Path(evaluate(fresh_python, "vit.__file__")).is_relative_to(fresh_python.parent.parent)
     assert evaluate(fresh_python, "__import__('vit._cpu')._cpu.answer") == 42
     cpu = evaluate(fresh_python, "vit.backends()['cpu']")
@@ -178,7 +181,7 @@ def test_one_broken_backend_leaves_the_others(tree: Path) -> None:
     wheel = build_wheel(tree)
     found = records(wheel)
     assert modules(wheel) == ["vit/_cpu"]
-    assert (found["cpu"]["built"], found["cpu"]["reason"]) == (True, None)
+    assert found["cpu"]["built"] is True
     assert found["cpu"]["compiler"]
     assert found["cpu"]["bytes"] > 1000
     assert found["other"]["built"] is False
