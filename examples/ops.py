@@ -1,7 +1,6 @@
 """Use one op on its own: the fastest backend forward and backward, checked against the reference."""
 
 import torch
-
 import vit
 
 B, N, H, D = 2, 197, 3, 64

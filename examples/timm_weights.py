@@ -5,7 +5,6 @@ Needs timm (in the `test` and `bench` extras). The weights are random here; with
 
 import timm
 import torch
-
 import vit
 
 name = "vit_tiny_patch16_224"

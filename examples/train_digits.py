@@ -5,9 +5,8 @@
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-
 import vit
+from sklearn.datasets import load_digits
 
 torch.manual_seed(0)
 digits = load_digits()
