@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
+
     from vit import testing
     from vit.backends import get
 
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "backend": args.backend,
         "device": str(device),
+        "info": backend.info(),
         "passed": len(results) - failed - skipped,
         "failed": failed,
         "skipped": skipped,

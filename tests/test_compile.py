@@ -1,0 +1,194 @@
+"""The registered ops: opcheck, torch.compile without graph breaks, and what a dispatch mode sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import vit
+from test_ops import call, small
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from vit.ops import OPS, bind
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch.compile's own
+
+#: What a native model must not leave to PyTorch.
+HEAVY = (
+    "mm",
+    "matmul",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "linear",
+    "conv",
+    "softmax",
+    "layer_norm",
+    "gelu",
+    "attention",
+    "einsum",
+)
+
+
+class Recorder(TorchDispatchMode):
+    """Every op that reaches the dispatcher, and the arguments of those of our namespaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.ours: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.names.append(name)
+        if name.startswith("vit_"):
+            self.ours[name] = (func, args)
+        return func(*args, **(kwargs or {}))
+
+    def heavy(self) -> list[str]:
+        aten = [name.removeprefix("aten::") for name in self.names if name.startswith("aten::")]
+        return sorted(
+            {
+                name
+                for name in aten
+                if any(word in name.split("_") or word == name for word in HEAVY)
+                or any(word in name for word in ("conv", "softmax", "layer_norm", "gelu", "attention"))
+            }
+        )
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(backend, device, op, dtype):
+    tensors, options = small(op, dtype, device, grad=True)
+    with Recorder() as seen:
+        y = call(op, backend, tensors, options)
+        torch.autograd.grad(y, list(tensors.values()), torch.randn_like(y))
+    assert set(seen.ours) == {f"vit_{backend}::{op}_fwd", f"vit_{backend}::{op}_bwd"}
+    for func, args in seen.ours.values():
+        plain = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
+        torch.library.opcheck(func, plain)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_fake_function_tells_shape_dtype_and_layout(backend, device, op):
+    """opcheck compares with the kernel's result; here with strides, which compiled code relies on."""
+    tensors, options = small(op, device=device)
+    tensors = {
+        name: x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x for name, x in tensors.items()
+    }
+    bound = bind(op, backend)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = call(op, backend, {name: mode.from_tensor(x) for name, x in tensors.items()}, options)
+    real = bound(**tensors, **options)
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compile_forward_and_backward(backend, device, op):
+    tensors, options = small(op, device=device, grad=True)
+
+    def f(**tensors: Tensor) -> Tensor:
+        return call(op, backend, tensors, options)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    y, eager = compiled(**tensors), f(**tensors)
+    assert y.equal(eager)
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad(y, list(tensors.values()), dy)
+    want = torch.autograd.grad(eager, list(tensors.values()), dy)
+    for name, a, b in zip(tensors, got, want, strict=True):
+        assert a.equal(b), name
+    with torch.no_grad():
+        assert compiled(**tensors).equal(eager)
+
+
+def test_compile_once_for_every_number_of_tokens(backend, device):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=counting, dynamic=True)
+    def block(x: Tensor, w: Tensor, norm: Tensor) -> Tensor:
+        h = vit.ops.layer_norm(x, norm, None, backend=backend)
+        q, k, v = vit.ops.linear(h, w, backend=backend).unflatten(-1, (3, 2, 8)).unbind(2)
+        return vit.ops.gelu(vit.ops.attention(q, k, v, backend=backend), backend=backend).flatten(2)
+
+    w, norm = torch.randn(48, 16, device=device, requires_grad=True), torch.ones(16, device=device)
+    for n in (127, 193, 5):
+        x = torch.randn(2, n, 16, device=device)
+        y = block(x, w, norm)
+        assert y.shape == (2, n, 16)
+        y.sum().backward()
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_inductor_runs_a_block_forward_and_backward(backend, device):
+    def block(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        q, k, values = vit.ops.linear(x, w, backend=backend).unflatten(-1, (3, 2, 8)).unbind(2)
+        h = x + vit.ops.attention(q, k, values, backend=backend).flatten(2) * 0.5
+        return vit.ops.linear(h, v, activation="gelu", residual=h, backend=backend)
+
+    tensors = [torch.randn(s, device=device, requires_grad=True) for s in ((2, 9, 16), (48, 16), (16, 16))]
+    y, eager = torch.compile(block, fullgraph=True)(*tensors), block(*tensors)
+    assert torch.allclose(y, eager, rtol=1e-5, atol=1e-5)
+    dy = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, tensors, dy), torch.autograd.grad(eager, tensors, dy), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["matmul", "linear", "attention"])
+def test_autocast_compiled_is_autocast_eager(backend, device, op):
+    tensors, options = small(op, device=device, grad=True)
+
+    def f(**tensors: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return call(op, backend, tensors, options)
+
+    y, eager = torch.compile(f, fullgraph=True, backend="aot_eager")(**tensors), f(**tensors)
+    assert y.dtype == eager.dtype
+    assert y.equal(eager)
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad(y, list(tensors.values()), dy)
+    want = torch.autograd.grad(eager, list(tensors.values()), dy)
+    assert all(g.dtype == torch.float32 for g in got)
+    assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_a_native_model_leaves_nothing_heavy_to_pytorch(backend, device, kind):
+    model = vit.create("vit_digits", backend=backend, device=device, patch_embed=kind)
+    images = torch.randn(2, 1, *model.patch_embed.img_size, device=device)
+    with Recorder() as seen:
+        model(images).sum().backward()
+        model.eval()
+        with torch.no_grad():
+            model(images)
+    assert any(name.startswith(f"vit_{backend}::linear_bwd") for name in seen.names)
+    assert seen.heavy() == []
+
+
+def test_the_recorder_sees_what_the_reference_does():
+    """The test above cannot fail for want of a sharp eye: the reference is full of what it forbids."""
+    x, w = torch.randn(2, 5, 2, 8, requires_grad=True), torch.randn(8, 8)
+    with Recorder() as seen:
+        y = vit.ops.attention(x, x, x, backend="reference")
+        y = vit.ops.gelu(
+            vit.ops.linear(vit.ops.layer_norm(y, backend="reference"), w, backend="reference"), backend="reference"
+        )
+        (y @ w).sum().backward()
+        torch.nn.functional.conv2d(torch.randn(1, 1, 4, 4), torch.randn(1, 1, 2, 2)).softmax(-1)
+    text = " ".join(seen.heavy())
+    for word in ("mm", "convolution", "softmax", "layer_norm", "gelu", "attention"):
+        assert word in text, f"{word} not in {text}"
