@@ -1,0 +1,79 @@
+// attention: checks, the choice of a kernel, and delta of the backward.
+#include "attention.cuh"
+
+namespace vit::cuda {
+namespace {
+
+constexpr int kBlock = 256;
+
+// delta[b, h, n] = sum over d of dout[b, n, h, d] out[b, n, h, d]: one warp per query, dout and out read once.
+template <class T>
+__global__ void __launch_bounds__(kBlock) attention_delta(const T* __restrict__ dout, const T* __restrict__ out,
+                                                          Acc<T>* __restrict__ delta, int64_t B, int64_t N, int64_t H,
+                                                          int D) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;  // (b, n, h)
+  if (row >= B * N * H) return;
+  Acc<T> sum = 0;
+  for (int d = threadIdx.x % 32; d < D; d += 32) sum += to_acc(dout[row * D + d]) * to_acc(out[row * D + d]);
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) delta[(row / (N * H) * H + row % H) * N + row / H % N] = sum;
+}
+
+void check(const char* op, DType dtype, int64_t B, int64_t N, int64_t L, int64_t H, int64_t D) {
+  check_dtypes(op, dtype, dtype);
+  require(B >= 0 && N >= 0 && H >= 0, op, "B, N and H must be >= 0");
+  if (B > 0 && N > 0 && H > 0) require(L >= 1, op, "at least one key is needed, L is 0");
+  if (D < 1 || D > 256) fail(op, "head dimension " + std::to_string(D) + " is not within 1..256");
+}
+
+}  // namespace
+
+std::string attention_shape(int64_t B, int64_t N, int64_t L, int64_t H, int64_t D) {
+  return shape_text({{"B", B}, {"N", N}, {"L", L}, {"H", H}, {"D", D}});
+}
+
+}  // namespace vit::cuda
+
+namespace vit {
+
+std::size_t attention_fwd_workspace(const AttentionFwd&) { return 0; }
+
+std::size_t attention_bwd_workspace(const AttentionBwd& p) {
+  const std::size_t acc = p.dtype == DType::float64 ? 8 : 4;
+  return cuda::aligned(static_cast<std::size_t>(p.B * p.H * p.N) * acc);
+}
+
+void attention_fwd(const AttentionFwd& p) {
+  using namespace cuda;
+  const char* op = "attention_fwd";
+  check(op, p.dtype, p.B, p.N, p.L, p.H, p.D);
+  if (p.B * p.N * p.H == 0) return;
+  require(p.q && p.k && p.v && p.out, op, "q, k, v and out must not be null");
+  const DeviceGuard guard(op, p.context);
+  if (!is_16_bit(p.dtype)) return attention_fwd_scalar(p);
+  attention_fwd_mma(p);
+}
+
+void attention_bwd(const AttentionBwd& p) {
+  using namespace cuda;
+  const char* op = "attention_bwd";
+  check(op, p.dtype, p.B, p.N, p.L, p.H, p.D);
+  if (p.B * p.H == 0 || (p.N == 0 && p.L == 0)) return;
+  require(p.N == 0 || (p.dout && p.q && p.out && p.lse && p.dq && p.workspace), op,
+          "dout, q, out, lse, dq and workspace must not be null");
+  require(p.L == 0 || (p.k && p.v && p.dk && p.dv), op, "k, v, dk and dv must not be null");
+  const DeviceGuard guard(op, p.context);
+  if (attention_bwd_short_supports(p)) return attention_bwd_short(p);
+  dispatch(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t rows = p.B * p.N * p.H;
+    launch<attention_delta<T>>(
+        {op, attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, divide_up(rows, kBlock / 32), kBlock},
+        static_cast<const T*>(p.dout), static_cast<const T*>(p.out), static_cast<Acc<T>*>(p.workspace), p.B, p.N, p.H,
+        static_cast<int>(p.D));
+  });
+  if (!is_16_bit(p.dtype)) return attention_bwd_scalar(p, p.workspace);
+  attention_bwd_mma(p, static_cast<const float*>(p.workspace));
+}
+
+}  // namespace vit

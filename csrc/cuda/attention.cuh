@@ -1,0 +1,192 @@
+// What the attention kernels share: addressing of heads, the tiles of the tensor-core kernels, and which kernel runs.
+//
+// Letters as in vit.h. kD is D rounded up to a size a kernel is compiled for; elements D..kD are zeros in shared memory,
+// so they add nothing to any product.
+#pragma once
+
+#include "layout.cuh"
+#include "runtime.cuh"
+#include "types.cuh"
+
+namespace vit::cuda {
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.69314718055994531f;
+
+// The compiled head dimension of a tensor-core kernel: ViT's 32, 64, 80 (H), 96 and 128; 72 (So400m) runs in 80, 88 (g)
+// in 96, everything up to 256 in 256.
+constexpr int compiled_head_dim(int64_t D) {
+  return D <= 32 ? 32 : D <= 64 ? 64 : D <= 80 ? 80 : D <= 96 ? 96 : D <= 128 ? 128 : 256;
+}
+
+template <class F>
+void dispatch_head_dim(int64_t D, F f) {
+  switch (compiled_head_dim(D)) {
+    case 32:
+      return f(std::integral_constant<int, 32>{});
+    case 64:
+      return f(std::integral_constant<int, 64>{});
+    case 80:
+      return f(std::integral_constant<int, 80>{});
+    case 96:
+      return f(std::integral_constant<int, 96>{});
+    case 128:
+      return f(std::integral_constant<int, 128>{});
+    default:
+      return f(std::integral_constant<int, 256>{});
+  }
+}
+
+// The tokens of one head of one image: element d of token n is data[n * token + d].
+template <class T>
+struct Head {
+  T* data;
+  int64_t token;
+
+  __device__ Head(const void* base, int64_t batch_stride, int64_t token_stride, int64_t head_stride, int64_t b,
+                  int64_t h)
+      : data(const_cast<T*>(static_cast<const T*>(base)) + b * batch_stride + h * head_stride), token(token_stride) {}
+};
+
+// Which image, head and block of tokens a thread block works on; the blocks of one head are neighbours, so that they
+// share its keys and values in the L2 cache.
+struct HeadBlock {
+  int64_t b, h, block;
+};
+
+__device__ inline HeadBlock head_block(int64_t index, int64_t H, int64_t blocks) {
+  const int64_t head = index / blocks;
+  return {head / H, head % H, index % blocks};
+}
+
+// Rows of kD elements in shared memory, padded by one group against bank conflicts.
+template <class T, int kD>
+struct Rows {
+  static constexpr int kGroups = kD / 8, kPitch = kD + 8;
+
+  __device__ static T* at(T* tile, int row, int group) { return tile + 8 * padded<kGroups>(row, group); }
+
+  // Brings tokens first .. first + rows - 1 of a head, zeros from token `count` on. Asynchronous where `vectors`.
+  template <int rows, int threads>
+  __device__ static void load(T* tile, const Head<T>& head, int64_t first, int64_t count, int D, bool vectors) {
+#pragma unroll
+    for (int i = 0; i < (rows * kGroups + threads - 1) / threads; ++i) {
+      const int index = i * threads + static_cast<int>(threadIdx.x);
+      if (rows * kGroups % threads != 0 && index >= rows * kGroups) continue;
+      const int row = index / kGroups, group = index % kGroups;
+      const int left = first + row < count ? D - 8 * group : 0;
+      const int valid = left < 0 ? 0 : left < 8 ? left : 8;
+      const T* from = head.data + (first + row) * head.token + 8 * group;
+      T* to = at(tile, row, group);
+      if (vectors) {
+        copy_async_16(to, valid > 0 ? from : head.data, valid * 2);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < 8; ++j) to[j] = j < valid ? from[j] : T{0};
+      }
+    }
+  }
+
+  // The a fragment of rows row..row + 15, elements 16 k ..; the b fragments of two groups of 8 rows (n), elements 16 k ..;
+  // and the b fragments of rows (k) row..row + 15, elements (n) 16 group ...
+  __device__ static void load_a(uint32_t (&f)[4], T* tile, int row, int k, int lane) {
+    const MatrixAddress m = a_address(lane);
+    load_matrices(f, at(tile, row + m.row, 2 * k + m.group));
+  }
+  __device__ static void load_b(uint32_t (&f)[4], T* tile, int row, int k, int lane) {
+    const MatrixAddress m = b_address(lane);
+    load_matrices(f, at(tile, row + m.row, 2 * k + m.group));
+  }
+  __device__ static void load_b_transposed(uint32_t (&f)[4], T* tile, int row, int group, int lane) {
+    const MatrixAddress m = b_address_transposed(lane);
+    load_matrices_transposed(f, at(tile, row + m.row, 2 * group + m.group));
+  }
+};
+
+// sum[i] += a[16, kD] b[n, kD]^T for the columns n = 16 i .. of a tile, where a comes from rows row.. of another tile.
+// Groups of 16 columns from `columns` on are skipped: no work for keys that do not exist.
+template <class T, int kD, int kColumns>
+__device__ inline void multiply_rows(float (&sum)[kColumns / 8][4], T* tile_a, int row, T* tile_b, int64_t columns,
+                                     int lane) {
+  using R = Rows<T, kD>;
+#pragma unroll
+  for (int k = 0; k < kD / 16; ++k) {
+    uint32_t a[4], b[4];
+    R::load_a(a, tile_a, row, k, lane);
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; ++n) {
+      if (16 * n < columns) {
+        R::load_b(b, tile_b, 16 * n, k, lane);
+        mma_16x8x16<T>(sum[2 * n], a, b[0], b[1]);
+        mma_16x8x16<T>(sum[2 * n + 1], a, b[2], b[3]);
+      }
+    }
+  }
+}
+
+// sum[16, kD] += p[16, kRows] tile[kRows, kD], p being the c fragments of a product, rounded to T on the way.
+template <class T, int kD, int kRows>
+__device__ inline void multiply_fragments(float (&sum)[kD / 8][4], const float (&p)[kRows / 8][4], T* tile,
+                                          int64_t rows, int lane) {
+  using R = Rows<T, kD>;
+#pragma unroll
+  for (int k = 0; k < kRows / 16; ++k) {
+    if (16 * k >= rows) continue;
+    const uint32_t a[4] = {pack<T>(p[2 * k][0], p[2 * k][1]), pack<T>(p[2 * k][2], p[2 * k][3]),
+                           pack<T>(p[2 * k + 1][0], p[2 * k + 1][1]), pack<T>(p[2 * k + 1][2], p[2 * k + 1][3])};
+#pragma unroll
+    for (int d = 0; d < kD / 16; ++d) {
+      uint32_t b[4];
+      R::load_b_transposed(b, tile, 16 * k, d, lane);
+      mma_16x8x16<T>(sum[2 * d], a, b[0], b[1]);
+      mma_16x8x16<T>(sum[2 * d + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// Writes c fragments of 16 tokens x kD, times a factor per row, to a head; rows from `count` on do not exist.
+template <class T, int kD>
+__device__ inline void store_rows(const Head<T>& head, const float (&sum)[kD / 8][4], int64_t first, int64_t count,
+                                  int D, float factor0, float factor1, bool pairs, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t token = first + fragment_row(lane, 2 * half);
+    if (token >= count) continue;
+    const float factor = half == 0 ? factor0 : factor1;
+    T* to = head.data + token * head.token;
+#pragma unroll
+    for (int i = 0; i < kD / 8; ++i) {
+      const int d = 8 * i + fragment_column(lane, 0);
+      const float x = sum[i][2 * half] * factor, y = sum[i][2 * half + 1] * factor;
+      if (pairs && d < D) {
+        *reinterpret_cast<uint32_t*>(to + d) = pack<T>(x, y);
+      } else {
+        if (d < D) to[d] = from_acc<T>(x);
+        if (d + 1 < D) to[d + 1] = from_acc<T>(y);
+      }
+    }
+  }
+}
+
+// 16-byte copies need aligned tokens, 4-byte stores aligned pairs.
+inline bool strides_divide(int64_t n, std::initializer_list<int64_t> strides) {
+  for (const int64_t s : strides)
+    if (s % n != 0) return false;
+  return true;
+}
+
+// ---- the kernels, one translation unit each ----
+
+// Tensor cores, any N, L and D <= 256.
+void attention_fwd_mma(const AttentionFwd&);
+void attention_bwd_mma(const AttentionBwd&, const float* delta);
+// Tensor cores, one block per head with everything of it in shared memory.
+bool attention_bwd_short_supports(const AttentionBwd&);
+void attention_bwd_short(const AttentionBwd&);
+// float32 and float64.
+void attention_fwd_scalar(const AttentionFwd&);
+void attention_bwd_scalar(const AttentionBwd&, const void* delta);
+
+std::string attention_shape(int64_t B, int64_t N, int64_t L, int64_t H, int64_t D);
+
+}  // namespace vit::cuda

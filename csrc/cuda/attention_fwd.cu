@@ -1,0 +1,127 @@
+// out = softmax(scale q k^T) v per head, by tensor cores, without a score matrix in memory (online softmax).
+//
+// A block of 4 warps takes 64 queries of one head, each warp 16; keys and values pass through shared memory in tiles of
+// 64 (32 for head dimensions above 128), copied asynchronously one tile ahead. Per head 4 N L D FLOP; q and out are moved
+// once, k and v once per 64 queries, from the L2 cache. Work is cut to multiples of 16 queries and 16 keys: at N = 197
+// that is 208 x 208, 90 % of it useful. Every query is computed the same way whatever the others are.
+//
+// m and l are the running maximum and sum of a row of scores in base 2; lse = ln 2 (m + log2 l).
+#include "attention.cuh"
+
+namespace vit::cuda {
+namespace {
+
+constexpr int kQueries = 64;
+constexpr int kThreads = 128;
+
+VIT_HOST_DEVICE constexpr int keys_per_tile(int kD) { return kD <= 128 ? 64 : 32; }
+VIT_HOST_DEVICE constexpr int stages(int kD) { return kD <= 128 ? 2 : 1; }
+constexpr int shared_bytes(int kD) { return (kQueries + 2 * stages(kD) * keys_per_tile(kD)) * (kD + 8) * 2; }
+static_assert(shared_bytes(128) <= 99 * 1024 && shared_bytes(256) <= 99 * 1024, "compute capability 8.6 has 99 KiB");
+
+template <class T, int kD>
+__global__ void __launch_bounds__(kThreads) attention_fwd_kernel(AttentionFwd p, bool vectors, bool pairs) {
+  using R = Rows<T, kD>;
+  constexpr int kKeys = keys_per_tile(kD), kStages = stages(kD);
+  constexpr int kTile = kKeys * R::kPitch;
+  T* q_tile = reinterpret_cast<T*>(shared_memory());
+  T* tiles = q_tile + kQueries * R::kPitch;  // [stage][k, v]
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, D = static_cast<int>(p.D);
+  const HeadBlock at = head_block(blockIdx.x, p.H, (p.N + kQueries - 1) / kQueries);
+  const int64_t first = at.block * kQueries;
+  const Head<T> q(p.q, p.q_batch, p.q_token, p.q_head, at.b, at.h), k(p.k, p.k_batch, p.k_token, p.k_head, at.b, at.h),
+      v(p.v, p.v_batch, p.v_token, p.v_head, at.b, at.h), out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
+  const bool active = first + row < p.N;  // a warp without queries only helps to copy
+  const float scale = static_cast<float>(p.scale) * kLog2e;
+
+  const auto load = [&](int64_t tile) {
+    T* to = tiles + tile % kStages * (2 * kTile);
+    R::template load<kKeys, kThreads>(to, k, tile * kKeys, p.L, D, vectors);
+    R::template load<kKeys, kThreads>(to + kTile, v, tile * kKeys, p.L, D, vectors);
+    copy_async_commit();
+  };
+
+  float sum[kD / 8][4] = {};
+  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
+  const int64_t count = (p.L + kKeys - 1) / kKeys;
+  R::template load<kQueries, kThreads>(q_tile, q, first, p.N, D, vectors);
+  load(0);
+  for (int64_t tile = 0; tile < count; ++tile) {
+    if (kStages == 2 && tile + 1 < count) {
+      load(tile + 1);
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    __syncthreads();
+    T* k_tile = tiles + tile % kStages * (2 * kTile);
+    const int64_t keys = p.L - tile * kKeys;  // that exist, may exceed kKeys
+    if (active) {
+      float s[kKeys / 8][4] = {};
+      multiply_rows<T, kD, kKeys>(s, q_tile, row, k_tile, keys, lane);
+      float top[2] = {m[0], m[1]};
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          s[i][j] = 8 * i + fragment_column(lane, j) < keys ? s[i][j] * scale : -INFINITY;
+          top[j / 2] = fmaxf(top[j / 2], s[i][j]);
+        }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        top[r] = fmaxf(top[r], shuffle_xor(top[r], 1));
+        top[r] = fmaxf(top[r], shuffle_xor(top[r], 2));
+        const float base = top[r] == -INFINITY ? 0.0f : top[r];  // no finite score yet: all weights are 0, not NaN
+        const float shrink = fast_exp2(m[r] - base);
+        m[r] = top[r];
+        l[r] *= shrink;
+#pragma unroll
+        for (int i = 0; i < kD / 8; ++i) {
+          sum[i][2 * r] *= shrink;
+          sum[i][2 * r + 1] *= shrink;
+        }
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; ++i)
+#pragma unroll
+          for (int j = 2 * r; j < 2 * r + 2; ++j) {
+            s[i][j] = fast_exp2(s[i][j] - base);
+            l[r] += s[i][j];
+          }
+      }
+      multiply_fragments<T, kD, kKeys>(sum, s, k_tile + kTile, keys, lane);
+    }
+    __syncthreads();  // before the tile is overwritten
+    if (kStages == 1 && tile + 1 < count) load(tile + 1);
+  }
+  if (!active) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    l[r] += shuffle_xor(l[r], 1);
+    l[r] += shuffle_xor(l[r], 2);
+    const int64_t token = first + row + fragment_row(lane, 2 * r);
+    if (p.lse && lane % 4 == 0 && token < p.N)
+      static_cast<float*>(p.lse)[(at.b * p.H + at.h) * p.N + token] = kLn2 * (m[r] + log2f(l[r]));
+  }
+  store_rows<T, kD>(out, sum, first + row, p.N, D, 1.0f / l[0], 1.0f / l[1], pairs, lane);
+}
+
+}  // namespace
+
+void attention_fwd_mma(const AttentionFwd& p) {
+  const bool vectors = is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) &&
+                       strides_divide(8, {p.q_batch, p.q_token, p.q_head, p.k_batch, p.k_token, p.k_head, p.v_batch,
+                                          p.v_token, p.v_head});
+  const bool pairs = p.D % 2 == 0 && is_aligned(p.out, 4);
+  const int64_t blocks = p.B * p.H * divide_up(p.N, kQueries);
+  dispatch_16_bit(p.dtype, [&](auto element) {
+    dispatch_head_dim(p.D, [&](auto head_dim) {
+      constexpr int kD = decltype(head_dim)::value;
+      launch<attention_fwd_kernel<decltype(element), kD>>(
+          {"attention_fwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, blocks, kThreads,
+           static_cast<std::size_t>(shared_bytes(kD))},
+          p, vectors, pairs);
+    });
+  });
+}
+
+}  // namespace vit::cuda

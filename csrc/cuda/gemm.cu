@@ -1,0 +1,86 @@
+// Chooses the kernel of a product, and adds the parts of a split one.
+#include "gemm.cuh"
+
+namespace vit::cuda {
+namespace {
+
+constexpr int kBlock = 256;
+
+// out[i] = sum over s of partial[s][i] in the order of s. Reads splits accumulators and writes one element of out.
+template <class T>
+__global__ void __launch_bounds__(kBlock) sum_splits(const Acc<T>* __restrict__ partial, Mixed<T> out, int64_t n,
+                                                     int splits) {
+  using A = Acc<T>;
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) * 4;
+  if (i + 4 <= n && n % 4 == 0 && reinterpret_cast<uintptr_t>(out.data) % 16 == 0) {
+    A sum[4], next[4];
+    load_vector(partial + i, sum);
+    for (int s = 1; s < splits; ++s) {
+      load_vector(partial + s * n + i, next);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[j] += next[j];
+    }
+    return out.store(i, sum);
+  }
+  for (int64_t j = i; j < i + 4 && j < n; ++j) {
+    A sum = partial[j];
+    for (int s = 1; s < splits; ++s) sum += partial[s * n + j];
+    out.store(j, sum);
+  }
+}
+
+}  // namespace
+
+// A GPU of 132 multiprocessors (H100, H200) works in waves of 132 tiles of 128 x 128. The fewest parts that keep 90 % of
+// the last wave busy, at least 1024 long, else the fullest: B/16's first MLP weight (144 tiles) is cut into 5.
+int gemm_splits(int64_t M, int64_t N, int64_t K) {
+  constexpr int64_t wave = 132;
+  const int64_t tiles = divide_up(M, 128) * divide_up(N, 128);
+  const int64_t most = std::min<int64_t>(16, K / 1024);
+  int best = 1;
+  double fullest = 0;
+  for (int splits = 1; splits <= most; ++splits) {
+    const int64_t work = tiles * splits;
+    const double full = static_cast<double>(work) / static_cast<double>(divide_up(work, wave) * wave);
+    if (full > fullest + 1e-9) {
+      fullest = full;
+      best = splits;
+    }
+    if (full >= 0.9) break;
+  }
+  return best;
+}
+
+std::size_t gemm_workspace(const Gemm& g) {
+  const std::size_t acc = g.dtype == DType::float64 ? 8 : 4;
+  return g.splits > 1 ? aligned(static_cast<std::size_t>(g.splits * g.batch * g.M * g.N) * acc) : 0;
+}
+
+Access access(const Operand& o, DType dtype) {
+  const int64_t group = 16 / static_cast<int64_t>(bytes(dtype));
+  const bool k_adjacent = o.k == 1 || o.row != 1;  // neither: element by element, as rows of k
+  const int64_t along = k_adjacent ? o.k : o.row, across = k_adjacent ? o.row : o.k;
+  return {k_adjacent, along == 1 && across % group == 0 && o.batch % group == 0 && is_aligned(o.data)};
+}
+
+void gemm(const char* op, const Gemm& g, const Context& context) {
+  if (g.batch == 0 || g.M == 0 || g.N == 0) return;
+  if (!is_16_bit(g.dtype))
+    gemm_scalar(op, g, context);
+  else if (path() == Path::automatic && gemm_hopper_supports(g, context))
+    gemm_hopper(op, g, context);
+  else if (g.dtype == DType::bfloat16)
+    gemm_bf16(op, g, context);
+  else
+    gemm_f16(op, g, context);
+  if (g.splits == 1) return;
+  const int64_t n = g.batch * g.M * g.N;
+  dispatch(g.dtype, [&](auto element) {
+    using T = decltype(element);
+    launch<sum_splits<T>>({op, shape_text({{"M", g.M}, {"N", g.N}, {"splits", g.splits}}), context,
+                           divide_up(n, 4 * kBlock), kBlock},
+                          static_cast<const Acc<T>*>(g.workspace), mixed<T>(g.out, g.out_dtype), n, g.splits);
+  });
+}
+
+}  // namespace vit::cuda

@@ -1,0 +1,175 @@
+// The portable product of 16-bit operands (compute capability 8.0 and up): mma.m16n8k16 on tiles that cp.async brings
+// into shared memory, kStages tiles ahead.
+//
+// One block of 4 warps computes a kTile x kTile tile of out, each warp a quarter of it. Per tile of 32 k the block reads
+// 2 kTile 32 elements and does 2 kTile^2 32 FLOP: 64 FLOP per byte at kTile = 128. Every output element adds its
+// products in steps of 16 k from k = 0 on, whatever the tile size, so the tile may depend on M (batch invariance).
+#pragma once
+
+#include "gemm.cuh"
+#include "layout.cuh"
+
+namespace vit::cuda {
+
+inline constexpr int kTileK = 32;
+inline constexpr int kStages = 4;
+inline constexpr int kGemmThreads = 128;
+
+// A tile of kRows rows (m or n) by kTileK of one operand in shared memory: as rows of k when k is adjacent in memory,
+// else as kTileK rows of m or n, so that global memory is read along its adjacent elements in both cases.
+template <class T, int kRows, bool kAdjacent>
+struct Tile {
+  static constexpr int kGroups = kRows * kTileK / 8;
+  static constexpr int kGroupsPerLine = kAdjacent ? kTileK / 8 : kRows / 8;
+
+  __device__ static T* at(T* tile, int line, int group) {
+    if constexpr (kAdjacent)
+      return tile + 8 * swizzle_4(line, group);
+    else
+      return tile + 8 * swizzle_8<kGroupsPerLine>(line, group);
+  }
+
+  // Brings rows [row, row + kRows) and k [k, k + kTileK) into `tile`, zeros beyond `rows` and `K`.
+  __device__ static void load(T* tile, const Operand& o, const T* data, bool vectors, int64_t row, int64_t rows,
+                              int64_t k, int64_t K) {
+#pragma unroll
+    for (int i = 0; i < kGroups / kGemmThreads; ++i) {
+      const int index = i * kGemmThreads + static_cast<int>(threadIdx.x);
+      const int line = index / kGroupsPerLine, group = index % kGroupsPerLine;
+      const int64_t r = row + (kAdjacent ? line : 8 * group), c = k + (kAdjacent ? 8 * group : line);
+      T* to = at(tile, line, group);
+      if (vectors) {
+        const int64_t left = r < rows && c < K ? (kAdjacent ? K - c : rows - r) : 0;
+        const int count = left < 8 ? static_cast<int>(left) : 8;
+        copy_async_16(to, count > 0 ? data + r * o.row + c * o.k : data, count * 2);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < 8; ++j) {
+          const int64_t rj = kAdjacent ? r : r + j, cj = kAdjacent ? c + j : c;
+          to[j] = rj < rows && cj < K ? data[rj * o.row + cj * o.k] : T{0};
+        }
+      }
+    }
+  }
+
+  // The a fragment of rows row..row + 15 and k..k + 15, relative to the tile.
+  __device__ static void load_a(uint32_t (&fragment)[4], T* tile, int row, int k, int lane) {
+    if constexpr (kAdjacent) {
+      const MatrixAddress m = a_address(lane);
+      load_matrices(fragment, at(tile, row + m.row, k / 8 + m.group));
+    } else {
+      const MatrixAddress m = a_address_transposed(lane);
+      load_matrices_transposed(fragment, at(tile, k + m.row, row / 8 + m.group));
+    }
+  }
+
+  // The b fragments of rows (n) row..row + 7 and row + 8..row + 15.
+  __device__ static void load_b(uint32_t (&fragment)[4], T* tile, int row, int k, int lane) {
+    if constexpr (kAdjacent) {
+      const MatrixAddress m = b_address(lane);
+      load_matrices(fragment, at(tile, row + m.row, k / 8 + m.group));
+    } else {
+      const MatrixAddress m = b_address_transposed(lane);
+      load_matrices_transposed(fragment, at(tile, k + m.row, row / 8 + m.group));
+    }
+  }
+};
+
+template <class T, int kTile, bool kAdjacentA, bool kAdjacentB>
+__global__ void __launch_bounds__(kGemmThreads) gemm_mma(Operand a, Operand b, int64_t batches, int64_t K,
+                                                         int64_t K_split, bool a_vectors, bool b_vectors,
+                                                         Epilogue<T> epilogue) {
+  using TileA = Tile<T, kTile, kAdjacentA>;
+  using TileB = Tile<T, kTile, kAdjacentB>;
+  constexpr int kWarpTile = kTile / 2, kMs = kWarpTile / 16, kNs = kWarpTile / 8;
+  constexpr int kStageElements = 2 * kTile * kTileK;
+  T* shared = reinterpret_cast<T*>(shared_memory());
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  const int64_t tiles_m = (epilogue.M + kTile - 1) / kTile, tiles_n = (epilogue.N + kTile - 1) / kTile;
+  const int64_t plane = blockIdx.x / (tiles_m * tiles_n);
+  const TileIndex tile = tile_at(blockIdx.x % (tiles_m * tiles_n), tiles_m, tiles_n, 8);
+  const int64_t m0 = tile.row * kTile, n0 = tile.column * kTile;
+  const int64_t k_begin = plane / batches * K_split, k_end = K < k_begin + K_split ? K : k_begin + K_split;
+  const T* a_data = static_cast<const T*>(a.data) + plane % batches * a.batch;
+  const T* b_data = static_cast<const T*>(b.data) + plane % batches * b.batch;
+  const int steps = k_end > k_begin ? static_cast<int>((k_end - k_begin + kTileK - 1) / kTileK) : 0;
+
+  const auto load = [&](int step) {
+    T* stage = shared + step % kStages * kStageElements;
+    const int64_t k = k_begin + static_cast<int64_t>(step) * kTileK;
+    TileA::load(stage, a, a_data, a_vectors, m0, epilogue.M, k, k_end);
+    TileB::load(stage + kTile * kTileK, b, b_data, b_vectors, n0, epilogue.N, k, k_end);
+  };
+
+  float sum[kMs][kNs][4] = {};
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) load(step);
+    copy_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    copy_async_wait<kStages - 2>();
+    __syncthreads();  // tile `step` is here, and everybody is done with the one that `load` now overwrites
+    if (step + kStages - 1 < steps) load(step + kStages - 1);
+    copy_async_commit();
+    T* tile_a = shared + step % kStages * kStageElements;
+    T* tile_b = tile_a + kTile * kTileK;
+#pragma unroll
+    for (int k = 0; k < kTileK; k += 16) {
+      uint32_t fragment_a[kMs][4], fragment_b[kNs / 2][4];
+#pragma unroll
+      for (int i = 0; i < kMs; ++i) TileA::load_a(fragment_a[i], tile_a, warp / 2 * kWarpTile + 16 * i, k, lane);
+#pragma unroll
+      for (int j = 0; j < kNs / 2; ++j) TileB::load_b(fragment_b[j], tile_b, warp % 2 * kWarpTile + 16 * j, k, lane);
+#pragma unroll
+      for (int i = 0; i < kMs; ++i)
+#pragma unroll
+        for (int j = 0; j < kNs; ++j)
+          mma_16x8x16<T>(sum[i][j], fragment_a[i], fragment_b[j / 2][j % 2 * 2], fragment_b[j / 2][j % 2 * 2 + 1]);
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kMs; ++i)
+#pragma unroll
+    for (int j = 0; j < kNs; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        epilogue(plane, m0 + warp / 2 * kWarpTile + 16 * i + fragment_row(lane, 2 * half),
+                 n0 + warp % 2 * kWarpTile + 8 * j + fragment_column(lane, 0), sum[i][j][2 * half],
+                 sum[i][j][2 * half + 1]);
+}
+
+// 128 x 128 tiles when there are enough of them for two blocks on each multiprocessor of a large GPU, else 64 x 64.
+constexpr int mma_tile(int64_t M, int64_t N, int64_t planes) {
+  return (M + 127) / 128 * ((N + 127) / 128) * planes >= 200 ? 128 : 64;
+}
+
+constexpr int mma_shared_bytes(int tile) { return kStages * 2 * tile * kTileK * 2; }
+
+template <class T>
+void gemm_mma(const char* op, const Gemm& g, const Context& context) {
+  const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
+  const int64_t planes = g.batch * g.splits;
+  const int64_t K_split = divide_up(divide_up(g.K, kTileK), g.splits) * kTileK;
+  const auto go = [&](auto tile, auto adjacent_a, auto adjacent_b) {
+    constexpr int kTile = decltype(tile)::value;
+    const int64_t blocks = divide_up(g.M, kTile) * divide_up(g.N, kTile) * planes;
+    launch<gemm_mma<T, kTile, decltype(adjacent_a)::value, decltype(adjacent_b)::value>>(
+        {op, shape_text({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, blocks, kGemmThreads,
+         static_cast<std::size_t>(mma_shared_bytes(kTile))},
+        g.a, g.b, g.batch, g.K, K_split, a.vectors, b.vectors, Epilogue<T>(g));
+  };
+  const auto choose_b = [&](auto tile, auto adjacent_a) {
+    if (b.k_adjacent) return go(tile, adjacent_a, std::true_type{});
+    go(tile, adjacent_a, std::false_type{});
+  };
+  const auto choose_a = [&](auto tile) {
+    if (a.k_adjacent) return choose_b(tile, std::true_type{});
+    choose_b(tile, std::false_type{});
+  };
+  if (mma_tile(g.M, g.N, planes) == 128) return choose_a(std::integral_constant<int, 128>{});
+  choose_a(std::integral_constant<int, 64>{});
+}
+
+}  // namespace vit::cuda

@@ -1,0 +1,73 @@
+// Where elements live: tensor-core fragments, shared-memory tiles, wgmma descriptors. Plain constexpr functions of
+// integers, so that the tests check them on a CPU by brute force.
+//
+// Fragments of mma.m16n8k16 in a warp, lane l, g = l / 4, t = l % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
+//   a[16, 16]  register i holds rows g + 8 (i % 2), columns 2 t + {0, 1} + 8 (i / 2)
+//   b[16, 8]   register i holds rows (k) 2 t + {0, 1} + 8 i, column (n) g
+//   c[16, 8]   element i is row g + 8 (i / 2), column 2 t + i % 2
+// Two neighbouring c tiles (n and n + 8), packed to 16 bits, are the a fragment of a 16 x 16 product: P of attention
+// goes into the second product without leaving its registers.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define VIT_HOST_DEVICE __host__ __device__
+#else
+#define VIT_HOST_DEVICE
+#endif
+
+namespace vit::cuda {
+
+VIT_HOST_DEVICE constexpr int fragment_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }        // of c
+VIT_HOST_DEVICE constexpr int fragment_column(int lane, int i) { return 2 * (lane % 4) + i % 2; }  // of c
+
+// The row (of 8-element groups) and the group that lane l hands to ldmatrix.x4, relative to the fragment's corner.
+struct MatrixAddress {
+  int row, group;
+};
+
+// a fragment of 16 x 16 from rows of k (k adjacent), plain load; or from rows k of m (m adjacent), transposed load.
+VIT_HOST_DEVICE constexpr MatrixAddress a_address(int lane) { return {lane % 16, lane / 16}; }
+VIT_HOST_DEVICE constexpr MatrixAddress a_address_transposed(int lane) {
+  return {lane % 8 + lane / 16 * 8, lane / 8 % 2};
+}
+
+// Two b fragments of 16 x 8 side by side (registers 0, 1 and 2, 3): from rows n of k, or rows k of n, transposed load.
+VIT_HOST_DEVICE constexpr MatrixAddress b_address(int lane) { return {lane % 8 + lane / 16 * 8, lane / 8 % 2}; }
+VIT_HOST_DEVICE constexpr MatrixAddress b_address_transposed(int lane) { return {lane % 16, lane / 16}; }
+
+// Shared tiles of 16-byte groups. ldmatrix reads 8 rows at one group and is free of bank conflicts when the 8 land in
+// different 16-byte columns of the 128-byte bank line. Returned: the group's index in the tile.
+// Rows of 4 groups (32 elements of k): two rows share a bank line, so row / 2 is folded into the group.
+VIT_HOST_DEVICE constexpr int swizzle_4(int row, int group) { return row * 4 + (group ^ (row / 2 % 4)); }
+
+// Rows of 8 or more groups (a multiple of 8): row % 8 is folded in. With 8 groups this is the 128-byte swizzle of the
+// tensor memory accelerator and of wgmma.
+template <int groups>
+VIT_HOST_DEVICE constexpr int swizzle_8(int row, int group) {
+  static_assert(groups % 8 == 0);
+  return row * groups + (group ^ (row % 8));
+}
+
+// Rows of any even number of groups: one group of padding makes the pitch odd, so 8 rows are 8 different columns.
+template <int groups>
+VIT_HOST_DEVICE constexpr int padded(int row, int group) {
+  static_assert(groups % 2 == 0);
+  return row * (groups + 1) + group;
+}
+
+// Tiles of a [rows, columns] grid of tiles, numbered so that neighbours in time share operands in the L2 cache: bands of
+// `band` rows, column after column inside a band.
+struct TileIndex {
+  int64_t row, column;
+};
+
+VIT_HOST_DEVICE constexpr TileIndex tile_at(int64_t index, int64_t rows, int64_t columns, int64_t band) {
+  const int64_t first = index / (band * columns) * band;
+  const int64_t height = rows - first < band ? rows - first : band;
+  const int64_t rest = index % (band * columns);
+  return {first + rest % height, rest / height};
+}
+
+}  // namespace vit::cuda

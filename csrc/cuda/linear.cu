@@ -1,0 +1,223 @@
+// y = activation(x weight^T + bias) + residual, all of it in the epilogue of one product (gemm.cuh).
+//
+// Backward, with dz = dy activation'(preact):
+//   dx = dz weight,  dweight = dz^T x,  dbias = sum over rows of dz.
+// prepare_dz writes dz in the type of the products and sums its columns in the same pass (two reads, one write per
+// element); without an activation dy is dz. The sum over rows of dweight is cut into parts that are added in order.
+// 2 M N K FLOP per product.
+#include "gemm.cuh"
+#include "reduce.cuh"
+
+namespace vit::cuda {
+namespace {
+
+constexpr int kBlock = 256;
+
+// A block takes 32 * width columns; its 8 warps take rows 8 i + warp of partial i (reduce.cuh). dz and partial may be
+// null: not wanted.
+template <class T, int width>
+__global__ void __launch_bounds__(kBlock) prepare_dz(Mixed<T> dy, const T* __restrict__ preact, Activation activation,
+                                                     T* __restrict__ dz, Acc<T>* __restrict__ partial, int64_t M,
+                                                     int64_t N, int partials) {
+  using A = Acc<T>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int i = blockIdx.x % partials;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x / partials) * 32 + lane) * width;
+  A sum[width] = {};
+  if (column < N)
+    for (int64_t row = int64_t{i} * kPartialRows + warp; row < M; row += int64_t{partials} * kPartialRows) {
+      A g[width], z[width];
+      dy.load(row * N + column, g);
+      if (preact) {
+        load_vector(preact + row * N + column, z);
+#pragma unroll
+        for (int j = 0; j < width; ++j) g[j] *= activation_derivative<T>(activation, z[j]);
+      }
+      if (dz) store_vector(dz + row * N + column, g);
+#pragma unroll
+      for (int j = 0; j < width; ++j) sum[j] += g[j];
+    }
+  if (!partial) return;
+  A* part = reinterpret_cast<A*>(shared_memory());  // [8][32 width]
+#pragma unroll
+  for (int j = 0; j < width; ++j) part[(warp * 32 + lane) * width + j] = sum[j];
+  __syncthreads();
+  for (int c = threadIdx.x; c < 32 * width; c += kBlock) {
+    const int64_t to = static_cast<int64_t>(blockIdx.x / partials) * 32 * width + c;
+    if (to >= N) return;
+    A total = 0;
+    for (int k = 0; k < kPartialRows; ++k) total += part[k * 32 * width + c];
+    partial[int64_t{i} * N + to] = total;
+  }
+}
+
+// to[rows, columns] = from, rows from_stride apart: float32 parameters for products in another type.
+template <class T>
+__global__ void __launch_bounds__(kBlock) cast_rows(const float* __restrict__ from, int64_t from_stride,
+                                                    T* __restrict__ to, int64_t rows, int64_t columns) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kBlock;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < rows * columns; i += step)
+    to[i] = from_acc<T>(static_cast<Acc<T>>(from[i / columns * from_stride + i % columns]));
+}
+
+// Cuts a workspace into aligned parts. With a null base it only counts.
+struct Carve {
+  unsigned char* base;
+  std::size_t used = 0;
+
+  void* take(std::size_t n) {
+    void* p = base ? base + used : nullptr;
+    used += aligned(n);
+    return n ? p : nullptr;
+  }
+};
+
+std::size_t weight_bytes(int64_t N, int64_t K, DType dtype, DType param_dtype) {
+  return dtype == param_dtype ? 0 : static_cast<std::size_t>(N * K) * bytes(dtype);
+}
+
+// The weight as an operand of type dtype: itself, or its cast copy in `workspace`.
+struct Weight {
+  const void* data;
+  int64_t stride;
+};
+
+Weight cast_weight(const Launch& like, const void* weight, int64_t stride, int64_t N, int64_t K, DType dtype,
+                   DType param_dtype, void* workspace) {
+  if (dtype == param_dtype || N * K == 0) return {weight, stride};
+  dispatch(dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t blocks = std::min<int64_t>(divide_up(N * K, kBlock), 1 << 16);
+    launch<cast_rows<T>>({like.op, like.shape, like.context, blocks, kBlock}, static_cast<const float*>(weight), stride,
+                         static_cast<T*>(workspace), N, K);
+  });
+  return {workspace, K};
+}
+
+// Where a backward keeps what, and which of it is needed.
+struct BackwardPlan {
+  bool store_dz;  // dy is not dz in the type of the products
+  bool prepare;   // prepare_dz has something to do
+  int partials, splits;
+  std::size_t workspace;
+  void *dz, *partial, *weight, *split_sums;
+};
+
+BackwardPlan plan(const LinearBwd& p, void* workspace) {
+  BackwardPlan plan;
+  const std::size_t acc = p.dtype == DType::float64 ? 8 : 4, MN = static_cast<std::size_t>(p.M * p.N);
+  plan.store_dz = (p.dx || p.dweight) && (p.activation != Activation::none || p.out_dtype != p.dtype);
+  plan.prepare = plan.store_dz || p.dbias;
+  plan.partials = partial_count(p.M);
+  plan.splits = p.dweight ? gemm_splits(p.N, p.K, p.M) : 1;
+  Carve carve = {static_cast<unsigned char*>(workspace)};
+  plan.dz = carve.take(plan.store_dz ? MN * bytes(p.dtype) : 0);
+  plan.partial = carve.take(p.dbias ? plan.partials * p.N * acc : 0);
+  plan.weight = carve.take(p.dx ? weight_bytes(p.N, p.K, p.dtype, p.param_dtype) : 0);
+  plan.split_sums = carve.take(plan.splits > 1 ? plan.splits * p.N * p.K * acc : 0);
+  plan.workspace = carve.used;
+  return plan;
+}
+
+template <class T>
+void run_prepare(const LinearBwd& p, const BackwardPlan& plan, const Launch& like) {
+  constexpr int n = kVector<T>;
+  T* dz = static_cast<T*>(plan.dz);
+  Acc<T>* partial = static_cast<Acc<T>*>(plan.partial);
+  const Mixed<T> dy = mixed<T>(p.dy, p.out_dtype);
+  const T* preact = static_cast<const T*>(p.preact);
+  const bool vectors = p.N % n == 0 && is_aligned(p.dy) && is_aligned(p.preact) && is_aligned(dz);
+  const auto go = [&](auto width) {
+    constexpr int w = decltype(width)::value;
+    launch<prepare_dz<T, w>>({like.op, like.shape, like.context, divide_up(p.N, 32 * w) * plan.partials, kBlock,
+                              kBlock * w * sizeof(Acc<T>)},
+                             dy, preact, p.activation, dz, partial, p.M, p.N, plan.partials);
+  };
+  if (vectors)
+    go(std::integral_constant<int, n>{});
+  else
+    go(std::integral_constant<int, 1>{});
+  if (p.dbias) launch_sum_partials<T>(like, partial, mixed<T>(p.dbias, p.param_dtype), p.N, plan.partials, p.N);
+}
+
+void check(const char* op, int64_t M, int64_t N, int64_t K, DType dtype, DType param_dtype, DType out_dtype) {
+  check_dtypes(op, dtype, param_dtype);
+  check_dtypes(op, dtype, out_dtype);
+  require(M >= 0 && N >= 0 && K >= 0, op, "M, N and K must be >= 0");
+}
+
+}  // namespace
+}  // namespace vit::cuda
+
+namespace vit {
+
+std::size_t linear_fwd_workspace(const LinearFwd& p) {
+  return cuda::aligned(cuda::weight_bytes(p.N, p.K, p.dtype, p.param_dtype));
+}
+
+std::size_t linear_bwd_workspace(const LinearBwd& p) { return cuda::plan(p, nullptr).workspace; }
+
+void linear_fwd(const LinearFwd& p) {
+  using namespace cuda;
+  const char* op = "linear_fwd";
+  check(op, p.M, p.N, p.K, p.dtype, p.param_dtype, p.out_dtype);
+  if (p.M == 0 || p.N == 0) return;
+  require(p.y && (p.K == 0 || (p.x && p.weight)), op, "x, weight and y must not be null");
+  require(p.dtype == p.param_dtype || p.K == 0 || p.workspace, op, "workspace must not be null, see linear_fwd_workspace");
+  const DeviceGuard guard(op, p.context);
+  const Launch like = {op, shape_text({{"M", p.M}, {"N", p.N}, {"K", p.K}}), p.context, 0, 0};
+  const Weight weight = cast_weight(like, p.weight, p.weight_stride, p.N, p.K, p.dtype, p.param_dtype, p.workspace);
+  Gemm g;
+  g.a = {p.x, p.x_stride, 1, 0};
+  g.b = {weight.data, weight.stride, 1, 0};
+  g.M = p.M;
+  g.N = p.N;
+  g.K = p.K;
+  g.bias = p.bias;
+  g.bias_dtype = p.param_dtype;
+  g.activation = p.activation;
+  g.residual = p.residual;
+  g.preact = p.preact;
+  g.out = p.y;
+  g.out_dtype = p.out_dtype;
+  g.dtype = p.dtype;
+  gemm(op, g, p.context);
+}
+
+void linear_bwd(const LinearBwd& p) {
+  using namespace cuda;
+  const char* op = "linear_bwd";
+  check(op, p.M, p.N, p.K, p.dtype, p.param_dtype, p.out_dtype);
+  require((p.preact == nullptr) == (p.activation == Activation::none) || p.M == 0 || p.N == 0, op,
+          "preact must be null exactly when activation is none");
+  const BackwardPlan plan = cuda::plan(p, p.workspace);
+  require(plan.workspace == 0 || p.workspace, op, "workspace must not be null, see linear_bwd_workspace");
+  const DeviceGuard guard(op, p.context);
+  const Launch like = {op, shape_text({{"M", p.M}, {"N", p.N}, {"K", p.K}}), p.context, 0, 0};
+  if (plan.prepare) dispatch(p.dtype, [&](auto element) { run_prepare<decltype(element)>(p, plan, like); });
+  Gemm g;
+  g.a = {plan.store_dz ? plan.dz : p.dy, p.N, 1, 0};
+  g.dtype = g.out_dtype = g.bias_dtype = p.dtype;
+  if (p.dx) {
+    const Weight weight = cast_weight(like, p.weight, p.weight_stride, p.N, p.K, p.dtype, p.param_dtype, plan.weight);
+    g.b = {weight.data, 1, weight.stride, 0};
+    g.M = p.M;
+    g.N = p.K;
+    g.K = p.N;
+    g.out = p.dx;
+    gemm(op, g, p.context);
+  }
+  if (!p.dweight) return;
+  g.a = {g.a.data, 1, p.N, 0};
+  g.b = {p.x, 1, p.x_stride, 0};
+  g.M = p.N;
+  g.N = p.K;
+  g.K = p.M;
+  g.out = p.dweight;
+  g.out_dtype = p.param_dtype;
+  g.splits = plan.splits;
+  g.workspace = plan.split_sums;
+  gemm(op, g, p.context);
+}
+
+}  // namespace vit

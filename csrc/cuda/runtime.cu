@@ -1,0 +1,129 @@
+// The parts of runtime.cuh that are no templates, and vit::info().
+#include "runtime.cuh"
+
+namespace vit::cuda {
+
+namespace {
+
+std::atomic<Path> current_path{Path::automatic};
+
+// A device attribute, asked for once per device; the cache holds value + 1, 0 is "not asked yet".
+int attribute(cudaDeviceAttr which, int device, std::atomic<int> (&cache)[kMaxDevices]) {
+  if (device < 0 || device >= kMaxDevices) return 0;
+  int value = cache[device].load(std::memory_order_relaxed) - 1;
+  if (value < 0 && cudaDeviceGetAttribute(&value, which, device) == cudaSuccess)
+    cache[device].store(value + 1, std::memory_order_relaxed);
+  return std::max(value, 0);
+}
+
+std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
+}  // namespace
+
+const char* name(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return "float32";
+    case DType::float64:
+      return "float64";
+    case DType::bfloat16:
+      return "bfloat16";
+    case DType::float16:
+      return "float16";
+  }
+  return "unknown";
+}
+
+void fail(const std::string& op, const std::string& what) { throw Error("cuda " + op + ": " + what); }
+
+void check_dtypes(const char* op, DType dtype, DType other) {
+  const int code = static_cast<int>(dtype);
+  if (code < 0 || code > 3) fail(op, "unknown dtype code " + std::to_string(code) + "; codes are 0 to 3, see vit.h");
+  if (other != dtype && other != DType::float32)
+    fail(op, std::string("parameters or output are ") + name(other) + ", allowed with " + name(dtype) + " are " +
+                 name(dtype) + " and float32");
+}
+
+DeviceGuard::DeviceGuard(const char* op, const Context& context) {
+  if (context.device < 0 || context.device >= kMaxDevices)
+    fail(op, "device index " + std::to_string(context.device) + " is not in 0.." + std::to_string(kMaxDevices - 1));
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != context.device) {
+    error = cudaSetDevice(context.device);
+    if (error == cudaSuccess) previous_ = current;
+  }
+  if (error != cudaSuccess)
+    fail(op, "cannot use device " + std::to_string(context.device) + ": " + cudaGetErrorString(error));
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+int capability(int device) {
+  static std::atomic<int> major[kMaxDevices], minor[kMaxDevices];
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device, major) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device, minor);
+}
+
+int multiprocessors(int device) {
+  static std::atomic<int> count[kMaxDevices];
+  return std::max(1, attribute(cudaDevAttrMultiProcessorCount, device, count));
+}
+
+Path path() { return current_path.load(std::memory_order_relaxed); }
+void set_path(Path path) { current_path.store(path, std::memory_order_relaxed); }
+
+void check_launch(cudaError_t error, const Launch& launch) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // clears it: the caller gets it as an exception, not as the error of its next CUDA call
+  fail(launch.op, std::string(cudaGetErrorString(error)) + " while launching " + std::to_string(launch.blocks) +
+                      " blocks of " + std::to_string(launch.threads) + " threads with " +
+                      std::to_string(launch.shared_bytes) + " bytes of shared memory for " + launch.shape);
+}
+
+std::string shape_text(std::initializer_list<std::pair<const char*, int64_t>> sizes) {
+  std::string text;
+  for (const auto& [key, value] : sizes) text += (text.empty() ? "" : " ") + std::string(key) + "=" + std::to_string(value);
+  return text;
+}
+
+}  // namespace vit::cuda
+
+// For the benchmark and the tests, which find it with ctypes: 0 takes the fastest kernels of the device, 1 the portable
+// ones. Not part of vit.h: no result that a user sees depends on it beyond the rounding of a float32 sum.
+extern "C" __attribute__((visibility("default"))) void vit_cuda_set_path(int path) {
+  vit::cuda::set_path(path == 1 ? vit::cuda::Path::portable : vit::cuda::Path::automatic);
+}
+
+namespace vit {
+
+std::vector<std::pair<std::string, std::string>> info() {
+  int driver = 0, devices = 0;
+  std::vector<std::pair<std::string, std::string>> facts;
+  cudaDriverGetVersion(&driver);  // 0 without a driver
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess) devices = 0;
+  cudaGetLastError();
+  facts.emplace_back("runtime", cuda::version_text(CUDART_VERSION));
+  facts.emplace_back("driver", driver == 0 ? "none" : cuda::version_text(driver));
+  facts.emplace_back("architectures", VIT_CUDA_ARCHITECTURES);
+  facts.emplace_back("compiler", VIT_CUDA_COMPILER);
+  facts.emplace_back("devices", std::to_string(devices));
+  if (error != cudaSuccess) facts.emplace_back("error", cudaGetErrorString(error));
+  for (int i = 0; i < devices && i < cuda::kMaxDevices; ++i) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
+    const int capability = 10 * properties.major + properties.minor;
+    const std::string key = "device" + std::to_string(i);
+    facts.emplace_back(key, std::string(properties.name) + ", compute capability " + std::to_string(properties.major) +
+                                "." + std::to_string(properties.minor) + ", " +
+                                std::to_string(properties.multiProcessorCount) + " multiprocessors, " +
+                                std::to_string(properties.totalGlobalMem >> 20) + " MiB");
+    facts.emplace_back(key + ".kernels", capability == 90 ? "hopper" : capability >= 80 ? "portable" : "none");
+  }
+  return facts;
+}
+
+}  // namespace vit

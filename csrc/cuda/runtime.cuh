@@ -1,0 +1,136 @@
+// What every launcher shares: argument checks, the device of a call, and one function that launches a kernel and turns
+// a CUDA error into a vit::Error that names the op and its shape.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <string>
+
+#include "instructions.cuh"
+#include "vit.h"
+
+namespace vit::cuda {
+
+inline constexpr int kMaxDevices = 64;
+
+const char* name(DType);
+
+[[noreturn]] void fail(const std::string& op, const std::string& what);
+
+inline void require(bool ok, const char* op, const char* what) {
+  if (!ok) fail(op, what);
+}
+
+// Throws unless `dtype` is one this backend knows and `other` (param_dtype, out_dtype) is dtype or float32.
+void check_dtypes(const char* op, DType dtype, DType other);
+
+inline std::size_t bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+inline bool is_16_bit(DType dtype) { return dtype == DType::bfloat16 || dtype == DType::float16; }
+
+// Sizes of a workspace are rounded up so that the next part of it is aligned too.
+inline std::size_t aligned(std::size_t n) { return (n + 255) / 256 * 256; }
+
+inline bool is_aligned(const void* p, std::size_t to = 16) { return reinterpret_cast<std::uintptr_t>(p) % to == 0; }
+
+// The device of a call is current while this lives; the one that was current before comes back after.
+class DeviceGuard {
+ public:
+  DeviceGuard(const char* op, const Context& context);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = -1;
+};
+
+// Compute capability of a device, 10 * major + minor: 80, 90, ... Read once per device.
+int capability(int device);
+
+// Multiprocessors of a device. Read once per device.
+int multiprocessors(int device);
+
+// Which kernels gemm and attention may use: `automatic` takes the Hopper ones where the device has them. Set by the
+// benchmark and the tests alone, to measure and to check both on one GPU: a property of the process, like a device mask.
+enum class Path { automatic, portable };
+Path path();
+void set_path(Path);
+
+struct Launch {
+  const char* op;
+  std::string shape;  // for the error text
+  const Context& context;
+  int64_t blocks;
+  int threads;
+  std::size_t shared_bytes = 0;
+  int cluster = 1;
+};
+
+// Throws for an error of the launch itself (configuration, missing kernel image). Faults while a kernel runs are
+// reported by the next call that synchronises, as with every CUDA library.
+void check_launch(cudaError_t, const Launch&);
+
+// Kernels that want more than 48 KiB say so once per device.
+template <auto kernel>
+void allow_shared_bytes(const Launch& launch) {
+  if (launch.shared_bytes <= 48 * 1024) return;
+  static std::atomic<bool> done[kMaxDevices];
+  auto& flag = done[launch.context.device];
+  if (flag.load(std::memory_order_acquire)) return;
+  check_launch(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(launch.shared_bytes)),
+               launch);
+  flag.store(true, std::memory_order_release);
+}
+
+// Runs kernel(args...) on the stream of the context. A kernel has one amount of shared memory, so that
+// allow_shared_bytes holds for every launch of it.
+template <auto kernel, class... Args>
+void launch(const Launch& launch, Args... args) {
+  if (launch.blocks <= 0) return;
+  if (launch.blocks > 0x7fffffff) fail(launch.op, "needs more than 2^31 blocks: " + launch.shape);
+  allow_shared_bytes<kernel>(launch);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(launch.context.stream);
+  cudaLaunchAttribute cluster[1] = {};
+  cluster[0].id = cudaLaunchAttributeClusterDimension;
+  cluster[0].val.clusterDim.x = static_cast<unsigned>(launch.cluster);
+  cluster[0].val.clusterDim.y = 1;
+  cluster[0].val.clusterDim.z = 1;
+  config.attrs = cluster;
+  config.numAttrs = launch.cluster > 1 ? 1 : 0;
+  check_launch(cudaLaunchKernelEx(&config, kernel, args...), launch);
+}
+
+// dispatch(dtype, f) calls f(T{}) with the element type; the second form has the 16-bit and float32 types alone.
+template <class F>
+void dispatch(DType dtype, F f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    case DType::bfloat16:
+      return f(bf16{});
+    case DType::float16:
+      return f(f16{});
+  }
+}
+
+template <class F>
+void dispatch_16_bit(DType dtype, F f) {
+  if (dtype == DType::bfloat16) return f(bf16{});
+  return f(f16{});
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// "M=3 N=4" for error texts.
+std::string shape_text(std::initializer_list<std::pair<const char*, int64_t>>);
+
+}  // namespace vit::cuda

@@ -1,0 +1,365 @@
+// Takes the place of csrc/cuda/instructions.cuh (same include guard): every CUDA kernel then compiles with a C++ compiler
+// and runs on the CPU, each thread of a block as a fiber. It is built to find mistakes, not to be fast:
+// - threads of a block run in a random order between synchronisations;
+// - asynchronous copies happen no earlier than the wait that makes them visible;
+// - shared memory starts as NaN, and a block that can make no progress is an error, not a hang;
+// - tensor core instructions follow the PTX ISA's tables, written here without a look at layout.cuh.
+#ifndef VIT_CUDA_INSTRUCTIONS
+#define VIT_CUDA_INSTRUCTIONS
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __syncthreads() ::vit::emulator::block_barrier(0, 0)
+#define __syncwarp() ::vit::emulator::warp_barrier()
+#define threadIdx (::vit::emulator::current->index)
+#define blockIdx (::vit::emulator::current->block->index)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  explicit dim3(unsigned x_) : x(x_) {}
+};
+inline thread_local dim3 gridDim;
+
+// ---- the part of the CUDA runtime that csrc/cuda uses ----
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount
+};
+using cudaStream_t = void*;
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  std::size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor, multiProcessorCount;
+  std::size_t totalGlobalMem;
+};
+#define CUDART_VERSION 13000
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) { return cudaErrorInvalidValue; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrComputeCapabilityMajor ? 9 : which == cudaDevAttrMultiProcessorCount ? 3 : 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+namespace vit::emulator {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Block;
+
+struct Thread {
+  Index index;
+  Block* block = nullptr;
+  int lane = 0, warp = 0;
+  bool done = false;
+  std::vector<Copy> open;                  // cp.async not committed yet
+  std::vector<std::vector<Copy>> groups;   // committed, not waited for
+  std::vector<std::function<void()>> wgmma_open;
+  std::vector<std::vector<std::function<void()>>> wgmma_groups;
+  void* stack_pointer = nullptr;
+  std::vector<unsigned char> stack;
+};
+
+// Threads that meet: the last to arrive does the work for all.
+struct Meeting {
+  int arrived = 0;
+  uint64_t generation = 0;
+  void* slots[128] = {};
+};
+
+struct Block {
+  Index index;
+  dim3 size;
+  int rank = 0;                       // in its cluster
+  std::vector<Block*> cluster;
+  std::vector<unsigned char> memory;  // shared memory, with room to align
+  unsigned char* shared = nullptr;
+  std::size_t shared_bytes = 0;
+  std::vector<Thread> threads;
+  std::vector<Meeting> warps, warpgroups;
+  Meeting barriers[16];
+  int alive = 0;
+};
+
+inline thread_local Thread* current = nullptr;
+
+void yield();
+void progress();
+[[noreturn]] void stop(const std::string& why);
+
+// Every thread of `meeting` (of `count`) comes with its own `slot`; the last one calls work(slots).
+template <class F>
+void meet(Meeting& meeting, int count, int place, void* slot, F work) {
+  meeting.slots[place] = slot;
+  if (++meeting.arrived == count) {
+    work(meeting.slots);
+    meeting.arrived = 0;
+    ++meeting.generation;
+    progress();
+    return;
+  }
+  const uint64_t generation = meeting.generation;
+  while (meeting.generation == generation) yield();
+}
+
+template <class F>
+void meet_warp(void* slot, F work) {
+  Thread* me = current;
+  meet(me->block->warps[me->warp], 32, me->lane, slot, work);
+}
+
+inline void warp_barrier() {
+  meet_warp(nullptr, [](void**) {});
+}
+
+// bar.sync id, threads; threads = 0 is all that still live.
+void block_barrier(int id, int threads);
+
+void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+
+template <class T>
+T value_of(void* slot) {
+  return *static_cast<T*>(slot);
+}
+
+}  // namespace vit::emulator
+
+template <class Kernel, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, Args... args) {
+  vit::emulator::run(*config, [&] { kernel(args...); });
+  return cudaSuccess;
+}
+
+namespace vit::cuda {
+
+using std::exp;
+using std::sqrt;
+using std::erfc;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float bf16_to_float(bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+inline bf16 float_to_bf16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if (x != x) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+inline float f16_to_float(f16 x) {
+  _Float16 y;
+  std::memcpy(&y, &x, 2);
+  return static_cast<float>(y);
+}
+inline f16 float_to_f16(float x) {
+  const _Float16 y = static_cast<_Float16>(x);
+  f16 z;
+  std::memcpy(&z, &y, 2);
+  return z;
+}
+inline uint32_t pack_bf16(float low, float high) {
+  return float_to_bf16(low).bits | static_cast<uint32_t>(float_to_bf16(high).bits) << 16;
+}
+inline uint32_t pack_f16(float low, float high) {
+  return float_to_f16(low).bits | static_cast<uint32_t>(float_to_f16(high).bits) << 16;
+}
+
+inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
+
+inline unsigned char* shared_memory() { return emulator::current->block->shared; }
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulator::current->block->shared);
+}
+
+// A shared access of `bytes` must lie in the shared memory the launch asked for.
+inline void check_shared(const void* p, std::size_t bytes, std::size_t alignment) {
+  const auto* block = emulator::current->block;
+  const std::size_t at = static_cast<const unsigned char*>(p) - block->shared;
+  if (at + bytes > block->shared_bytes) emulator::stop("shared access out of bounds");
+  if (at % alignment) emulator::stop("misaligned shared access");
+}
+
+inline void copy_async_16(void* shared, const void* global, int bytes) {
+  check_shared(shared, 16, 16);
+  if (bytes < 0 || bytes > 16) emulator::stop("cp.async of a wrong size");
+  if (reinterpret_cast<uintptr_t>(global) % 16) emulator::stop("cp.async from a misaligned address");
+  emulator::current->open.push_back({shared, global, bytes});
+}
+inline void copy_async_commit() {
+  auto* me = emulator::current;
+  me->groups.push_back(std::move(me->open));
+  me->open.clear();
+}
+template <int pending>
+inline void copy_async_wait() {
+  auto& groups = emulator::current->groups;
+  while (groups.size() > static_cast<std::size_t>(pending)) {
+    for (const auto& copy : groups.front()) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+struct MatrixLoad {
+  const void* row;
+  uint32_t* r;
+  bool transposed;
+};
+
+inline void load_matrices_slots(void** slots) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t element[8][8];
+    for (int r = 0; r < 8; ++r)
+      std::memcpy(element[r], emulator::value_of<MatrixLoad>(slots[8 * matrix + r]).row, 16);
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto load = emulator::value_of<MatrixLoad>(slots[lane]);
+      uint32_t both = 0;
+      for (int half = 0; half < 2; ++half) {
+        const int row = lane / 4, column = 2 * (lane % 4) + half;
+        const uint16_t x = load.transposed ? element[column][row] : element[row][column];
+        both |= static_cast<uint32_t>(x) << (16 * half);
+      }
+      load.r[matrix] = both;
+    }
+  }
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  check_shared(row, 16, 16);
+  MatrixLoad load = {row, r, false};
+  emulator::meet_warp(&load, load_matrices_slots);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  check_shared(row, 16, 16);
+  MatrixLoad load = {row, r, true};
+  emulator::meet_warp(&load, load_matrices_slots);
+}
+
+template <class T>
+float half_of(uint32_t both, int half) {
+  const uint16_t bits = static_cast<uint16_t>(both >> (16 * half));
+  if constexpr (std::is_same_v<T, bf16>)
+    return bf16_to_float(bf16{bits});
+  else
+    return f16_to_float(f16{bits});
+}
+
+struct Mma {
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+// PTX ISA 9.7.14.5.8: a0,a1 (row g, k 2t+i), a2,a3 (row g+8), a4,a5 (row g, k+8), a6,a7 (row g+8, k+8).
+template <class T>
+inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Mma mine = {c, a, {b0, b1}};
+  emulator::meet_warp(&mine, [](void** slots) {
+    float A[16][16], B[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto m = emulator::value_of<Mma>(slots[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 8; ++i) {
+        const int row = (i % 4 < 2) ? g : g + 8, k = 2 * t + (i & 1) + (i < 4 ? 0 : 8);
+        A[row][k] = half_of<T>(m.a[i / 2], i & 1);
+      }
+      for (int i = 0; i < 4; ++i) B[2 * t + (i & 1) + (i < 2 ? 0 : 8)][g] = half_of<T>(m.b[i / 2], i & 1);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto m = emulator::value_of<Mma>(slots[lane]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = i < 2 ? lane / 4 : lane / 4 + 8, column = 2 * (lane % 4) + (i & 1);
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
+        m.c[i] += sum;
+      }
+    }
+  });
+}
+
+template <class T>
+T shuffle_xor(T x, int mask) {
+  struct Slot {
+    T in, out;
+    int mask;
+  } mine = {x, x, mask};
+  emulator::meet_warp(&mine, [](void** slots) {
+    for (int lane = 0; lane < 32; ++lane) {
+      auto* slot = static_cast<Slot*>(slots[lane]);
+      slot->out = static_cast<Slot*>(slots[lane ^ slot->mask])->in;
+    }
+  });
+  return mine.out;
+}
+
+template <class T>
+T warp_sum(T x) {
+  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+}  // namespace vit::cuda
+
+#endif
