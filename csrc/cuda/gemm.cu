@@ -29,6 +29,19 @@ __global__ void __launch_bounds__(kBlock) sum_splits(const Acc<T>* __restrict__ 
   }
 }
 
+// Whether the tensor memory accelerator can read both operands, and the epilogue write pairs. From strides, alignment, N
+// and K, never from M. An a of adjacent rows exists only with a b of adjacent rows (a weight gradient).
+bool hopper_supports(const Gemm& g, const Context& context) {
+  const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
+  const auto fits = [](int64_t n) { return n < (int64_t{1} << 31); };
+  const auto distinct = [](const Operand& o) { return o.row > 0 && o.k > 0 && o.batch >= 0; };
+  return path() == Path::automatic && capability(context.device) == 90 && a.vectors && b.vectors &&
+         (a.k_adjacent || !b.k_adjacent) && distinct(g.a) && distinct(g.b) && g.N % 8 == 0 && g.K >= 8 && fits(g.M) &&
+         fits(g.K) && fits(g.batch) && is_aligned(g.out, 2 * bytes(g.out_dtype)) &&
+         is_aligned(g.residual, 2 * bytes(g.out_dtype)) && is_aligned(g.preact, 4) &&
+         is_aligned(g.bias, 2 * bytes(g.bias_dtype));
+}
+
 }  // namespace
 
 // A GPU of 132 multiprocessors (H100, H200) works in waves of 132 tiles of 128 x 128. The fewest parts that keep 90 % of
@@ -65,14 +78,13 @@ Access access(const Operand& o, DType dtype) {
 
 void gemm(const char* op, const Gemm& g, const Context& context) {
   if (g.batch == 0 || g.M == 0 || g.N == 0) return;
+  const bool bfloat16 = g.dtype == DType::bfloat16;
   if (!is_16_bit(g.dtype))
     gemm_scalar(op, g, context);
-  else if (path() == Path::automatic && gemm_hopper_supports(g, context))
-    gemm_hopper(op, g, context);
-  else if (g.dtype == DType::bfloat16)
-    gemm_bf16(op, g, context);
+  else if (hopper_supports(g, context))
+    (bfloat16 ? gemm_hopper_bf16 : gemm_hopper_f16)(op, g, context);
   else
-    gemm_f16(op, g, context);
+    (bfloat16 ? gemm_bf16 : gemm_f16)(op, g, context);
   if (g.splits == 1) return;
   const int64_t n = g.batch * g.M * g.N;
   dispatch(g.dtype, [&](auto element) {

@@ -45,8 +45,8 @@ void gemm(const char* op, const Gemm&, const Context&);
 void gemm_bf16(const char* op, const Gemm&, const Context&);
 void gemm_f16(const char* op, const Gemm&, const Context&);
 void gemm_scalar(const char* op, const Gemm&, const Context&);
-bool gemm_hopper_supports(const Gemm&, const Context&);
-void gemm_hopper(const char* op, const Gemm&, const Context&);
+void gemm_hopper_bf16(const char* op, const Gemm&, const Context&);
+void gemm_hopper_f16(const char* op, const Gemm&, const Context&);
 
 // An operand can be copied in 16-byte pieces when it is aligned and one stride is 1.
 struct Access {
@@ -82,16 +82,22 @@ struct Epilogue {
   template <int n>
   __device__ void apply(int64_t plane, int64_t row, int64_t column, A (&z)[n]) const {
     const int64_t i = (plane * M + row) * N + column;
+    if (bias && !partial) {
+      A extra[n];
+      bias.load(column, extra);
+#pragma unroll
+      for (int j = 0; j < n; ++j) z[j] += extra[j];
+    }
+    finish(i, z);
+  }
+
+  // The part after the bias, for element i of out.
+  template <int n>
+  __device__ void finish(int64_t i, A (&z)[n]) const {
     if (partial) {
 #pragma unroll
       for (int j = 0; j < n; ++j) partial[i + j] = z[j];
       return;
-    }
-    A extra[n];
-    if (bias) {
-      bias.load(column, extra);
-#pragma unroll
-      for (int j = 0; j < n; ++j) z[j] += extra[j];
     }
     if (preact) store_vector(preact + i, z);
     if (activation != Activation::none) {
@@ -99,6 +105,7 @@ struct Epilogue {
       for (int j = 0; j < n; ++j) z[j] = activate<T>(activation, z[j]);
     }
     if (residual) {
+      A extra[n];
       residual.load(i, extra);
 #pragma unroll
       for (int j = 0; j < n; ++j) z[j] += extra[j];

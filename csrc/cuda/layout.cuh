@@ -57,6 +57,22 @@ VIT_HOST_DEVICE constexpr int padded(int row, int group) {
   return row * (groups + 1) + group;
 }
 
+// A wgmma operand in shared memory with the 128-byte swizzle, 1024-byte aligned tiles (PTX ISA, "Matrix-Descriptor").
+// Rows of k: 64 elements (128 bytes) per row, groups of 8 rows 1024 bytes apart; 16 k further is 32 bytes further.
+// Columns (rows k of m or n): blocks of 64 m by 64 k, 8192 bytes each, groups of 8 k 1024 bytes apart; 16 k further is
+// 2048 bytes further. Units of the fields are 16 bytes; bit 62 selects the swizzle.
+VIT_HOST_DEVICE constexpr uint64_t wgmma_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32 | uint64_t{1} << 62;
+}
+
+// The descriptor of 16 k starting at `k` of the tile at `address`: rows `row`.. (a multiple of 64 for columns, of 8 else).
+template <bool kColumns>
+VIT_HOST_DEVICE constexpr uint64_t operand_descriptor(uint32_t address, int row, int k) {
+  if (kColumns) return wgmma_descriptor(address + row / 64 * 8192 + k * 128, 8192, 1024);
+  return wgmma_descriptor(address + row * 128 + k * 2, 16, 1024);
+}
+
 // Tiles of a [rows, columns] grid of tiles, numbered so that neighbours in time share operands in the L2 cache: bands of
 // `band` rows, column after column inside a band.
 struct TileIndex {

@@ -1,0 +1,274 @@
+// The product of 16-bit operands on Hopper: the tensor memory accelerator fills shared memory, wgmma multiplies.
+//
+// A persistent block of three warpgroups. One thread of the first is the producer: it runs ahead through all tiles of
+// the block and keeps kStages tiles of 64 k in flight. The other two warpgroups take the block's output tiles in turn
+// (ping-pong): while one writes its tile (bias, GELU, residual: as long as the product itself at K = 384), the other
+// keeps the tensor cores busy. Two blocks of a cluster take tiles one above the other and share the tile of b: each
+// loads half of it for both, which cuts the traffic from L2 by 30 % at 128 x 192.
+//
+// Bytes from L2 per 64 k and tile: 128 (kM + kN / kCluster); FLOP 128 kM kN: 110 FLOP per byte at 128 x 192 and
+// clusters of 2. Every output element adds its products in steps of 16 k from k = 0 on, whatever the tile.
+#pragma once
+
+#include "gemm.cuh"
+#include "hopper_instructions.cuh"
+#include "layout.cuh"
+
+namespace vit::cuda {
+
+inline constexpr int kHopperK = 64;  // 128 bytes, the width of the swizzle
+inline constexpr int kHopperThreads = 384;
+inline constexpr int kHopperShared = 227 * 1024;
+
+template <int kM, int kN>
+struct HopperTile {
+  static constexpr int kBytesA = kM * kHopperK * 2, kBytesB = kN * kHopperK * 2;
+  static constexpr int kStageBytes = kBytesA + kBytesB;
+  static constexpr int kStages = (kHopperShared - 1024) / kStageBytes < 8 ? (kHopperShared - 1024) / kStageBytes : 8;
+  static constexpr int kSharedBytes = kStages * kStageBytes + 1024;  // barriers behind the tiles
+};
+
+// What of a Gemm the kernel needs besides the epilogue. Tiles are numbered (plane, band, column, row).
+struct HopperWork {
+  int64_t tiles_m, tiles_n, planes;  // tiles_m counts clusters
+  int64_t batches, K, K_split;
+  bool a_batched, b_batched;
+};
+
+struct HopperPlace {
+  int64_t plane, m, n;
+  int k_begin, steps;
+};
+
+template <int kM, int kN, int kCluster>
+__device__ inline HopperPlace hopper_place(const HopperWork& work, int64_t tile, int rank) {
+  const int64_t per_plane = work.tiles_m * work.tiles_n, plane = tile / per_plane;
+  const TileIndex at = tile_at(tile % per_plane, work.tiles_m, work.tiles_n, 16 / kCluster);
+  const int64_t begin = plane / work.batches * work.K_split;
+  const int64_t end = work.K < begin + work.K_split ? work.K : begin + work.K_split;
+  return {plane, (at.row * kCluster + rank) * kM, at.column * kN, static_cast<int>(begin),
+          static_cast<int>((end - begin + kHopperK - 1) / kHopperK)};
+}
+
+#ifdef VIT_CUDA_HOPPER
+
+// The place in the ring of stages, and the parity of its current round.
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  template <int stages>
+  __device__ void advance(int steps) {
+    stage += steps;
+    parity ^= stage / stages % 2;
+    stage %= stages;
+  }
+};
+
+// One operand's share of a stage: rows row.. of k, in boxes of 64 m or n where those are adjacent.
+template <int kRows, bool kAdjacent>
+__device__ inline void hopper_load(unsigned char* to, const TensorMap* map, uint64_t* full, int row, int k, int batch) {
+  if constexpr (kAdjacent) {
+    tensor_load(to, map, full, k, row, batch);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRows / 64; ++i) tensor_load(to + i * 8192, map, full, row + 64 * i, k, batch);
+  }
+}
+
+// The operand both blocks of a cluster use: block `rank` loads its half for both.
+template <int kRows, bool kAdjacent>
+__device__ inline void hopper_load_half(unsigned char* to, const TensorMap* map, uint64_t* full, int row, int k,
+                                        int batch, int rank) {
+  constexpr int kHalf = kRows / 2;
+  to += rank * kHalf * 128;
+  if constexpr (kAdjacent) {
+    tensor_load_multicast(to, map, full, k, row + rank * kHalf, batch, 3);
+  } else {
+    static_assert(kHalf % 64 == 0, "a half is whole boxes of 64 columns");
+#pragma unroll
+    for (int i = 0; i < kHalf / 64; ++i)
+      tensor_load_multicast(to + i * 8192, map, full, row + rank * kHalf + 64 * i, k, batch, 3);
+  }
+}
+
+// Writes a warpgroup's tile. Its thread holds, for each 64 rows, two rows and the column pairs of every group of 8.
+template <class T, int kM, int kN>
+__device__ inline void hopper_epilogue(const Epilogue<T>& e, const HopperPlace& at, const float (&sum)[kM / 64][kN / 2]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int64_t first = at.m + 16 * warp + lane / 4;
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) {
+    const int64_t column = at.n + 8 * j + fragment_column(lane, 0);
+    if (column >= e.N) continue;
+    float bias[2] = {0, 0};
+    if (e.bias && !e.partial) e.bias.load(column, bias);
+#pragma unroll
+    for (int i = 0; i < kM / 64; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = first + 64 * i + 8 * half;
+        if (row >= e.M) continue;
+        float z[2] = {sum[i][4 * j + 2 * half] + bias[0], sum[i][4 * j + 2 * half + 1] + bias[1]};
+        e.finish((at.plane * e.M + row) * e.N + column, z);
+      }
+  }
+}
+
+#endif  // VIT_CUDA_HOPPER
+
+template <class T, int kM, int kN, bool kAdjacentA, bool kAdjacentB, int kCluster>
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    gemm_hopper_kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
+                       HopperWork work, Epilogue<T> epilogue) {
+#ifdef VIT_CUDA_HOPPER
+  using Tile = HopperTile<kM, kN>;
+  constexpr int kStages = Tile::kStages;
+  unsigned char* shared = shared_memory();
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + kStages * Tile::kStageBytes);
+  uint64_t* empty = full + kStages;
+  const int group = threadIdx.x / 128, rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+  const int64_t tiles = work.tiles_m * work.tiles_n * work.planes;
+  const int64_t clusters = gridDim.x / kCluster, mine = blockIdx.x / kCluster;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, 4 * kCluster);  // one arrival per warp of the warpgroup that used the stage, in each block
+    }
+    barrier_init_fence();
+  }
+  if (kCluster > 1)
+    cluster_barrier();
+  else
+    __syncthreads();
+
+  if (group == 0) {
+    give_registers<40>();
+    if (threadIdx.x == 0) {
+      prefetch_tensor_map(&map_a);
+      prefetch_tensor_map(&map_b);
+      Ring ring;
+      for (int64_t tile = mine; tile < tiles; tile += clusters) {
+        const HopperPlace at = hopper_place<kM, kN, kCluster>(work, tile, rank);
+        const int batch = static_cast<int>(at.plane % work.batches);
+        const int batch_a = work.a_batched ? batch : 0, batch_b = work.b_batched ? batch : 0;
+        for (int step = 0; step < at.steps; ++step) {
+          barrier_wait(empty + ring.stage, ring.parity ^ 1);
+          unsigned char* to = shared + ring.stage * Tile::kStageBytes;
+          uint64_t* barrier = full + ring.stage;
+          const int k = at.k_begin + step * kHopperK;
+          barrier_expect(barrier, Tile::kStageBytes);
+          hopper_load<kM, kAdjacentA>(to, &map_a, barrier, static_cast<int>(at.m), k, batch_a);
+          if constexpr (kCluster > 1)
+            hopper_load_half<kN, kAdjacentB>(to + Tile::kBytesA, &map_b, barrier, static_cast<int>(at.n), k, batch_b,
+                                             rank);
+          else
+            hopper_load<kN, kAdjacentB>(to + Tile::kBytesA, &map_b, barrier, static_cast<int>(at.n), k, batch_b);
+          ring.template advance<kStages>(1);
+        }
+      }
+    }
+  } else {
+    take_registers<232>();
+    const int lane = threadIdx.x % 32;
+    const auto release = [&](int stage) {
+      if (lane < kCluster) barrier_arrive(empty + stage, static_cast<uint32_t>(lane));
+    };
+    Ring ring;
+    int turn = 0;
+    for (int64_t tile = mine; tile < tiles; tile += clusters, ++turn) {
+      const HopperPlace at = hopper_place<kM, kN, kCluster>(work, tile, rank);
+      if (turn % 2 != group - 1) {  // the other warpgroup's tile
+        ring.template advance<kStages>(at.steps);
+        continue;
+      }
+      float sum[kM / 64][kN / 2];
+      for (int step = 0; step < at.steps; ++step) {
+        barrier_wait(full + ring.stage, ring.parity);
+        const uint32_t tile_a = shared_address(shared + ring.stage * Tile::kStageBytes);
+        const uint32_t tile_b = tile_a + Tile::kBytesA;
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kHopperK; k += 16)
+#pragma unroll
+          for (int i = 0; i < kM / 64; ++i)
+            Wgmma<T, kN, !kAdjacentA, !kAdjacentB>::issue(sum[i], operand_descriptor<!kAdjacentA>(tile_a, 64 * i, k),
+                                                          operand_descriptor<!kAdjacentB>(tile_b, 0, k),
+                                                          step > 0 || k > 0);
+        wgmma_commit();
+        wgmma_wait<1>();  // the step before is done with its stage
+        if (step > 0) release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
+        ring.template advance<kStages>(1);
+      }
+      wgmma_wait<0>();
+      release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
+      hopper_epilogue<T, kM, kN>(epilogue, at, sum);
+    }
+  }
+  if (kCluster > 1) cluster_barrier();  // the other block may still write to, or arrive at, this one's shared memory
+#endif
+}
+
+// Which of the compiled tiles a product gets. 128 x 192 moves the fewest bytes and is used where it wastes no columns;
+// few rows (small batches) get 64 x 64 so that there is work for every multiprocessor.
+struct HopperChoice {
+  int m, n, cluster;
+};
+
+constexpr HopperChoice hopper_choice(int64_t M, int64_t N, int64_t planes, bool columns_a, bool columns_b) {
+  const int64_t tiles = (M + 127) / 128 * ((N + 127) / 128) * planes;
+  if (!columns_a && tiles < 66) return {64, 64, 1};
+  if (!columns_a && !columns_b && N % 192 == 0) return {128, 192, 2};
+  return {128, 128, 2};
+}
+
+template <class T, int kM, int kN, bool kAdjacentA, bool kAdjacentB, int kCluster>
+void launch_hopper(const char* op, const Gemm& g, const Context& context) {
+  using Tile = HopperTile<kM, kN>;
+  const bool bfloat16 = g.dtype == DType::bfloat16;
+  const auto encode = [&](const Operand& o, bool adjacent, int64_t rows, int box_rows, TensorMap& map) {
+    const auto size = [](int64_t n) { return static_cast<uint64_t>(n); };
+    const uint64_t batches = o.batch == 0 ? 1 : size(g.batch);
+    const uint64_t dims[3] = {size(adjacent ? g.K : rows), size(adjacent ? rows : g.K), batches};
+    const int64_t across = adjacent ? o.row : o.k;
+    const uint64_t strides[2] = {size(across) * 2, size(o.batch == 0 ? 8 : o.batch) * 2};
+    const int box1 = adjacent ? box_rows : kHopperK;
+    if (!encode_tensor_map(map, o.data, bfloat16, dims, strides, 64, static_cast<uint32_t>(box1)))
+      fail(op, "the driver refuses a tensor map for " + shape_text({{"M", g.M}, {"N", g.N}, {"K", g.K}}));
+  };
+  TensorMap map_a, map_b;
+  encode(g.a, kAdjacentA, g.M, kM, map_a);
+  encode(g.b, kAdjacentB, g.N, kN / kCluster, map_b);
+  HopperWork work;
+  work.tiles_m = divide_up(g.M, kM * kCluster);
+  work.tiles_n = divide_up(g.N, kN);
+  work.planes = g.batch * g.splits;
+  work.batches = g.batch;
+  work.K = g.K;
+  work.K_split = divide_up(divide_up(g.K, kHopperK), g.splits) * kHopperK;
+  work.a_batched = g.a.batch != 0;
+  work.b_batched = g.b.batch != 0;
+  const int64_t tiles = work.tiles_m * work.tiles_n * work.planes;
+  const int64_t clusters = std::min<int64_t>(tiles, std::max(1, multiprocessors(context.device) / kCluster));
+  launch<gemm_hopper_kernel<T, kM, kN, kAdjacentA, kAdjacentB, kCluster>>(
+      {op, shape_text({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, clusters * kCluster,
+       kHopperThreads, static_cast<std::size_t>(Tile::kSharedBytes), kCluster},
+      map_a, map_b, work, Epilogue<T>(g));
+}
+
+template <class T>
+void gemm_hopper(const char* op, const Gemm& g, const Context& context) {
+  const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
+  const HopperChoice choice = hopper_choice(g.M, g.N, g.batch * g.splits, !a.k_adjacent, !b.k_adjacent);
+  if (!a.k_adjacent) return launch_hopper<T, 128, 128, false, false, 2>(op, g, context);
+  if (!b.k_adjacent) {
+    if (choice.m == 64) return launch_hopper<T, 64, 64, true, false, 1>(op, g, context);
+    return launch_hopper<T, 128, 128, true, false, 2>(op, g, context);
+  }
+  if (choice.m == 64) return launch_hopper<T, 64, 64, true, true, 1>(op, g, context);
+  if (choice.n == 192) return launch_hopper<T, 128, 192, true, true, 2>(op, g, context);
+  launch_hopper<T, 128, 128, true, true, 2>(op, g, context);
+}
+
+}  // namespace vit::cuda
