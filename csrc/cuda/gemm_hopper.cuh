@@ -175,6 +175,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     const auto release = [&](int stage) {
       if (lane < kCluster) barrier_arrive(empty + stage, static_cast<uint32_t>(lane));
     };
+    // A warpgroup starts a tile when the other has seen all of its own arrive: the parity of a stage tells two rounds
+    // apart, not three, so nobody may run more than one round behind. Named barriers 1 and 2, one per warpgroup.
+    const int other = 3 - group;
+    if (group == 2) named_barrier_arrive(other, 256);
     Ring ring;
     int turn = 0;
     for (int64_t tile = mine; tile < tiles; tile += clusters, ++turn) {
@@ -183,6 +187,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         ring.template advance<kStages>(at.steps);
         continue;
       }
+      named_barrier_wait(group, 256);
       float sum[kM / 64][kN / 2];
       for (int step = 0; step < at.steps; ++step) {
         barrier_wait(full + ring.stage, ring.parity);
@@ -201,6 +206,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         if (step > 0) release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
         ring.template advance<kStages>(1);
       }
+      if (tile + clusters < tiles) named_barrier_arrive(other, 256);
       wgmma_wait<0>();
       release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
       hopper_epilogue<T, kM, kN>(epilogue, at, sum);

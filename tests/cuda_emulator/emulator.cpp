@@ -3,7 +3,7 @@
 #include <numeric>
 #include <random>
 
-#include "instructions.cuh"
+#include "hopper_instructions.cuh"
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -18,6 +18,7 @@ thread_local void* scheduler_stack = nullptr;
 thread_local const std::function<void()>* body = nullptr;
 thread_local std::string error;
 thread_local uint64_t steps = 0;
+thread_local std::vector<std::function<void()>> accelerator;  // copies under way
 
 #if defined(__x86_64__)
 extern "C" void vit_emulator_switch(void** save, void* load);
@@ -98,8 +99,14 @@ void run_cluster(std::vector<Block>& blocks, std::mt19937& random) {
       to_thread(*thread);
       if (!error.empty()) throw std::runtime_error("cuda emulator: " + error);
     }
+    for (int i = static_cast<int>(random() % 4); i > 0 && !accelerator.empty(); --i) {
+      std::swap(accelerator[random() % accelerator.size()], accelerator.back());
+      const auto work = std::move(accelerator.back());
+      accelerator.pop_back();
+      work();
+    }
     ready.erase(std::remove_if(ready.begin(), ready.end(), [](Thread* t) { return t->done; }), ready.end());
-    if (steps == before && !ready.empty()) throw std::runtime_error("cuda emulator: deadlock");
+    if (steps == before && !ready.empty() && accelerator.empty()) throw std::runtime_error("cuda emulator: deadlock");
   }
 }
 
@@ -107,6 +114,8 @@ void run_cluster(std::vector<Block>& blocks, std::mt19937& random) {
 
 void yield() { to_scheduler(); }
 void progress() { ++steps; }
+
+void later(std::function<void()> work) { accelerator.push_back(std::move(work)); }
 
 void stop(const std::string& why) { throw std::runtime_error(why); }
 
@@ -134,6 +143,7 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
   if (config.blockDim.x % 32) throw std::runtime_error("cuda emulator: blocks must be whole warps");
   body = &kernel;
   error.clear();
+  accelerator.clear();
   gridDim = config.gridDim;
   std::vector<Block> blocks(cluster);
   for (auto& block : blocks) {
@@ -164,6 +174,8 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
         thread.done = false;
         thread.open.clear();
         thread.groups.clear();
+        thread.wgmma_open.clear();
+        thread.wgmma_groups.clear();
         prepare(thread);
       }
     }
@@ -177,4 +189,80 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
   current = nullptr;
 }
 
+// The element (row, k) of an operand: its canonical place relative to the start address, then the swizzle on the address.
+static float operand_element(const Product& p, uint64_t descriptor, bool columns, int row, int k) {
+  if (descriptor >> 62 != 1) throw std::runtime_error("cuda emulator: descriptor without the 128-byte swizzle");
+  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
+  const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
+  const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+  uint32_t address = start;
+  if (columns)
+    address += row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128;
+  else
+    address += row / 8 * stride + row % 8 * 128 + k * 2;
+  address ^= (address >> 7 & 7) << 4;
+  if (address + 2 > p.block->shared_bytes) throw std::runtime_error("cuda emulator: wgmma reads beyond shared memory");
+  uint16_t bits;
+  std::memcpy(&bits, p.block->shared + address, 2);
+  return p.element(bits);
+}
+
+void Product::run() const {
+  std::vector<float> A(64 * 16), B(static_cast<std::size_t>(n) * 16);
+  for (int k = 0; k < 16; ++k) {
+    for (int m = 0; m < 64; ++m) A[m * 16 + k] = operand_element(*this, a, columns_a, m, k);
+    for (int i = 0; i < n; ++i) B[i * 16 + k] = operand_element(*this, b, columns_b, i, k);
+  }
+  for (int thread = 0; thread < 128; ++thread)
+    for (int i = 0; i < n / 2; ++i) {  // PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16": matrix D
+      const int row = thread / 32 * 16 + thread % 32 / 4 + (i % 4 >= 2 ? 8 : 0);
+      const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) sum += A[row * 16 + k] * B[column * 16 + k];
+      d[thread][i] = (add ? d[thread][i] : 0) + sum;
+    }
+}
+
 }  // namespace vit::emulator
+
+namespace vit::cuda {
+
+// The first thread of a warpgroup keeps the list of its products.
+static emulator::Thread& leader() {
+  auto* me = emulator::current;
+  return me->block->threads[me->index.x / 128 * 128];
+}
+
+void wgmma_issue(const emulator::Product& product) {
+  auto mine = product;
+  auto& first = leader();
+  emulator::meet_warpgroup(&mine, [&](void** slots) {
+    emulator::Product all = product;
+    for (int i = 0; i < 128; ++i) {
+      const auto& other = *static_cast<emulator::Product*>(slots[i]);
+      if (other.a != all.a || other.b != all.b) emulator::stop("descriptors differ within a warpgroup");
+      all.d[i] = other.d[0];
+    }
+    first.wgmma_open.push_back([all] { all.run(); });
+  });
+}
+
+void wgmma_commit() {
+  auto& first = leader();
+  emulator::meet_warpgroup(nullptr, [&](void**) {
+    first.wgmma_groups.push_back(std::move(first.wgmma_open));
+    first.wgmma_open.clear();
+  });
+}
+
+void wgmma_wait_for(std::size_t pending) {
+  auto& first = leader();
+  emulator::meet_warpgroup(nullptr, [&](void**) {
+    while (first.wgmma_groups.size() > pending) {
+      for (const auto& product : first.wgmma_groups.front()) product();
+      first.wgmma_groups.erase(first.wgmma_groups.begin());
+    }
+  });
+}
+
+}  // namespace vit::cuda
