@@ -55,7 +55,7 @@ struct Access {
 };
 Access access(const Operand&, DType);
 
-// What happens to an accumulator. Elements (m, n) and (m, n + 1) at a time: a thread of every kernel holds such pairs.
+// What happens to an accumulator z[m, n].
 template <class T>
 struct Epilogue {
   using A = Acc<T>;
@@ -64,7 +64,7 @@ struct Epilogue {
   A* partial;  // [splits, batch, M, N] when K is split, else null
   int64_t M, N;
   Activation activation;
-  bool pairs;  // N is even and everything is aligned to a pair
+  int width;  // elements along n that may be read and written in one access: 4, 2 or 1
 
   explicit Epilogue(const Gemm& g)
       : bias(mixed<T>(g.bias, g.bias_dtype)),
@@ -75,23 +75,26 @@ struct Epilogue {
         M(g.M),
         N(g.N),
         activation(g.activation),
-        pairs(g.N % 2 == 0 && is_aligned(g.bias, 2 * bytes(g.bias_dtype)) &&
-              is_aligned(g.residual, 2 * bytes(g.out_dtype)) && is_aligned(g.out, 2 * bytes(g.out_dtype)) &&
-              is_aligned(g.preact, 2 * sizeof(T))) {}
+        width(allows(g, 4) ? 4 : allows(g, 2) ? 2 : 1) {}
 
+  static bool allows(const Gemm& g, int n) {
+    return g.N % n == 0 && is_aligned(g.bias, n * bytes(g.bias_dtype)) && is_aligned(g.residual, n * bytes(g.out_dtype)) &&
+           is_aligned(g.out, n * bytes(g.out_dtype)) && is_aligned(g.preact, n * sizeof(T));
+  }
+
+  // Elements (row, column .. column + n - 1) of a plane: the batch, or split * batches + batch when K is split.
   template <int n>
   __device__ void apply(int64_t plane, int64_t row, int64_t column, A (&z)[n]) const {
-    const int64_t i = (plane * M + row) * N + column;
     if (bias && !partial) {
       A extra[n];
       bias.load(column, extra);
 #pragma unroll
       for (int j = 0; j < n; ++j) z[j] += extra[j];
     }
-    finish(i, z);
+    finish((plane * M + row) * N + column, z);
   }
 
-  // The part after the bias, for element i of out.
+  // The part after the bias, for elements i .. of out.
   template <int n>
   __device__ void finish(int64_t i, A (&z)[n]) const {
     if (partial) {
@@ -113,18 +116,27 @@ struct Epilogue {
     out.store(i, z);
   }
 
-  // plane: batch, or split * batches + batch when K is split.
-  __device__ void operator()(int64_t plane, int64_t row, int64_t column, A z0, A z1) const {
-    if (row >= M || column >= N) return;
-    if (pairs) {
-      A z[2] = {z0, z1};
-      return apply(plane, row, column, z);
+  // A tile of sums in shared memory, `pitch` elements per row: its threads take 4 columns each, row after row, so that
+  // memory is written in whole lines. Called by the whole block after a barrier.
+  template <int tile, int threads, int pitch>
+  __device__ void apply_tile(const A* sums, int64_t plane, int64_t m0, int64_t n0) const {
+    static_assert(pitch % 4 == 0 && tile % 4 == 0);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < tile * tile / 4; i += threads) {
+      const int row = i / (tile / 4), column = i % (tile / 4) * 4;
+      if (m0 + row >= M || n0 + column >= N) continue;
+      A z[4];
+      load_vector(sums + row * pitch + column, z);
+      if (width == 4) {
+        apply(plane, m0 + row, n0 + column, z);
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        A one[1] = {z[j]};
+        if (n0 + column + j < N) apply(plane, m0 + row, n0 + column + j, one);
+      }
     }
-    A z[1] = {z0};
-    apply(plane, row, column, z);
-    if (column + 1 >= N) return;
-    z[0] = z1;
-    apply(plane, row, column + 1, z);
   }
 };
 

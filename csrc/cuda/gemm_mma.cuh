@@ -129,15 +129,24 @@ __global__ void __launch_bounds__(kGemmThreads) gemm_mma(Operand a, Operand b, i
     }
   }
 
+  // The sums go through shared memory: a fragment holds pairs of columns, memory wants whole lines.
+  constexpr int kPitch = kTile + 8;  // 8 rows of a fragment start 8 banks apart
+  float* sums = reinterpret_cast<float*>(shared_memory());
+  copy_async_wait<0>();
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < kMs; ++i)
 #pragma unroll
     for (int j = 0; j < kNs; ++j)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        epilogue(plane, m0 + warp / 2 * kWarpTile + 16 * i + fragment_row(lane, 2 * half),
-                 n0 + warp % 2 * kWarpTile + 8 * j + fragment_column(lane, 0), sum[i][j][2 * half],
-                 sum[i][j][2 * half + 1]);
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp / 2 * kWarpTile + 16 * i + fragment_row(lane, 2 * half);
+        const int column = warp % 2 * kWarpTile + 8 * j + fragment_column(lane, 0);
+        *reinterpret_cast<Vector<float, 2>*>(sums + row * kPitch + column) = {
+            {sum[i][j][2 * half], sum[i][j][2 * half + 1]}};
+      }
+  __syncthreads();
+  epilogue.template apply_tile<kTile, kGemmThreads, kPitch>(sums, plane, m0, n0);
 }
 
 // 128 x 128 tiles when there are enough of them for two blocks on each multiprocessor of a large GPU, else 64 x 64.
@@ -145,7 +154,11 @@ constexpr int mma_tile(int64_t M, int64_t N, int64_t planes) {
   return (M + 127) / 128 * ((N + 127) / 128) * planes >= 200 ? 128 : 64;
 }
 
-constexpr int mma_shared_bytes(int tile) { return kStages * 2 * tile * kTileK * 2; }
+// The tiles under way, and after them the sums: 68 KiB at 128 x 128.
+constexpr int mma_shared_bytes(int tile) {
+  const int stages = kStages * 2 * tile * kTileK * 2, sums = tile * (tile + 8) * 4;
+  return stages > sums ? stages : sums;
+}
 
 template <class T>
 void gemm_mma(const char* op, const Gemm& g, const Context& context) {

@@ -87,13 +87,16 @@ __global__ void __launch_bounds__(kBlock) gemm_fma(Operand a, Operand b, int64_t
         for (int j = 0; j < kPer; ++j) sum[i][j] += row[i] * column[j];
     }
   }
-  constexpr int n = kVector<T>;
+  // Through shared memory, so that memory is written in whole lines.
+  constexpr int n = kVector<T>, kSums = kTile + 4;
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < kPer; ++i)
 #pragma unroll
-    for (int j = 0; j < kPer; j += 2)
-      epilogue(plane, m0 + (i / n * 16 + ty) * n + i % n, n0 + (j / n * 16 + tx) * n + j % n, sum[i][j],
-               sum[i][j + 1]);
+    for (int j = 0; j < kPer; ++j)
+      shared[((i / n * 16 + ty) * n + i % n) * kSums + (j / n * 16 + tx) * n + j % n] = sum[i][j];
+  __syncthreads();
+  epilogue.template apply_tile<kTile, kBlock, kSums>(shared, plane, m0, n0);
 }
 
 template <class T, int kPer>
@@ -102,7 +105,7 @@ void run(const char* op, const Gemm& g, const Context& context) {
   const int64_t blocks = divide_up(g.M, kTile) * divide_up(g.N, kTile) * g.batch * g.splits;
   const int64_t K_split = divide_up(divide_up(g.K, kStep), g.splits) * kStep;
   launch<gemm_fma<T, kPer>>({op, shape_text({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, blocks,
-                             kBlock, 4 * kStep * kPitch * sizeof(T)},
+                             kBlock, std::max(4 * kStep * kPitch, kTile * (kTile + 4)) * sizeof(T)},
                             g.a, g.b, g.batch, g.K, K_split, Epilogue<T>(g));
 }
 
