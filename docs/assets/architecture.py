@@ -1,6 +1,6 @@
 """Draws architecture.svg, the path of one batch; the ops and backends in it are those of the package.
 
-    python docs/assets/architecture.py
+python docs/assets/architecture.py
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ class NativeBackend(Backend):
         """The compiled module; raises BackendError with the reason when there is none."""
         module, why = _load(self.name)
         if module is None:
-            raise BackendError(f"vit: backend '{self.name}' cannot be used: {why}. Use backend=\"auto\" or \"reference\".")
+            hint = 'Use backend="auto" or "reference".'
+            raise BackendError(f"vit: backend '{self.name}' cannot be used: {why}. {hint}")
         return module
 
     def context(self, device: torch.device) -> tuple[int, int, int]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,7 +57,7 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tu
     if k.shape[1] == 0 and q.numel() > 0:
         raise ValueError(f"vit.ops.attention: at least one key is needed, got {shapes}")
     if q.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(f"vit.ops.attention: head dimension {q.shape[3]} is not within 1..{MAX_HEAD_DIM}, got {shapes}")
+        raise ValueError(f"vit.ops.attention: head dimension {q.shape[3]} is not in 1..{MAX_HEAD_DIM}, got {shapes}")
     if (dtype := autocast_dtype(q)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype:

@@ -67,7 +67,7 @@ def arguments(
     code = _activation_code(activation)
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"vit.ops.linear: x [..., K] and weight [N, K] must agree in K, got {list(x.shape)} and {list(weight.shape)}"
+            f"vit.ops.linear: x [..., K] and weight [N, K] differ in K: {list(x.shape)} and {list(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"vit.ops.linear: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
@@ -100,8 +100,7 @@ def _activation_code(activation: str | None) -> int:
 
 
 FWD = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, bool save)"
-    " -> (Tensor y, Tensor preact)"
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, bool save) -> (Tensor y, Tensor preact)"
 )
 BWD = (
     "(Tensor dy, Tensor? x, Tensor? weight, Tensor? preact, int activation, ScalarType dtype,"

@@ -37,6 +37,10 @@ _NO_TRANSFORMS = (
 )
 
 
+#: What a kernel returns: one tensor, or a tuple with None for each output that is not wanted.
+Outputs = Tensor | tuple[Tensor | None, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """Everything Python knows of one op; each function is written in ops/<name>.py.
@@ -56,11 +60,11 @@ class Op:
     reference: Callable[..., Tensor]
     arguments: Callable[..., tuple[tuple[Any, ...], Callable[[Tensor], Tensor] | None]]
     fwd_schema: str
-    fwd_fake: Callable[..., tuple[Tensor, ...]]
-    fwd: Callable[..., tuple[Tensor, ...]]
+    fwd_fake: Callable[..., Outputs]
+    fwd: Callable[..., Outputs]
     bwd_schema: str
-    bwd_fake: Callable[..., tuple[Tensor, ...]]
-    bwd: Callable[..., tuple[Tensor, ...]]
+    bwd_fake: Callable[..., Outputs]
+    bwd: Callable[..., Outputs]
     save: Callable[..., None]
     backward: Callable[..., tuple[Tensor | None, ...]]
     limits: Callable[[Spec], list[str]]
@@ -130,7 +134,7 @@ class NativeOp(BoundOp):
             y = self.forward(*inputs, False)[0]
         return y if finish is None else finish(y)
 
-    def forward(self, *args: Any) -> tuple[Tensor, ...]:
+    def forward(self, *args: Any) -> tuple[Any, ...]:
         """The forward kernel, by the shortest path that is safe for these arguments."""
         outputs = self.op.fwd(self.record, *args) if _ordinary(args) else self.fwd_op(*args)
         return outputs if isinstance(outputs, tuple) else (outputs,)
@@ -189,7 +193,7 @@ def call(op: Op, backend: str, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _ordinary(args: Sequence[Any]) -> bool:
-    """Whether raw pointers may be taken: nothing traces, no dispatch mode looks on, every tensor is exactly a Tensor."""
+    """Whether raw pointers may be taken: nothing traces, no dispatch mode is on, every tensor is exactly a Tensor."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
