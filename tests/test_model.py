@@ -60,19 +60,30 @@ def test_parameters_are_timms(name):
 
 @pytest.mark.parametrize("name", TIMM_NAMES)
 def test_logits_are_timms(name):
-    """All sizes of the named model but its depth; state dicts go strictly both ways."""
+    """The named widths, patch and heads on six patches and one block; state dicts go strictly both ways."""
+    patch = CONFIGS[name].arch["patch_size"]
+    arch = {"depth": 1, "num_classes": 5, "img_size": (2 * patch, 3 * patch)}
     with torch.device("meta"):
-        theirs = timm.create_model(name, depth=1, num_classes=5).eval()
+        theirs = timm.create_model(name, **arch).eval()
     for parameter in theirs.to_empty(device="cpu").parameters():  # nothing at zero or one, where bugs hide
         nn.init.normal_(parameter, std=0.05)
-    ours = vit.create(name, backend="reference", depth=1, num_classes=5, weight_init="skip").eval()
+    ours = vit.create(name, backend="reference", weight_init="skip", **arch).eval()
     ours.load_state_dict(theirs.state_dict())
-    x = images(1, 3, *ours.patch_embed.img_size)
+    x = images(2, 3, *arch["img_size"])
     with torch.inference_mode():
         got, other = ours(x), theirs(x)
         theirs.load_state_dict(ours.state_dict())
         truth = theirs.double()(x.double())
     assert_as_exact(got, other, truth)
+
+
+def test_logits_of_a_whole_model_are_timms():
+    theirs = timm.create_model("vit_tiny_patch16_224").eval()
+    ours = vit.create("vit_tiny_patch16_224", backend="auto").eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = images(1, 3, 224, 224)
+    with torch.inference_mode():
+        assert_as_exact(ours(x), theirs(x), theirs.double()(x.double()))
 
 
 @pytest.mark.parametrize(
