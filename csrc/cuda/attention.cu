@@ -8,9 +8,9 @@ constexpr int kBlock = 256;
 
 // delta[b, h, n] = sum over d of dout[b, n, h, d] out[b, n, h, d]: one warp per query, dout and out read once.
 template <class T>
-__global__ void __launch_bounds__(kBlock) attention_delta(const T* __restrict__ dout, const T* __restrict__ out,
-                                                          Acc<T>* __restrict__ delta, int64_t B, int64_t N, int64_t H,
-                                                          int D) {
+__global__ void __launch_bounds__(kBlock)
+    attention_delta(const T* __restrict__ dout, const T* __restrict__ out, Acc<T>* __restrict__ delta, int64_t B,
+                    int64_t N, int64_t H, int D) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;  // (b, n, h)
   if (row >= B * N * H) return;
   Acc<T> sum = 0;

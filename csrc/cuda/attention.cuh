@@ -1,7 +1,7 @@
 // What the attention kernels share: addressing of heads, the tiles of the tensor-core kernels, and which kernel runs.
 //
-// Letters as in vit.h. kD is D rounded up to a size a kernel is compiled for; elements D..kD are zeros in shared memory,
-// so they add nothing to any product.
+// Letters as in vit.h. kD is D rounded up to a size a kernel is compiled for; elements D..kD are zeros in shared
+// memory, so they add nothing to any product.
 #pragma once
 
 #include "layout.cuh"
@@ -87,8 +87,8 @@ struct Rows {
     }
   }
 
-  // The a fragment of rows row..row + 15, elements 16 k ..; the b fragments of two groups of 8 rows (n), elements 16 k ..;
-  // and the b fragments of rows (k) row..row + 15, elements (n) 16 group ...
+  // The a fragment of rows row..row + 15, elements 16 k ..; the b fragments of two groups of 8 rows (n), elements 16 k
+  // ..; and the b fragments of rows (k) row..row + 15, elements (n) 16 group ...
   __device__ static void load_a(uint32_t (&f)[4], T* tile, int row, int k, int lane) {
     const MatrixAddress m = a_address(lane);
     load_matrices(f, at(tile, row + m.row, 2 * k + m.group));
@@ -142,6 +142,13 @@ __device__ inline void multiply_fragments(float (&sum)[kD / 8][4], const float (
       mma_16x8x16<T>(sum[2 * d + 1], a, b[2], b[3]);
     }
   }
+}
+
+// 2^(s scale - lse), at most 1: where scores are so large that rounding exceeds the difference, the result must not be
+// infinite. NaN stays NaN.
+__device__ inline float probability(float s, float scale, float lse) {
+  const float x = fmaf(s, scale, -lse);
+  return fast_exp2(x > 0 ? 0.0f : x);
 }
 
 // Writes c fragments of 16 tokens x kD, times a factor per row, to a head; rows from `count` on do not exist.

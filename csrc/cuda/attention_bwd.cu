@@ -23,8 +23,8 @@ constexpr int shared_bytes(int kD) {
 static_assert(shared_bytes(128) <= 99 * 1024 && shared_bytes(256) <= 99 * 1024, "compute capability 8.6 has 99 KiB");
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kThreads) queries_kernel(AttentionBwd p, const float* delta, bool vectors,
-                                                           bool pairs) {
+__global__ void __launch_bounds__(kThreads)
+    queries_kernel(AttentionBwd p, const float* delta, bool vectors, bool pairs) {
   using R = Rows<T, kD>;
   constexpr int kOthers = others_per_tile(kD), kStages = stages(kD), kTile = kOthers * R::kPitch;
   T* q_tile = reinterpret_cast<T*>(shared_memory());
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) queries_kernel(AttentionBwd p, const
       for (int i = 0; i < kOthers / 8; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float weight = fast_exp2(fmaf(s[i][j], scale, -lse[j / 2]));
+          const float weight = probability(s[i][j], scale, lse[j / 2]);
           s[i][j] = 8 * i + fragment_column(lane, j) < keys ? weight * (dp[i][j] - delta_row[j / 2]) : 0.0f;
         }
       multiply_fragments<T, kD, kOthers>(sum, s, k_tile, keys, lane);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const fl
   constexpr int kOthers = others_per_tile(kD), kStages = stages(kD), kTile = kOthers * R::kPitch;
   T* k_tile = reinterpret_cast<T*>(shared_memory());
   T* v_tile = k_tile + kOwned * R::kPitch;
-  T* tiles = v_tile + kOwned * R::kPitch;                                     // [stage][q, dout]
+  T* tiles = v_tile + kOwned * R::kPitch;                                  // [stage][q, dout]
   float* numbers = reinterpret_cast<float*>(tiles + kStages * 2 * kTile);  // [stage][lse, delta]
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, D = static_cast<int>(p.D);
   const HeadBlock at = head_block(blockIdx.x, p.H, (p.L + kOwned - 1) / kOwned);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const fl
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int column = 8 * i + fragment_column(lane, j);
-          s[i][j] = fast_exp2(fmaf(s[i][j], scale, -lse[column]));
+          s[i][j] = probability(s[i][j], scale, lse[column]);
           dp[i][j] = s[i][j] * (dp[i][j] - lse[kOthers + column]);
         }
       if constexpr (kWantV) multiply_fragments<T, kD, kOthers>(dv_sum, s, q_tile + kTile, queries, lane);
@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const fl
 
 template <class T, int kD>
 void run(const AttentionBwd& p, const float* delta, bool vectors, bool pairs) {
-  Launch shape = {"attention_bwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, 0, kThreads,
-                  static_cast<std::size_t>(shared_bytes(kD))};
+  Launch shape = {"attention_bwd", attention_shape(p.B, p.N, p.L, p.H, p.D),  p.context, 0,
+                  kThreads,        static_cast<std::size_t>(shared_bytes(kD))};
   shape.blocks = p.B * p.H * divide_up(p.N, kOwned);
   launch<queries_kernel<T, kD>>(shape, p, delta, vectors, pairs);
   shape.blocks = p.B * p.H * divide_up(p.L, kOwned);
@@ -186,9 +186,8 @@ void attention_bwd_mma(const AttentionBwd& p, const float* delta) {
                      strides_divide(2, {p.dq_batch, p.dq_token, p.dq_head, p.dk_batch, p.dk_token, p.dk_head,
                                         p.dv_batch, p.dv_token, p.dv_head});
   dispatch_16_bit(p.dtype, [&](auto element) {
-    dispatch_head_dim(p.D, [&](auto head_dim) {
-      run<decltype(element), decltype(head_dim)::value>(p, delta, vectors, pairs);
-    });
+    dispatch_head_dim(
+        p.D, [&](auto head_dim) { run<decltype(element), decltype(head_dim)::value>(p, delta, vectors, pairs); });
   });
 }
 

@@ -1,9 +1,9 @@
 // out = softmax(scale q k^T) v per head, by tensor cores, without a score matrix in memory (online softmax).
 //
 // A block of 4 warps takes 64 queries of one head, each warp 16; keys and values pass through shared memory in tiles of
-// 64 (32 for head dimensions above 128), copied asynchronously one tile ahead. Per head 4 N L D FLOP; q and out are moved
-// once, k and v once per 64 queries, from the L2 cache. Work is cut to multiples of 16 queries and 16 keys: at N = 197
-// that is 208 x 208, 90 % of it useful. Every query is computed the same way whatever the others are.
+// 64 (32 for head dimensions above 128), copied asynchronously one tile ahead. Per head 4 N L D FLOP; q and out are
+// moved once, k and v once per 64 queries, from the L2 cache. Work is cut to multiples of 16 queries and 16 keys: at N
+// = 197 that is 208 x 208, 90 % of it useful. Every query is computed the same way whatever the others are.
 //
 // m and l are the running maximum and sum of a row of scores in base 2; lse = ln 2 (m + log2 l).
 #include "attention.cuh"

@@ -1,9 +1,10 @@
 // Attention in float32 and float64 by plain fused multiply-adds; equations as in attention_fwd.cu and attention_bwd.cu.
 //
-// A block of 16 x 16 threads takes kTile = 16 kPer tokens of one head, thread (y, x) the rows y + 16 i of them; the other
-// side passes through shared memory kTile tokens at a time. Scores of a tile are kTile x kTile in shared memory, sums
-// over tokens [kPer, kD / 16] in registers: columns x + 16 j. Rows in shared memory are one element longer than kD, so
-// that 16 threads on 16 rows hit 16 banks. Correct and reasonable rather than fast: ViTs run attention in 16 bits.
+// A block of 16 x 16 threads takes kTile = 16 kPer tokens of one head, thread (y, x) the rows y + 16 i of them; the
+// other side passes through shared memory kTile tokens at a time. Scores of a tile are kTile x kTile in shared memory,
+// sums over tokens [kPer, kD / 16] in registers: columns x + 16 j. Rows in shared memory are one element longer than
+// kD, so that 16 threads on 16 rows hit 16 banks. Correct and reasonable rather than fast: ViTs run attention in 16
+// bits.
 #include "attention.cuh"
 
 namespace vit::cuda {
@@ -20,8 +21,7 @@ VIT_HOST_DEVICE constexpr int per_thread(int kD, bool backward) {
 template <class T>
 VIT_HOST_DEVICE constexpr int shared_elements(int kD, bool backward) {
   const int tile = 16 * per_thread<T>(kD, backward);
-  return backward ? 4 * tile * (kD + 1) + 2 * tile * (tile + 1) + 2 * tile
-                  : 3 * tile * (kD + 1) + tile * (tile + 1);
+  return backward ? 4 * tile * (kD + 1) + 2 * tile * (tile + 1) + 2 * tile : 3 * tile * (kD + 1) + tile * (tile + 1);
 }
 
 template <class T, int kD, int kPer>
@@ -223,7 +223,8 @@ __global__ void __launch_bounds__(kThreads) bwd_scalar(AttentionBwd p, const T* 
       for (int j = 0; j < kPer; ++j) {
         const int query = kQueries ? block.y + 16 * i : block.x + 16 * j;
         const bool key_exists = !kQueries || other + block.x + 16 * j < p.L;
-        s[i][j] = key_exists ? exp(s[i][j] * scale - numbers[query]) : T(0);
+        const T power = s[i][j] * scale - numbers[query];  // not above 0 but for rounding, see probability()
+        s[i][j] = key_exists ? exp(power > 0 ? T(0) : power) : T(0);
         dp[i][j] = s[i][j] * (dp[i][j] - numbers[kTile + query]);
       }
     block.put(ds, dp);
@@ -270,8 +271,8 @@ void attention_bwd_scalar(const AttentionBwd& p, const void* delta) {
   dispatch_scalar(p.dtype, p.D, [&](auto element, auto head_dim) {
     using T = decltype(element);
     constexpr int kD = decltype(head_dim)::value, kTile = 16 * per_thread<T>(kD, true);
-    Launch shape = {"attention_bwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, 0, kThreads,
-                    shared_elements<T>(kD, true) * sizeof(T)};
+    Launch shape = {"attention_bwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, 0,
+                    kThreads,        shared_elements<T>(kD, true) * sizeof(T)};
     shape.blocks = p.B * p.H * divide_up(p.N, kTile);
     launch<bwd_scalar<T, kD, true>>(shape, p, static_cast<const T*>(delta));
     shape.blocks = p.B * p.H * divide_up(p.L, kTile);

@@ -13,9 +13,9 @@ constexpr int kVectorsPerThread = 2;
 
 // f(x) over [n], or f(x, dy) where dy is not null.
 template <class T, bool kBackward>
-__global__ void __launch_bounds__(kBlock) elementwise(const T* __restrict__ x, const T* __restrict__ dy,
-                                                      T* __restrict__ out, int64_t n, Activation activation,
-                                                      bool vectors) {
+__global__ void __launch_bounds__(kBlock)
+    elementwise(const T* __restrict__ x, const T* __restrict__ dy, T* __restrict__ out, int64_t n,
+                Activation activation, bool vectors) {
   using A = Acc<T>;
   constexpr int width = kVector<T>;
   const auto f = [&](A value, A gradient) -> A {
@@ -76,8 +76,6 @@ void gelu_fwd(const GeluFwd& p) {
   cuda::run<false>("gelu_fwd", p.x, nullptr, p.y, p.n, p.activation, p.dtype, p.context);
 }
 
-void gelu_bwd(const GeluBwd& p) {
-  cuda::run<true>("gelu_bwd", p.x, p.dy, p.dx, p.n, p.activation, p.dtype, p.context);
-}
+void gelu_bwd(const GeluBwd& p) { cuda::run<true>("gelu_bwd", p.x, p.dy, p.dx, p.n, p.activation, p.dtype, p.context); }
 
 }  // namespace vit

@@ -8,8 +8,8 @@ constexpr int kBlock = 256;
 
 // out[i] = sum over s of partial[s][i] in the order of s. Reads splits accumulators and writes one element of out.
 template <class T>
-__global__ void __launch_bounds__(kBlock) sum_splits(const Acc<T>* __restrict__ partial, Mixed<T> out, int64_t n,
-                                                     int splits) {
+__global__ void __launch_bounds__(kBlock)
+    sum_splits(const Acc<T>* __restrict__ partial, Mixed<T> out, int64_t n, int splits) {
   using A = Acc<T>;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) * 4;
   if (i + 4 <= n && n % 4 == 0 && reinterpret_cast<uintptr_t>(out.data) % 16 == 0) {
@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kBlock) sum_splits(const Acc<T>* __restrict__ 
   }
 }
 
-// Whether the tensor memory accelerator can read both operands, and the epilogue write pairs. From strides, alignment, N
-// and K, never from M. An a of adjacent rows exists only with a b of adjacent rows (a weight gradient).
+// Whether the tensor memory accelerator can read both operands, and the epilogue write pairs. From strides, alignment,
+// N and K, never from M. An a of adjacent rows exists only with a b of adjacent rows (a weight gradient).
 bool hopper_supports(const Gemm& g, const Context& context) {
   const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
   const auto fits = [](int64_t n) { return n < (int64_t{1} << 31); };
@@ -44,8 +44,8 @@ bool hopper_supports(const Gemm& g, const Context& context) {
 
 }  // namespace
 
-// A GPU of 132 multiprocessors (H100, H200) works in waves of 132 tiles of 128 x 128. The fewest parts that keep 90 % of
-// the last wave busy, at least 1024 long, else the fullest: B/16's first MLP weight (144 tiles) is cut into 5.
+// A GPU of 132 multiprocessors (H100, H200) works in waves of 132 tiles of 128 x 128. The fewest parts that keep 90 %
+// of the last wave busy, at least 1024 long, else the fullest: B/16's first MLP weight (144 tiles) is cut into 5.
 int gemm_splits(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t wave = 132;
   const int64_t tiles = divide_up(M, 128) * divide_up(N, 128);
@@ -89,9 +89,9 @@ void gemm(const char* op, const Gemm& g, const Context& context) {
   const int64_t n = g.batch * g.M * g.N;
   dispatch(g.dtype, [&](auto element) {
     using T = decltype(element);
-    launch<sum_splits<T>>({op, shape_text({{"M", g.M}, {"N", g.N}, {"splits", g.splits}}), context,
-                           divide_up(n, 4 * kBlock), kBlock},
-                          static_cast<const Acc<T>*>(g.workspace), mixed<T>(g.out, g.out_dtype), n, g.splits);
+    launch<sum_splits<T>>(
+        {op, shape_text({{"M", g.M}, {"N", g.N}, {"splits", g.splits}}), context, divide_up(n, 4 * kBlock), kBlock},
+        static_cast<const Acc<T>*>(g.workspace), mixed<T>(g.out, g.out_dtype), n, g.splits);
   });
 }
 

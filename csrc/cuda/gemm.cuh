@@ -31,8 +31,9 @@ struct Gemm {
   void* workspace = nullptr;  // gemm_workspace bytes, null without splits
 };
 
-// How many parts K is cut into so that a product with few output tiles and a long K (a weight gradient) fills a GPU: from
-// M, N and K alone. 1 for anything else. Only gradients of weights ask: a forward result may not depend on its rows.
+// How many parts K is cut into so that a product with few output tiles and a long K (a weight gradient) fills a GPU:
+// from M, N and K alone. 1 for anything else. Only gradients of weights ask: a forward result may not depend on its
+// rows.
 int gemm_splits(int64_t M, int64_t N, int64_t K);
 
 // Partial sums of the splits: [splits, batch, M, N] accumulators.
@@ -75,11 +76,14 @@ struct Epilogue {
         M(g.M),
         N(g.N),
         activation(g.activation),
-        width(allows(g, 4) ? 4 : allows(g, 2) ? 2 : 1) {}
+        width(allows(g, 4)   ? 4
+              : allows(g, 2) ? 2
+                             : 1) {}
 
   static bool allows(const Gemm& g, int n) {
-    return g.N % n == 0 && is_aligned(g.bias, n * bytes(g.bias_dtype)) && is_aligned(g.residual, n * bytes(g.out_dtype)) &&
-           is_aligned(g.out, n * bytes(g.out_dtype)) && is_aligned(g.preact, n * sizeof(T));
+    return g.N % n == 0 && is_aligned(g.bias, n * bytes(g.bias_dtype)) &&
+           is_aligned(g.residual, n * bytes(g.out_dtype)) && is_aligned(g.out, n * bytes(g.out_dtype)) &&
+           is_aligned(g.preact, n * sizeof(T));
   }
 
   // Elements (row, column .. column + n - 1) of a plane: the batch, or split * batches + batch when K is split.

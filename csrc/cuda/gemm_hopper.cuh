@@ -94,7 +94,8 @@ __device__ inline void hopper_load_half(unsigned char* to, const TensorMap* map,
 
 // Writes a warpgroup's tile. Its thread holds, for each 64 rows, two rows and the column pairs of every group of 8.
 template <class T, int kM, int kN>
-__device__ inline void hopper_epilogue(const Epilogue<T>& e, const HopperPlace& at, const float (&sum)[kM / 64][kN / 2]) {
+__device__ inline void hopper_epilogue(const Epilogue<T>& e, const HopperPlace& at,
+                                       const float (&sum)[kM / 64][kN / 2]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int64_t first = at.m + 16 * warp + lane / 4;
 #pragma unroll
@@ -134,7 +135,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full + i, 1);
-      barrier_init(empty + i, 4 * kCluster);  // one arrival per warp of the warpgroup that used the stage, in each block
+      barrier_init(empty + i,
+                   4 * kCluster);  // one arrival per warp of the warpgroup that used the stage, in each block
     }
     barrier_init_fence();
   }

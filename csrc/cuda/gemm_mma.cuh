@@ -1,8 +1,8 @@
 // The portable product of 16-bit operands (compute capability 8.0 and up): mma.m16n8k16 on tiles that cp.async brings
 // into shared memory, kStages tiles ahead.
 //
-// One block of 4 warps computes a kTile x kTile tile of out, each warp a quarter of it. Per tile of 32 k the block reads
-// 2 kTile 32 elements and does 2 kTile^2 32 FLOP: 64 FLOP per byte at kTile = 128. Every output element adds its
+// One block of 4 warps computes a kTile x kTile tile of out, each warp a quarter of it. Per tile of 32 k the block
+// reads 2 kTile 32 elements and does 2 kTile^2 32 FLOP: 64 FLOP per byte at kTile = 128. Every output element adds its
 // products in steps of 16 k from k = 0 on, whatever the tile size, so the tile may depend on M (batch invariance).
 #pragma once
 
@@ -76,9 +76,9 @@ struct Tile {
 };
 
 template <class T, int kTile, bool kAdjacentA, bool kAdjacentB>
-__global__ void __launch_bounds__(kGemmThreads) gemm_mma(Operand a, Operand b, int64_t batches, int64_t K,
-                                                         int64_t K_split, bool a_vectors, bool b_vectors,
-                                                         Epilogue<T> epilogue) {
+__global__ void __launch_bounds__(kGemmThreads)
+    gemm_mma(Operand a, Operand b, int64_t batches, int64_t K, int64_t K_split, bool a_vectors, bool b_vectors,
+             Epilogue<T> epilogue) {
   using TileA = Tile<T, kTile, kAdjacentA>;
   using TileB = Tile<T, kTile, kAdjacentB>;
   constexpr int kWarpTile = kTile / 2, kMs = kWarpTile / 16, kNs = kWarpTile / 8;
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(kGemmThreads) gemm_mma(Operand a, Operand b, i
       for (int half = 0; half < 2; ++half) {
         const int row = warp / 2 * kWarpTile + 16 * i + fragment_row(lane, 2 * half);
         const int column = warp % 2 * kWarpTile + 8 * j + fragment_column(lane, 0);
-        *reinterpret_cast<Vector<float, 2>*>(sums + row * kPitch + column) = {
-            {sum[i][j][2 * half], sum[i][j][2 * half + 1]}};
+        *reinterpret_cast<Vector<float, 2>*>(sums + row * kPitch +
+                                             column) = {{sum[i][j][2 * half], sum[i][j][2 * half + 1]}};
       }
   __syncthreads();
   epilogue.template apply_tile<kTile, kGemmThreads, kPitch>(sums, plane, m0, n0);

@@ -1,8 +1,8 @@
 // The product in float32 and float64: plain fused multiply-adds, every float32 product exact to its rounding (no TF32).
 //
 // A block of 16 x 16 threads computes a tile of 16 kPer x 16 kPer, each thread kPer x kPer elements, 8 k at a time from
-// shared memory; the next 8 k are read into registers meanwhile. Bound by FMA: with kPer = 8 a thread does 64 FMA per 16
-// words from shared memory. Any strides. Each element adds its products one by one from k = 0 on, whatever the tile.
+// shared memory; the next 8 k are read into registers meanwhile. Bound by FMA: with kPer = 8 a thread does 64 FMA per
+// 16 words from shared memory. Any strides. Each element adds its products one by one from k = 0 on, whatever the tile.
 #include "gemm.cuh"
 #include "layout.cuh"
 
@@ -13,8 +13,8 @@ constexpr int kStep = 8;  // k per tile
 constexpr int kBlock = 256;
 
 template <class T, int kPer>
-__global__ void __launch_bounds__(kBlock) gemm_fma(Operand a, Operand b, int64_t batches, int64_t K, int64_t K_split,
-                                                   Epilogue<T> epilogue) {
+__global__ void __launch_bounds__(kBlock)
+    gemm_fma(Operand a, Operand b, int64_t batches, int64_t K, int64_t K_split, Epilogue<T> epilogue) {
   constexpr int kTile = 16 * kPer, kPitch = kTile + 16 / static_cast<int>(sizeof(T));
   constexpr int kLoads = kTile * kStep / kBlock;
   T* shared = reinterpret_cast<T*>(shared_memory());  // [2 stages][a, b][kStep][kPitch]

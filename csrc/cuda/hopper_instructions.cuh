@@ -17,13 +17,14 @@ namespace vit::cuda {
 
 using TensorMap = CUtensorMap;
 
-// Describes `data` as [dim2][dim1][dim0] elements of 16 bits, neighbours along dim0 adjacent, the other strides in bytes,
-// read in boxes of [1][box1][box0] with the 128-byte swizzle; elements outside are zeros. False: the driver refuses.
+// Describes `data` as [dim2][dim1][dim0] elements of 16 bits, neighbours along dim0 adjacent, the other strides in
+// bytes, read in boxes of [1][box1][box0] with the 128-byte swizzle; elements outside are zeros. False: the driver
+// refuses.
 inline bool encode_tensor_map(TensorMap& map, const void* data, bool bfloat16, const uint64_t (&dims)[3],
                               const uint64_t (&strides)[2], uint32_t box0, uint32_t box1) {
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   static const Encode encode = [] {  // through the runtime: the module does not link to the driver
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -86,8 +87,8 @@ __device__ inline void prefetch_tensor_map(const TensorMap* map) {
 // Starts the copy of the box at (c0, c1, c2); its bytes are counted by `barrier`.
 __device__ inline void tensor_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
-      ::"r"(shared_address(to)),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
@@ -139,63 +140,62 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// d[64, kN] (+)= a[64, 16] b[kN, 16]^T, a and b through descriptors (layout.cuh), asynchronous. Element i of d belongs to
-// row 16 warp + fragment_row(lane, i % 4), column 8 (i / 4) + fragment_column(lane, i % 4). Without `add` d is overwritten.
-// kColumnsA, kColumnsB: the operand's rows (m, n) are adjacent in memory instead of k.
+// d[64, kN] (+)= a[64, 16] b[kN, 16]^T, a and b through descriptors (layout.cuh), asynchronous. Element i of d belongs
+// to row 16 warp + fragment_row(lane, i % 4), column 8 (i / 4) + fragment_column(lane, i % 4). Without `add` d is
+// overwritten. kColumnsA, kColumnsB: the operand's rows (m, n) are adjacent in memory instead of k.
 template <class T, int kN, bool kColumnsA, bool kColumnsB>
 struct Wgmma;
 
-#define VIT_FLOATS_8(i)                                                                                            \
+#define VIT_FLOATS_8(i)                                                                                       \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 
-#define VIT_WGMMA(T, TYPE, N, A, B, ADD, TA, TB, REGISTERS, ...)                                            \
-  template <bool kColumnsA, bool kColumnsB>                                                                 \
-  struct Wgmma<T, N, kColumnsA, kColumnsB> {                                                                \
-    __device__ static void issue(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {                     \
-      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A   \
-                   ", " B ", add, 1, 1, " TA ", " TB ";\n}"                                                 \
-                   : __VA_ARGS__                                                                            \
-                   : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(kColumnsA)),          \
-                     "n"(static_cast<int>(kColumnsB)));                                                     \
-    }                                                                                                       \
+#define VIT_WGMMA(T, TYPE, N, A, B, ADD, TA, TB, REGISTERS, ...)                                                 \
+  template <bool kColumnsA, bool kColumnsB>                                                                      \
+  struct Wgmma<T, N, kColumnsA, kColumnsB> {                                                                     \
+    __device__ static void issue(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {                          \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                                   \
+                   ", 0;\n"                                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
+                   ", add, 1, 1, " TA ", " TB ";\n}"                                                             \
+                   : __VA_ARGS__                                                                                 \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(kColumnsA)),               \
+                     "n"(static_cast<int>(kColumnsB)));                                                          \
+    }                                                                                                            \
   };
 
-#define VIT_REGISTERS_32 \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define VIT_OPERANDS_32 \
-        VIT_FLOATS_8(0), VIT_FLOATS_8(8), VIT_FLOATS_8(16), VIT_FLOATS_8(24)
+#define VIT_REGISTERS_32                                                   \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define VIT_OPERANDS_32 VIT_FLOATS_8(0), VIT_FLOATS_8(8), VIT_FLOATS_8(16), VIT_FLOATS_8(24)
 VIT_WGMMA(bf16, "bf16", 64, "%32", "%33", "%34", "%35", "%36", VIT_REGISTERS_32, VIT_OPERANDS_32)
 VIT_WGMMA(f16, "f16", 64, "%32", "%33", "%34", "%35", "%36", VIT_REGISTERS_32, VIT_OPERANDS_32)
 #undef VIT_REGISTERS_32
 #undef VIT_OPERANDS_32
 
-#define VIT_REGISTERS_64 \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define VIT_OPERANDS_64 \
-        VIT_FLOATS_8(0), VIT_FLOATS_8(8), VIT_FLOATS_8(16), VIT_FLOATS_8(24), VIT_FLOATS_8(32), \
-        VIT_FLOATS_8(40), VIT_FLOATS_8(48), VIT_FLOATS_8(56)
+#define VIT_REGISTERS_64                                                             \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define VIT_OPERANDS_64                                                                                     \
+  VIT_FLOATS_8(0), VIT_FLOATS_8(8), VIT_FLOATS_8(16), VIT_FLOATS_8(24), VIT_FLOATS_8(32), VIT_FLOATS_8(40), \
+      VIT_FLOATS_8(48), VIT_FLOATS_8(56)
 VIT_WGMMA(bf16, "bf16", 128, "%64", "%65", "%66", "%67", "%68", VIT_REGISTERS_64, VIT_OPERANDS_64)
 VIT_WGMMA(f16, "f16", 128, "%64", "%65", "%66", "%67", "%68", VIT_REGISTERS_64, VIT_OPERANDS_64)
 #undef VIT_REGISTERS_64
 #undef VIT_OPERANDS_64
 
-#define VIT_REGISTERS_96 \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define VIT_OPERANDS_96 \
-        VIT_FLOATS_8(0), VIT_FLOATS_8(8), VIT_FLOATS_8(16), VIT_FLOATS_8(24), VIT_FLOATS_8(32), \
-        VIT_FLOATS_8(40), VIT_FLOATS_8(48), VIT_FLOATS_8(56), VIT_FLOATS_8(64), VIT_FLOATS_8(72), \
-        VIT_FLOATS_8(80), VIT_FLOATS_8(88)
+#define VIT_REGISTERS_96                                                             \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define VIT_OPERANDS_96                                                                                     \
+  VIT_FLOATS_8(0), VIT_FLOATS_8(8), VIT_FLOATS_8(16), VIT_FLOATS_8(24), VIT_FLOATS_8(32), VIT_FLOATS_8(40), \
+      VIT_FLOATS_8(48), VIT_FLOATS_8(56), VIT_FLOATS_8(64), VIT_FLOATS_8(72), VIT_FLOATS_8(80), VIT_FLOATS_8(88)
 VIT_WGMMA(bf16, "bf16", 192, "%96", "%97", "%98", "%99", "%100", VIT_REGISTERS_96, VIT_OPERANDS_96)
 VIT_WGMMA(f16, "f16", 192, "%96", "%97", "%98", "%99", "%100", VIT_REGISTERS_96, VIT_OPERANDS_96)
 #undef VIT_REGISTERS_96

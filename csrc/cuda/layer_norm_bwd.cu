@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(kBlock) columns_by_block(LayerNormBwd p, int p
   partial[p.C + c] = dbias;
 }
 
-// 40 or 48 columns per lane, four registers each (dy, x, dweight, dbias): 1536 columns of a 16-bit type, 1280 of float32.
+// 40 or 48 columns per lane, four registers each (dy, x, dweight, dbias): 1536 columns of a 16-bit type, 1280 of
+// float32.
 template <class T>
 inline constexpr int kMaxChunks = sizeof(T) == 2 ? 6 : 10;
 
@@ -186,10 +187,8 @@ void run(const LayerNormBwd& p, Launch shape) {
           partials);
   }
   const A* partial = static_cast<const A*>(p.workspace);
-  if (p.dweight)
-    launch_sum_partials<T>(shape, partial, mixed<T>(p.dweight, p.param_dtype), p.C, partials, 2 * p.C);
-  if (p.dbias)
-    launch_sum_partials<T>(shape, partial + p.C, mixed<T>(p.dbias, p.param_dtype), p.C, partials, 2 * p.C);
+  if (p.dweight) launch_sum_partials<T>(shape, partial, mixed<T>(p.dweight, p.param_dtype), p.C, partials, 2 * p.C);
+  if (p.dbias) launch_sum_partials<T>(shape, partial + p.C, mixed<T>(p.dbias, p.param_dtype), p.C, partials, 2 * p.C);
 }
 
 }  // namespace

@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kBlock) row_by_block(LayerNormFwd p) {
   }
 }
 
-// The registers of a row: 32 lanes of `chunks` 16-byte vectors. 2: 512 columns of a 16-bit type (ViT-S), 4: 1024 (B, L),
-// 6: 1536 (H, g); float32 half of that, so 10 covers ViT-H there.
+// The registers of a row: 32 lanes of `chunks` 16-byte vectors. 2: 512 columns of a 16-bit type (ViT-S), 4: 1024 (B,
+// L), 6: 1536 (H, g); float32 half of that, so 10 covers ViT-H there.
 template <class T>
 void launch_row_in_registers(const LayerNormFwd& p, Launch shape) {
   const int64_t chunks = divide_up(p.C, 32 * kVector<T>);

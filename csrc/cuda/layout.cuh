@@ -19,7 +19,7 @@
 
 namespace vit::cuda {
 
-VIT_HOST_DEVICE constexpr int fragment_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }        // of c
+VIT_HOST_DEVICE constexpr int fragment_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }     // of c
 VIT_HOST_DEVICE constexpr int fragment_column(int lane, int i) { return 2 * (lane % 4) + i % 2; }  // of c
 
 // The row (of 8-element groups) and the group that lane l hands to ldmatrix.x4, relative to the fragment's corner.
@@ -66,15 +66,16 @@ VIT_HOST_DEVICE constexpr uint64_t wgmma_descriptor(uint32_t address, uint32_t l
          static_cast<uint64_t>(stride_bytes >> 4) << 32 | uint64_t{1} << 62;
 }
 
-// The descriptor of 16 k starting at `k` of the tile at `address`: rows `row`.. (a multiple of 64 for columns, of 8 else).
+// The descriptor of 16 k starting at `k` of the tile at `address`: rows `row`.. (a multiple of 64 for columns, of 8
+// else).
 template <bool kColumns>
 VIT_HOST_DEVICE constexpr uint64_t operand_descriptor(uint32_t address, int row, int k) {
   if (kColumns) return wgmma_descriptor(address + row / 64 * 8192 + k * 128, 8192, 1024);
   return wgmma_descriptor(address + row * 128 + k * 2, 16, 1024);
 }
 
-// Tiles of a [rows, columns] grid of tiles, numbered so that neighbours in time share operands in the L2 cache: bands of
-// `band` rows, column after column inside a band.
+// Tiles of a [rows, columns] grid of tiles, numbered so that neighbours in time share operands in the L2 cache: bands
+// of `band` rows, column after column inside a band.
 struct TileIndex {
   int64_t row, column;
 };

@@ -16,9 +16,9 @@ constexpr int kBlock = 256;
 // A block takes 32 * width columns; its 8 warps take rows 8 i + warp of partial i (reduce.cuh). dz and partial may be
 // null: not wanted.
 template <class T, int width>
-__global__ void __launch_bounds__(kBlock) prepare_dz(Mixed<T> dy, const T* __restrict__ preact, Activation activation,
-                                                     T* __restrict__ dz, Acc<T>* __restrict__ partial, int64_t M,
-                                                     int64_t N, int partials) {
+__global__ void __launch_bounds__(kBlock)
+    prepare_dz(Mixed<T> dy, const T* __restrict__ preact, Activation activation, T* __restrict__ dz,
+               Acc<T>* __restrict__ partial, int64_t M, int64_t N, int partials) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int i = blockIdx.x % partials;
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kBlock) prepare_dz(Mixed<T> dy, const T* __res
 
 // to[rows, columns] = from, rows from_stride apart: float32 parameters for products in another type.
 template <class T>
-__global__ void __launch_bounds__(kBlock) cast_rows(const float* __restrict__ from, int64_t from_stride,
-                                                    T* __restrict__ to, int64_t rows, int64_t columns) {
+__global__ void __launch_bounds__(kBlock)
+    cast_rows(const float* __restrict__ from, int64_t from_stride, T* __restrict__ to, int64_t rows, int64_t columns) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kBlock;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < rows * columns; i += step)
     to[i] = from_acc<T>(static_cast<Acc<T>>(from[i / columns * from_stride + i % columns]));
@@ -163,7 +163,8 @@ void linear_fwd(const LinearFwd& p) {
   check(op, p.M, p.N, p.K, p.dtype, p.param_dtype, p.out_dtype);
   if (p.M == 0 || p.N == 0) return;
   require(p.y && (p.K == 0 || (p.x && p.weight)), op, "x, weight and y must not be null");
-  require(p.dtype == p.param_dtype || p.K == 0 || p.workspace, op, "workspace must not be null, see linear_fwd_workspace");
+  require(p.dtype == p.param_dtype || p.K == 0 || p.workspace, op,
+          "workspace must not be null, see linear_fwd_workspace");
   const DeviceGuard guard(op, p.context);
   const Launch like = {op, shape_text({{"M", p.M}, {"N", p.N}, {"K", p.K}}), p.context, 0, 0};
   const Weight weight = cast_weight(like, p.weight, p.weight_stride, p.N, p.K, p.dtype, p.param_dtype, p.workspace);

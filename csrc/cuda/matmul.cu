@@ -29,7 +29,8 @@ Gemm gradient_a(const MatmulBwd& p) {
 }
 
 Gemm gradient_b(const MatmulBwd& p) {
-  Gemm g = product(p.dtype, p.batch, p.K, p.N, p.M, {p.a, p.a_col, p.a_row, p.a_batch}, {p.dc, 1, p.N, p.M * p.N}, p.db);
+  Gemm g =
+      product(p.dtype, p.batch, p.K, p.N, p.M, {p.a, p.a_col, p.a_row, p.a_batch}, {p.dc, 1, p.N, p.M * p.N}, p.db);
   if (p.batch == 1) g.splits = gemm_splits(p.K, p.N, p.M);
   g.workspace = p.workspace;
   return g;
@@ -46,9 +47,7 @@ namespace vit {
 
 std::size_t matmul_fwd_workspace(const MatmulFwd&) { return 0; }
 
-std::size_t matmul_bwd_workspace(const MatmulBwd& p) {
-  return p.db ? cuda::gemm_workspace(cuda::gradient_b(p)) : 0;
-}
+std::size_t matmul_bwd_workspace(const MatmulBwd& p) { return p.db ? cuda::gemm_workspace(cuda::gradient_b(p)) : 0; }
 
 void matmul_fwd(const MatmulFwd& p) {
   using namespace cuda;

@@ -24,8 +24,8 @@ __device__ inline A block_sum(A x) {
 inline constexpr std::size_t kBlockSumBytes = 32 * sizeof(double);
 
 // Columns of [M, C] are summed in two stages: row r goes to partial (r / kPartialRows) % partials, and the partials are
-// added in order. At most 264 = two blocks on each multiprocessor of an H100 or H200; a constant, not the size of the GPU
-// at hand, so that the sum is the same on every GPU.
+// added in order. At most 264 = two blocks on each multiprocessor of an H100 or H200; a constant, not the size of the
+// GPU at hand, so that the sum is the same on every GPU.
 inline constexpr int kPartialRows = 8;
 
 constexpr int partial_count(int64_t M) {
@@ -36,8 +36,8 @@ constexpr int partial_count(int64_t M) {
 // out[c] = sum over i of partial[i * stride + c]. One block takes 32 columns; thread row t adds partials t, t + 8, ...,
 // then the eight sums are added in order.
 template <class T>
-__global__ void __launch_bounds__(256) sum_partials(const Acc<T>* __restrict__ partial, Mixed<T> out, int64_t C,
-                                                    int partials, int64_t stride) {
+__global__ void __launch_bounds__(256)
+    sum_partials(const Acc<T>* __restrict__ partial, Mixed<T> out, int64_t C, int partials, int64_t stride) {
   using A = Acc<T>;
   A* part = reinterpret_cast<A*>(shared_memory());
   const int lane = threadIdx.x % 32, t = threadIdx.x / 32;

@@ -16,7 +16,9 @@ int attribute(cudaDeviceAttr which, int device, std::atomic<int> (&cache)[kMaxDe
   return std::max(value, 0);
 }
 
-std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
 
 }  // namespace
 
@@ -85,7 +87,8 @@ void check_launch(cudaError_t error, const Launch& launch) {
 
 std::string shape_text(std::initializer_list<std::pair<const char*, int64_t>> sizes) {
   std::string text;
-  for (const auto& [key, value] : sizes) text += (text.empty() ? "" : " ") + std::string(key) + "=" + std::to_string(value);
+  for (const auto& [key, value] : sizes)
+    text += (text.empty() ? "" : " ") + std::string(key) + "=" + std::to_string(value);
   return text;
 }
 

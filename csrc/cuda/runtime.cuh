@@ -53,7 +53,8 @@ int capability(int device);
 int multiprocessors(int device);
 
 // Which kernels gemm and attention may use: `automatic` takes the Hopper ones where the device has them. Set by the
-// benchmark and the tests alone, to measure and to check both on one GPU: a property of the process, like a device mask.
+// benchmark and the tests alone, to measure and to check both on one GPU: a property of the process, like a device
+// mask.
 enum class Path { automatic, portable };
 Path path();
 void set_path(Path);

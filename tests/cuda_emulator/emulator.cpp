@@ -49,9 +49,7 @@ void to_scheduler() { vit_emulator_switch(&current->stack_pointer, scheduler_sta
 void to_thread(Thread& thread) { vit_emulator_switch(&scheduler_stack, thread.stack_pointer); }
 #else
 thread_local ucontext_t scheduler_context;
-void to_scheduler() {
-  swapcontext(static_cast<ucontext_t*>(current->stack_pointer), &scheduler_context);
-}
+void to_scheduler() { swapcontext(static_cast<ucontext_t*>(current->stack_pointer), &scheduler_context); }
 void to_thread(Thread& thread) { swapcontext(&scheduler_context, static_cast<ucontext_t*>(thread.stack_pointer)); }
 #endif
 
@@ -189,7 +187,8 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
   current = nullptr;
 }
 
-// The element (row, k) of an operand: its canonical place relative to the start address, then the swizzle on the address.
+// The element (row, k) of an operand: its canonical place relative to the start address, then the swizzle on the
+// address.
 static float operand_element(const Product& p, uint64_t descriptor, bool columns, int row, int k) {
   if (descriptor >> 62 != 1) throw std::runtime_error("cuda emulator: descriptor without the 128-byte swizzle");
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;

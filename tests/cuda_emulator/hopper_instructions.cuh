@@ -1,5 +1,5 @@
-// Takes the place of csrc/cuda/hopper_instructions.cuh in the emulator. Copies of the tensor memory accelerator happen at
-// a random later time, products of wgmma no earlier than the wait for them, and shared memory is read through the
+// Takes the place of csrc/cuda/hopper_instructions.cuh in the emulator. Copies of the tensor memory accelerator happen
+// at a random later time, products of wgmma no earlier than the wait for them, and shared memory is read through the
 // descriptors as the PTX ISA defines them.
 #ifndef VIT_CUDA_HOPPER_INSTRUCTIONS
 #define VIT_CUDA_HOPPER_INSTRUCTIONS
@@ -12,8 +12,8 @@
 
 namespace vit::emulator {
 
-// An mbarrier in its 8 bytes: arrivals still missing in this phase, arrivals per phase, bytes announced less bytes come,
-// parity of the phase in progress.
+// An mbarrier in its 8 bytes: arrivals still missing in this phase, arrivals per phase, bytes announced less bytes
+// come, parity of the phase in progress.
 struct Barrier {
   uint64_t missing : 12;
   uint64_t arrivals : 12;

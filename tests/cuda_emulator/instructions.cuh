@@ -1,5 +1,5 @@
-// Takes the place of csrc/cuda/instructions.cuh (same include guard): every CUDA kernel then compiles with a C++ compiler
-// and runs on the CPU, each thread of a block as a fiber. It is built to find mistakes, not to be fast:
+// Takes the place of csrc/cuda/instructions.cuh (same include guard): every CUDA kernel then compiles with a C++
+// compiler and runs on the CPU, each thread of a block as a fiber. It is built to find mistakes, not to be fast:
 // - threads of a block run in a random order between synchronisations;
 // - asynchronous copies happen no earlier than the wait that makes them visible;
 // - shared memory starts as NaN, and a block that can make no progress is an error, not a hang;
@@ -97,8 +97,8 @@ struct Thread {
   Block* block = nullptr;
   int lane = 0, warp = 0;
   bool done = false;
-  std::vector<Copy> open;                  // cp.async not committed yet
-  std::vector<std::vector<Copy>> groups;   // committed, not waited for
+  std::vector<Copy> open;                 // cp.async not committed yet
+  std::vector<std::vector<Copy>> groups;  // committed, not waited for
   std::vector<std::function<void()>> wgmma_open;
   std::vector<std::vector<std::function<void()>>> wgmma_groups;
   void* stack_pointer = nullptr;
@@ -115,7 +115,7 @@ struct Meeting {
 struct Block {
   Index index;
   dim3 size;
-  int rank = 0;                       // in its cluster
+  int rank = 0;  // in its cluster
   std::vector<Block*> cluster;
   std::vector<unsigned char> memory;  // shared memory, with room to align
   unsigned char* shared = nullptr;
@@ -177,9 +177,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
 
 namespace vit::cuda {
 
+using std::erfc;
 using std::exp;
 using std::sqrt;
-using std::erfc;
 
 struct bf16 {
   uint16_t bits;
@@ -271,8 +271,7 @@ struct MatrixLoad {
 inline void load_matrices_slots(void** slots) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t element[8][8];
-    for (int r = 0; r < 8; ++r)
-      std::memcpy(element[r], emulator::value_of<MatrixLoad>(slots[8 * matrix + r]).row, 16);
+    for (int r = 0; r < 8; ++r) std::memcpy(element[r], emulator::value_of<MatrixLoad>(slots[8 * matrix + r]).row, 16);
     for (int lane = 0; lane < 32; ++lane) {
       const auto load = emulator::value_of<MatrixLoad>(slots[lane]);
       uint32_t both = 0;

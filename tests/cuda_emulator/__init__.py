@@ -1,0 +1,105 @@
+"""Compiles csrc/cuda with the C++ compiler and the emulator in this folder, and offers it as a backend on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybind11
+import torch
+from vit.backends import NativeBackend
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+NAME = "_cuda_emulator"
+
+AUTOMATIC, PORTABLE = 0, 1
+
+
+def compiler() -> str | None:
+    """The C++ compiler, None when there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(folder: Path) -> Path:
+    """The module, compiled into a folder named by the content of its sources unless it is already there."""
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "bindings.cpp", HERE / "emulator.cpp"]
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh"), *HERE.glob("*.cuh")]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in [*sources, *sorted(headers)])).hexdigest()[:16]
+    module = folder / digest / f"{NAME}.so"
+    if module.exists():
+        return module
+    work = folder / f"{digest}-{os.getpid()}"
+    work.mkdir(parents=True)
+    command = [compiler() or "g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"]
+    command += ["-Wno-unknown-pragmas", f"-DVIT_MODULE={NAME}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
+    command += ['-DVIT_CUDA_ARCHITECTURES="emulated"', '-DVIT_CUDA_COMPILER="emulated"', f"-I{pybind11.get_include()}"]
+    command += [f"-I{sysconfig.get_path('include')}", "-include", str(HERE / "hopper_instructions.cuh")]
+
+    def compile_one(source: Path) -> Path:
+        target = work / f"{source.name}.o"
+        run([*command, "-x", "c++", "-c", str(source), "-o", str(target)])
+        return target
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    run([command[0], "-shared", *map(str, objects), "-o", str(work / module.name)])
+    module.parent.mkdir(exist_ok=True)
+    os.replace(work / module.name, module)  # another process may have been as quick
+    shutil.rmtree(work)
+    return module
+
+
+def run(command: list[str]) -> str:
+    """Standard output of a command; its error text in the exception when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def load(path: Path) -> ModuleType:
+    """The compiled module."""
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Emulated(NativeBackend):
+    """The CUDA kernels on CPU tensors, as an emulated GPU of compute capability 9.0 with three multiprocessors."""
+
+    name = "cuda_emulator"
+    device_types = ("cpu",)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+    def __init__(self, path: Path) -> None:
+        self.module = load(path)
+        self._set_path = ctypes.CDLL(str(path)).vit_cuda_set_path
+
+    def unavailable(self) -> str | None:
+        return None
+
+    @property
+    def lib(self) -> Any:
+        return self.module
+
+    def context(self, device: torch.device) -> tuple[int, int, int]:
+        return 0, 0, 1
+
+    def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        return torch.full((nbytes,), 255, dtype=torch.uint8)  # NaN: nothing may be read that was not written
+
+    def use(self, path: int) -> None:
+        """AUTOMATIC: the Hopper kernels where they apply; PORTABLE: never."""
+        self._set_path(path)

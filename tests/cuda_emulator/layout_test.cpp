@@ -1,0 +1,113 @@
+// Brute-force checks of csrc/cuda/layout.cuh: prints what is wrong, nothing when all is well.
+#include "layout.cuh"
+
+#include <cstdio>
+#include <set>
+#include <vector>
+
+using namespace vit::cuda;
+
+static int failures = 0;
+
+static void check(bool ok, const char* what, int a = 0, int b = 0) {
+  if (!ok) ++failures, std::printf("%s (%d, %d)\n", what, a, b);
+}
+
+// 8 rows that ldmatrix reads at one group must lie in 8 different 16-byte columns of the 32 banks.
+template <class F>
+static void no_bank_conflicts(const char* what, int rows, int groups, F place) {
+  std::set<int> used;
+  for (int row = 0; row < rows; ++row)
+    for (int group = 0; group < groups; ++group) check(used.insert(place(row, group)).second, what, row, group);
+  for (int row = 0; row < rows; row += 8)
+    for (int group = 0; group < groups; ++group) {
+      std::set<int> columns;
+      for (int i = 0; i < 8; ++i) columns.insert(place(row + i, group) % 8);
+      check(columns.size() == 8, what, row, group);
+    }
+}
+
+// Each element of a fragment has exactly one lane and register.
+static void fragments_cover() {
+  std::set<int> seen;
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const int row = fragment_row(lane, i), column = fragment_column(lane, i);
+      check(row >= 0 && row < 16 && column >= 0 && column < 8, "fragment outside its tile", lane, i);
+      check(seen.insert(row * 8 + column).second, "fragment element twice", lane, i);
+    }
+}
+
+// The rows that the 32 lanes give to ldmatrix.x4 are all rows of the fragment, each group once.
+template <class F>
+static void addresses_cover(const char* what, F address) {
+  std::set<int> seen;
+  for (int lane = 0; lane < 32; ++lane) {
+    const MatrixAddress a = address(lane);
+    check(a.row >= 0 && a.row < 16 && a.group >= 0 && a.group < 2, what, lane);
+    check(seen.insert(a.row * 2 + a.group).second, what, lane);
+  }
+}
+
+static void tiles_cover(int64_t rows, int64_t columns, int64_t band) {
+  std::set<int64_t> seen;
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const TileIndex t = tile_at(i, rows, columns, band);
+    check(t.row >= 0 && t.row < rows && t.column >= 0 && t.column < columns, "tile outside the grid");
+    check(seen.insert(t.row * columns + t.column).second, "tile twice");
+  }
+}
+
+// Where the tensor memory accelerator writes element (row, k) of a box, and where wgmma reads it through a descriptor.
+static uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+static void descriptors_agree() {
+  for (int row = 0; row < 128; row += 8)
+    for (int k = 0; k < 64; k += 16) {
+      const uint64_t d = operand_descriptor<false>(2048, row, k);
+      check(d >> 62 == 1, "descriptor without swizzle");
+      for (int r = 0; r < 8; ++r)
+        for (int i = 0; i < 16; ++i) {
+          const uint32_t start = static_cast<uint32_t>(d & 0x3fff) << 4;
+          const uint32_t written = 2048 + swizzled((row + r) * 128 + (k + i) * 2);
+          check(swizzled(start + r * 128 + i * 2) == written, "rows of k", row + r, k + i);
+        }
+    }
+  for (int row = 0; row < 128; row += 64)
+    for (int k = 0; k < 64; k += 16) {
+      const uint64_t d = operand_descriptor<true>(4096, row, k);
+      const uint32_t start = static_cast<uint32_t>(d & 0x3fff) << 4;
+      const uint32_t leading = static_cast<uint32_t>(d >> 16 & 0x3fff) << 4;
+      const uint32_t stride = static_cast<uint32_t>(d >> 32 & 0x3fff) << 4;
+      for (int r = 0; r < 128 - row; ++r)
+        for (int i = 0; i < 16; ++i) {
+          const int box = (row + r) / 64;
+          const uint32_t written = 4096 + box * 8192 + swizzled((k + i) * 128 + (row + r) % 64 * 2);
+          const uint32_t read = start + r / 64 * leading + r % 64 * 2 + i / 8 * stride + i % 8 * 128;
+          check(swizzled(read) == written, "columns", row + r, k + i);
+        }
+    }
+}
+
+int main() {
+  no_bank_conflicts("swizzle_4", 128, 4, [](int r, int g) { return swizzle_4(r, g); });
+  no_bank_conflicts("swizzle_8<8>", 64, 8, [](int r, int g) { return swizzle_8<8>(r, g); });
+  no_bank_conflicts("swizzle_8<16>", 32, 16, [](int r, int g) { return swizzle_8<16>(r, g); });
+  no_bank_conflicts("padded<4>", 64, 4, [](int r, int g) { return padded<4>(r, g); });
+  no_bank_conflicts("padded<8>", 64, 8, [](int r, int g) { return padded<8>(r, g); });
+  no_bank_conflicts("padded<10>", 64, 10, [](int r, int g) { return padded<10>(r, g); });
+  no_bank_conflicts("padded<12>", 64, 12, [](int r, int g) { return padded<12>(r, g); });
+  no_bank_conflicts("padded<16>", 64, 16, [](int r, int g) { return padded<16>(r, g); });
+  no_bank_conflicts("padded<32>", 64, 32, [](int r, int g) { return padded<32>(r, g); });
+  fragments_cover();
+  addresses_cover("a_address", a_address);
+  addresses_cover("a_address_transposed", a_address_transposed);
+  addresses_cover("b_address", b_address);
+  addresses_cover("b_address_transposed", b_address_transposed);
+  for (int64_t rows = 1; rows < 20; ++rows)
+    for (int64_t columns = 1; columns < 8; ++columns)
+      for (int64_t band : {1, 4, 8}) tiles_cover(rows, columns, band);
+  descriptors_agree();
+  if (failures == 0) std::printf("ok\n");
+  return failures != 0;
+}

@@ -1,0 +1,135 @@
+"""The CUDA kernels without a GPU: compiled for the CPU with an emulator of the instructions they use, and held to the
+same case list as every backend; their index functions and launch plans by brute force."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import cuda_emulator
+import pytest
+import torch
+import vit
+from cuda_emulator import AUTOMATIC, PORTABLE, Emulated
+from vit.ops import OPS
+from vit.ops import op as glue
+from vit.testing import Case, backend_ops, cases, run
+
+pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++ compiler")
+
+#: Every shape appears in some dtype and direction; all of them would take minutes. "large" is for real GPUs.
+EMULATED = [case for case in cases("cuda") if case.group != "large"][::9]
+PRODUCTS = [case for case in EMULATED if case.op in ("matmul", "linear") and case.dtype != "float32"][::2]
+
+
+@pytest.fixture(scope="module")
+def emulated(request: pytest.FixtureRequest) -> Iterator[Emulated]:
+    """The backend "cuda_emulator", known to vit while this file runs."""
+    record = Emulated(cuda_emulator.build(request.config.cache.mkdir("cuda_emulator")))
+    backends = importlib.import_module("vit.backends")
+    backends._RECORDS[record.name] = record
+    for op in OPS.values():
+        glue._BOUND[op.name, record.name] = glue.NativeOp(op, record.name)
+    yield record
+    for op in OPS.values():
+        del glue._BOUND[op.name, record.name]
+    del backends._RECORDS[record.name]
+
+
+@pytest.fixture(autouse=True)
+def _automatic(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "emulated" in request.fixturenames:
+        request.getfixturevalue("emulated").use(AUTOMATIC)
+
+
+def check(case: Case) -> None:
+    result = run(case, backend_ops("cuda_emulator"))
+    assert not result.skipped, result.text
+    assert result.ok, result.text
+
+
+@pytest.mark.parametrize("case", EMULATED, ids=lambda case: case.id)
+def test_parity_of_the_hopper_path(emulated, case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: case.id)
+def test_parity_of_the_portable_path(emulated, case):
+    emulated.use(PORTABLE)
+    check(case)
+
+
+#: Each compiled tile and operand layout of the Hopper product, more steps than stages, tiles for both warpgroups.
+HOPPER = [
+    (1, 100, 64, 1000, "nt"),
+    (1, 300, 72, 136, "nn"),
+    (2, 70, 64, 80, "nn"),
+    (1, 1100, 1024, 200, "nt"),
+    (1, 1100, 1152, 200, "nt"),
+    (1, 1100, 1024, 136, "nn"),
+    (1, 136, 264, 3000, "tn"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "m", "n", "k", "layout"), HOPPER)
+def test_hopper_tiles(emulated, dtype, batch, m, n, k, layout):
+    a = torch.randn(batch, m, k, dtype=dtype)
+    b = torch.randn(batch, k, n, dtype=dtype)
+    a = a.mT.contiguous().mT if layout[0] == "t" else a
+    b = b.mT.contiguous().mT if layout[1] == "t" else b
+    got = vit.ops.matmul(a, b, backend="cuda_emulator").double()
+    truth = a.double() @ b.double()
+    own = ((a @ b).double() - truth).norm()
+    assert (got - truth).norm() <= 1.1 * own
+
+
+@pytest.mark.parametrize("path", [AUTOMATIC, PORTABLE])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_row_does_not_depend_on_the_others(emulated, path, dtype):
+    """The tile size follows the number of rows; the bits of a row do not."""
+    emulated.use(path)
+    x, w, b = torch.randn(1100, 200, dtype=dtype), torch.randn(1152, 200, dtype=dtype), torch.randn(1152, dtype=dtype)
+    linear = backend_ops("cuda_emulator").linear
+    many = linear(x, w, b, activation="gelu")
+    for rows in (1, 50, 130):
+        assert linear(x[:rows].clone(), w, b, activation="gelu").equal(many[:rows])
+
+
+def test_gradients_are_the_same_in_every_run(emulated):
+    """Threads run in another order each time; sums do not."""
+    q, k, v = torch.randn(3, 1, 150, 2, 64, dtype=torch.bfloat16)
+    x, w = torch.randn(2100, 40, dtype=torch.bfloat16), torch.randn(48, 40, dtype=torch.bfloat16)
+
+    def gradients() -> list[torch.Tensor]:
+        ops = backend_ops("cuda_emulator")
+        leaves = [t.detach().requires_grad_() for t in (q, k, v, x, w)]
+        (ops.attention(*leaves[:3]).float().square().sum() + ops.linear(*leaves[3:]).float().square().sum()).backward()
+        return [leaf.grad for leaf in leaves]
+
+    for first, second in zip(gradients(), gradients(), strict=True):
+        assert first.equal(second)
+
+
+def test_layouts(tmp_path):
+    program = tmp_path / "layout_test"
+    source = cuda_emulator.HERE / "layout_test.cpp"
+    include = f"-I{cuda_emulator.CSRC / 'cuda'}"
+    cuda_emulator.run([cuda_emulator.compiler(), "-std=c++17", include, str(source), "-o", str(program)])
+    assert cuda_emulator.run([str(program)]) == "ok\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [({"M": -1}, "M, N and K must be >= 0"), ({"dtype": 7}, "unknown dtype code 7"), ({"y": 0}, "must not be null")],
+)
+def test_bad_arguments_are_errors(emulated, change, text):
+    x, w, y = torch.randn(4, 8), torch.randn(6, 8), torch.empty(4, 6)
+    fields = {
+        "x": x.data_ptr(), "weight": w.data_ptr(), "bias": 0, "residual": 0, "y": y.data_ptr(), "preact": 0,
+        "workspace": 0, "M": 4, "N": 6, "K": 8, "x_stride": 8, "weight_stride": 8, "activation": 0, "dtype": 0,
+        "param_dtype": 0, "out_dtype": 0, "stream": 0, "device": 0, "threads": 1,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=text):
+        emulated.module.linear_fwd(*(fields | change).values())
