@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda with the C++ compiler and the emulator in this folder, and offers it as a backend on CPU tensors."""
+"""Compiles csrc/cuda with a C++ compiler and the emulator in this folder: a backend on CPU tensors."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def run(command: list[str]) -> str:
 def load(path: Path) -> ModuleType:
     """The compiled module."""
     spec = importlib.util.spec_from_file_location(NAME, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
