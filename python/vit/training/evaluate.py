@@ -4,7 +4,8 @@ share."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,18 @@ class Evaluation:
     images: int
     labels: Tensor
     predictions: Tensor
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """PyTorch's number of threads, which vit's CPU kernels follow, set for a while; 0 or None leaves it."""
+    before = torch.get_num_threads()
+    try:
+        if count:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from ..extras import require
 from . import checkpoint
 from .checkpoint import Progress
 from .config import TrainConfig
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, cpu_threads, evaluate
 from .optim import Average, learning_rate, make_optimizer
 from .progress import Display, Silent
 from .run import Run, new_path
@@ -89,7 +89,8 @@ def train(
         config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
     config = config.resolved(kind)
     path = run.path if run else new_path(out, "digits" if kind == "digits" else Path(config.data).name)
-    return _Training(config, path, run, display or Silent()).fit()
+    with cpu_threads(config.threads):
+        return _Training(config, path, run, display or Silent()).fit()
 
 
 class _Training:

@@ -19,7 +19,7 @@ import vit
 
 from ..data import DataError, Samples, Source, open_source
 from .config import TrainConfig, from_mapping, read_yaml
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, cpu_threads, evaluate
 from .files import append_line, replacing, write_text
 
 
@@ -114,12 +114,9 @@ class Run:
         """Accuracy and loss of the kept model; the defaults repeat what the training logged, to the last
         bit."""
         samples = self.samples(split, data)
-        return evaluate(
-            self.load(backend),
-            samples,
-            batch_size or self.config.batch_size or 1,
-            self.config.workers if workers is None else workers,
-        )
+        workers = self.config.workers if workers is None else workers
+        with cpu_threads(self.config.threads):
+            return evaluate(self.load(backend), samples, batch_size or self.config.batch_size or 1, workers)
 
     def save_weights(self, state: dict[str, Any]) -> None:
         """Replaces best.safetensors."""
