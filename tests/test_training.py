@@ -415,7 +415,7 @@ def test_learning_rate_at_its_corners() -> None:
 
 
 def test_biases_norms_and_tokens_are_not_decayed() -> None:
-    model = vit.create("vit_digits", backend="reference")
+    model = vit.create("vit_mnist_demo", backend="reference")
     decayed, plain = make_optimizer(model, 1e-3, 0.05, 0.999).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
