@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import vit
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from vit.backends import BackendError
+from vit.backends import BackendError, records
 from vit.model import VisionTransformer, patchify, pos_embed, unpatchify
 from vit.model.configs import CONFIGS
 from vit.model.layers import DropPath
@@ -375,6 +375,15 @@ def test_bad_images_say_what_is_needed(x, words):
         small()(x)
 
 
+@pytest.mark.parametrize("name", [name for name in records() if name != "reference"])
+def test_an_unusable_backend_says_why_and_what_else_there_is(name, monkeypatch):
+    monkeypatch.setattr(records()[name], "unavailable", lambda: "no such device")
+    with pytest.raises(BackendError, match=f"'{name}' cannot be used on this machine: no such device") as error:
+        vit.create(backend=name, weights="nowhere.safetensors")
+    assert "Usable here: " in str(error.value)
+    assert "reference" in str(error.value)
+
+
 def test_blocks_out_of_range():
     with pytest.raises(ValueError, match="indices 3 do not lie in the model's 2 blocks"):
         small().forward_intermediates(images(), 3)
@@ -436,6 +445,7 @@ def test_dtype_and_device_changes():
         got = changed(x.to(dtype)).detach()
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(model.to(memory_format=torch.channels_last)(x).detach(), expected)
     assert model.to("meta")(x.to("meta")).shape == (3, 7)
     assert model.to_empty(device="cpu").device.type == "cpu"
     model.share_memory()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import default_device
+from ..backends import BackendError, default_device, get, records
 from ..data.preprocess import Preprocess
 from ..weights import Checkpoint, load_into, read
 from .configs import get_config, nearest
@@ -50,6 +50,7 @@ def create(
     Raises ValueError for an unknown name, argument or size, FileNotFoundError and WeightsError for weights
     that cannot be used, BackendError as above.
     """
+    _check_backend(backend)
     checkpoint = None if weights is None else read(weights)
     settings: dict[str, Any] = {}
     saved = checkpoint is not None and name in (None, checkpoint.name)  # the weights' own model, not just its tensors
@@ -79,6 +80,17 @@ def create(
         if saved and len(checkpoint.class_names or ()) == model.num_classes:
             model.class_names = checkpoint.class_names
     return model
+
+
+def _check_backend(backend: str) -> None:
+    """Before anything is read or built: a named backend must be usable on this machine at all."""
+    if backend == "auto" or (why := get(backend).unavailable()) is None:
+        return
+    others = ", ".join(name for name, record in records().items() if record.unavailable() is None)
+    raise BackendError(
+        f"vit: backend '{backend}' cannot be used on this machine: {why}\n"
+        f'Usable here: {others}. Use one of them, or backend="auto" for the best of them per op.'
+    )
 
 
 def _check_arch(settings: Mapping[str, Any]) -> None:
