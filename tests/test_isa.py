@@ -11,7 +11,7 @@ import pytest
 from conftest import NATIVE, USABLE
 from vit.testing import cases
 
-GROUPS = ("regular", "odd", "corner")
+GROUPS = ("odd", "corner")
 INFO = NATIVE["cpu"].info() if "cpu" in USABLE else {}
 LEVELS = INFO.get("isa available", "").split(", ")
 

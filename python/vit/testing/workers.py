@@ -1,0 +1,176 @@
+"""Timing: each candidate in a process of its own, all alternating by rounds while the others idle.
+
+OpenMP workers spin for a while after each op; candidates that share a process slow each other by up to 1.5x.
+A worker blocks on its pipe between rounds, so whoever is timed has the machine to itself, and a slow minute of the
+machine hits every candidate alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+#: A round lasts about this long, but never less than one call.
+ROUND_SECONDS = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What a worker times: `step()` once, and `wait()` until the device has finished (a no-op on CPUs)."""
+
+    step: Callable[[], Any]
+    wait: Callable[[], Any] = lambda: None
+
+
+class Worker:
+    """A process that makes candidates and times them; a failure in it is a RuntimeError here, with its traceback."""
+
+    def __init__(self, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process would inherit a dead OpenMP pool
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, threads), daemon=True)
+        self.process.start()
+        other.close()
+
+    def send(self, command: str, *args: Any) -> None:
+        self.pipe.send((command, *args))
+
+    def receive(self) -> Any:
+        try:
+            ok, answer = self.pipe.recv()
+        except EOFError:
+            self.process.join(10)
+            raise RuntimeError(f"a benchmark worker died with exit code {self.process.exitcode}") from None
+        if not ok:
+            raise RuntimeError(answer)
+        return answer
+
+    def ask(self, command: str, *args: Any) -> Any:
+        self.send(command, *args)
+        return self.receive()
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.send("stop")
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+        self.pipe.close()
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds of every timed call of one candidate."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+
+def race(
+    workers: Sequence[Worker], make: Callable[..., Candidate], jobs: Sequence[tuple[Any, ...]], rounds: int
+) -> list[Timing]:
+    """Times candidate make(*jobs[i]) in workers[i]: warm-up for each, then `rounds` rounds in turn."""
+    for worker, job in zip(workers, jobs, strict=True):
+        worker.ask("make", make, job)
+    timings = [Timing([]) for _ in workers]
+    for turn in range(rounds):
+        order = [(turn + i) % len(workers) for i in range(len(workers))]
+        for i in order:
+            timings[i].seconds += workers[i].ask("round")
+    return timings
+
+
+def _serve(pipe: Connection, threads: int) -> None:
+    """The loop of a worker process."""
+    import torch
+
+    torch.set_num_threads(threads)
+    session = _Session()
+    while True:
+        try:
+            command, *args = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if command == "stop":
+            return
+        try:
+            pipe.send((True, getattr(session, command)(*args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+class _Session:
+    """The commands a worker understands."""
+
+    def __init__(self) -> None:
+        self.candidate: Candidate | None = None
+        self.repeats = 1
+        self.base = 0
+
+    def make(self, make: Callable[..., Candidate], job: tuple[Any, ...]) -> None:
+        """Builds a candidate and warms it up until its time no longer falls."""
+        self.candidate = None
+        gc.collect()
+        self.base = _resident()
+        _reset_peak()
+        self.candidate = make(*job)
+        times = [self.once() for _ in range(2)]
+        while sum(times) < ROUND_SECONDS and len(times) < 50:
+            times.append(self.once())
+        self.repeats = max(1, min(1000, int(ROUND_SECONDS / max(min(times), 1e-6))))
+
+    def once(self) -> float:
+        assert self.candidate is not None, "round before make"
+        begin = time.perf_counter()
+        self.candidate.step()
+        self.candidate.wait()
+        return time.perf_counter() - begin
+
+    def round(self) -> list[float]:
+        """One uncounted call wakes the thread pool and warms the caches; then the timed ones."""
+        self.once()
+        return [self.once() for _ in range(self.repeats)]
+
+    def peak_memory(self) -> int:
+        """Bytes that making and running the candidate added at most: of its GPU, else of the process."""
+        import torch
+
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            return torch.cuda.max_memory_allocated()
+        return max(0, _peak() - self.base)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _reset_peak() -> None:
+    """Starts a new peak of resident memory; where the kernel does not allow it the peak is that of the process."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+
+
+def _peak() -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
