@@ -80,7 +80,8 @@ inline constexpr int kTileColumns = kTileVectors * kWordLanes<T>;
 
 inline constexpr int64_t kBlockRows = 96;         // rows of A per pass over the panels: with K = 768 they half fill L2
 inline constexpr int64_t kColumnBlockRows = 192;  // the same where columns of A are adjacent
-inline constexpr int64_t kBlockSteps = 512;       // steps per partial sum; shorter ones cost 1 % more
+inline constexpr int64_t kPackRows = 8;       // rows of a row-major B packed at a time (32 took up to 4 times as long)
+inline constexpr int64_t kBlockSteps = 1024;  // steps per partial sum; 512 cost weight gradients 4 %, forward none
 
 // --- tile -----------------------------------------------------------------------------------------------------------
 
@@ -254,13 +255,17 @@ void pack_panel(const Matrix<P>& b, int64_t j, int64_t vectors, int64_t begin, i
 template <class T, class P>
 void pack_b(int threads, const Matrix<P>& b, int64_t K, int64_t N, char* packed) {
   constexpr int64_t lanes = kWordLanes<T>;
-  const int64_t steps = steps_of<T>(K), panels = panels_of<T>(N), chunks = ceil_div(steps, kBlockSteps);
-  const bool rows = b.row == 1;  // follow the memory of b: along k within a panel, or along the panels
+  const int64_t steps = steps_of<T>(K), panels = panels_of<T>(N);
+  // Follow the memory of b: all of k for a panel, or a few rows (they stay in L2) for one panel after the other.
+  const bool transposed = b.row == 1;
+  const int64_t chunk_steps = transposed ? kBlockSteps : kPackRows / Step<T>::kDepth;
+  const int64_t chunks = ceil_div(steps, chunk_steps);
   parallel_for(threads, panels * chunks, [&](int64_t begin, int64_t end, int) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t panel = rows ? unit / chunks : unit % panels, chunk = rows ? unit % chunks : unit / panels;
+      const int64_t panel = transposed ? unit / chunks : unit % panels;
+      const int64_t chunk = transposed ? unit % chunks : unit / panels;
       const int64_t j = panel * kTileColumns<T>, vectors = ceil_div(min<int64_t>(N - j, kTileColumns<T>), lanes);
-      pack_panel<T>(b, j, vectors, chunk * kBlockSteps, min(steps, (chunk + 1) * kBlockSteps), K, N,
+      pack_panel<T>(b, j, vectors, chunk * chunk_steps, min(steps, (chunk + 1) * chunk_steps), K, N,
                     packed + j * steps * static_cast<int64_t>(sizeof(Word<T>)));
     }
   });
@@ -308,7 +313,7 @@ Left prepare_a(int threads, const Matrix<T>& a, int64_t M, int64_t K, char* copy
         for (int64_t i = 0; i < M; i += lanes) {
           const int64_t n = min(lanes, M - i);
           const Words<T> words = column_words<T>(first + i, second ? second + i : nullptr, n);
-          memcpy(copy + (s * M + i) * size, &words, static_cast<size_t>(n * size));
+          store<Acc<T>>(reinterpret_cast<Acc<T>*>(copy + (s * M + i) * size), bit_cast<Vec<Acc<T>>>(words), n);
         }
       }
     });
