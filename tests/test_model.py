@@ -348,7 +348,8 @@ def test_initial_statistics():
         ({"patch_embed": "fft"}, "patch_embed='fft' is not one of conv, linear"),
         ({"act_layer": "relu"}, "act_layer='relu' is not one of 'gelu', 'gelu_tanh'"),
         ({"weight_init": "he"}, "weight_init='he' is not one of"),
-        ({"num_classes": -1}, "num_classes must be 0 \\(features\\) or more, got -1"),
+        ({"num_classes": -1}, r"num_classes must be 0 \(features\) or a whole number above, got -1"),
+        ({"num_classes": 2.0}, r"num_classes must be 0 .* got 2\.0"),
     ],
     ids=str,
 )
@@ -538,7 +539,7 @@ def test_new_classifier():
     assert abs(model.head.weight.std() - 0.02) < 5e-3
     model.reset_classifier(0, "avg")
     assert torch.equal(model(x), model.forward_features(x)[:, 1:].mean(1))
-    with pytest.raises(ValueError, match="needs a class token"):
+    with pytest.raises(ValueError, match="needs class_token=True"):
         small(class_token=False, global_pool="avg").reset_classifier(3, "token")
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backends import Spec
 from ..data.preprocess import Preprocess
-from . import init
+from . import checks, init
 from .layers import DropPath, LayerNorm, Linear, PatchEmbed, pair
 from .planned import CallsOps, Planned
 from .pos_embed import sincos2d
@@ -164,37 +164,23 @@ class VisionTransformer(Planned):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("global_pool", global_pool, POOLS)
-        _check_choice("pos_embed", pos_embed, POSITIONS)
-        _check_choice("act_layer", act_layer, ACTIVATIONS)
-        _check_choice("weight_init", weight_init, init.SCHEMES)
-        _check_sizes(
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            hidden=int(embed_dim * mlp_ratio),
-        )
-        _check_rates(
-            drop_rate=drop_rate,
-            pos_drop_rate=pos_drop_rate,
-            proj_drop_rate=proj_drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-        )
+        hidden = int(embed_dim * mlp_ratio)
+        checks.choice(global_pool=(global_pool, POOLS), pos_embed=(pos_embed, POSITIONS))
+        checks.choice(act_layer=(act_layer, ACTIVATIONS), weight_init=(weight_init, init.SCHEMES))
+        checks.positive(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_width=hidden)
+        checks.rate(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate)
+        checks.rate(attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
+        checks.classes(num_classes)
+        checks.pooling(global_pool, class_token)
         if embed_dim % num_heads:
             raise ValueError(f"vit: embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-        if global_pool == "token" and not class_token:
-            raise ValueError('vit: global_pool="token" needs class_token=True; use global_pool="avg"')
-        if num_classes < 0:
-            raise ValueError(f"vit: num_classes must be 0 (features) or more, got {num_classes}")
 
         self.name = name
         self.backend = backend
         self.num_classes = num_classes
         self.embed_dim = self.num_features = embed_dim
         self.num_heads = num_heads
-        self.mlp_hidden = int(embed_dim * mlp_ratio)
+        self.mlp_hidden = hidden
         self.act_layer = act_layer
         self.attn_drop_rate = attn_drop_rate
         self.global_pool = global_pool
@@ -304,7 +290,7 @@ class VisionTransformer(Planned):
         of it and the class token [B, prefix, C]. norm applies the final norm to each; stop_early skips the
         blocks after the last wanted one; intermediates_only returns the list alone.
         """
-        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        checks.choice(output_fmt=(output_fmt, ("NCHW", "NLC")))
         wanted = _block_indices(indices, len(self.blocks))
         last = max(wanted) if stop_early else len(self.blocks) - 1
         tokens = self.embed(images)
@@ -396,12 +382,10 @@ class VisionTransformer(Planned):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a newly initialised one; 0 removes it. The last norm keeps its place."""
         if global_pool is not None:
-            _check_choice("global_pool", global_pool, POOLS)
-            if global_pool == "token" and not self.num_prefix_tokens:
-                raise ValueError('vit: global_pool="token" needs a class token; use global_pool="avg"')
+            checks.choice(global_pool=(global_pool, POOLS))
+            checks.pooling(global_pool, self.cls_token is not None)
             self.global_pool = global_pool
-        if num_classes < 0:
-            raise ValueError(f"vit: num_classes must be 0 (features) or more, got {num_classes}")
+        checks.classes(num_classes)
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes:
@@ -434,20 +418,3 @@ def _block_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]
     if not wanted or min(wanted) < -depth or max(wanted) >= depth:
         raise ValueError(f"vit: block indices {indices} do not lie in the model's {depth} blocks")
     return sorted({i % depth for i in wanted})
-
-
-def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"vit: {argument}={value!r} is not one of {', '.join(map(repr, allowed))}")
-
-
-def _check_sizes(**sizes: int) -> None:
-    for argument, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"vit: {argument} must be a positive whole number, got {size!r}")
-
-
-def _check_rates(**rates: float) -> None:
-    for argument, rate in rates.items():
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"vit: {argument} must be at least 0 and below 1, got {rate}")

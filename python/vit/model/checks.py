@@ -1,0 +1,42 @@
+"""Checks of a model's arguments: ValueError with what was given and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def choice(**arguments: tuple[str, Sequence[str]]) -> None:
+    """Each argument is (value, allowed values)."""
+    for name, (value, allowed) in arguments.items():
+        if value not in allowed:
+            raise ValueError(f"vit: {name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def positive(**sizes: int) -> None:
+    """Whole numbers from 1."""
+    for name, size in sizes.items():
+        if not _whole(size) or size < 1:
+            raise ValueError(f"vit: {name} must be a positive whole number, got {size!r}")
+
+
+def rate(**rates: float) -> None:
+    """Probabilities of dropping something: 0 up to but not 1."""
+    for name, value in rates.items():
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"vit: {name} must be at least 0 and below 1, got {value}")
+
+
+def classes(num_classes: int) -> None:
+    """Whole numbers from 0, which stands for a model without a head."""
+    if not _whole(num_classes) or num_classes < 0:
+        raise ValueError(f"vit: num_classes must be 0 (features) or a whole number above, got {num_classes!r}")
+
+
+def pooling(global_pool: str, class_token: bool) -> None:
+    """There is a class token to pool."""
+    if global_pool == "token" and not class_token:
+        raise ValueError('vit: global_pool="token" needs class_token=True; use global_pool="avg"')
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
