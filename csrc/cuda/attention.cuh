@@ -144,6 +144,66 @@ __device__ inline void multiply_fragments(float (&sum)[kD / 8][4], const float (
   }
 }
 
+// The softmax of 16 rows of scores that come 16 x kKeys at a time; a thread holds two rows. m and l are the maximum and
+// the sum of a row so far, in base 2.
+struct OnlineSoftmax {
+  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
+
+  // Turns scores into weights relative to the new maximum, and shrinks what was summed before accordingly. Keys from
+  // `keys` on do not exist.
+  template <int kD, int kKeys>
+  __device__ void add(float (&s)[kKeys / 8][4], float (&sum)[kD / 8][4], float scale, int64_t keys, int lane) {
+    float top[2] = {m[0], m[1]};
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        s[i][j] = 8 * i + fragment_column(lane, j) < keys ? s[i][j] * scale : -INFINITY;
+        top[j / 2] = fmaxf(top[j / 2], s[i][j]);
+      }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top[r] = fmaxf(top[r], shuffle_xor(top[r], 1));
+      top[r] = fmaxf(top[r], shuffle_xor(top[r], 2));
+      const float base = top[r] == -INFINITY ? 0.0f : top[r];  // no finite score yet: all weights are 0, not NaN
+      const float shrink = fast_exp2(m[r] - base);
+      m[r] = top[r];
+      l[r] *= shrink;
+#pragma unroll
+      for (int i = 0; i < kD / 8; ++i) {
+        sum[i][2 * r] *= shrink;
+        sum[i][2 * r + 1] *= shrink;
+      }
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; ++i)
+#pragma unroll
+        for (int j = 2 * r; j < 2 * r + 2; ++j) {
+          s[i][j] = fast_exp2(s[i][j] - base);
+          l[r] += s[i][j];
+        }
+    }
+  }
+
+  // The four threads of a row add their sums.
+  __device__ void finish() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      l[r] += shuffle_xor(l[r], 1);
+      l[r] += shuffle_xor(l[r], 2);
+    }
+  }
+
+  // lse[row] = ln 2 (m + log2 l) for the rows first .. of a head that begins at `head`; lse may be null.
+  __device__ void store_lse(void* lse, int64_t head, int64_t first, int64_t count, int lane) const {
+    if (!lse || lane % 4 != 0) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t token = first + fragment_row(lane, 2 * r);
+      if (token < count) static_cast<float*>(lse)[head + token] = kLn2 * (m[r] + log2f(l[r]));
+    }
+  }
+};
+
 // 2^(s scale - lse), at most 1: where scores are so large that rounding exceeds the difference, the result must not be
 // infinite. NaN stays NaN.
 __device__ inline float probability(float s, float scale, float lse) {
@@ -186,8 +246,11 @@ inline bool strides_divide(int64_t n, std::initializer_list<int64_t> strides) {
 
 // Tensor cores, any N, L and D <= 256.
 void attention_fwd_mma(const AttentionFwd&);
+// Tensor cores, one block per head with its keys and values in shared memory.
+bool attention_fwd_short_supports(const AttentionFwd&);
+void attention_fwd_short(const AttentionFwd&);
 void attention_bwd_mma(const AttentionBwd&, const float* delta);
-// Tensor cores, one block per head with everything of it in shared memory.
+// The same with everything of the head in shared memory, no delta.
 bool attention_bwd_short_supports(const AttentionBwd&);
 void attention_bwd_short(const AttentionBwd&);
 // float32 and float64.

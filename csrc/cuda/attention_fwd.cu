@@ -4,8 +4,6 @@
 // 64 (32 for head dimensions above 128), copied asynchronously one tile ahead. Per head 4 N L D FLOP; q and out are
 // moved once, k and v once per 64 queries, from the L2 cache. Work is cut to multiples of 16 queries and 16 keys: at N
 // = 197 that is 208 x 208, 90 % of it useful. Every query is computed the same way whatever the others are.
-//
-// m and l are the running maximum and sum of a row of scores in base 2; lse = ln 2 (m + log2 l).
 #include "attention.cuh"
 
 namespace vit::cuda {
@@ -42,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(AttentionFwd p,
   };
 
   float sum[kD / 8][4] = {};
-  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
+  OnlineSoftmax softmax;
   const int64_t count = (p.L + kKeys - 1) / kKeys;
   R::template load<kQueries, kThreads>(q_tile, q, first, p.N, D, vectors);
   load(0);
@@ -59,50 +57,16 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(AttentionFwd p,
     if (active) {
       float s[kKeys / 8][4] = {};
       multiply_rows<T, kD, kKeys>(s, q_tile, row, k_tile, keys, lane);
-      float top[2] = {m[0], m[1]};
-#pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          s[i][j] = 8 * i + fragment_column(lane, j) < keys ? s[i][j] * scale : -INFINITY;
-          top[j / 2] = fmaxf(top[j / 2], s[i][j]);
-        }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        top[r] = fmaxf(top[r], shuffle_xor(top[r], 1));
-        top[r] = fmaxf(top[r], shuffle_xor(top[r], 2));
-        const float base = top[r] == -INFINITY ? 0.0f : top[r];  // no finite score yet: all weights are 0, not NaN
-        const float shrink = fast_exp2(m[r] - base);
-        m[r] = top[r];
-        l[r] *= shrink;
-#pragma unroll
-        for (int i = 0; i < kD / 8; ++i) {
-          sum[i][2 * r] *= shrink;
-          sum[i][2 * r + 1] *= shrink;
-        }
-#pragma unroll
-        for (int i = 0; i < kKeys / 8; ++i)
-#pragma unroll
-          for (int j = 2 * r; j < 2 * r + 2; ++j) {
-            s[i][j] = fast_exp2(s[i][j] - base);
-            l[r] += s[i][j];
-          }
-      }
+      softmax.add<kD, kKeys>(s, sum, scale, keys, lane);
       multiply_fragments<T, kD, kKeys>(sum, s, k_tile + kTile, keys, lane);
     }
     __syncthreads();  // before the tile is overwritten
     if (kStages == 1 && tile + 1 < count) load(tile + 1);
   }
   if (!active) return;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    l[r] += shuffle_xor(l[r], 1);
-    l[r] += shuffle_xor(l[r], 2);
-    const int64_t token = first + row + fragment_row(lane, 2 * r);
-    if (p.lse && lane % 4 == 0 && token < p.N)
-      static_cast<float*>(p.lse)[(at.b * p.H + at.h) * p.N + token] = kLn2 * (m[r] + log2f(l[r]));
-  }
-  store_rows<T, kD>(out, sum, first + row, p.N, D, 1.0f / l[0], 1.0f / l[1], pairs, lane);
+  softmax.finish();
+  softmax.store_lse(p.lse, (at.b * p.H + at.h) * p.N, first + row, p.N, lane);
+  store_rows<T, kD>(out, sum, first + row, p.N, D, 1.0f / softmax.l[0], 1.0f / softmax.l[1], pairs, lane);
 }
 
 }  // namespace

@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         }
       }
     }
+    __syncwarp();  // the barrier below wants whole warps
   } else {
     take_registers<232>();
     const int lane = threadIdx.x % 32;

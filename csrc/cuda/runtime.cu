@@ -74,6 +74,11 @@ int multiprocessors(int device) {
   return std::max(1, attribute(cudaDevAttrMultiProcessorCount, device, count));
 }
 
+int shared_limit(int device) {
+  static std::atomic<int> bytes[kMaxDevices];
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, bytes);
+}
+
 Path path() { return current_path.load(std::memory_order_relaxed); }
 void set_path(Path path) { current_path.store(path, std::memory_order_relaxed); }
 

@@ -52,9 +52,9 @@ int capability(int device);
 // Multiprocessors of a device. Read once per device.
 int multiprocessors(int device);
 
-// Which kernels gemm and attention may use: `automatic` takes the Hopper ones where the device has them. Set by the
-// benchmark and the tests alone, to measure and to check both on one GPU: a property of the process, like a device
-// mask.
+// Which kernels gemm and attention may use: `automatic` takes Hopper's and those for short sequences where the device
+// and the sizes allow them, `portable` never: what an older GPU or a long sequence gets. Set by the benchmark and the
+// tests alone, to measure and to check both on one GPU: a property of the process, like a device mask.
 enum class Path { automatic, portable };
 Path path();
 void set_path(Path);
@@ -73,21 +73,24 @@ struct Launch {
 // reported by the next call that synchronises, as with every CUDA library.
 void check_launch(cudaError_t, const Launch&);
 
-// Kernels that want more than 48 KiB say so once per device.
+// Shared memory a block of the device may have at most: 99 KiB (8.6, 8.9), 163 KiB (8.0), 227 KiB (9.0).
+int shared_limit(int device);
+
+// Kernels that want more than 48 KiB say so before: once per device and whenever they want more than ever before.
 template <auto kernel>
 void allow_shared_bytes(const Launch& launch) {
-  if (launch.shared_bytes <= 48 * 1024) return;
-  static std::atomic<bool> done[kMaxDevices];
-  auto& flag = done[launch.context.device];
-  if (flag.load(std::memory_order_acquire)) return;
+  const int wanted = static_cast<int>(launch.shared_bytes);
+  if (wanted <= 48 * 1024) return;
+  static std::atomic<int> allowed[kMaxDevices];
+  auto& most = allowed[launch.context.device];
+  if (most.load(std::memory_order_acquire) >= wanted) return;
   check_launch(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(launch.shared_bytes)),
+                                    shared_limit(launch.context.device)),
                launch);
-  flag.store(true, std::memory_order_release);
+  most.store(shared_limit(launch.context.device), std::memory_order_release);
 }
 
-// Runs kernel(args...) on the stream of the context. A kernel has one amount of shared memory, so that
-// allow_shared_bytes holds for every launch of it.
+// Runs kernel(args...) on the stream of the context.
 template <auto kernel, class... Args>
 void launch(const Launch& launch, Args... args) {
   if (launch.blocks <= 0) return;

@@ -143,6 +143,7 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
   error.clear();
   accelerator.clear();
   gridDim = config.gridDim;
+  blockDim = config.blockDim;
   std::vector<Block> blocks(cluster);
   for (auto& block : blocks) {
     block.threads.resize(config.blockDim.x);

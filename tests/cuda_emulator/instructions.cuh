@@ -32,7 +32,7 @@ struct dim3 {
   dim3() = default;
   explicit dim3(unsigned x_) : x(x_) {}
 };
-inline thread_local dim3 gridDim;
+inline thread_local dim3 gridDim, blockDim;
 
 // ---- the part of the CUDA runtime that csrc/cuda uses ----
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
@@ -41,7 +41,8 @@ enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
-  cudaDevAttrMultiProcessorCount
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 using cudaStream_t = void*;
 struct cudaLaunchAttribute {
@@ -71,7 +72,10 @@ inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000,
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) { return cudaErrorInvalidValue; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrComputeCapabilityMajor ? 9 : which == cudaDevAttrMultiProcessorCount ? 3 : 0;
+  *value = 0;
+  if (which == cudaDevAttrComputeCapabilityMajor) *value = 9;
+  if (which == cudaDevAttrMultiProcessorCount) *value = 3;
+  if (which == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = 227 * 1024;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
