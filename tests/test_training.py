@@ -24,7 +24,7 @@ import vit
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from vit.training import Evaluation, Interrupted, TrainConfig, TrainError, TrainResult, evaluate_run, train
+from vit.training import Evaluation, Interrupted, TrainConfig, TrainError, TrainResult, evaluate, evaluate_run, train
 from vit.training import checkpoint as checkpoints
 from vit.training.config import RECIPES, from_mapping
 from vit.training.files import append_line, replacing, write_text
@@ -207,6 +207,30 @@ def test_a_signal_stops_and_resuming_is_bit_identical(whole: TrainResult, tmp_pa
     assert not any("resumed elsewhere" in line for line in hook.lines)
     assert result.test.loss == whole.test.loss
     same_bits(whole.run, result.run)
+
+
+def test_a_signal_during_the_validation(whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Evaluation:
+        terminate()
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr("vit.training.loop.evaluate", interrupted)
+    with pytest.raises(Interrupted, match=f"after step {STEPS}/{STEPS} of epoch 1"):
+        train(SMALL, out=tmp_path / "run")
+    monkeypatch.undo()
+    assert figures(tmp_path / "run") == []
+    same_bits(whole.run, train(resume=tmp_path / "run").run)
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
+    def impatient() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a launcher's copy of the same Ctrl-C
+        time.sleep(1.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(SMALL, out=tmp_path / "run", display=Hook(2, impatient))
 
 
 def test_a_crash_costs_only_the_steps_since_the_checkpoint(whole: TrainResult, tmp_path: Path) -> None:
@@ -592,21 +616,52 @@ def test_recipes_fill_only_what_is_open() -> None:
 # ---- several processes, and the promise of the README ----
 
 
+def two_processes(*words: str) -> subprocess.Popen[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vit", "train"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*launch, *words, "--json"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """The standard output of a process that must succeed."""
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-3000:]
+    return output
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, epochs=1, drop_path=0.0, lr=1e-4)
+    config = dataclasses.replace(SMALL, drop_path=0.0, lr=1e-4)
     single = train(config, out=tmp_path / "single")
-    write_text(tmp_path / "recipe.yaml", dataclasses.replace(config, batch_size=64).to_yaml())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vit"]
-    command = [*launch, "train", "--config", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "pair"), "--json"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len([line for line in done.stdout.splitlines() if line.startswith("{")]) == 1, "one process speaks"
-    ours, theirs = figures(tmp_path / "pair")[0], figures(single.run)[0]
-    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
-    assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
-    assert ours["val_accuracy"] == pytest.approx(theirs["val_accuracy"], abs=0.02)
+    recipe, pair = tmp_path / "recipe.yaml", tmp_path / "pair"
+    write_text(recipe, dataclasses.replace(config, batch_size=64).to_yaml())
+    output = finish(two_processes("--config", str(recipe), "--out", str(pair)))
+    assert len([line for line in output.splitlines() if line.startswith("{")]) == 1, "one process speaks"
+    for ours, theirs in zip(figures(pair)[:-1], figures(single.run)[:-1], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
+        assert ours["val_accuracy"] == pytest.approx(theirs["val_accuracy"], abs=0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
+    recipe, whole, run = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "run"
+    write_text(recipe, dataclasses.replace(SMALL, batch_size=64, epochs=8).to_yaml())
+    finish(two_processes("--config", str(recipe), "--out", str(whole)))
+    process = two_processes("--config", str(recipe), "--out", str(run))
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert checkpoints.load(run / "checkpoint.safetensors")[0].epoch < 8, "stopped before the end"
+    finish(two_processes("--resume", str(run)))
+    same_bits(whole, run)
 
 
 @pytest.mark.slow

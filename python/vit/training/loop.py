@@ -116,7 +116,7 @@ class _Training:
         self.prepared, self.prepared_optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.started = time.monotonic() - self.progress.seconds
         self.last_checkpoint = time.monotonic()
-        self.signals = 0
+        self.signalled = 0.0  # when the first signal came
 
     # ---- building ----
 
@@ -321,7 +321,8 @@ class _Training:
             accelerator.process_index,
             accelerator.num_processes,
             require("accelerate.utils", "train").gather_object,
-            self._stop_if_asked,
+            # The question is put to all processes together, and they may have different numbers of batches.
+            self._stop_if_asked if accelerator.num_processes == 1 else None,
         )
 
     def _keep_best(self, result: Evaluation) -> None:
@@ -363,15 +364,17 @@ class _Training:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a checkpoint and the end; a second one does not wait for it."""
+        """SIGINT and SIGTERM ask for a checkpoint and the end; a second SIGINT does not wait for it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ask(number: int, frame: object) -> None:
-            self.signals += 1
-            if self.signals > 1:
+            now = time.monotonic()
+            # A launcher passes on what the terminal has already sent: only a later Ctrl-C is a second one.
+            if self.signalled and number == signal.SIGINT and now - self.signalled > 1.0:
                 raise KeyboardInterrupt
+            self.signalled = self.signalled or now
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -389,13 +392,14 @@ class _Training:
         """Interrupted, after a checkpoint, if any process got a signal."""
         accelerator = self.accelerator
         if accelerator.num_processes > 1:
-            if self.signals:
+            if self.signalled:
                 accelerator.set_trigger()
             asked = accelerator.check_trigger()
         else:
-            asked = bool(self.signals)
+            asked = bool(self.signalled)
         if asked:
             self._checkpoint()
+            accelerator.wait_for_everyone()  # a launcher ends all processes when the first one leaves
             progress = self.progress
             raise Interrupted(
                 f"vit: stopped after step {progress.step}/{self.steps} of epoch {progress.epoch + 1}; "
