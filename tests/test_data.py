@@ -19,6 +19,9 @@ from vit.data.idx import read_idx
 from vit.data.loader import EpochBatches, Images, InOrder, loader
 from vit.data.preprocess import Preprocess
 
+# From Python 3.12 on a fork beside other threads warns; PyTorch's DataLoader forks.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 GREY = Preprocess((8, 8), in_chans=1)
 RGB = Preprocess((16, 16), in_chans=3)
 TEST_KEYS = ["9", "11", "15", "20", "24", "26", "27", "29"]

@@ -32,6 +32,9 @@ from vit.training.optim import Average, learning_rate, make_optimizer
 from vit.training.progress import Silent
 from vit.training.run import Run, new_path
 
+# From Python 3.12 on a fork beside other threads warns; PyTorch's DataLoader forks.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 CPU = vit.backends()["cpu"]["available"]
 
 SMALL = TrainConfig(

@@ -225,10 +225,7 @@ class _Training:
         }
         if self.main:
             progress.metrics_bytes = self.run.log(line, progress.metrics_bytes)
-        self.display.epoch(
-            f"epoch {line['epoch']:>3}/{config.epochs}  train loss {line['train_loss']:.4f}  "
-            f"val loss {result.loss:.4f}  val accuracy {100 * result.accuracy:.2f} %"
-        )
+        self.display.epoch(line, config.epochs or 0)
         progress.epoch += 1
         progress.step = progress.skipped = 0
         progress.loss_sum = progress.norm_sum = 0.0

@@ -9,12 +9,12 @@ from ..extras import require
 
 
 class Display(Protocol):
-    """Receives lines of text and, step by step, how far the training is."""
+    """Receives lines of text, what each step says, and the line of each epoch in the metrics."""
 
     def line(self, text: str) -> None: ...
     def start(self, done: int, total: int) -> None: ...
     def step(self, text: str) -> None: ...
-    def epoch(self, text: str) -> None: ...
+    def epoch(self, line: dict[str, Any], epochs: int) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -24,7 +24,7 @@ class Silent:
     def line(self, text: str) -> None: ...
     def start(self, done: int, total: int) -> None: ...
     def step(self, text: str) -> None: ...
-    def epoch(self, text: str) -> None: ...
+    def epoch(self, line: dict[str, Any], epochs: int) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -41,8 +41,11 @@ class Lines:
 
     def step(self, text: str) -> None: ...
 
-    def epoch(self, text: str) -> None:
-        self.line(text)
+    def epoch(self, line: dict[str, Any], epochs: int) -> None:
+        self.line(
+            f"epoch {line['epoch']:>3}/{epochs}  train loss {line['train_loss']:.4f}  "
+            f"val loss {line['val_loss']:.4f}  val accuracy {100 * line['val_accuracy']:.2f} %"
+        )
 
     def stop(self) -> None: ...
 
@@ -54,8 +57,8 @@ class Bar:
         rich = require("rich.progress", "train")
         console = require("rich.console", "train").Console(file=stream)
         self.progress: Any = rich.Progress(
-            rich.BarColumn(bar_width=30),
-            rich.MofNCompleteColumn(),
+            # 80 columns hold all of it.
+            rich.BarColumn(bar_width=16),
             rich.TimeElapsedColumn(),
             rich.TextColumn("left"),
             rich.TimeRemainingColumn(),
@@ -74,8 +77,10 @@ class Bar:
     def step(self, text: str) -> None:
         self.progress.update(self.task, advance=1, description=text)
 
-    def epoch(self, text: str) -> None:
-        self.progress.update(self.task, figures=text)
+    def epoch(self, line: dict[str, Any], epochs: int) -> None:
+        self.progress.update(
+            self.task, figures=f"epoch {line['epoch']}/{epochs}  val {100 * line['val_accuracy']:.2f} %"
+        )
 
     def stop(self) -> None:
         self.progress.stop()
