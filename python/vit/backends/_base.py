@@ -138,6 +138,10 @@ def _import(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"the compiled module does not load: {error}"
     if module.contract != CONTRACT:
         return None, f"built for contract {module.contract}, this vit needs {CONTRACT}: reinstall vit-kernels"
+    try:
+        module.info()  # chooses the kernels for this machine: a wrong VIT_CPU_ISA is a reason, not a crash later
+    except RuntimeError as error:
+        return None, str(error)
     return module, None
 
 
