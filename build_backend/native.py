@@ -88,7 +88,7 @@ def build(target: Path, work: Path) -> dict[str, Record]:
     """
     names, wanted = backends(), requested()
     tried = names if wanted is None else [name for name in names if name in wanted]
-    jobs = max(1, _max_jobs() // max(1, len(tried)))
+    jobs = _max_jobs()  # for each backend: the slow one should not be left with half of the cores
     for stale in outputs(target):  # a module from an earlier build must not outlive a failure of this one
         stale.unlink()
     records = {name: Record(False, "not named in VIT_BACKENDS") for name in names}
