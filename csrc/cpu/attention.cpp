@@ -6,8 +6,8 @@
 // Saved for the backward: out and lse. Forward: threads take (batch, head, query) triples. Backward: threads take
 // (batch, head) pairs and add dk and dv over the queries in order. FLOPs: 4 N L D forward, 10 N L D backward per head.
 // Source of the backward by lse and delta: Dao et al., "FlashAttention", arXiv:2205.14135.
+#include "cpu/functions.h"
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
 #include "cpu/threads.h"
 
 namespace vit::VIT_ISA {
@@ -52,7 +52,7 @@ void forward(const AttentionFwd& p) {
       Vec<A> totals{};
       for (int64_t j = 0; j < p.L; j += kLanes<A>) {
         const int64_t n = p.L - j;
-        const Vec<A> e = keep(exp(load<A>(scores + j, n) - broadcast(largest)), n, A(0));
+        const Vec<A> e = keep(exp2<A>(Exp<A>::log2_e * (load<A>(scores + j, n) - broadcast(largest))), n, A(0));
         store<A>(scores + j, e, n);
         totals += e;
       }
@@ -90,7 +90,7 @@ void backward(const AttentionBwd& p) {
           const T* kj = k + j * p.k_token;
           const A score = static_cast<A>(p.scale) * dot<A>(qi, kj, p.D);
           const A above = score - lse[i];  // > 0 only by rounding, which at huge scores would overflow exp
-          const A probability = exp(broadcast(above > 0 ? A(0) : above))[0];
+          const A probability = exp2<A>(broadcast(above > 0 ? A(0) : Exp<A>::log2_e * above))[0];
           const A ds = static_cast<A>(p.scale) * probability * (dot<A>(dout, v + j * p.v_token, p.D) - delta);
           add_scaled(dq, ds, kj, p.D);
           add_scaled(dk + j * row, ds, qi, p.D);

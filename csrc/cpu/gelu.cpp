@@ -1,7 +1,7 @@
 // gelu: y = gelu(x), dx = dy gelu'(x), elementwise (formulas: activation.h).
 //
 // Saved for the backward: x. Threads take contiguous blocks of elements. Per element: 2 elements moved forward, 3
-// backward; some 20 operations, so that large tensors are bound by memory.
+// backward; 34 (float32) or 23 (bfloat16) vector operations and one division.
 #include "cpu/activation.h"
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
@@ -11,16 +11,24 @@ namespace {
 
 constexpr int64_t kBlock = 4096;  // elements of one unit of work: below it a second thread costs more than it saves
 
+// Calls f(i, n) for every vector of [0, size), in parallel; n of its lanes are elements.
+template <class A, class F>
+VIT_INLINE void for_vectors(int threads, int64_t size, const F& f) {
+  parallel_for(threads, ceil_div(size, kBlock), [&](int64_t begin, int64_t end, int) {
+    const int64_t stop = min(end * kBlock, size);
+    int64_t i = begin * kBlock;
+    for (; i + kLanes<A> <= stop; i += kLanes<A>) f(i, int64_t{kLanes<A>});
+    if (i < stop) f(i, stop - i);
+  });
+}
+
 template <class T, bool kTanh>
 void forward(const GeluFwd& p) {
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
-  parallel_for(p.context.num_threads, ceil_div(p.n, kBlock), [&](int64_t begin, int64_t end, int) {
-    const int64_t stop = min(end * kBlock, p.n);
-    for (int64_t i = begin * kBlock; i < stop; i += kLanes<A>)
-      store<A>(y + i, gelu<A, kTanh>(load<A>(x + i, stop - i)), stop - i);
-  });
+  for_vectors<A>(p.context.num_threads, p.n,
+                 [=](int64_t i, int64_t n) { store<A>(y + i, gelu<T, kTanh>(load<A>(x + i, n)), n); });
 }
 
 template <class T, bool kTanh>
@@ -29,12 +37,8 @@ void backward(const GeluBwd& p) {
   const T* x = static_cast<const T*>(p.x);
   const T* dy = static_cast<const T*>(p.dy);
   T* dx = static_cast<T*>(p.dx);
-  parallel_for(p.context.num_threads, ceil_div(p.n, kBlock), [&](int64_t begin, int64_t end, int) {
-    const int64_t stop = min(end * kBlock, p.n);
-    for (int64_t i = begin * kBlock; i < stop; i += kLanes<A>) {
-      const int64_t n = stop - i;
-      store<A>(dx + i, load<A>(dy + i, n) * gelu_grad<A, kTanh>(load<A>(x + i, n)), n);
-    }
+  for_vectors<A>(p.context.num_threads, p.n, [=](int64_t i, int64_t n) {
+    store<A>(dx + i, load<A>(dy + i, n) * gelu_grad<T, kTanh>(load<A>(x + i, n)), n);
   });
 }
 

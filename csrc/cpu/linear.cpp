@@ -13,16 +13,16 @@
 namespace vit::VIT_ISA {
 namespace {
 
-template <class A>
-VIT_INLINE Vec<A> activate(Activation activation, Vec<A> x) {
-  if (activation == Activation::gelu) return gelu<A, false>(x);
-  if (activation == Activation::gelu_tanh) return gelu<A, true>(x);
+template <class T>
+VIT_INLINE Vec<Acc<T>> activate(Activation activation, Vec<Acc<T>> x) {
+  if (activation == Activation::gelu) return gelu<T, false>(x);
+  if (activation == Activation::gelu_tanh) return gelu<T, true>(x);
   return x;
 }
 
-template <class A>
-VIT_INLINE Vec<A> activate_grad(Activation activation, Vec<A> x) {
-  return activation == Activation::gelu ? gelu_grad<A, false>(x) : gelu_grad<A, true>(x);
+template <class T>
+VIT_INLINE Vec<Acc<T>> activate_grad(Activation activation, Vec<Acc<T>> x) {
+  return activation == Activation::gelu ? gelu_grad<T, false>(x) : gelu_grad<T, true>(x);
 }
 
 // Calls f(std constant) with the activation known at compile time, so that a row is one branch-free loop.
@@ -54,7 +54,7 @@ struct Epilogue {
         Vec<A> v = load<A>(tile.data + r * tile.stride + j);
         if (bias) v += load<A>(bias + tile.column + j, n);
         if (preact) store<A>(preact + at + j, v, n);
-        v = activate<A>(kActivation, v);
+        v = activate<T>(kActivation, v);
         if (residual) v += load<A>(residual + at + j, n);
         store<A>(y + at + j, v, n);
       }
@@ -134,7 +134,7 @@ void make_dz(const LinearBwd& p, T* dz, Acc<T>* partial_bias) {
         for (int64_t j = 0; j < p.N; j += kLanes<A>) {
           const int64_t n = p.N - j, at = i * p.N + j;
           Vec<A> v = load<A>(dy + at, n);
-          if constexpr (kActivation != Activation::none) v *= activate_grad<A>(kActivation, load<A>(preact + at, n));
+          if constexpr (kActivation != Activation::none) v *= activate_grad<T>(kActivation, load<A>(preact + at, n));
           if (dz) store<A>(dz + at, v, n);
           if (total) store<A>(total + j, load<A>(total + j, n) + v, n);
         }

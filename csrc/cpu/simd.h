@@ -95,13 +95,36 @@ VIT_INLINE V load_raw(const T* p) {
   return v;
 }
 
-// The first n elements (n < lanes of V) of p, the rest 0.
+// load_raw(p, n): the first n elements (n < lanes of V) of p, the rest 0. store_raw(p, v, n): the first n elements of v.
+#if defined(__AVX512F__)
+template <class V, class T>
+VIT_INLINE V load_raw(const T* p, int64_t n) {
+  const uint64_t bytes = (uint64_t{1} << (n * static_cast<int64_t>(sizeof(T)))) - 1;
+  if constexpr (sizeof(V) == 64)
+    return bit_cast<V>(_mm512_maskz_loadu_epi8(bytes, p));
+  else
+    return bit_cast<V>(_mm256_maskz_loadu_epi8(static_cast<uint32_t>(bytes), p));
+}
+template <class V, class T>
+VIT_INLINE void store_raw(T* p, V v, int64_t n) {
+  const uint64_t bytes = (uint64_t{1} << (n * static_cast<int64_t>(sizeof(T)))) - 1;
+  if constexpr (sizeof(V) == 64)
+    _mm512_mask_storeu_epi8(p, bytes, bit_cast<__m512i>(v));
+  else
+    _mm256_mask_storeu_epi8(p, static_cast<uint32_t>(bytes), bit_cast<__m256i>(v));
+}
+#else
 template <class V, class T>
 VIT_INLINE V load_raw(const T* p, int64_t n) {
   V v{};
   memcpy(&v, p, static_cast<size_t>(n) * sizeof(T));
   return v;
 }
+template <class V, class T>
+VIT_INLINE void store_raw(T* p, V v, int64_t n) {
+  memcpy(p, &v, static_cast<size_t>(n) * sizeof(T));
+}
+#endif
 
 // load<A>(p): kLanes<A> elements of type T as accumulators.
 template <class A, class T>
@@ -112,7 +135,7 @@ struct Memory<float, float> {
   static VIT_INLINE f32v load(const float* p) { return load_raw<f32v>(p); }
   static VIT_INLINE f32v load(const float* p, int64_t n) { return load_raw<f32v>(p, n); }
   static VIT_INLINE void store(float* p, f32v v) { memcpy(p, &v, sizeof v); }
-  static VIT_INLINE void store(float* p, f32v v, int64_t n) { memcpy(p, &v, static_cast<size_t>(n) * 4); }
+  static VIT_INLINE void store(float* p, f32v v, int64_t n) { store_raw(p, v, n); }
 };
 
 template <>
@@ -120,7 +143,7 @@ struct Memory<double, double> {
   static VIT_INLINE f64v load(const double* p) { return load_raw<f64v>(p); }
   static VIT_INLINE f64v load(const double* p, int64_t n) { return load_raw<f64v>(p, n); }
   static VIT_INLINE void store(double* p, f64v v) { memcpy(p, &v, sizeof v); }
-  static VIT_INLINE void store(double* p, f64v v, int64_t n) { memcpy(p, &v, static_cast<size_t>(n) * 8); }
+  static VIT_INLINE void store(double* p, f64v v, int64_t n) { store_raw(p, v, n); }
 };
 
 template <>
@@ -131,10 +154,7 @@ struct Memory<float, bf16> {
     const u16hv bits = to_bf16(v);
     memcpy(p, &bits, sizeof bits);
   }
-  static VIT_INLINE void store(bf16* p, f32v v, int64_t n) {
-    const u16hv bits = to_bf16(v);
-    memcpy(p, &bits, static_cast<size_t>(n) * 2);
-  }
+  static VIT_INLINE void store(bf16* p, f32v v, int64_t n) { store_raw(p, to_bf16(v), n); }
 };
 
 template <>
@@ -148,8 +168,7 @@ struct Memory<double, float> {  // float32 parameters beside float64 activations
     memcpy(p, &narrow, sizeof narrow);
   }
   static VIT_INLINE void store(float* p, f64v v, int64_t n) {
-    const f32hv narrow = __builtin_convertvector(v, f32hv);
-    memcpy(p, &narrow, static_cast<size_t>(n) * 4);
+    store_raw(p, __builtin_convertvector(v, f32hv), n);
   }
 };
 
@@ -180,29 +199,80 @@ VIT_INLINE T from_acc(A x) {
 
 // --- across lanes ---------------------------------------------------------------------------------------------------
 
+template <class A>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Int = i32v;
+  static constexpr int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+};
+template <>
+struct Lanes<double> {
+  using Int = i64v;
+  static constexpr int64_t numbers[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+};
+
 // All lanes of v below n (n <= lanes) kept, the others replaced by `other`.
 template <class V, class A>
 VIT_INLINE V keep(V v, int64_t n, A other) {
-  for (int i = 0; i < kLanes<A>; ++i) v[i] = i < n ? v[i] : other;
-  return v;
+  using Int = typename Lanes<A>::Int;
+  const Int number = load_raw<Int>(Lanes<A>::numbers);
+  return number < static_cast<decltype(Lanes<A>::numbers[0] + 0)>(n) ? v : broadcast(other);
 }
 
-VIT_INLINE float sum(f32v v) {
-  for (int half = kLanes<float> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+// The sum of n lanes by halves: (0 + n/2) + ..., the same tree for every element type.
+template <class A, int n, class V>
+VIT_INLINE A sum_lanes(V v) {
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    typedef A Half __attribute__((vector_size(n / 2 * sizeof(A))));
+    Half low, high;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) {  // GCC 12 takes a detour through memory
+      low = bit_cast<Half>(_mm512_maskz_extracti64x4_epi64(0xf, bit_cast<__m512i>(v), 0));
+      high = bit_cast<Half>(_mm512_maskz_extracti64x4_epi64(0xf, bit_cast<__m512i>(v), 1));
+      return sum_lanes<A, n / 2>(low + high);
+    }
+#endif
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_lanes<A, n / 2>(low + high);
+  }
 }
-VIT_INLINE double sum(f64v v) {
-  for (int half = kLanes<double> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
-}
+VIT_INLINE float sum(f32v v) { return sum_lanes<float, kLanes<float>>(v); }
+VIT_INLINE double sum(f64v v) { return sum_lanes<double, kLanes<double>>(v); }
 
-// The larger of each lane.
+// The larger or smaller of each lane; a NaN in b wins, so that a running maximum keeps it. These are the semantics of the
+// x86 instructions; GCC 12 makes a comparison and a blend of the plain expression.
+#if defined(__AVX512F__)
+VIT_INLINE f32v vmax(f32v a, f32v b) {
+  return bit_cast<f32v>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
+VIT_INLINE f64v vmax(f64v a, f64v b) {
+  return bit_cast<f64v>(_mm512_maskz_max_pd(0xff, bit_cast<__m512d>(a), bit_cast<__m512d>(b)));
+}
+VIT_INLINE f32v vmin(f32v a, f32v b) {
+  return bit_cast<f32v>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
+VIT_INLINE f64v vmin(f64v a, f64v b) {
+  return bit_cast<f64v>(_mm512_maskz_min_pd(0xff, bit_cast<__m512d>(a), bit_cast<__m512d>(b)));
+}
+#elif defined(__AVX2__)
+VIT_INLINE f32v vmax(f32v a, f32v b) { return _mm256_max_ps(a, b); }
+VIT_INLINE f64v vmax(f64v a, f64v b) { return _mm256_max_pd(a, b); }
+VIT_INLINE f32v vmin(f32v a, f32v b) { return _mm256_min_ps(a, b); }
+VIT_INLINE f64v vmin(f64v a, f64v b) { return _mm256_min_pd(a, b); }
+#else
 template <class V>
 VIT_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
 }
+template <class V>
+VIT_INLINE V vmin(V a, V b) {
+  return a < b ? a : b;
+}
+#endif
 
 template <int kBytes>
 struct Index {
@@ -247,61 +317,6 @@ VIT_INLINE void transpose(V (&rows)[L]) {
   if constexpr (L > 2) exchange<V, L, 2>(rows);
   if constexpr (L > 4) exchange<V, L, 4>(rows);
   if constexpr (L > 8) exchange<V, L, 8>(rows);
-}
-
-// --- functions ------------------------------------------------------------------------------------------------------
-
-// e^x with an error below 1.5 units in the last place; overflows to infinity, underflows through the denormals to 0.
-VIT_INLINE f32v exp(f32v x) {
-  const f32v low = broadcast(-104.0f), high = broadcast(89.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  // n = round(x / ln 2): adding 1.5 * 2^23 leaves the integer in the low bits.
-  const f32v magic = broadcast(12582912.0f);
-  const f32v shifted = fma(x, broadcast(1.44269504f), magic);
-  const f32v n = shifted - magic;
-  // r = x - n ln 2 with ln 2 in two parts, the first short enough for n * part to be exact.
-  f32v r = fma(n, broadcast(-0.693359375f), x);
-  r = fma(n, broadcast(2.12194440e-4f), r);
-  f32v p = broadcast(1.0f / 5040);
-  p = fma(p, r, broadcast(1.0f / 720));
-  p = fma(p, r, broadcast(1.0f / 120));
-  p = fma(p, r, broadcast(1.0f / 24));
-  p = fma(p, r, broadcast(1.0f / 6));
-  p = fma(p, r, broadcast(0.5f));
-  p = fma(p, r, broadcast(1.0f));
-  p = fma(p, r, broadcast(1.0f));
-  // 2^n in two factors, because 2^n itself may be denormal or too large.
-  const i32v exponent = bit_cast<i32v>(shifted) - bit_cast<i32v>(magic);
-  const i32v half = exponent >> 1;
-  const f32v scale1 = bit_cast<f32v>((half + 127) << 23);
-  const f32v scale2 = bit_cast<f32v>((exponent - half + 127) << 23);
-  return p * scale1 * scale2;
-}
-
-VIT_INLINE f64v exp(f64v x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
-  return x;
-}
-
-VIT_INLINE f32v erf(f32v x) {
-  for (int i = 0; i < kLanes<float>; ++i) x[i] = ::erff(x[i]);
-  return x;
-}
-
-VIT_INLINE f64v erf(f64v x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::erf(x[i]);
-  return x;
-}
-
-VIT_INLINE f32v tanh(f32v x) {
-  for (int i = 0; i < kLanes<float>; ++i) x[i] = ::tanhf(x[i]);
-  return x;
-}
-
-VIT_INLINE f64v tanh(f64v x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::tanh(x[i]);
-  return x;
 }
 
 }  // namespace vit::VIT_ISA
