@@ -9,9 +9,10 @@
 // Strides      in elements, never bytes.
 // dtype        of activations. param_dtype is the type of weights, biases and their gradients: dtype or float32.
 //              out_dtype (linear) is the type of residual, y and dy: dtype or float32.
-// acc          the accumulator type of a dtype: float64 for float64, else float32. Statistics (mean, rstd, lse) have
-// it. Ownership    the caller owns all memory, the workspace included: <op>_<direction>_workspace(params) says how many
-//              bytes (64-byte aligned) and looks at sizes, dtypes and context only.
+// acc          the accumulator type of a dtype: float64 for float64, else float32. Statistics (mean, rstd, lse)
+//              have it.
+// Ownership    the caller owns all memory, the workspace included: <op>_<direction>_workspace(params) says how many
+//              bytes (64-byte aligned) and looks at sizes, strides, dtypes and context only, never at pointers.
 // Behaviour    kernels never allocate device memory, print, exit or synchronise. A bad argument throws vit::Error with
 //              the op, the name and the value. Results depend neither on num_threads nor on what else is in the batch:
 //              the order of every sum follows from N, K, dtype and architecture alone. No atomics on results.

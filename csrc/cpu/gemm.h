@@ -155,9 +155,10 @@ VIT_INLINE int64_t packed_b_bytes(int64_t K, int64_t N) {
 // The word of T for one step, from up to two elements of type P.
 template <class T, class P>
 VIT_INLINE Word<T> word_of(P first, P second) {
-  if constexpr (same<T, bf16>) {
-    const uint32_t low = from_acc<bf16>(to_acc(first)).bits, high = from_acc<bf16>(to_acc(second)).bits;
-    return low | high << 16;
+  if constexpr (same<P, bf16>) {
+    return first.bits | static_cast<uint32_t>(second.bits) << 16;
+  } else if constexpr (same<T, bf16>) {
+    return word_of<bf16>(from_acc<bf16>(first), from_acc<bf16>(second));
   } else {
     (void)second;
     return static_cast<T>(to_acc(first));
@@ -205,6 +206,12 @@ VIT_INLINE Words<T> column_words(const P* first, const P* second, int64_t n) {
     (void)second;
     return load<T>(first, n);
   }
+}
+
+// The first n words to `out`.
+template <class T>
+VIT_INLINE void store_words(char* out, Words<T> words, int64_t n) {
+  store<Acc<T>>(reinterpret_cast<Acc<T>*>(out), bit_cast<Vec<Acc<T>>>(words), n);
 }
 
 // Steps [begin, end) of `vectors` vectors of columns from column j of b[K, N], written to `panel`, which starts at step
@@ -313,19 +320,25 @@ Left prepare_a(int threads, const Matrix<T>& a, int64_t M, int64_t K, char* copy
         for (int64_t i = 0; i < M; i += lanes) {
           const int64_t n = min(lanes, M - i);
           const Words<T> words = column_words<T>(first + i, second ? second + i : nullptr, n);
-          store<Acc<T>>(reinterpret_cast<Acc<T>*>(copy + (s * M + i) * size), bit_cast<Vec<Acc<T>>>(words), n);
+          store_words<T>(copy + (s * M + i) * size, words, n);
         }
       }
     });
     return {copy, M * size, true};
   }
   parallel_for(threads, M, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i)
+    for (int64_t i = begin; i < end; ++i) {
+      if (a.col == 1) {
+        for (int64_t s = 0; s < steps; s += lanes)
+          store_words<T>(copy + (i * steps + s) * size, row_words<T>(a.data + i * a.row, s * depth, K), steps - s);
+        continue;
+      }
       for (int64_t s = 0; s < steps; ++s) {
         const T* first = a.data + i * a.row + s * depth * a.col;
         const Word<T> word = word_of<T>(first[0], s * depth + 1 < K ? first[a.col] : T{});
         memcpy(copy + (i * steps + s) * size, &word, size);
       }
+    }
   });
   return {copy, steps * size, false};
 }
