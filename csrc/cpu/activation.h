@@ -12,8 +12,8 @@
 
 namespace vit::VIT_ISA {
 
-// Phi(-a) = e^(-a^2/2) P(a) / Q(a) for 0 <= a <= limit, where Phi(-a) has become 0. P / Q interpolates with 60 digits at
-// Chebyshev nodes of a / (a + 3); all coefficients are positive, so that Horner's rule loses nothing.
+// Phi(-a) = e^(-a^2/2) P(a) / Q(a) for 0 <= a <= limit, where Phi(-a) has become 0. P / Q interpolates with 60 digits
+// at Chebyshev nodes of a / (a + 3); all coefficients are positive, so that Horner's rule loses nothing.
 template <class T>
 struct NormalConstants;
 

@@ -2,8 +2,8 @@
 //
 //   2^x = 2^n q(x - n),  n = round(x);    e^x = 2^n p(x - n ln 2),  n = round(x / ln 2)
 //
-// q and p are polynomials with the smallest largest relative error (Remez, computed with 40 digits). Their degree follows
-// the type T that the result will be rounded to: bfloat16 needs four terms, float six or seven, double twelve.
+// q and p are polynomials with the smallest largest relative error (Remez, computed with 40 digits). Their degree
+// follows the type T that the result will be rounded to: bfloat16 needs four terms, float six or seven, double twelve.
 #pragma once
 
 #include "cpu/simd.h"
@@ -48,8 +48,7 @@ struct Exp2<bf16> {  // error 8e-5, 2 % of a bfloat16's rounding error
 };
 template <>
 struct Exp2<float> {  // error 7e-8
-  static constexpr float c[] = {1.00000007f,   0.693146967f,   0.240221197f,
-                                0.0555071328f, 0.00967554137f, 0.00132764715f};
+  static constexpr float c[] = {1.00000007f, 0.693146967f, 0.240221197f, 0.0555071328f, 0.00967554137f, 0.00132764715f};
 };
 template <>
 struct Exp2<double> {  // error 2e-17
@@ -74,8 +73,8 @@ template <>
 struct Exp<float> {  // error 2e-9
   static constexpr float log2_e = 1.44269504f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // n * ln2_high is exact
-  static constexpr float c[] = {1.0f,           1.00000004f,    0.499999921f,   0.166664202f,
-                                0.0416682256f,  0.00837481584f, 0.00138368464f};
+  static constexpr float c[] = {1.0f,          1.00000004f,    0.499999921f,  0.166664202f,
+                                0.0416682256f, 0.00837481584f, 0.00138368464f};
 };
 template <>
 struct Exp<double> {  // error 2e-17

@@ -15,8 +15,8 @@
 namespace vit::VIT_ISA {
 namespace {
 
-// Calls f(j, n, chain) for every vector of a row of C elements; n of its lanes are elements. `chain` cycles through 0..3:
-// a sum kept in four chains does not wait for the four cycles of an addition.
+// Calls f(j, n, chain) for every vector of a row of C elements; n of its lanes are elements. `chain` cycles through
+// 0..3: a sum kept in four chains does not wait for the four cycles of an addition.
 template <class A, class F>
 VIT_INLINE void for_row(int64_t C, const F& f) {
   constexpr int64_t lanes = kLanes<A>;

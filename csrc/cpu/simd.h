@@ -95,7 +95,8 @@ VIT_INLINE V load_raw(const T* p) {
   return v;
 }
 
-// load_raw(p, n): the first n elements (n < lanes of V) of p, the rest 0. store_raw(p, v, n): the first n elements of v.
+// load_raw(p, n): the first n elements (n < lanes of V) of p, the rest 0. store_raw(p, v, n): the first n elements of
+// v.
 #if defined(__AVX512F__)
 template <class V, class T>
 VIT_INLINE V load_raw(const T* p, int64_t n) {
@@ -167,9 +168,7 @@ struct Memory<double, float> {  // float32 parameters beside float64 activations
     const f32hv narrow = __builtin_convertvector(v, f32hv);
     memcpy(p, &narrow, sizeof narrow);
   }
-  static VIT_INLINE void store(float* p, f64v v, int64_t n) {
-    store_raw(p, __builtin_convertvector(v, f32hv), n);
-  }
+  static VIT_INLINE void store(float* p, f64v v, int64_t n) { store_raw(p, __builtin_convertvector(v, f32hv), n); }
 };
 
 template <class A, class T>
@@ -220,9 +219,9 @@ VIT_INLINE V keep(V v, int64_t n, A other) {
   return number < static_cast<decltype(Lanes<A>::numbers[0] + 0)>(n) ? v : broadcast(other);
 }
 
-// The sum of n lanes by halves: (0 + n/2) + ..., the same tree for every element type.
-template <class A, int n, class V>
-VIT_INLINE A sum_lanes(V v) {
+// The n lanes of v combined by f, by halves: (0, n/2), ..., the same tree for every element type.
+template <class A, int n, class V, class F>
+VIT_INLINE A fold(V v, const F& f) {
   if constexpr (n == 1) {
     return v[0];
   } else {
@@ -232,19 +231,26 @@ VIT_INLINE A sum_lanes(V v) {
     if constexpr (sizeof(V) == 64) {  // GCC 12 takes a detour through memory
       low = bit_cast<Half>(_mm512_maskz_extracti64x4_epi64(0xf, bit_cast<__m512i>(v), 0));
       high = bit_cast<Half>(_mm512_maskz_extracti64x4_epi64(0xf, bit_cast<__m512i>(v), 1));
-      return sum_lanes<A, n / 2>(low + high);
+      return fold<A, n / 2>(f(low, high), f);
     }
 #endif
     memcpy(&low, &v, sizeof low);
     memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return sum_lanes<A, n / 2>(low + high);
+    return fold<A, n / 2>(f(low, high), f);
   }
 }
-VIT_INLINE float sum(f32v v) { return sum_lanes<float, kLanes<float>>(v); }
-VIT_INLINE double sum(f64v v) { return sum_lanes<double, kLanes<double>>(v); }
 
-// The larger or smaller of each lane; a NaN in b wins, so that a running maximum keeps it. These are the semantics of the
-// x86 instructions; GCC 12 makes a comparison and a blend of the plain expression.
+struct Add {
+  template <class V>
+  VIT_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+VIT_INLINE float sum(f32v v) { return fold<float, kLanes<float>>(v, Add{}); }
+VIT_INLINE double sum(f64v v) { return fold<double, kLanes<double>>(v, Add{}); }
+
+// The larger or smaller of each lane; a NaN in b wins, so that a running maximum keeps it. These are the semantics of
+// the x86 instructions; GCC 12 makes a comparison and a blend of the plain expression.
 #if defined(__AVX512F__)
 VIT_INLINE f32v vmax(f32v a, f32v b) {
   return bit_cast<f32v>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
