@@ -28,8 +28,8 @@ void check(const char* op, DType dtype, int64_t B, int64_t N, int64_t L, int64_t
 
 }  // namespace
 
-std::string attention_shape(int64_t B, int64_t N, int64_t L, int64_t H, int64_t D) {
-  return shape_text({{"B", B}, {"N", N}, {"L", L}, {"H", H}, {"D", D}});
+Shape attention_shape(int64_t B, int64_t N, int64_t L, int64_t H, int64_t D) {
+  return Shape({{"B", B}, {"N", N}, {"L", L}, {"H", H}, {"D", D}});
 }
 
 }  // namespace vit::cuda

@@ -62,7 +62,7 @@ void run(const char* op, const void* x, const void* dy, void* out, int64_t n, Ac
     using T = decltype(element);
     const int64_t blocks = divide_up(n, kBlock * kVectorsPerThread * kVector<T>);
     const bool vectors = is_aligned(x) && is_aligned(dy) && is_aligned(out);
-    launch<elementwise<T, kBackward>>({op, shape_text({{"n", n}}), context, blocks, kBlock}, static_cast<const T*>(x),
+    launch<elementwise<T, kBackward>>({op, Shape({{"n", n}}), context, blocks, kBlock}, static_cast<const T*>(x),
                                       static_cast<const T*>(dy), static_cast<T*>(out), n, activation, vectors);
   });
 }

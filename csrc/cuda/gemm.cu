@@ -90,7 +90,7 @@ void gemm(const char* op, const Gemm& g, const Context& context) {
   dispatch(g.dtype, [&](auto element) {
     using T = decltype(element);
     launch<sum_splits<T>>(
-        {op, shape_text({{"M", g.M}, {"N", g.N}, {"splits", g.splits}}), context, divide_up(n, 4 * kBlock), kBlock},
+        {op, Shape({{"M", g.M}, {"N", g.N}, {"splits", g.splits}}), context, divide_up(n, 4 * kBlock), kBlock},
         static_cast<const Acc<T>*>(g.workspace), mixed<T>(g.out, g.out_dtype), n, g.splits);
   });
 }

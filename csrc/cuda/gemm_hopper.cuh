@@ -244,7 +244,7 @@ void launch_hopper(const char* op, const Gemm& g, const Context& context) {
     const uint64_t strides[2] = {size(across) * 2, size(o.batch == 0 ? 8 : o.batch) * 2};
     const int box1 = adjacent ? box_rows : kHopperK;
     if (!encode_tensor_map(map, o.data, bfloat16, dims, strides, 64, static_cast<uint32_t>(box1)))
-      fail(op, "the driver refuses a tensor map for " + shape_text({{"M", g.M}, {"N", g.N}, {"K", g.K}}));
+      fail(op, "the driver refuses a tensor map for " + Shape({{"M", g.M}, {"N", g.N}, {"K", g.K}}).text());
   };
   TensorMap map_a, map_b;
   encode(g.a, kAdjacentA, g.M, kM, map_a);
@@ -261,7 +261,7 @@ void launch_hopper(const char* op, const Gemm& g, const Context& context) {
   const int64_t tiles = work.tiles_m * work.tiles_n * work.planes;
   const int64_t clusters = std::min<int64_t>(tiles, std::max(1, multiprocessors(context.device) / kCluster));
   launch<gemm_hopper_kernel<T, kM, kN, kAdjacentA, kAdjacentB, kCluster>>(
-      {op, shape_text({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, clusters * kCluster,
+      {op, Shape({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, clusters * kCluster,
        kHopperThreads, static_cast<std::size_t>(Tile::kSharedBytes), kCluster},
       map_a, map_b, work, Epilogue<T>(g));
 }

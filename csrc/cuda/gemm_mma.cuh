@@ -169,7 +169,7 @@ void gemm_mma(const char* op, const Gemm& g, const Context& context) {
     constexpr int kTile = decltype(tile)::value;
     const int64_t blocks = divide_up(g.M, kTile) * divide_up(g.N, kTile) * planes;
     launch<gemm_mma<T, kTile, decltype(adjacent_a)::value, decltype(adjacent_b)::value>>(
-        {op, shape_text({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, blocks, kGemmThreads,
+        {op, Shape({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, blocks, kGemmThreads,
          static_cast<std::size_t>(mma_shared_bytes(kTile))},
         g.a, g.b, g.batch, g.K, K_split, a.vectors, b.vectors, Epilogue<T>(g));
   };

@@ -209,7 +209,7 @@ void layer_norm_bwd(const LayerNormBwd& p) {
   require(p.M == 0 || (p.dy && p.x && p.mean && p.rstd), op, "dy, x, mean and rstd must not be null");
   require(p.workspace || !(p.dweight || p.dbias), op, "workspace must not be null when dweight or dbias is wanted");
   const DeviceGuard guard(op, p.context);
-  const std::string shape = shape_text({{"M", p.M}, {"C", p.C}});
+  const Shape shape({{"M", p.M}, {"C", p.C}});
   dispatch(p.dtype, [&](auto element) { run<decltype(element)>(p, {op, shape, p.context, 0, kBlock}); });
 }
 

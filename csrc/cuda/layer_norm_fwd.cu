@@ -130,7 +130,7 @@ void layer_norm_fwd(const LayerNormFwd& p) {
   if (p.M == 0) return;
   require(p.x && p.y, op, "x and y must not be null");
   const DeviceGuard guard(op, p.context);
-  const std::string shape = shape_text({{"M", p.M}, {"C", p.C}});
+  const Shape shape({{"M", p.M}, {"C", p.C}});
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) < 8)

@@ -166,7 +166,7 @@ void linear_fwd(const LinearFwd& p) {
   require(p.dtype == p.param_dtype || p.K == 0 || p.workspace, op,
           "workspace must not be null, see linear_fwd_workspace");
   const DeviceGuard guard(op, p.context);
-  const Launch like = {op, shape_text({{"M", p.M}, {"N", p.N}, {"K", p.K}}), p.context, 0, 0};
+  const Launch like = {op, Shape({{"M", p.M}, {"N", p.N}, {"K", p.K}}), p.context, 0, 0};
   const Weight weight = cast_weight(like, p.weight, p.weight_stride, p.N, p.K, p.dtype, p.param_dtype, p.workspace);
   Gemm g;
   g.a = {p.x, p.x_stride, 1, 0};
@@ -194,7 +194,7 @@ void linear_bwd(const LinearBwd& p) {
   const BackwardPlan plan = cuda::plan(p, p.workspace);
   require(plan.workspace == 0 || p.workspace, op, "workspace must not be null, see linear_bwd_workspace");
   const DeviceGuard guard(op, p.context);
-  const Launch like = {op, shape_text({{"M", p.M}, {"N", p.N}, {"K", p.K}}), p.context, 0, 0};
+  const Launch like = {op, Shape({{"M", p.M}, {"N", p.N}, {"K", p.K}}), p.context, 0, 0};
   if (plan.prepare) dispatch(p.dtype, [&](auto element) { run_prepare<decltype(element)>(p, plan, like); });
   Gemm g;
   g.a = {plan.store_dz ? plan.dz : p.dy, p.N, 1, 0};

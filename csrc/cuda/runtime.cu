@@ -87,13 +87,13 @@ void check_launch(cudaError_t error, const Launch& launch) {
   cudaGetLastError();  // clears it: the caller gets it as an exception, not as the error of its next CUDA call
   fail(launch.op, std::string(cudaGetErrorString(error)) + " while launching " + std::to_string(launch.blocks) +
                       " blocks of " + std::to_string(launch.threads) + " threads with " +
-                      std::to_string(launch.shared_bytes) + " bytes of shared memory for " + launch.shape);
+                      std::to_string(launch.shared_bytes) + " bytes of shared memory for " + launch.shape.text());
 }
 
-std::string shape_text(std::initializer_list<std::pair<const char*, int64_t>> sizes) {
+std::string Shape::text() const {
   std::string text;
   for (const auto& [key, value] : sizes)
-    text += (text.empty() ? "" : " ") + std::string(key) + "=" + std::to_string(value);
+    if (key) text += (text.empty() ? "" : " ") + std::string(key) + "=" + std::to_string(value);
   return text;
 }
 

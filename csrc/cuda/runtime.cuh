@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <initializer_list>
 #include <string>
 
 #include "instructions.cuh"
@@ -59,9 +60,21 @@ enum class Path { automatic, portable };
 Path path();
 void set_path(Path);
 
+// The sizes of a call for error texts, put into words only when there is an error: "M=3 N=4".
+struct Shape {
+  struct Size {
+    const char* name;
+    int64_t value;
+  };
+  Size sizes[6] = {};
+
+  Shape(std::initializer_list<Size> given) { std::copy(given.begin(), given.end(), sizes); }
+  std::string text() const;
+};
+
 struct Launch {
   const char* op;
-  std::string shape;  // for the error text
+  Shape shape;
   const Context& context;
   int64_t blocks;
   int threads;
@@ -94,7 +107,7 @@ void allow_shared_bytes(const Launch& launch) {
 template <auto kernel, class... Args>
 void launch(const Launch& launch, Args... args) {
   if (launch.blocks <= 0) return;
-  if (launch.blocks > 0x7fffffff) fail(launch.op, "needs more than 2^31 blocks: " + launch.shape);
+  if (launch.blocks > 0x7fffffff) fail(launch.op, "needs more than 2^31 blocks: " + launch.shape.text());
   allow_shared_bytes<kernel>(launch);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
@@ -133,8 +146,5 @@ void dispatch_16_bit(DType dtype, F f) {
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// "M=3 N=4" for error texts.
-std::string shape_text(std::initializer_list<std::pair<const char*, int64_t>>);
 
 }  // namespace vit::cuda
