@@ -174,8 +174,11 @@ def _linear() -> Iterator[Case]:
         yield _case("linear", "corner", "m21 n50 k35", values=values, **gelu, **residual)
     yield _case("linear", "corner", "m21 n50 k35", values="huge_x", **tanh)
     yield _case("linear", "large", "m1576 n768 k768")
-    yield _case("linear", "large", "m394 n3072 k768", **gelu)
-    yield _case("linear", "large", "m394 n768 k3072", **residual)
+    yield _case("linear", "large", "m1576 n2304 k768")
+    yield _case("linear", "large", "m1576 n3072 k768", **gelu)
+    yield _case("linear", "large", "m1576 n768 k3072", **residual)
+    yield _case("linear", "large", "m197 n3072 k768", **gelu)
+    yield _case("linear", "large", "m197 n768 k3072", **residual)
 
 
 def _attention() -> Iterator[Case]:
