@@ -204,10 +204,12 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
+    """The processor's name with family and model: virtual machines call Zen 4 and Zen 5 alike "AMD EPYC"."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
+            fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in file)}
+        return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
+    except (OSError, KeyError):
         return platform.processor() or platform.machine()
 
 
