@@ -163,7 +163,8 @@ def test_a_wheel_built_from_the_sdist_equals_one_built_from_the_tree(tree: Path)
 
 @pytest.mark.slow
 def test_install_into_a_fresh_environment(tree: Path, fresh_python: Path) -> None:
-    pip("install", build_wheel(tree), tree=tree, python=fresh_python)
+    # The borrowed packages may hold a vit of this version: without the option pip would find nothing to do.
+    pip("install", "--ignore-installed", build_wheel(tree), tree=tree, python=fresh_python)
     vit = report(fresh_python)
     assert Path(vit["file"]).is_relative_to(fresh_python.parent.parent)
     assert vit["version"] == re.search(VERSION, (tree / "pyproject.toml").read_text())[1]
@@ -177,11 +178,11 @@ def test_install_into_a_fresh_environment(tree: Path, fresh_python: Path) -> Non
 @pytest.mark.slow
 def test_editable_install_builds_in_place_and_drops_what_no_longer_builds(tree: Path, fresh_python: Path) -> None:
     package = tree / "python/vit"
-    pip("install", "-e", ".", tree=tree, python=fresh_python)
+    pip("install", "--ignore-installed", "-e", ".", tree=tree, python=fresh_python)
     vit = report(fresh_python)
     assert Path(vit["file"]).parent == package
     assert vit["answer"] == 42
-    pip("install", "-e", ".", tree=tree, python=fresh_python, CXX="/bin/false")
+    pip("install", "--ignore-installed", "-e", ".", tree=tree, python=fresh_python, CXX="/bin/false")
     assert list(package.glob("_cpu*")) == []
     vit = report(fresh_python)
     assert vit["answer"] is None
