@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -294,3 +297,12 @@ def test_empty_results_have_the_right_shape(backend, device):
         for name, x in leaves.items():
             assert x.grad.shape == x.shape, f"{case.id}: {name}"
             assert not x.grad.isnan().any(), f"{case.id}: {name}"
+
+
+def test_import_does_not_bring_the_compiler():
+    """torch._dynamo alone takes a second; the whole import of vit may take 0.3 s beyond torch's own."""
+    script = "import sys, torch; before = set(sys.modules); import vit; print(*sorted(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    brought = result.stdout.split()
+    assert "vit.ops" in brought
+    assert not {"torch._dynamo", "torch._inductor", "sympy", "timm", "matplotlib"} & set(brought)

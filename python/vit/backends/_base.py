@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -117,7 +117,17 @@ class NativeBackend(Backend):
         return record | (dict(module.info()) if module is not None else {})
 
 
-@torch.compiler.assume_constant_result
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile takes the function's answer instead of tracing it.
+
+    torch.compiler.assume_constant_result sets this very attribute, but first imports torch._dynamo: 1.1 s at every
+    `import vit`.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """The compiled module vit._<name>, imported when first asked for, or the reason why there is none."""
     if name not in _LOADED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._base import NativeBackend, Spec
+from ._base import NativeBackend, Spec, constant
 
 #: The oldest GPU the kernels run on: bfloat16 tensor cores and asynchronous copies begin there.
 MIN_CAPABILITY = (8, 0)
@@ -38,7 +38,7 @@ class Cuda(NativeBackend):
         return torch._C._cuda_getCurrentRawStream(index), index, 1
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _no_gpu() -> str | None:
     """Why the compiled kernels cannot run on this machine; None when they can. Constant while the process lives."""
     global _WHY
