@@ -16,8 +16,10 @@ void* ptr(Pointer p) { return reinterpret_cast<void*>(p); }
 DType dt(int code) { return static_cast<DType>(code); }
 Activation act(int code) { return static_cast<Activation>(code); }
 
-// A stream is passed as (pointer, device index, CPU threads), the fields of Context.
-Context ctx(Pointer stream, int device, int num_threads) { return {ptr(stream), device, num_threads}; }
+// A stream is passed as (pointer, device index, CPU threads, TF32 allowed), the fields of Context.
+Context ctx(Pointer stream, int device, int num_threads, bool allow_tf32) {
+  return {ptr(stream), device, num_threads, allow_tf32};
+}
 
 // Runs `f(params)` without the GIL; vit::Error becomes a Python RuntimeError by pybind11's own rule.
 template <class F, class P>
@@ -28,7 +30,7 @@ auto run(F f, const P& params) {
 
 LayerNormFwd layer_norm_fwd_params(Pointer x, Pointer weight, Pointer bias, Pointer y, Pointer mean, Pointer rstd,
                                    int64_t M, int64_t C, int64_t x_stride, double eps, int dtype, int param_dtype,
-                                   Pointer stream, int device, int num_threads) {
+                                   Pointer stream, int device, int num_threads, bool allow_tf32) {
   return {ptr(x),
           ptr(weight),
           ptr(bias),
@@ -41,38 +43,39 @@ LayerNormFwd layer_norm_fwd_params(Pointer x, Pointer weight, Pointer bias, Poin
           eps,
           dt(dtype),
           dt(param_dtype),
-          ctx(stream, device, num_threads)};
+          ctx(stream, device, num_threads, allow_tf32)};
 }
 
 LayerNormBwd layer_norm_bwd_params(Pointer dy, Pointer x, Pointer weight, Pointer mean, Pointer rstd, Pointer dx,
                                    Pointer dweight, Pointer dbias, Pointer workspace, int64_t M, int64_t C,
                                    int64_t x_stride, int dtype, int param_dtype, Pointer stream, int device,
-                                   int num_threads) {
+                                   int num_threads, bool allow_tf32) {
   return {ptr(dy), ptr(x),       ptr(weight), ptr(mean),       ptr(rstd),
           ptr(dx), ptr(dweight), ptr(dbias),  ptr(workspace),  M,
-          C,       x_stride,     dt(dtype),   dt(param_dtype), ctx(stream, device, num_threads)};
+          C,       x_stride,     dt(dtype),   dt(param_dtype), ctx(stream, device, num_threads, allow_tf32)};
 }
 
 MatmulFwd matmul_fwd_params(Pointer a, Pointer b, Pointer c, Pointer workspace, int64_t batch, int64_t M, int64_t N,
                             int64_t K, int64_t a_batch, int64_t a_row, int64_t a_col, int64_t b_batch, int64_t b_row,
-                            int64_t b_col, int dtype, Pointer stream, int device, int num_threads) {
-  return {ptr(a),  ptr(b), ptr(c), ptr(workspace), batch, M,     N,         K,
-          a_batch, a_row,  a_col,  b_batch,        b_row, b_col, dt(dtype), ctx(stream, device, num_threads)};
+                            int64_t b_col, int dtype, Pointer stream, int device, int num_threads, bool allow_tf32) {
+  return {
+      ptr(a),  ptr(b), ptr(c), ptr(workspace), batch, M,     N,         K,
+      a_batch, a_row,  a_col,  b_batch,        b_row, b_col, dt(dtype), ctx(stream, device, num_threads, allow_tf32)};
 }
 
 MatmulBwd matmul_bwd_params(Pointer dc, Pointer a, Pointer b, Pointer da, Pointer db, Pointer workspace, int64_t batch,
                             int64_t M, int64_t N, int64_t K, int64_t a_batch, int64_t a_row, int64_t a_col,
                             int64_t b_batch, int64_t b_row, int64_t b_col, int dtype, Pointer stream, int device,
-                            int num_threads) {
+                            int num_threads, bool allow_tf32) {
   return {ptr(dc), ptr(a),  ptr(b), ptr(da), ptr(db),   ptr(workspace),
           batch,   M,       N,      K,       a_batch,   a_row,
-          a_col,   b_batch, b_row,  b_col,   dt(dtype), ctx(stream, device, num_threads)};
+          a_col,   b_batch, b_row,  b_col,   dt(dtype), ctx(stream, device, num_threads, allow_tf32)};
 }
 
 LinearFwd linear_fwd_params(Pointer x, Pointer weight, Pointer bias, Pointer residual, Pointer y, Pointer preact,
                             Pointer workspace, int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t weight_stride,
                             int activation, int dtype, int param_dtype, int out_dtype, Pointer stream, int device,
-                            int num_threads) {
+                            int num_threads, bool allow_tf32) {
   return {ptr(x),
           ptr(weight),
           ptr(bias),
@@ -89,13 +92,13 @@ LinearFwd linear_fwd_params(Pointer x, Pointer weight, Pointer bias, Pointer res
           dt(dtype),
           dt(param_dtype),
           dt(out_dtype),
-          ctx(stream, device, num_threads)};
+          ctx(stream, device, num_threads, allow_tf32)};
 }
 
 LinearBwd linear_bwd_params(Pointer dy, Pointer x, Pointer weight, Pointer preact, Pointer dx, Pointer dweight,
                             Pointer dbias, Pointer workspace, int64_t M, int64_t N, int64_t K, int64_t x_stride,
                             int64_t weight_stride, int activation, int dtype, int param_dtype, int out_dtype,
-                            Pointer stream, int device, int num_threads) {
+                            Pointer stream, int device, int num_threads, bool allow_tf32) {
   return {ptr(dy),
           ptr(x),
           ptr(weight),
@@ -113,14 +116,14 @@ LinearBwd linear_bwd_params(Pointer dy, Pointer x, Pointer weight, Pointer preac
           dt(dtype),
           dt(param_dtype),
           dt(out_dtype),
-          ctx(stream, device, num_threads)};
+          ctx(stream, device, num_threads, allow_tf32)};
 }
 
 AttentionFwd attention_fwd_params(Pointer q, Pointer k, Pointer v, Pointer out, Pointer lse, Pointer workspace,
                                   int64_t B, int64_t N, int64_t L, int64_t H, int64_t D, int64_t q_batch,
                                   int64_t q_token, int64_t q_head, int64_t k_batch, int64_t k_token, int64_t k_head,
                                   int64_t v_batch, int64_t v_token, int64_t v_head, double scale, int dtype,
-                                  Pointer stream, int device, int num_threads) {
+                                  Pointer stream, int device, int num_threads, bool allow_tf32) {
   return {ptr(q),
           ptr(k),
           ptr(v),
@@ -143,7 +146,7 @@ AttentionFwd attention_fwd_params(Pointer q, Pointer k, Pointer v, Pointer out, 
           v_head,
           scale,
           dt(dtype),
-          ctx(stream, device, num_threads)};
+          ctx(stream, device, num_threads, allow_tf32)};
 }
 
 AttentionBwd attention_bwd_params(Pointer dout, Pointer q, Pointer k, Pointer v, Pointer out, Pointer lse, Pointer dq,
@@ -152,14 +155,14 @@ AttentionBwd attention_bwd_params(Pointer dout, Pointer q, Pointer k, Pointer v,
                                   int64_t k_token, int64_t k_head, int64_t v_batch, int64_t v_token, int64_t v_head,
                                   int64_t dq_batch, int64_t dq_token, int64_t dq_head, int64_t dk_batch,
                                   int64_t dk_token, int64_t dk_head, int64_t dv_batch, int64_t dv_token,
-                                  int64_t dv_head, double scale, int dtype, Pointer stream, int device,
-                                  int num_threads) {
+                                  int64_t dv_head, double scale, int dtype, Pointer stream, int device, int num_threads,
+                                  bool allow_tf32) {
   return {ptr(dout), ptr(q),   ptr(k),  ptr(v),         ptr(out),  ptr(lse),
           ptr(dq),   ptr(dk),  ptr(dv), ptr(workspace), B,         N,
           L,         H,        D,       q_batch,        q_token,   q_head,
           k_batch,   k_token,  k_head,  v_batch,        v_token,   v_head,
           dq_batch,  dq_token, dq_head, dk_batch,       dk_token,  dk_head,
-          dv_batch,  dv_token, dv_head, scale,          dt(dtype), ctx(stream, device, num_threads)};
+          dv_batch,  dv_token, dv_head, scale,          dt(dtype), ctx(stream, device, num_threads, allow_tf32)};
 }
 
 // Binds name(fields...) and, for kernels that need one, name_workspace(fields...) -> bytes.
@@ -172,13 +175,13 @@ void def(py::module_& m, const char* name, P (*params)(A...), void (*kernel)(con
 }
 
 GeluFwd gelu_fwd_params(Pointer x, Pointer y, int64_t n, int activation, int dtype, Pointer stream, int device,
-                        int num_threads) {
-  return {ptr(x), ptr(y), n, act(activation), dt(dtype), ctx(stream, device, num_threads)};
+                        int num_threads, bool allow_tf32) {
+  return {ptr(x), ptr(y), n, act(activation), dt(dtype), ctx(stream, device, num_threads, allow_tf32)};
 }
 
 GeluBwd gelu_bwd_params(Pointer dy, Pointer x, Pointer dx, int64_t n, int activation, int dtype, Pointer stream,
-                        int device, int num_threads) {
-  return {ptr(dy), ptr(x), ptr(dx), n, act(activation), dt(dtype), ctx(stream, device, num_threads)};
+                        int device, int num_threads, bool allow_tf32) {
+  return {ptr(dy), ptr(x), ptr(dx), n, act(activation), dt(dtype), ctx(stream, device, num_threads, allow_tf32)};
 }
 
 }  // namespace

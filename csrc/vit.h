@@ -28,7 +28,7 @@
 namespace vit {
 
 // Raised by one whenever a struct or function below changes: Python refuses a module built from another number.
-inline constexpr int kContract = 1;
+inline constexpr int kContract = 2;
 
 enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2 };
@@ -41,6 +41,7 @@ struct Context {
   void* stream = nullptr;   // cudaStream_t or sycl::queue*; null on the CPU
   int32_t device = 0;       // device index of the stream
   int32_t num_threads = 1;  // CPU threads this call may use; 1 never touches a thread pool
+  bool allow_tf32 = false;  // float32 products may round their inputs to TF32 (10 fraction bits); CUDA only
 };
 
 // layer_norm: y = (x - mean) * rstd * weight + bias over the last dimension, rstd = 1 / sqrt(var + eps).

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 #: Must equal vit::kContract of csrc/vit.h.
-CONTRACT = 1
+CONTRACT = 2
 
 #: Codes of vit::DType.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -103,8 +103,8 @@ class NativeBackend(Backend):
             raise BackendError(f"vit: backend '{self.name}' cannot be used: {why}. {hint}")
         return module
 
-    def context(self, device: torch.device) -> tuple[int, int, int]:
-        """The fields of vit::Context for a call on `device`: stream pointer, device index, CPU threads."""
+    def context(self, device: torch.device) -> tuple[int, int, int, bool]:
+        """The fields of vit::Context for a call on `device`: stream pointer, device index, CPU threads, TF32 allowed."""
         raise NotImplementedError
 
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:

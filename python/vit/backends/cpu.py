@@ -15,9 +15,9 @@ class Cpu(NativeBackend):
 
     _workspace = HostWorkspace()
 
-    def context(self, device: torch.device) -> tuple[int, int, int]:
+    def context(self, device: torch.device) -> tuple[int, int, int, bool]:
         # Asked at every call: DataLoader workers run with one thread, users change it at run time.
-        return 0, 0, torch.get_num_threads()
+        return 0, 0, torch.get_num_threads(), False
 
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return self._workspace.take(nbytes)

@@ -33,9 +33,9 @@ class Cuda(NativeBackend):
                 )
         return reasons
 
-    def context(self, device: torch.device) -> tuple[int, int, int]:
+    def context(self, device: torch.device) -> tuple[int, int, int, bool]:
         index = torch.cuda.current_device() if device.index is None else device.index
-        return torch._C._cuda_getCurrentRawStream(index), index, 1
+        return torch._C._cuda_getCurrentRawStream(index), index, 1, torch.get_float32_matmul_precision() != "highest"
 
 
 @constant

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..backends import Spec
 from ..data.preprocess import Preprocess
@@ -317,6 +316,8 @@ class VisionTransformer(Planned):
 
     def _run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
+            from torch.utils.checkpoint import checkpoint  # torch 2.6 brings sympy with it: 0.5 s
+
             return checkpoint(block, tokens, use_reentrant=False)
         return block(tokens)
 
