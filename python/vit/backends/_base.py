@@ -104,7 +104,7 @@ class NativeBackend(Backend):
         return module
 
     def context(self, device: torch.device) -> tuple[int, int, int, bool]:
-        """The fields of vit::Context for a call on `device`: stream pointer, device index, CPU threads, TF32 allowed."""
+        """The fields of vit::Context for a call on `device`: stream pointer, index, CPU threads, TF32 allowed."""
         raise NotImplementedError
 
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
