@@ -17,6 +17,8 @@
 //
 // Sources: Dao et al., "FlashAttention", arXiv:2205.14135; Milakov and Gimelshein, "Online normalizer calculation for
 // softmax", arXiv:1805.02867.
+#include "cpu/attention.h"
+
 #include "cpu/functions.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
@@ -199,65 +201,68 @@ VIT_INLINE Acc<T> softmax_row(const RowTile<T, Acc<T>>& scores, int64_t r, int64
   return factor;
 }
 
+template <class T>
+int64_t forward_scratch_bytes(const AttentionFwd& p) {
+  Arena arena{nullptr};
+  const ForwardScratch<T> counted(ForwardSizes<T>(p), p.D, arena);
+  return arena.used;
+}
+
+// Units of work [begin, end), blocks of queries of a head, on the calling thread.
 template <class T, bool kNegative>
-void forward(const AttentionFwd& p) {
+void forward_units(const AttentionFwd& p, char* memory, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const ForwardSizes<T> s(p);
   const A least = kNegative ? A(INFINITY) : -A(INFINITY);
   const A scale = static_cast<A>(p.scale * 1.44269504088896340736);
-  Arena count{nullptr};
-  const ForwardScratch<T> counted(s, p.D, count);
-
-  parallel_for(p.context.num_threads, p.B * p.H * s.queries.count, [&](int64_t begin, int64_t end, int thread) {
-    Arena arena{static_cast<char*>(p.workspace) + thread * count.used};
-    const ForwardScratch<T> scratch(s, p.D, arena);
-    int64_t packed = -1;  // the block of keys that scratch holds
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t head = unit / s.queries.count, block = unit % s.queries.count;
-      const int64_t b = head / p.H, h = head % p.H;
-      const T* q = static_cast<const T*>(p.q) + b * p.q_batch + h * p.q_head;
-      const T* k = static_cast<const T*>(p.k) + b * p.k_batch + h * p.k_head;
-      const T* v = static_cast<const T*>(p.v) + b * p.v_batch + h * p.v_head;
-      const int64_t first = s.queries.begin(block);
-      const Blocks tiles = Blocks::of(s.queries.end(block) - first, kTileRows);
-      for (int64_t key_block = 0; key_block < s.keys.count; ++key_block) {
-        const int64_t j = s.keys.begin(key_block), keys = s.keys.end(key_block) - j;
-        if (packed != head * s.keys.count + key_block) {
-          pack(Matrix<T>{k + j * p.k_token, 1, p.k_token}, p.D, keys, scratch.keys);
-          pack(Matrix<T>{v + j * p.v_token, p.v_token, 1}, keys, p.D, scratch.values);
-          packed = head * s.keys.count + key_block;
+  Arena arena{memory};
+  const ForwardScratch<T> scratch(s, p.D, arena);
+  int64_t packed = -1;  // the block of keys that scratch holds
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t head = unit / s.queries.count, block = unit % s.queries.count;
+    const int64_t b = head / p.H, h = head % p.H;
+    const T* q = static_cast<const T*>(p.q) + b * p.q_batch + h * p.q_head;
+    const T* k = static_cast<const T*>(p.k) + b * p.k_batch + h * p.k_head;
+    const T* v = static_cast<const T*>(p.v) + b * p.v_batch + h * p.v_head;
+    const int64_t first = s.queries.begin(block);
+    const Blocks tiles = Blocks::of(s.queries.end(block) - first, kTileRows);
+    for (int64_t key_block = 0; key_block < s.keys.count; ++key_block) {
+      const int64_t j = s.keys.begin(key_block), keys = s.keys.end(key_block) - j;
+      if (packed != head * s.keys.count + key_block) {
+        pack(Matrix<T>{k + j * p.k_token, 1, p.k_token}, p.D, keys, scratch.keys);
+        pack(Matrix<T>{v + j * p.v_token, p.v_token, 1}, keys, p.D, scratch.values);
+        packed = head * s.keys.count + key_block;
+      }
+      for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t i = tiles.begin(t), rows = tiles.end(t) - i;
+        const RowTile<T, A> scores{scratch.scores, rows, Panels<T>(keys)};
+        const RowTile<T, A> outputs{scratch.outputs + i * s.head_panels.width(), rows, s.head_panels};
+        const Left left =
+            prepare_a(1, Matrix<T>{q + (first + i) * p.q_token, p.q_token, 1}, rows, p.D, scratch.queries);
+        multiply(left.data, left.stride, scratch.keys, s.steps, false, scores);
+        for (int64_t r = 0; r < rows; ++r) {
+          A &largest = scratch.largest[i + r], &total = scratch.totals[i + r];
+          if (key_block == 0) largest = least, total = A(0);
+          const A factor = softmax_row<T, kNegative>(scores, r, keys, scale,
+                                                     scratch.probabilities + r * s.key_panels.width(), largest, total);
+          if (key_block > 0 && factor != A(1))
+            outputs.row(r, [&](int64_t, A* at) { store<A>(at, factor * load<A>(at)); });
         }
-        for (int64_t t = 0; t < tiles.count; ++t) {
-          const int64_t i = tiles.begin(t), rows = tiles.end(t) - i;
-          const RowTile<T, A> scores{scratch.scores, rows, Panels<T>(keys)};
-          const RowTile<T, A> outputs{scratch.outputs + i * s.head_panels.width(), rows, s.head_panels};
-          const Left left =
-              prepare_a(1, Matrix<T>{q + (first + i) * p.q_token, p.q_token, 1}, rows, p.D, scratch.queries);
-          multiply(left.data, left.stride, scratch.keys, s.steps, false, scores);
-          for (int64_t r = 0; r < rows; ++r) {
-            A &largest = scratch.largest[i + r], &total = scratch.totals[i + r];
-            if (key_block == 0) largest = least, total = A(0);
-            const A factor = softmax_row<T, kNegative>(
-                scores, r, keys, scale, scratch.probabilities + r * s.key_panels.width(), largest, total);
-            if (key_block > 0 && factor != A(1))
-              outputs.row(r, [&](int64_t, A* at) { store<A>(at, factor * load<A>(at)); });
-          }
-          multiply(reinterpret_cast<const char*>(scratch.probabilities),
-                   s.key_panels.width() * static_cast<int64_t>(sizeof(T)), scratch.values, steps_of<T>(keys),
-                   key_block > 0, outputs);
-          if (key_block + 1 < s.keys.count) continue;
-          for (int64_t r = 0; r < rows; ++r) {
-            const int64_t query = first + i + r;
-            const A total = scratch.totals[i + r];
-            store_row(outputs, r, A(1) / total, p.D, static_cast<T*>(p.out) + ((b * p.N + query) * p.H + h) * p.D);
-            if (p.lse)
-              static_cast<A*>(p.lse)[head * p.N + query] =
-                  static_cast<A>(p.scale) * scratch.largest[i + r] + static_cast<A>(::log(static_cast<double>(total)));
-          }
+        multiply(reinterpret_cast<const char*>(scratch.probabilities),
+                 s.key_panels.width() * static_cast<int64_t>(sizeof(T)), scratch.values, steps_of<T>(keys),
+                 key_block > 0, outputs);
+        if (key_block + 1 < s.keys.count) continue;
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t query = first + i + r;
+          const A total = scratch.totals[i + r];
+          store_row(outputs, r, A(1) / total, p.D, static_cast<T*>(p.out) + ((b * p.N + query) * p.H + h) * p.D);
+          if (p.lse)
+            static_cast<A*>(p.lse)[head * p.N + query] =
+                static_cast<A>(p.scale) * scratch.largest[i + r] + static_cast<A>(::log(static_cast<double>(total)));
         }
       }
     }
-  });
+  }
 }
 
 // --- backward -------------------------------------------------------------------------------------------------------
@@ -523,10 +528,29 @@ void backward(const AttentionBwd& p) {
 
 }  // namespace
 
-void attention_fwd(const AttentionFwd& p) {
+int64_t attention_fwd_units(const AttentionFwd& p) {
+  int64_t units = 0;
+  with_dtype(p.dtype, [&](auto t) { units = p.B * p.H * ForwardSizes<decltype(t)>(p).queries.count; });
+  return units;
+}
+
+int64_t attention_fwd_scratch(const AttentionFwd& p) {
+  int64_t bytes = 0;
+  with_dtype(p.dtype, [&](auto t) { bytes = forward_scratch_bytes<decltype(t)>(p); });
+  return bytes;
+}
+
+void attention_fwd_range(const AttentionFwd& p, char* scratch, int64_t begin, int64_t end) {
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    p.scale < 0 ? forward<T, true>(p) : forward<T, false>(p);
+    p.scale < 0 ? forward_units<T, true>(p, scratch, begin, end) : forward_units<T, false>(p, scratch, begin, end);
+  });
+}
+
+void attention_fwd(const AttentionFwd& p) {
+  const int64_t scratch = attention_fwd_scratch(p);
+  parallel_for(p.context.num_threads, attention_fwd_units(p), [&](int64_t begin, int64_t end, int thread) {
+    attention_fwd_range(p, static_cast<char*>(p.workspace) + thread * scratch, begin, end);
   });
 }
 
@@ -535,12 +559,7 @@ void attention_bwd(const AttentionBwd& p) {
 }
 
 std::size_t attention_fwd_workspace(const AttentionFwd& p) {
-  Arena arena{nullptr};
-  with_dtype(p.dtype, [&](auto t) {
-    using T = decltype(t);
-    const ForwardScratch<T> counted(ForwardSizes<T>(p), p.D, arena);
-  });
-  return static_cast<std::size_t>(p.context.num_threads * arena.used);
+  return static_cast<std::size_t>(p.context.num_threads * attention_fwd_scratch(p));
 }
 
 std::size_t attention_bwd_workspace(const AttentionBwd& p) {

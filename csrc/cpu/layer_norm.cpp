@@ -8,66 +8,27 @@
 // block leaves its own partial dweight and dbias, which are then added in block order.
 // Moved per element: 2 elements forward, 3 backward. Source: Ba, Kiros, Hinton, "Layer Normalization",
 // arXiv:1607.06450.
+#include "cpu/layer_norm.h"
+
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
 #include "cpu/threads.h"
 
 namespace vit::VIT_ISA {
 namespace {
 
-// Calls f(j, n, chain) for every vector of a row of C elements; n of its lanes are elements. `chain` cycles through
-// 0..3: a sum kept in four chains does not wait for the four cycles of an addition.
-template <class A, class F>
-VIT_INLINE void for_row(int64_t C, const F& f) {
-  constexpr int64_t lanes = kLanes<A>;
-  int64_t j = 0;
-  for (; j + 4 * lanes <= C; j += 4 * lanes)
-#pragma GCC unroll 4
-    for (int chain = 0; chain < 4; ++chain) f(j + chain * lanes, lanes, chain);
-  for (; j + lanes <= C; j += lanes) f(j, lanes, 0);
-  if (j < C) f(j, C - j, 1);
-}
-
-template <class A>
-struct RowSum {
-  Vec<A> chains[4] = {};
-  VIT_INLINE A total() const { return sum((chains[0] + chains[1]) + (chains[2] + chains[3])); }
-};
-
-template <class A, class P>
-VIT_INLINE Vec<A> load_or(const P* p, int64_t j, int64_t n, A other) {
-  return p ? load<A>(p + j, n) : broadcast(other);
-}
-
 template <class T, class P>
 void forward(const LayerNormFwd& p) {
   using A = Acc<T>;
-  using V = Vec<A>;
-  const P* weight = static_cast<const P*>(p.weight);
-  const P* bias = static_cast<const P*>(p.bias);
-  A* mean_out = static_cast<A*>(p.mean);
-  A* rstd_out = static_cast<A*>(p.rstd);
-  const int64_t C = p.C;
+  A* mean = static_cast<A*>(p.mean);
+  A* rstd = static_cast<A*>(p.rstd);
   parallel_for(p.context.num_threads, p.M, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-      T* y = static_cast<T*>(p.y) + row * C;
-      RowSum<A> total, squares;
-      for_row<A>(C, [&](int64_t j, int64_t n, int chain) { total.chains[chain] += load<A>(x + j, n); });
-      const A mean = total.total() / static_cast<A>(C);
-      for_row<A>(C, [&](int64_t j, int64_t n, int chain) {
-        V d = load<A>(x + j, n) - mean;
-        if (n < kLanes<A>) d = keep(d, n, A(0));
-        squares.chains[chain] = fma(d, d, squares.chains[chain]);
-      });
-      const A rstd = A(1) / static_cast<A>(::sqrt(squares.total() / static_cast<A>(C) + static_cast<A>(p.eps)));
-      for_row<A>(C, [&](int64_t j, int64_t n, int) {
-        const V xhat = (load<A>(x + j, n) - mean) * rstd;
-        store<A>(y + j, fma(xhat, load_or(weight, j, n, A(1)), load_or(bias, j, n, A(0))), n);
-      });
-      if (mean_out) {
-        mean_out[row] = mean;
-        rstd_out[row] = rstd;
+      const Moments<A> moments =
+          norm_row(static_cast<const T*>(p.x) + row * p.x_stride, static_cast<T*>(p.y) + row * p.C,
+                   static_cast<const P*>(p.weight), static_cast<const P*>(p.bias), p.C, p.eps);
+      if (mean) {
+        mean[row] = moments.mean;
+        rstd[row] = moments.rstd;
       }
     }
   });

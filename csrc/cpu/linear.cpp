@@ -6,61 +6,17 @@
 // backward. Products run as in gemm.h; bias, activation and residual are applied to a tile while it is in L1. The
 // backward first makes dz and the bias gradient in one pass over dy; each block of rows leaves its own partial sum of
 // dbias, and the blocks are added in order.
-#include "cpu/activation.h"
-#include "cpu/gemm.h"
+#include "cpu/linear.h"
+
 #include "cpu/kernels.h"
 
 namespace vit::VIT_ISA {
 namespace {
 
 template <class T>
-VIT_INLINE Vec<Acc<T>> activate(Activation activation, Vec<Acc<T>> x) {
-  if (activation == Activation::gelu) return gelu<T, false>(x);
-  if (activation == Activation::gelu_tanh) return gelu<T, true>(x);
-  return x;
-}
-
-template <class T>
 VIT_INLINE Vec<Acc<T>> activate_grad(Activation activation, Vec<Acc<T>> x) {
   return activation == Activation::gelu ? gelu_grad<T, false>(x) : gelu_grad<T, true>(x);
 }
-
-// Calls f(std constant) with the activation known at compile time, so that a row is one branch-free loop.
-template <Activation kActivation>
-struct Constant {
-  static constexpr Activation value = kActivation;
-};
-template <class F>
-VIT_INLINE void with_activation(Activation activation, const F& f) {
-  if (activation == Activation::gelu) return f(Constant<Activation::gelu>{});
-  if (activation == Activation::gelu_tanh) return f(Constant<Activation::gelu_tanh>{});
-  f(Constant<Activation::none>{});
-}
-
-template <class T, class O, Activation kActivation>
-struct Epilogue {
-  using A = Acc<T>;
-  const A* bias;      // [N], may be null
-  const O* residual;  // [M, N], may be null
-  O* y;               // [M, N]
-  T* preact;          // [M, N], may be null
-  int64_t N;
-
-  void operator()(const Tile<A>& tile) const {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t at = (tile.row + r) * N + tile.column;
-      for (int64_t j = 0; j < tile.columns; j += kLanes<A>) {
-        const int64_t n = tile.columns - j;
-        Vec<A> v = load<A>(tile.data + r * tile.stride + j);
-        if (bias) v += load<A>(bias + tile.column + j, n);
-        if (preact) store<A>(preact + at + j, v, n);
-        v = activate<T>(kActivation, v);
-        if (residual) v += load<A>(residual + at + j, n);
-        store<A>(y + at + j, v, n);
-      }
-    }
-  }
-};
 
 template <class T>
 Matrix<T> rows_of(const void* data, int64_t stride) {
