@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from conftest import USABLE
@@ -31,7 +32,8 @@ def test_parity_json_in_a_file_and_a_table_on_standard_output(capsys, tmp_path):
     report = json.loads(target.read_text())
     assert {(c["op"], c["dtype"], c["group"]) for c in report["cases"]} == {("gelu", "float64", "odd")}
     out = capsys.readouterr().out
-    assert "error/bound of the worst case" in out
+    assert "case closest to its bound" in out
+    assert re.search(r"^gelu +float64 +gelu-\S+ +(\d+)/\1 +0\.\d\d$", out, re.MULTILINE)
     assert "\x1b" not in out  # plain lines in a pipe
 
 

@@ -10,6 +10,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from .show import interactive, table
+
 HELP = "the backends of this machine and why others are missing; with NAME the size of a model"
 
 
@@ -38,14 +40,30 @@ def _machine(as_json: bool) -> int:
     if as_json:
         print(json.dumps({"environment": environment, "backends": backends}, default=str))
         return 0
+    if interactive(sys.stdout):
+        table(("this machine", ""), list(environment.items()), sys.stdout, left=2)
+        rows = [
+            (name, "yes" if record["available"] else "no", "\n".join(_details(record)))
+            for name, record in backends.items()
+        ]
+        table(("backend", "usable", ""), rows, sys.stdout, left=3)
+        return 0
     print("\n".join(f"{key:<10} {value}" for key, value in environment.items()))
     for name, record in backends.items():
-        state = f"yes, on {', '.join(record['devices'])}" if record["available"] else f"no: {record['reason']}"
-        print(f"\n{name:<10} {state}")
-        for key, value in record.items():
-            if key not in ("available", "devices", "reason", "name") and value not in (None, "", {}, []):
-                print(f"           {key}: {_text(value)}")
+        state, *details = _details(record)
+        print(f"\n{name:<10} {'yes, ' if record['available'] else 'no: '}{state}")
+        for line in details:
+            print(f"           {line}")
     return 0
+
+
+def _details(record: dict[str, Any]) -> list[str]:
+    """A line for the devices of a backend, or why it cannot be used; then one for each thing known of its build."""
+    lines = [f"on {', '.join(record['devices'])}" if record["available"] else str(record["reason"])]
+    for key, value in record.items():
+        if key not in ("available", "devices", "reason", "name") and value not in (None, "", {}, []):
+            lines.append(f"{key}: {_text(value)}")
+    return lines
 
 
 def _models(pattern: str, as_json: bool) -> int:
@@ -67,17 +85,17 @@ def _model(name: str, batch: int, backend: str, as_json: bool) -> int:
         print(json.dumps(asdict(size)))
         return 0
     print(f"{size.name}: {size.parameters:,} parameters, {size.macs / 1e9:,.3f} G multiply-adds per image\n")
-    print(f"{'':<24}{'count':>6}{'parameters':>16}{'G multiply-adds':>18}")
-    for layers in size.layers:
-        print(f"{layers.name:<24}{layers.count:>6}{layers.parameters:>16,}{layers.macs / 1e9:>18,.3f}")
-    print(f"\nmemory in MB, float32, batch {size.batch}, backend {size.backend}")
-    for text, value in (
-        ("weights", size.weights),
-        ("inference, beside the weights", size.inference),
-        ("kept for the backward", size.activations),
-        ("training with AdamW, everything", size.training),
-    ):
-        print(f"{text:<34}{value / 1e6:>12,.1f}")
+    rows = [(x.name, str(x.count), f"{x.parameters:,}", f"{x.macs / 1e9:,.3f}") for x in size.layers]
+    table(("layers", "count", "parameters", "G multiply-adds"), rows, sys.stdout)
+    print()
+    memory = {
+        "weights": size.weights,
+        "inference, beside the weights": size.inference,
+        "kept for the backward": size.activations,
+        "training with AdamW, everything": size.training,
+    }
+    title = f"memory, float32, batch {size.batch}, backend {size.backend}"
+    table((title, "MB"), [(text, f"{value / 1e6:,.1f}") for text, value in memory.items()], sys.stdout)
     return 0
 
 

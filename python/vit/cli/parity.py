@@ -6,12 +6,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from vit.testing.cases import DTYPES, GPU_DTYPES, Case
+from vit.testing.cases import DTYPES, GPU_DTYPES
 from vit.testing.problems import DEFINITIONS
+
+from .show import Progress, table
 
 HELP = "check the kernels of a backend against the float64 reference"
 
@@ -73,17 +73,16 @@ def run(args: argparse.Namespace) -> int:
     to_stdout = args.json == "-"
     results = []
     out = sys.stderr if to_stdout else sys.stdout
-    with _progress(cases) as step:
+    with Progress(len(cases)) as progress:
         for case in cases:
+            progress.step(case.id, advance=0)
             result = testing.run(case, ops, device)
-            step(case)
+            progress.step(case.id)
             results.append(result)
             if not result.ok:
-                print(
-                    ("SKIPPED " if result.skipped else "FAILED ") + (result.text or case.id),
-                    file=out,
-                    flush=True,
-                )
+                with progress.aside():
+                    kind = "SKIPPED" if result.skipped else "FAILED"
+                    print(kind, result.text or case.id, file=out, flush=True)
     failed = sum(not r.ok and not r.skipped for r in results)
     skipped = sum(r.skipped for r in results)
     report = {
@@ -105,31 +104,14 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-@contextmanager
-def _progress(cases: list[Case]) -> Iterator[Any]:
-    """Calls step(case) after each case: a bar on a terminal when rich is there, else nothing."""
-    try:
-        from rich.progress import MofNCompleteColumn, Progress, TextColumn
-    except ImportError:
-        Progress = None  # type: ignore[assignment,misc]
-    if Progress is None or not sys.stderr.isatty():
-        yield lambda case: None
-        return
-    from rich.console import Console
-
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[id]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("parity", total=len(cases), id="")
-        yield lambda case: progress.update(task, advance=1, id=case.id)
-
-
 def _print_table(results: list[Any], out: Any) -> None:
     """Per op and dtype: how many passed, and the case that came closest to its bound."""
-    rows: dict[tuple[str, str], list[Any]] = {}
+    groups: dict[tuple[str, str], list[Any]] = {}
     for result in results:
-        rows.setdefault((result.case.op, result.case.dtype), []).append(result)
-    print(f"{'op':<12}{'dtype':<10}{'passed':>9}  error/bound of the worst case", file=out)
-    for (op, dtype), group in rows.items():
+        groups.setdefault((result.case.op, result.case.dtype), []).append(result)
+    rows = []
+    for (op, dtype), group in groups.items():
         worst = max(group, key=lambda r: (not r.skipped, r.ratio))
-        passed = f"{sum(r.ok for r in group)}/{len(group)}"
-        print(f"{op:<12}{dtype:<10}{passed:>9}  {worst.ratio:.2f} {worst.case.id}", file=out)
+        rows.append((op, dtype, worst.case.id, f"{sum(r.ok for r in group)}/{len(group)}", f"{worst.ratio:.2f}"))
+    columns = ("op", "dtype", "case closest to its bound", "passed", "error/bound")
+    table(columns, rows, out, left=3)
