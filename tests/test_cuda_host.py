@@ -14,6 +14,7 @@ from cuda_emulator import AUTOMATIC, PORTABLE, Emulated
 from vit.ops import OPS
 from vit.ops import op as glue
 from vit.testing import Case, backend_ops, cases, run
+from vit.testing.tf32 import round_factor
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++ compiler")
 
@@ -85,10 +86,33 @@ def test_hopper_tiles(emulated, dtype, batch, m, n, k, layout):
     assert (got - truth).norm() <= 1.1 * own
 
 
+@pytest.fixture(params=["bfloat16", "float32", "tf32"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How products are computed; TF32 is allowed while the test runs where it says so."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])
+@pytest.mark.parametrize("batch", [1, 200])
+def test_portable_tiles(emulated, precision, batch, layout):
+    """Each compiled tile and operand layout of the portable product: tiles of 64, and of 128 where there are many."""
+    emulated.use(PORTABLE)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = torch.randn(batch, 96, 72, dtype=dtype), torch.randn(batch, 72, 104, dtype=dtype)
+    a = a.mT.contiguous().mT if layout[0] == "t" else a
+    b = b.mT.contiguous().mT if layout[1] == "t" else b
+    got = vit.ops.matmul(a, b, backend="cuda_emulator").double()
+    a, b = ((round_factor(x) if precision == "tf32" else x).double() for x in (a, b))
+    assert (got - a @ b).norm() <= (2e-3 if precision == "bfloat16" else 1e-6) * (a @ b).norm()
+
+
 @pytest.mark.parametrize("path", [AUTOMATIC, PORTABLE])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_row_does_not_depend_on_the_others(emulated, path, dtype):
+def test_a_row_does_not_depend_on_the_others(emulated, precision, path):
     """The tile size follows the number of rows; the bits of a row do not."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     emulated.use(path)
     x, w, b = torch.randn(1100, 200, dtype=dtype), torch.randn(1152, 200, dtype=dtype), torch.randn(1152, dtype=dtype)
     linear = backend_ops("cuda_emulator").linear
@@ -129,7 +153,7 @@ def test_bad_arguments_are_errors(emulated, change, text):
     fields = {
         "x": x.data_ptr(), "weight": w.data_ptr(), "bias": 0, "residual": 0, "y": y.data_ptr(), "preact": 0,
         "workspace": 0, "M": 4, "N": 6, "K": 8, "x_stride": 8, "weight_stride": 8, "activation": 0, "dtype": 0,
-        "param_dtype": 0, "out_dtype": 0, "stream": 0, "device": 0, "threads": 1,
+        "param_dtype": 0, "out_dtype": 0, "stream": 0, "device": 0, "threads": 1, "tf32": False,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=text):
         emulated.module.linear_fwd(*(fields | change).values())

@@ -6,17 +6,26 @@ namespace {
 
 constexpr int kBlock = 256;
 
-// delta[b, h, n] = sum over d of dout[b, n, h, d] out[b, n, h, d]: one warp per query, dout and out read once.
+// delta[b, h, n] = sum over d of dout[b, n, h, d] out[b, n, h, d]: one warp per query, dout and out read once. In TF32
+// dout is rounded as in dp = dout v^T, so that ds = p (dp - delta) vanishes where it should: with one key, dp is delta.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     attention_delta(const T* __restrict__ dout, const T* __restrict__ out, Acc<T>* __restrict__ delta, int64_t B,
-                    int64_t N, int64_t H, int D) {
+                    int64_t N, int64_t H, int D, bool tf32) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;  // (b, n, h)
   if (row >= B * N * H) return;
   Acc<T> sum = 0;
-  for (int d = threadIdx.x % 32; d < D; d += 32) sum += to_acc(dout[row * D + d]) * to_acc(out[row * D + d]);
+  for (int d = threadIdx.x % 32; d < D; d += 32) {
+    Acc<T> g = to_acc(dout[row * D + d]);
+    if constexpr (std::is_same_v<T, float>) g = tf32 ? tf32_to_float(float_to_tf32(g)) : g;
+    sum += g * to_acc(out[row * D + d]);
+  }
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) delta[(row / (N * H) * H + row % H) * N + row / H % N] = sum;
+}
+
+bool on_tensor_cores(DType dtype, int64_t D, const Context& context) {
+  return is_16_bit(dtype) || (dtype == DType::float32 && context.allow_tf32 && D <= kMaxHeadDimTF32);
 }
 
 void check(const char* op, DType dtype, int64_t B, int64_t N, int64_t L, int64_t H, int64_t D) {
@@ -50,7 +59,7 @@ void attention_fwd(const AttentionFwd& p) {
   if (p.B * p.N * p.H == 0) return;
   require(p.q && p.k && p.v && p.out, op, "q, k, v and out must not be null");
   const DeviceGuard guard(op, p.context);
-  if (!is_16_bit(p.dtype)) return attention_fwd_scalar(p);
+  if (!on_tensor_cores(p.dtype, p.D, p.context)) return attention_fwd_scalar(p);
   if (attention_fwd_short_supports(p)) return attention_fwd_short(p);
   attention_fwd_mma(p);
 }
@@ -65,15 +74,16 @@ void attention_bwd(const AttentionBwd& p) {
   require(p.L == 0 || (p.k && p.v && p.dk && p.dv), op, "k, v, dk and dv must not be null");
   const DeviceGuard guard(op, p.context);
   if (attention_bwd_short_supports(p)) return attention_bwd_short(p);
+  const bool tensor_cores = on_tensor_cores(p.dtype, p.D, p.context);
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t rows = p.B * p.N * p.H;
     launch<attention_delta<T>>(
         {op, attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, divide_up(rows, kBlock / 32), kBlock},
         static_cast<const T*>(p.dout), static_cast<const T*>(p.out), static_cast<Acc<T>*>(p.workspace), p.B, p.N, p.H,
-        static_cast<int>(p.D));
+        static_cast<int>(p.D), tensor_cores);
   });
-  if (!is_16_bit(p.dtype)) return attention_bwd_scalar(p, p.workspace);
+  if (!tensor_cores) return attention_bwd_scalar(p, p.workspace);
   attention_bwd_mma(p, static_cast<const float*>(p.workspace));
 }
 

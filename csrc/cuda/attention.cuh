@@ -13,8 +13,8 @@ namespace vit::cuda {
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.69314718055994531f;
 
-// The compiled head dimension of a tensor-core kernel: ViT's 32, 64, 80 (H), 96 and 128; 72 (So400m) runs in 80, 88 (g)
-// in 96, everything up to 256 in 256.
+// The compiled head dimension of a 16-bit tensor-core kernel: ViT's 32, 64, 80 (H), 96 and 128; 72 (So400m) runs in 80,
+// 88 (g) in 96, everything up to 256 in 256.
 constexpr int compiled_head_dim(int64_t D) {
   return D <= 32 ? 32 : D <= 64 ? 64 : D <= 80 ? 80 : D <= 96 ? 96 : D <= 128 ? 128 : 256;
 }
@@ -35,6 +35,18 @@ void dispatch_head_dim(int64_t D, F f) {
     default:
       return f(std::integral_constant<int, 256>{});
   }
+}
+
+// TF32 runs in 64 or 128, for the sake of the build; larger heads take the exact kernels.
+inline constexpr int64_t kMaxHeadDimTF32 = 128;
+
+// Calls f(T{}, head dimension) for a tensor-core kernel; T = float is TF32.
+template <class F>
+void dispatch_mma(DType dtype, int64_t D, F f) {
+  if (dtype != DType::float32)
+    return dispatch_16_bit(dtype, [&](auto element) { dispatch_head_dim(D, [&](auto kD) { f(element, kD); }); });
+  if (D <= 64) return f(float{}, std::integral_constant<int, 64>{});
+  f(float{}, std::integral_constant<int, 128>{});
 }
 
 // The tokens of one head of one image: element d of token n is data[n * token + d].
@@ -59,12 +71,12 @@ __device__ inline HeadBlock head_block(int64_t index, int64_t H, int64_t blocks)
   return {head / H, head % H, index % blocks};
 }
 
-// Rows of kD elements in shared memory, padded by one group against bank conflicts.
+// Rows of kD elements in shared memory, padded by one group of 16 bytes against bank conflicts.
 template <class T, int kD>
 struct Rows {
-  static constexpr int kGroups = kD / 8, kPitch = kD + 8;
+  static constexpr int kGroup = kVector<T>, kGroups = kD / kGroup, kPitch = kD + kGroup;
 
-  __device__ static T* at(T* tile, int row, int group) { return tile + 8 * padded<kGroups>(row, group); }
+  __device__ static T* at(T* tile, int row, int group) { return tile + kGroup * padded<kGroups>(row, group); }
 
   // Brings tokens first .. first + rows - 1 of a head, zeros from token `count` on. Asynchronous where `vectors`.
   template <int rows, int threads>
@@ -74,34 +86,58 @@ struct Rows {
       const int index = i * threads + static_cast<int>(threadIdx.x);
       if (rows * kGroups % threads != 0 && index >= rows * kGroups) continue;
       const int row = index / kGroups, group = index % kGroups;
-      const int left = first + row < count ? D - 8 * group : 0;
-      const int valid = left < 0 ? 0 : left < 8 ? left : 8;
-      const T* from = head.data + (first + row) * head.token + 8 * group;
+      const int left = first + row < count ? D - kGroup * group : 0;
+      const int valid = left < 0 ? 0 : left < kGroup ? left : kGroup;
+      const T* from = head.data + (first + row) * head.token + kGroup * group;
       T* to = at(tile, row, group);
       if (vectors) {
-        copy_async_16(to, valid > 0 ? from : head.data, valid * 2);
+        copy_async_16(to, valid > 0 ? from : head.data, valid * static_cast<int>(sizeof(T)));
       } else {
 #pragma unroll 1
-        for (int j = 0; j < 8; ++j) to[j] = j < valid ? from[j] : T{0};
+        for (int j = 0; j < kGroup; ++j) to[j] = j < valid ? from[j] : T{0};
       }
     }
   }
 
-  // The a fragment of rows row..row + 15, elements 16 k ..; the b fragments of two groups of 8 rows (n), elements 16 k
-  // ..; and the b fragments of rows (k) row..row + 15, elements (n) 16 group ...
+  // The a fragment of rows row..row + 15, elements kMmaK k ..; the b fragments of two groups of 8 rows (n), elements
+  // kMmaK k ..; and the b fragments of rows (k) row..row + kMmaK - 1, elements (n) 16 group .., which in TF32 come in
+  // the order of k that c_as_a has.
   __device__ static void load_a(uint32_t (&f)[4], T* tile, int row, int k, int lane) {
     const MatrixAddress m = a_address(lane);
     load_matrices(f, at(tile, row + m.row, 2 * k + m.group));
+    prepare_fragment<T>(f);
   }
   __device__ static void load_b(uint32_t (&f)[4], T* tile, int row, int k, int lane) {
     const MatrixAddress m = b_address(lane);
     load_matrices(f, at(tile, row + m.row, 2 * k + m.group));
+    prepare_fragment<T>(f);
   }
   __device__ static void load_b_transposed(uint32_t (&f)[4], T* tile, int row, int group, int lane) {
-    const MatrixAddress m = b_address_transposed(lane);
-    load_matrices_transposed(f, at(tile, row + m.row, 2 * group + m.group));
+    if constexpr (sizeof(T) == 2) {
+      const MatrixAddress m = b_address_transposed(lane);
+      load_matrices_transposed(f, at(tile, row + m.row, 2 * group + m.group));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const T* from = tile + (row + 2 * (lane % 4) + i % 2) * kPitch + 16 * group + 8 * (i / 2) + lane / 4;
+        f[i] = *reinterpret_cast<const uint32_t*>(from);
+      }
+      prepare_fragment<T>(f);
+    }
   }
 };
+
+// The a fragment of columns kMmaK k .. of a product, rounded to T: two tiles of c in 16 bits, one in TF32.
+template <class T, int tiles>
+__device__ inline void c_as_a(uint32_t (&a)[4], const float (&c)[tiles][4], int k) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 2)
+      a[i] = pack<T>(c[2 * k + i / 2][2 * (i % 2)], c[2 * k + i / 2][2 * (i % 2) + 1]);
+    else
+      a[i] = float_to_tf32(c[k][2 * (i % 2) + i / 2]);
+  }
+}
 
 // sum[i] += a[16, kD] b[n, kD]^T for the columns n = 16 i .. of a tile, where a comes from rows row.. of another tile.
 // Groups of 16 columns from `columns` on are skipped: no work for keys that do not exist.
@@ -109,17 +145,18 @@ template <class T, int kD, int kColumns>
 __device__ inline void multiply_rows(float (&sum)[kColumns / 8][4], T* tile_a, int row, T* tile_b, int64_t columns,
                                      int lane) {
   using R = Rows<T, kD>;
-  [[maybe_unused]] constexpr int kUnroll = kD <= 64 ? kD / 16 : 2;  // more costs registers: 155 for 115 at kD = 80
+  constexpr int kSteps = kD / kMmaK<T>;
+  [[maybe_unused]] constexpr int kUnroll = kD <= 64 ? kSteps : 2;  // more costs registers: 155 for 115 at kD = 80
 #pragma unroll kUnroll
-  for (int k = 0; k < kD / 16; ++k) {
+  for (int k = 0; k < kSteps; ++k) {
     uint32_t a[4], b[4];
     R::load_a(a, tile_a, row, k, lane);
 #pragma unroll
     for (int n = 0; n < kColumns / 16; ++n) {
       if (16 * n < columns) {
         R::load_b(b, tile_b, 16 * n, k, lane);
-        mma_16x8x16<T>(sum[2 * n], a, b[0], b[1]);
-        mma_16x8x16<T>(sum[2 * n + 1], a, b[2], b[3]);
+        mma_16x8<T>(sum[2 * n], a, b[0], b[1]);
+        mma_16x8<T>(sum[2 * n + 1], a, b[2], b[3]);
       }
     }
   }
@@ -131,16 +168,16 @@ __device__ inline void multiply_fragments(float (&sum)[kD / 8][4], const float (
                                           int64_t rows, int lane) {
   using R = Rows<T, kD>;
 #pragma unroll
-  for (int k = 0; k < kRows / 16; ++k) {
-    if (16 * k >= rows) continue;
-    const uint32_t a[4] = {pack<T>(p[2 * k][0], p[2 * k][1]), pack<T>(p[2 * k][2], p[2 * k][3]),
-                           pack<T>(p[2 * k + 1][0], p[2 * k + 1][1]), pack<T>(p[2 * k + 1][2], p[2 * k + 1][3])};
+  for (int k = 0; k < kRows / kMmaK<T>; ++k) {
+    if (kMmaK<T> * k >= rows) continue;
+    uint32_t a[4];
+    c_as_a<T>(a, p, k);
 #pragma unroll
     for (int d = 0; d < kD / 16; ++d) {
       uint32_t b[4];
-      R::load_b_transposed(b, tile, 16 * k, d, lane);
-      mma_16x8x16<T>(sum[2 * d], a, b[0], b[1]);
-      mma_16x8x16<T>(sum[2 * d + 1], a, b[2], b[3]);
+      R::load_b_transposed(b, tile, kMmaK<T> * k, d, lane);
+      mma_16x8<T>(sum[2 * d], a, b[0], b[1]);
+      mma_16x8<T>(sum[2 * d + 1], a, b[2], b[3]);
     }
   }
 }
@@ -227,7 +264,10 @@ __device__ inline void store_rows(const Head<T>& head, const float (&sum)[kD / 8
       const int d = 8 * i + fragment_column(lane, 0);
       const float x = sum[i][2 * half] * factor, y = sum[i][2 * half + 1] * factor;
       if (pairs && d < D) {
-        *reinterpret_cast<uint32_t*>(to + d) = pack<T>(x, y);
+        if constexpr (sizeof(T) == 2)
+          *reinterpret_cast<uint32_t*>(to + d) = pack<T>(x, y);
+        else
+          *reinterpret_cast<Vector<T, 2>*>(to + d) = {{x, y}};
       } else {
         if (d < D) to[d] = from_acc<T>(x);
         if (d + 1 < D) to[d + 1] = from_acc<T>(y);
@@ -236,7 +276,7 @@ __device__ inline void store_rows(const Head<T>& head, const float (&sum)[kD / 8
   }
 }
 
-// 16-byte copies need aligned tokens, 4-byte stores aligned pairs.
+// 16-byte copies need aligned tokens, stores of pairs aligned pairs.
 inline bool strides_divide(int64_t n, std::initializer_list<int64_t> strides) {
   for (const int64_t s : strides)
     if (s % n != 0) return false;
@@ -245,7 +285,7 @@ inline bool strides_divide(int64_t n, std::initializer_list<int64_t> strides) {
 
 // ---- the kernels, one translation unit each ----
 
-// Tensor cores, any N, L and D <= 256.
+// Tensor cores, any N, L and D <= 256; TF32 up to kMaxHeadDimTF32.
 void attention_fwd_mma(const AttentionFwd&);
 // Tensor cores, one block per head with its keys and values in shared memory.
 bool attention_fwd_short_supports(const AttentionFwd&);
@@ -254,7 +294,7 @@ void attention_bwd_mma(const AttentionBwd&, const float* delta);
 // The same with everything of the head in shared memory, no delta.
 bool attention_bwd_short_supports(const AttentionBwd&);
 void attention_bwd_short(const AttentionBwd&);
-// float32 and float64.
+// float32 and float64, exact.
 void attention_fwd_scalar(const AttentionFwd&);
 void attention_bwd_scalar(const AttentionBwd&, const void* delta);
 

@@ -13,20 +13,23 @@ namespace {
 constexpr int kOwned = 64;
 constexpr int kThreads = 128;
 
-VIT_HOST_DEVICE constexpr int others_per_tile(int kD) { return kD <= 64 ? 64 : kD <= 128 ? 32 : 16; }
-VIT_HOST_DEVICE constexpr int stages(int kD) { return kD <= 128 ? 2 : 1; }
+// By the bytes of a row: 256 are 128 elements in 16 bits, 64 in TF32.
+VIT_HOST_DEVICE constexpr int others_per_tile(int row) { return row <= 128 ? 64 : row <= 256 ? 32 : 16; }
+VIT_HOST_DEVICE constexpr int stages(int row) { return row <= 256 ? 2 : 1; }
 
 // Two owned tiles, two passing tiles per stage, and lse and delta of the passing queries.
-constexpr int shared_bytes(int kD) {
-  return (2 * kOwned + 2 * stages(kD) * others_per_tile(kD)) * (kD + 8) * 2 + stages(kD) * 2 * others_per_tile(kD) * 4;
+constexpr int shared_bytes(int row) {
+  return (2 * kOwned + 2 * stages(row) * others_per_tile(row)) * (row + 16) +
+         stages(row) * 2 * others_per_tile(row) * 4;
 }
-static_assert(shared_bytes(128) <= 99 * 1024 && shared_bytes(256) <= 99 * 1024, "compute capability 8.6 has 99 KiB");
+static_assert(shared_bytes(256) <= 99 * 1024 && shared_bytes(512) <= 99 * 1024, "compute capability 8.6 has 99 KiB");
 
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads)
     queries_kernel(AttentionBwd p, const float* delta, bool vectors, bool pairs) {
   using R = Rows<T, kD>;
-  constexpr int kOthers = others_per_tile(kD), kStages = stages(kD), kTile = kOthers * R::kPitch;
+  constexpr int kRow = kD * static_cast<int>(sizeof(T)), kOthers = others_per_tile(kRow), kStages = stages(kRow);
+  constexpr int kTile = kOthers * R::kPitch;
   T* q_tile = reinterpret_cast<T*>(shared_memory());
   T* dout_tile = q_tile + kOwned * R::kPitch;
   T* tiles = dout_tile + kOwned * R::kPitch;  // [stage][k, v]
@@ -92,7 +95,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int kD, bool kWantK, bool kWantV>
 __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const float* delta, bool vectors, bool pairs) {
   using R = Rows<T, kD>;
-  constexpr int kOthers = others_per_tile(kD), kStages = stages(kD), kTile = kOthers * R::kPitch;
+  constexpr int kRow = kD * static_cast<int>(sizeof(T)), kOthers = others_per_tile(kRow), kStages = stages(kRow);
+  constexpr int kTile = kOthers * R::kPitch;
   T* k_tile = reinterpret_cast<T*>(shared_memory());
   T* v_tile = k_tile + kOwned * R::kPitch;
   T* tiles = v_tile + kOwned * R::kPitch;                                  // [stage][q, dout]
@@ -163,8 +167,9 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const fl
 
 template <class T, int kD>
 void run(const AttentionBwd& p, const float* delta, bool vectors, bool pairs) {
-  Launch shape = {"attention_bwd", attention_shape(p.B, p.N, p.L, p.H, p.D),  p.context, 0,
-                  kThreads,        static_cast<std::size_t>(shared_bytes(kD))};
+  Launch shape = {"attention_bwd", attention_shape(p.B, p.N, p.L, p.H, p.D),
+                  p.context,       0,
+                  kThreads,        static_cast<std::size_t>(shared_bytes(kD * sizeof(T)))};
   shape.blocks = p.B * p.H * divide_up(p.N, kOwned);
   launch<queries_kernel<T, kD>>(shape, p, delta, vectors, pairs);
   shape.blocks = p.B * p.H * divide_up(p.L, kOwned);
@@ -179,15 +184,16 @@ void run(const AttentionBwd& p, const float* delta, bool vectors, bool pairs) {
 }  // namespace
 
 void attention_bwd_mma(const AttentionBwd& p, const float* delta) {
-  const bool vectors = is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) && is_aligned(p.dout) && p.D % 8 == 0 &&
-                       strides_divide(8, {p.q_batch, p.q_token, p.q_head, p.k_batch, p.k_token, p.k_head, p.v_batch,
-                                          p.v_token, p.v_head});
-  const bool pairs = p.D % 2 == 0 && is_aligned(p.dq, 4) && is_aligned(p.dk, 4) && is_aligned(p.dv, 4) &&
+  const bool vectors =
+      is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) && is_aligned(p.dout) && p.D % (16 / bytes(p.dtype)) == 0 &&
+      strides_divide(16 / bytes(p.dtype),
+                     {p.q_batch, p.q_token, p.q_head, p.k_batch, p.k_token, p.k_head, p.v_batch, p.v_token, p.v_head});
+  const bool pairs = p.D % 2 == 0 && is_aligned(p.dq, 2 * bytes(p.dtype)) && is_aligned(p.dk, 2 * bytes(p.dtype)) &&
+                     is_aligned(p.dv, 2 * bytes(p.dtype)) &&
                      strides_divide(2, {p.dq_batch, p.dq_token, p.dq_head, p.dk_batch, p.dk_token, p.dk_head,
                                         p.dv_batch, p.dv_token, p.dv_head});
-  dispatch_16_bit(p.dtype, [&](auto element) {
-    dispatch_head_dim(
-        p.D, [&](auto head_dim) { run<decltype(element), decltype(head_dim)::value>(p, delta, vectors, pairs); });
+  dispatch_mma(p.dtype, p.D, [&](auto element, auto head_dim) {
+    run<decltype(element), decltype(head_dim)::value>(p, delta, vectors, pairs);
   });
 }
 

@@ -112,11 +112,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_bwd_short_kernel(Att
     for (int d = 0; d < kD / 16; ++d) {
       uint32_t b[4];
       R::load_b(b, q_tile, row, d, lane);
-      mma_16x8x16<T>(s[0], k_fragment[d], b[0], b[1]);
-      mma_16x8x16<T>(s[1], k_fragment[d], b[2], b[3]);
+      mma_16x8<T>(s[0], k_fragment[d], b[0], b[1]);
+      mma_16x8<T>(s[1], k_fragment[d], b[2], b[3]);
       R::load_b(b, dout_tile, row, d, lane);
-      mma_16x8x16<T>(dp[0], v_fragment[d], b[0], b[1]);
-      mma_16x8x16<T>(dp[1], v_fragment[d], b[2], b[3]);
+      mma_16x8<T>(dp[0], v_fragment[d], b[0], b[1]);
+      mma_16x8<T>(dp[1], v_fragment[d], b[2], b[3]);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_bwd_short_kernel(Att
 #pragma unroll
       for (int d = 0; d < kD / 16; ++d) {
         R::load_b_transposed(b, k_tile, key, d, lane);
-        mma_16x8x16<T>(sum[2 * d], a, b[0], b[1]);
-        mma_16x8x16<T>(sum[2 * d + 1], a, b[2], b[3]);
+        mma_16x8<T>(sum[2 * d], a, b[0], b[1]);
+        mma_16x8<T>(sum[2 * d + 1], a, b[2], b[3]);
       }
     }
     store_rows<T, kD>(dq, sum, row, p.N, D, factor, factor, pairs, lane);

@@ -1,7 +1,7 @@
 // out = softmax(scale q k^T) v per head, by tensor cores, without a score matrix in memory (online softmax).
 //
 // A block of 4 warps takes 64 queries of one head, each warp 16; keys and values pass through shared memory in tiles of
-// 64 (32 for head dimensions above 128), copied asynchronously one tile ahead. Per head 4 N L D FLOP; q and out are
+// 16 to 64, copied asynchronously one tile ahead. Per head 4 N L D FLOP; q and out are
 // moved once, k and v once per 64 queries, from the L2 cache. Work is cut to multiples of 16 queries and 16 keys: at N
 // = 197 that is 208 x 208, 90 % of it useful. Every query is computed the same way whatever the others are.
 #include "attention.cuh"
@@ -12,15 +12,16 @@ namespace {
 constexpr int kQueries = 64;
 constexpr int kThreads = 128;
 
-VIT_HOST_DEVICE constexpr int keys_per_tile(int kD) { return kD <= 128 ? 64 : 32; }
-VIT_HOST_DEVICE constexpr int stages(int kD) { return kD <= 128 ? 2 : 1; }
-constexpr int shared_bytes(int kD) { return (kQueries + 2 * stages(kD) * keys_per_tile(kD)) * (kD + 8) * 2; }
-static_assert(shared_bytes(128) <= 99 * 1024 && shared_bytes(256) <= 99 * 1024, "compute capability 8.6 has 99 KiB");
+// By the bytes of a row: 256 are 128 elements in 16 bits, 64 in TF32.
+VIT_HOST_DEVICE constexpr int keys_per_tile(int row) { return row <= 256 ? 64 : 32; }
+VIT_HOST_DEVICE constexpr int stages(int row) { return row <= 256 ? 2 : 1; }
+constexpr int shared_bytes(int row) { return (kQueries + 2 * stages(row) * keys_per_tile(row)) * (row + 16); }
+static_assert(shared_bytes(256) <= 99 * 1024 && shared_bytes(512) <= 99 * 1024, "compute capability 8.6 has 99 KiB");
 
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(AttentionFwd p, bool vectors, bool pairs) {
   using R = Rows<T, kD>;
-  constexpr int kKeys = keys_per_tile(kD), kStages = stages(kD);
+  constexpr int kRow = kD * static_cast<int>(sizeof(T)), kKeys = keys_per_tile(kRow), kStages = stages(kRow);
   constexpr int kTile = kKeys * R::kPitch;
   T* q_tile = reinterpret_cast<T*>(shared_memory());
   T* tiles = q_tile + kQueries * R::kPitch;  // [stage][k, v]
@@ -73,18 +74,16 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(AttentionFwd p,
 
 void attention_fwd_mma(const AttentionFwd& p) {
   const bool vectors = is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) &&
-                       strides_divide(8, {p.q_batch, p.q_token, p.q_head, p.k_batch, p.k_token, p.k_head, p.v_batch,
-                                          p.v_token, p.v_head});
-  const bool pairs = p.D % 2 == 0 && is_aligned(p.out, 4);
+                       strides_divide(16 / bytes(p.dtype), {p.q_batch, p.q_token, p.q_head, p.k_batch, p.k_token,
+                                                            p.k_head, p.v_batch, p.v_token, p.v_head});
+  const bool pairs = p.D % 2 == 0 && is_aligned(p.out, 2 * bytes(p.dtype));
   const int64_t blocks = p.B * p.H * divide_up(p.N, kQueries);
-  dispatch_16_bit(p.dtype, [&](auto element) {
-    dispatch_head_dim(p.D, [&](auto head_dim) {
-      constexpr int kD = decltype(head_dim)::value;
-      launch<attention_fwd_kernel<decltype(element), kD>>(
-          {"attention_fwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, blocks, kThreads,
-           static_cast<std::size_t>(shared_bytes(kD))},
-          p, vectors, pairs);
-    });
+  dispatch_mma(p.dtype, p.D, [&](auto element, auto head_dim) {
+    using T = decltype(element);
+    constexpr int kD = decltype(head_dim)::value;
+    launch<attention_fwd_kernel<T, kD>>({"attention_fwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, blocks,
+                                         kThreads, static_cast<std::size_t>(shared_bytes(kD * sizeof(T)))},
+                                        p, vectors, pairs);
   });
 }
 

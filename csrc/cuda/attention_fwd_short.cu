@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2) attention_fwd_short_kernel(
           if (key + 16 * n < keys) {
             uint32_t b[4];
             R::load_b(b, k_tile, key + 16 * n, d, lane);
-            mma_16x8x16<T>(s[2 * n], q_fragment[d], b[0], b[1]);
-            mma_16x8x16<T>(s[2 * n + 1], q_fragment[d], b[2], b[3]);
+            mma_16x8<T>(s[2 * n], q_fragment[d], b[0], b[1]);
+            mma_16x8<T>(s[2 * n + 1], q_fragment[d], b[2], b[3]);
           }
       softmax.add<kD, kKeys>(s, sum, scale, p.L - key, lane);
       multiply_fragments<T, kD, kKeys>(sum, s, v_tile + key * R::kPitch, keys - key, lane);
@@ -104,7 +104,8 @@ int compiled(int64_t D) { return D <= 64 ? 64 : 80; }
 }  // namespace
 
 bool attention_fwd_short_supports(const AttentionFwd& p) {
-  if (path() == Path::portable || p.D <= 32 || p.D > 80 || p.D % 8 != 0 || p.N > (1 << 20)) return false;
+  if (path() == Path::portable || !is_16_bit(p.dtype) || p.D <= 32 || p.D > 80 || p.D % 8 != 0 || p.N > (1 << 20))
+    return false;
   const int64_t reserved = 1024;  // of every block, by the driver
   return 2 * (shared_bytes(compiled(p.D), p.L) + reserved) <= shared_limit(p.context.device) + reserved &&
          is_aligned(p.q, 4) && is_aligned(p.k) && is_aligned(p.v) &&

@@ -79,7 +79,9 @@ Access access(const Operand& o, DType dtype) {
 void gemm(const char* op, const Gemm& g, const Context& context) {
   if (g.batch == 0 || g.M == 0 || g.N == 0) return;
   const bool bfloat16 = g.dtype == DType::bfloat16;
-  if (!is_16_bit(g.dtype))
+  if (g.dtype == DType::float32 && context.allow_tf32)
+    gemm_tf32(op, g, context);
+  else if (!is_16_bit(g.dtype))
     gemm_scalar(op, g, context);
   else if (hopper_supports(g, context))
     (bfloat16 ? gemm_hopper_bf16 : gemm_hopper_f16)(op, g, context);

@@ -45,6 +45,7 @@ void gemm(const char* op, const Gemm&, const Context&);
 // The kernels it chooses from. Each is a translation unit of its own, to be compiled in parallel.
 void gemm_bf16(const char* op, const Gemm&, const Context&);
 void gemm_f16(const char* op, const Gemm&, const Context&);
+void gemm_tf32(const char* op, const Gemm&, const Context&);
 void gemm_scalar(const char* op, const Gemm&, const Context&);
 void gemm_hopper_bf16(const char* op, const Gemm&, const Context&);
 void gemm_hopper_f16(const char* op, const Gemm&, const Context&);

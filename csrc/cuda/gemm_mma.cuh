@@ -1,9 +1,11 @@
-// The portable product of 16-bit operands (compute capability 8.0 and up): mma.m16n8k16 on tiles that cp.async brings
-// into shared memory, kStages tiles ahead.
+// The portable product on tensor cores (compute capability 8.0 and up): mma.m16n8k16 of 16-bit operands, mma.m16n8k8 of
+// float32 operands rounded to TF32 on their way into registers, on tiles that cp.async brings into shared memory,
+// kStages tiles ahead.
 //
-// One block of 4 warps computes a kTile x kTile tile of out, each warp a quarter of it. Per tile of 32 k the block
-// reads 2 kTile 32 elements and does 2 kTile^2 32 FLOP: 64 FLOP per byte at kTile = 128. Every output element adds its
-// products in steps of 16 k from k = 0 on, whatever the tile size, so the tile may depend on M (batch invariance).
+// One block of 4 warps computes a kTile x kTile tile of out, each warp a quarter of it. Per tile of 64 bytes of k the
+// block reads 2 kTile 64 bytes and does 2 kTile^2 FLOP per k: 64 FLOP per byte at kTile = 128 in 16 bits, 32 in TF32.
+// Every output element adds its products in steps of 32 bytes of k from k = 0 on, whatever the tile size, so the tile
+// may depend on M (batch invariance).
 #pragma once
 
 #include "gemm.cuh"
@@ -11,22 +13,27 @@
 
 namespace vit::cuda {
 
-inline constexpr int kTileK = 32;
+inline constexpr int kTileBytes = 64;  // of k
+template <class T>
+inline constexpr int kTileK = kTileBytes / static_cast<int>(sizeof(T));
 inline constexpr int kStages = 4;
 inline constexpr int kGemmThreads = 128;
 
 // A tile of kRows rows (m or n) by kTileK of one operand in shared memory: as rows of k when k is adjacent in memory,
-// else as kTileK rows of m or n, so that global memory is read along its adjacent elements in both cases.
+// else as kTileK rows of m or n, so that global memory is read along its adjacent elements in both cases. Groups are of
+// 16 bytes.
 template <class T, int kRows, bool kAdjacent>
 struct Tile {
-  static constexpr int kGroups = kRows * kTileK / 8;
-  static constexpr int kGroupsPerLine = kAdjacent ? kTileK / 8 : kRows / 8;
+  static constexpr int kGroup = kVector<T>, kGroups = kRows * kTileK<T> / kGroup;
+  static constexpr int kGroupsPerLine = (kAdjacent ? kTileK<T> : kRows) / kGroup;
 
   __device__ static T* at(T* tile, int line, int group) {
     if constexpr (kAdjacent)
-      return tile + 8 * swizzle_4(line, group);
+      return tile + kGroup * swizzle_4(line, group);
+    else if constexpr (sizeof(T) == 2)
+      return tile + kGroup * swizzle_8<kGroupsPerLine>(line, group);
     else
-      return tile + 8 * swizzle_8<kGroupsPerLine>(line, group);
+      return tile + kGroup * swizzle_words<kGroupsPerLine>(line, group);
   }
 
   // Brings rows [row, row + kRows) and k [k, k + kTileK) into `tile`, zeros beyond `rows` and `K`.
@@ -36,15 +43,15 @@ struct Tile {
     for (int i = 0; i < kGroups / kGemmThreads; ++i) {
       const int index = i * kGemmThreads + static_cast<int>(threadIdx.x);
       const int line = index / kGroupsPerLine, group = index % kGroupsPerLine;
-      const int64_t r = row + (kAdjacent ? line : 8 * group), c = k + (kAdjacent ? 8 * group : line);
+      const int64_t r = row + (kAdjacent ? line : kGroup * group), c = k + (kAdjacent ? kGroup * group : line);
       T* to = at(tile, line, group);
       if (vectors) {
         const int64_t left = r < rows && c < K ? (kAdjacent ? K - c : rows - r) : 0;
-        const int count = left < 8 ? static_cast<int>(left) : 8;
-        copy_async_16(to, count > 0 ? data + r * o.row + c * o.k : data, count * 2);
+        const int count = left < kGroup ? static_cast<int>(left) : kGroup;
+        copy_async_16(to, count > 0 ? data + r * o.row + c * o.k : data, count * static_cast<int>(sizeof(T)));
       } else {
 #pragma unroll 1
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < kGroup; ++j) {
           const int64_t rj = kAdjacent ? r : r + j, cj = kAdjacent ? c + j : c;
           to[j] = rj < rows && cj < K ? data[rj * o.row + cj * o.k] : T{0};
         }
@@ -52,26 +59,41 @@ struct Tile {
     }
   }
 
-  // The a fragment of rows row..row + 15 and k..k + 15, relative to the tile.
+  // The a fragment of rows row..row + 15 and kMmaK from k on, relative to the tile.
   __device__ static void load_a(uint32_t (&fragment)[4], T* tile, int row, int k, int lane) {
     if constexpr (kAdjacent) {
       const MatrixAddress m = a_address(lane);
-      load_matrices(fragment, at(tile, row + m.row, k / 8 + m.group));
-    } else {
+      load_matrices(fragment, at(tile, row + m.row, k / kGroup + m.group));
+    } else if constexpr (sizeof(T) == 2) {
       const MatrixAddress m = a_address_transposed(lane);
-      load_matrices_transposed(fragment, at(tile, k + m.row, row / 8 + m.group));
+      load_matrices_transposed(fragment, at(tile, k + m.row, row / kGroup + m.group));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] = word(tile, row + 8 * (i % 2), k + 4 * (i / 2), lane);
     }
+    prepare_fragment<T>(fragment);
   }
 
   // The b fragments of rows (n) row..row + 7 and row + 8..row + 15.
   __device__ static void load_b(uint32_t (&fragment)[4], T* tile, int row, int k, int lane) {
     if constexpr (kAdjacent) {
       const MatrixAddress m = b_address(lane);
-      load_matrices(fragment, at(tile, row + m.row, k / 8 + m.group));
-    } else {
+      load_matrices(fragment, at(tile, row + m.row, k / kGroup + m.group));
+    } else if constexpr (sizeof(T) == 2) {
       const MatrixAddress m = b_address_transposed(lane);
-      load_matrices_transposed(fragment, at(tile, k + m.row, row / 8 + m.group));
+      load_matrices_transposed(fragment, at(tile, k + m.row, row / kGroup + m.group));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] = word(tile, row + 8 * (i / 2), k + 4 * (i % 2), lane);
     }
+    prepare_fragment<T>(fragment);
+  }
+
+ private:
+  // The element of a lane in the 8 rows from `row` and the 4 k from `k` on: ldmatrix transposes 16-bit elements alone.
+  __device__ static uint32_t word(T* tile, int row, int k, int lane) {
+    const int m = row + lane / 4;
+    return *reinterpret_cast<const uint32_t*>(at(tile, k + lane % 4, m / kGroup) + m % kGroup);
   }
 };
 
@@ -82,7 +104,7 @@ __global__ void __launch_bounds__(kGemmThreads)
   using TileA = Tile<T, kTile, kAdjacentA>;
   using TileB = Tile<T, kTile, kAdjacentB>;
   constexpr int kWarpTile = kTile / 2, kMs = kWarpTile / 16, kNs = kWarpTile / 8;
-  constexpr int kStageElements = 2 * kTile * kTileK;
+  constexpr int kOperandElements = kTile * kTileK<T>;
   T* shared = reinterpret_cast<T*>(shared_memory());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
@@ -93,13 +115,13 @@ __global__ void __launch_bounds__(kGemmThreads)
   const int64_t k_begin = plane / batches * K_split, k_end = K < k_begin + K_split ? K : k_begin + K_split;
   const T* a_data = static_cast<const T*>(a.data) + plane % batches * a.batch;
   const T* b_data = static_cast<const T*>(b.data) + plane % batches * b.batch;
-  const int steps = k_end > k_begin ? static_cast<int>((k_end - k_begin + kTileK - 1) / kTileK) : 0;
+  const int steps = k_end > k_begin ? static_cast<int>((k_end - k_begin + kTileK<T> - 1) / kTileK<T>) : 0;
 
   const auto load = [&](int step) {
-    T* stage = shared + step % kStages * kStageElements;
-    const int64_t k = k_begin + static_cast<int64_t>(step) * kTileK;
+    T* stage = shared + step % kStages * (2 * kOperandElements);
+    const int64_t k = k_begin + static_cast<int64_t>(step) * kTileK<T>;
     TileA::load(stage, a, a_data, a_vectors, m0, epilogue.M, k, k_end);
-    TileB::load(stage + kTile * kTileK, b, b_data, b_vectors, n0, epilogue.N, k, k_end);
+    TileB::load(stage + kOperandElements, b, b_data, b_vectors, n0, epilogue.N, k, k_end);
   };
 
   float sum[kMs][kNs][4] = {};
@@ -112,10 +134,10 @@ __global__ void __launch_bounds__(kGemmThreads)
     __syncthreads();  // tile `step` is here, and everybody is done with the one that `load` now overwrites
     if (step + kStages - 1 < steps) load(step + kStages - 1);
     copy_async_commit();
-    T* tile_a = shared + step % kStages * kStageElements;
-    T* tile_b = tile_a + kTile * kTileK;
+    T* tile_a = shared + step % kStages * (2 * kOperandElements);
+    T* tile_b = tile_a + kOperandElements;
 #pragma unroll
-    for (int k = 0; k < kTileK; k += 16) {
+    for (int k = 0; k < kTileK<T>; k += kMmaK<T>) {
       uint32_t fragment_a[kMs][4], fragment_b[kNs / 2][4];
 #pragma unroll
       for (int i = 0; i < kMs; ++i) TileA::load_a(fragment_a[i], tile_a, warp / 2 * kWarpTile + 16 * i, k, lane);
@@ -125,7 +147,7 @@ __global__ void __launch_bounds__(kGemmThreads)
       for (int i = 0; i < kMs; ++i)
 #pragma unroll
         for (int j = 0; j < kNs; ++j)
-          mma_16x8x16<T>(sum[i][j], fragment_a[i], fragment_b[j / 2][j % 2 * 2], fragment_b[j / 2][j % 2 * 2 + 1]);
+          mma_16x8<T>(sum[i][j], fragment_a[i], fragment_b[j / 2][j % 2 * 2], fragment_b[j / 2][j % 2 * 2 + 1]);
     }
   }
 
@@ -156,7 +178,7 @@ constexpr int mma_tile(int64_t M, int64_t N, int64_t planes) {
 
 // The tiles under way, and after them the sums: 68 KiB at 128 x 128.
 constexpr int mma_shared_bytes(int tile) {
-  const int stages = kStages * 2 * tile * kTileK * 2, sums = tile * (tile + 8) * 4;
+  const int stages = kStages * 2 * tile * kTileBytes, sums = tile * (tile + 8) * 4;
   return stages > sums ? stages : sums;
 }
 
@@ -164,7 +186,7 @@ template <class T>
 void gemm_mma(const char* op, const Gemm& g, const Context& context) {
   const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
   const int64_t planes = g.batch * g.splits;
-  const int64_t K_split = divide_up(divide_up(g.K, kTileK), g.splits) * kTileK;
+  const int64_t K_split = divide_up(divide_up(g.K, kTileK<T>), g.splits) * kTileK<T>;
   const auto go = [&](auto tile, auto adjacent_a, auto adjacent_b) {
     constexpr int kTile = decltype(tile)::value;
     const int64_t blocks = divide_up(g.M, kTile) * divide_up(g.N, kTile) * planes;
@@ -179,8 +201,10 @@ void gemm_mma(const char* op, const Gemm& g, const Context& context) {
   };
   const auto choose_a = [&](auto tile) {
     if (a.k_adjacent) return choose_b(tile, std::true_type{});
-    choose_b(tile, std::false_type{});
+    go(tile, std::false_type{}, std::false_type{});
   };
+  // Both operands transposed is no direction of linear: one tile size, for the sake of the build.
+  if (!a.k_adjacent && b.k_adjacent) return go(std::integral_constant<int, 64>{}, std::false_type{}, std::true_type{});
   if (mma_tile(g.M, g.N, planes) == 128) return choose_a(std::integral_constant<int, 128>{});
   choose_a(std::integral_constant<int, 64>{});
 }

@@ -1,4 +1,4 @@
-// The product in float32 and float64: plain fused multiply-adds, every float32 product exact to its rounding (no TF32).
+// The product in float32 and float64: plain fused multiply-adds, every float32 product exact to its rounding.
 //
 // A block of 16 x 16 threads computes a tile of 16 kPer x 16 kPer, each thread kPer x kPer elements, 8 k at a time from
 // shared memory; the next 8 k are read into registers meanwhile. Bound by FMA: with kPer = 8 a thread does 64 FMA per

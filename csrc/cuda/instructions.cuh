@@ -85,7 +85,8 @@ __device__ inline void copy_async_wait() {
 }
 
 // Four 8x8 matrices of 16-bit elements; lane 8i + r gives the address of row r of matrix i (16 bytes). Register i of
-// lane l gets elements (l / 4, 2 (l % 4) + {0, 1}) of matrix i, of its transpose in the second form.
+// lane l gets elements (l / 4, 2 (l % 4) + {0, 1}) of matrix i, of its transpose in the second form. Of rows of four
+// 32-bit elements the first form gives lane l element (l / 4, l % 4).
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -100,12 +101,20 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
                : "memory");
 }
 
-// c[16, 8] += a[16, 16] b[16, 8], float32 accumulators; the fragments are described in layout.cuh.
+// The bits of a float32 rounded to TF32 (10 fraction bits, halves away from zero), which the product of float takes.
+__device__ inline uint32_t round_tf32(uint32_t x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(__uint_as_float(x)));
+  return y;
+}
+
+// c[16, 8] += a[16, k] b[k, 8] with float32 accumulators, k = 16 for the 16-bit types and 8 for float, whose elements
+// are TF32; the fragments are described in layout.cuh.
 template <class T>
-__device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ inline void mma_16x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
-__device__ inline void mma_16x8x16<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void mma_16x8<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -113,8 +122,16 @@ __device__ inline void mma_16x8x16<bf16>(float (&c)[4], const uint32_t (&a)[4], 
 }
 
 template <>
-__device__ inline void mma_16x8x16<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void mma_16x8<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ inline void mma_16x8<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

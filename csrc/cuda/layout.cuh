@@ -7,6 +7,12 @@
 //   c[16, 8]   element i is row g + 8 (i / 2), column 2 t + i % 2
 // Two neighbouring c tiles (n and n + 8), packed to 16 bits, are the a fragment of a 16 x 16 product: P of attention
 // goes into the second product without leaving its registers.
+//
+// Fragments of mma.m16n8k8 in TF32 are the same words of 32 bits, one element each where the 16-bit types have two:
+//   a[16, 8]   register i holds row g + 8 (i % 2), column t + 4 (i / 2)
+//   b[8, 8]    register i holds row (k) t + 4 i, column (n) g
+// and c as above. A c tile is an a fragment, elements 0, 2, 1, 3, of a product whose k are numbered 0, 2, 4, 6, 1, 3,
+// 5, 7: any order of k will do as long as b has the same.
 #pragma once
 
 #include <cstdint>
@@ -48,6 +54,14 @@ template <int groups>
 VIT_HOST_DEVICE constexpr int swizzle_8(int row, int group) {
   static_assert(groups % 8 == 0);
   return row * groups + (group ^ (row % 8));
+}
+
+// Rows (k) of groups of four 32-bit elements (m or n), a multiple of 8 groups, read one element at a time: by k = t and
+// m = g of a TF32 fragment. Those are two groups in each of four rows, and fall on 32 different banks.
+template <int groups>
+VIT_HOST_DEVICE constexpr int swizzle_words(int row, int group) {
+  static_assert(groups % 8 == 0);
+  return row * groups + (group ^ (2 * (row % 4)));
 }
 
 // Rows of any even number of groups: one group of padding makes the pitch odd, so 8 rows are 8 different columns.

@@ -55,6 +55,10 @@ __device__ inline f16 from_acc<f16>(float x) {
   return float_to_f16(x);
 }
 
+// Elements of k in one product of the tensor cores: 32 bytes of them.
+template <class T>
+inline constexpr int kMmaK = 32 / static_cast<int>(sizeof(T));
+
 // Two neighbours of a 16-bit type in one register, the lower address in the lower half.
 template <class T>
 __device__ inline uint32_t pack(float low, float high);
@@ -65,6 +69,18 @@ __device__ inline uint32_t pack<bf16>(float low, float high) {
 template <>
 __device__ inline uint32_t pack<f16>(float low, float high) {
   return pack_f16(low, high);
+}
+
+__device__ inline uint32_t float_to_tf32(float x) { return round_tf32(__float_as_uint(x)); }
+__device__ inline float tf32_to_float(uint32_t x) { return __uint_as_float(x & 0xffffe000); }
+
+// A fragment of words straight from memory, made ready for mma_16x8<T>.
+template <class T, int n>
+__device__ inline void prepare_fragment(uint32_t (&words)[n]) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) words[i] = round_tf32(words[i]);
+  }
 }
 
 template <class T, int n>

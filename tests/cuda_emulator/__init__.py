@@ -95,8 +95,8 @@ class Emulated(NativeBackend):
     def lib(self) -> Any:
         return self.module
 
-    def context(self, device: torch.device) -> tuple[int, int, int]:
-        return 0, 0, 1
+    def context(self, device: torch.device) -> tuple[int, int, int, bool]:
+        return 0, 0, 1, torch.get_float32_matmul_precision() != "highest"
 
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.full((nbytes,), 255, dtype=torch.uint8)  # NaN: nothing may be read that was not written

@@ -227,6 +227,9 @@ inline uint32_t pack_f16(float low, float high) {
   return float_to_f16(low).bits | static_cast<uint32_t>(float_to_f16(high).bits) << 16;
 }
 
+inline uint32_t __float_as_uint(float x) { return float_to_bits(x); }
+inline float __uint_as_float(uint32_t x) { return bits_to_float(x); }
+
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 
@@ -309,6 +312,12 @@ float half_of(uint32_t both, int half) {
     return f16_to_float(f16{bits});
 }
 
+// PTX ISA, cvt.rna.tf32.f32: the low 13 bits are rounded away, halves away from zero.
+inline uint32_t round_tf32(uint32_t x) {
+  if ((x & 0x7fffffff) > 0x7f800000) return 0x7fffffff;
+  return (x + 0x1000) & ~uint32_t{0x1fff};
+}
+
 struct Mma {
   float* c;
   const uint32_t* a;
@@ -317,7 +326,7 @@ struct Mma {
 
 // PTX ISA 9.7.14.5.8: a0,a1 (row g, k 2t+i), a2,a3 (row g+8), a4,a5 (row g, k+8), a6,a7 (row g+8, k+8).
 template <class T>
-inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void mma_16x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   Mma mine = {c, a, {b0, b1}};
   emulator::meet_warp(&mine, [](void** slots) {
     float A[16][16], B[16][8];
@@ -336,6 +345,36 @@ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
         const int row = i < 2 ? lane / 4 : lane / 4 + 8, column = 2 * (lane % 4) + (i & 1);
         float sum = 0;
         for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
+        m.c[i] += sum;
+      }
+    }
+  });
+}
+
+// PTX ISA 9.7.14.5.6: a0 (row g, k t), a1 (row g+8), a2 (row g, k t+4), a3 (row g+8, k t+4); b0 (k t), b1 (k t+4).
+template <>
+inline void mma_16x8<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Mma mine = {c, a, {b0, b1}};
+  for (const uint32_t x : {a[0], a[1], a[2], a[3], b0, b1})
+    if ((x & 0x7fffffff) <= 0x7f800000 && (x & 0x1fff)) emulator::stop("an operand is not rounded to TF32");
+  emulator::meet_warp(&mine, [](void** slots) {
+    float A[16][8], B[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto m = emulator::value_of<Mma>(slots[lane]);
+      const int g = lane / 4, t = lane % 4;
+      A[g][t] = bits_to_float(m.a[0]);
+      A[g + 8][t] = bits_to_float(m.a[1]);
+      A[g][t + 4] = bits_to_float(m.a[2]);
+      A[g + 8][t + 4] = bits_to_float(m.a[3]);
+      B[t][g] = bits_to_float(m.b[0]);
+      B[t + 4][g] = bits_to_float(m.b[1]);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto m = emulator::value_of<Mma>(slots[lane]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i < 2 ? 0 : 8), column = 2 * (lane % 4) + (i & 1);
+        float sum = 0;
+        for (int k = 0; k < 8; ++k) sum += A[row][k] * B[k][column];
         m.c[i] += sum;
       }
     }

@@ -49,6 +49,20 @@ static void addresses_cover(const char* what, F address) {
   }
 }
 
+// The 32 lanes that read one word each (TF32, by k = t and m = g) must hit 32 different banks.
+template <class F>
+static void words_on_all_banks(const char* what, int rows, int columns, F place) {
+  std::set<int> used;
+  for (int k = 0; k < rows; ++k)
+    for (int m = 0; m < columns; ++m) check(used.insert(place(k, m)).second, what, k, m);
+  for (int k = 0; k < rows; k += 4)
+    for (int m = 0; m < columns; m += 8) {
+      std::set<int> banks;
+      for (int lane = 0; lane < 32; ++lane) banks.insert(place(k + lane % 4, m + lane / 4) % 32);
+      check(banks.size() == 32, what, k, m);
+    }
+}
+
 static void tiles_cover(int64_t rows, int64_t columns, int64_t band) {
   std::set<int64_t> seen;
   for (int64_t i = 0; i < rows * columns; ++i) {
@@ -99,6 +113,13 @@ int main() {
   no_bank_conflicts("padded<12>", 64, 12, [](int r, int g) { return padded<12>(r, g); });
   no_bank_conflicts("padded<16>", 64, 16, [](int r, int g) { return padded<16>(r, g); });
   no_bank_conflicts("padded<32>", 64, 32, [](int r, int g) { return padded<32>(r, g); });
+  words_on_all_banks("swizzle_words<16>", 16, 64, [](int k, int m) { return 4 * swizzle_words<16>(k, m / 4) + m % 4; });
+  words_on_all_banks("swizzle_words<32>", 16, 128,
+                     [](int k, int m) { return 4 * swizzle_words<32>(k, m / 4) + m % 4; });
+  words_on_all_banks("padded<16>, every second row", 4, 64,
+                     [](int k, int m) { return 4 * padded<16>(2 * k, m / 4) + m % 4; });
+  words_on_all_banks("padded<32>, every second row", 4, 128,
+                     [](int k, int m) { return 4 * padded<32>(2 * k, m / 4) + m % 4; });
   fragments_cover();
   addresses_cover("a_address", a_address);
   addresses_cover("a_address_transposed", a_address_transposed);

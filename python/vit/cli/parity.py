@@ -108,7 +108,7 @@ def _print_table(results: list[Any], out: Any) -> None:
     """Per op and dtype: how many passed, and the case that came closest to its bound."""
     groups: dict[tuple[str, str], list[Any]] = {}
     for result in results:
-        groups.setdefault((result.case.op, result.case.dtype), []).append(result)
+        groups.setdefault((result.case.op, result.case.precision), []).append(result)
     rows = []
     for (op, dtype), group in groups.items():
         worst = max(group, key=lambda r: (not r.skipped, r.ratio))

@@ -34,6 +34,7 @@ class Case:
     param_dtype: str = ""  # weights and biases; empty: dtype
     out_dtype: str = ""  # residual and output of linear; empty: dtype
     direction: str = "fwd"  # "fwd" runs without autograd, "bwd" checks the output and every gradient
+    tf32: bool = False  # float32 products may round their inputs to TF32
 
     def __getitem__(self, letter: str) -> int:
         return dict(self.sizes)[letter]
@@ -42,9 +43,14 @@ class Case:
         return dict(self.options).get(name, default)
 
     @property
+    def precision(self) -> str:
+        """The dtype, or "float32-tf32"."""
+        return f"{self.dtype}-tf32" if self.tf32 else self.dtype
+
+    @property
     def id(self) -> str:
         """Printable and unique, e.g. "linear-bwd-bfloat16-m197n768k768-gelu-residual"."""
-        dtype = self.dtype
+        dtype = self.precision
         if self.param_dtype:
             dtype += f"-param_{self.param_dtype}"
         if self.out_dtype:
@@ -241,8 +247,8 @@ def _without_gradient(case: Case) -> bool:
     return "inf_" in case.values
 
 
-def _expand(dtypes: Iterable[str]) -> Iterator[Case]:
-    """Every shape in every dtype and direction."""
+def _expand(dtypes: Iterable[str], tf32: bool = False) -> Iterator[Case]:
+    """Every shape in every dtype and direction; with `tf32` the products of float32 in TF32, too."""
     dtypes = tuple(dtypes)
     base = [*_layer_norm(), *_gelu(), *_matmul(), *_linear(), *_attention()]
     shapes = [
@@ -255,9 +261,11 @@ def _expand(dtypes: Iterable[str]) -> Iterator[Case]:
     for case in shapes:
         if case.dtype == "float16" and "limit" in case.values:
             continue  # the exponent range of float16 is tested by "big"
-        yield case
-        if not _without_gradient(case):
-            yield dataclasses.replace(case, direction="bwd")
+        rounded = tf32 and case.dtype == "float32" and case.op in ("matmul", "linear", "attention")
+        for variant in (case, dataclasses.replace(case, tf32=True)) if rounded else (case,):
+            yield variant
+            if not _without_gradient(case):
+                yield dataclasses.replace(variant, direction="bwd")
 
 
 CASES: tuple[Case, ...] = tuple(_expand(DTYPES))
@@ -273,9 +281,9 @@ def cases(
 ) -> list[Case]:
     """The cases of a device type, narrowed by op, group, dtype, direction or a regular expression on the id.
 
-    GPU device types get float16 in place of float64.
+    GPU device types get float16 in place of float64; CUDA has the products of float32 in TF32, too.
     """
-    everything = CASES if device == "cpu" else tuple(_expand(GPU_DTYPES))
+    everything = CASES if device == "cpu" else tuple(_expand(GPU_DTYPES, tf32=device == "cuda"))
     wanted = {"op": ops, "group": groups, "dtype": dtypes, "direction": directions}
     sets = {field: set(names) for field, names in wanted.items() if names is not None}
     regex = re.compile(pattern) if pattern else None

@@ -10,9 +10,10 @@ where `torch` is PyTorch's own op in the kernel's dtype (left out for float64 ke
 alone), `magnitude` is the same formula on the absolute values of its terms, and D(magnitude) is its norm over
 that of the truth. The second line is the global cosine check: the cosine between kernel and truth is at least
 sqrt(1 - D^2), and unlike the cosine D also sees a wrong scale; roundings of many elements average out, so that
-it is much tighter than the first. NaN and both infinities stand exactly where the truth has them; numbers are
-compared everywhere else. No case has a tolerance of its own. Measuring against PyTorch's own error is the idea
-of the FlashAttention tests (https://github.com/Dao-AILab/flash-attention).
+it is much tighter than the first. Products in TF32 are held like a type of 10 fraction bits: eps(output) is 2^-10, and
+the factors of PyTorch's own products are rounded to TF32. NaN and both infinities stand exactly
+where the truth has them; numbers are compared everywhere else. No case has a tolerance of its own. Measuring
+against PyTorch's own error is the idea of the FlashAttention tests (https://github.com/Dao-AILab/flash-attention).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from .tf32 import EPS as TF32_EPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +59,12 @@ def compare(
     *,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
+    tf32: bool = False,
 ) -> Comparison:
     """Holds `got` to `truth` (float64) by the rule above.
 
     `baseline` is PyTorch's own result, None for float64 kernels; `dtype` is what `got` must be of;
-    `compute_dtype` is the dtype of the activations, which fixes the accumulator.
+    `compute_dtype` is the dtype of the activations, which fixes the accumulator; `tf32`: its products are in TF32.
     """
     if got.shape != truth.shape or got.dtype != dtype:
         wanted = f"{list(truth.shape)} {dtype}"
@@ -84,7 +88,7 @@ def compare(
     truth = torch.where(finite, truth, zero)
     magnitude = torch.where(finite & magnitude.isfinite(), magnitude, zero)
 
-    out_eps = torch.finfo(dtype).eps
+    out_eps = TF32_EPS if tf32 else torch.finfo(dtype).eps
     acc_eps = torch.finfo(accumulator(compute_dtype)).eps
     noise = 4 * out_eps * truth.abs().max().item() + 4 * acc_eps * magnitude.max().item()
     worst, torch_worst = distance.argmax(), torch_distance.argmax()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .cases import Case
 from .compare import Comparison, compare
 from .problems import DEFINITIONS, Ops, Problem, Tensors, build, out_dtype, torch_dtype
+from .tf32 import RoundedProducts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Result:
         record: dict[str, Any] = {
             "id": case.id,
             "op": case.op,
-            "dtype": case.dtype,
+            "dtype": case.precision,
             "direction": case.direction,
         }
         error = self.error if math.isfinite(self.error) else None
@@ -62,7 +65,8 @@ def run(case: Case, ops: Ops, device: str | torch.device = "cpu") -> Result:
 
     problem = build(case, device)
     try:
-        got = call(problem, lambda t: DEFINITIONS[case.op].call(ops, case, t))
+        with _allow_tf32(case.tf32):
+            got = call(problem, lambda t: DEFINITIONS[case.op].call(ops, case, t))
     except BackendError as refusal:
         return Result(case, 0.0, 0.0, ok=False, skipped=True, text=str(refusal))
     worst = max(compare_all(problem, got), key=lambda c: (not c.ok, c.ratio))
@@ -77,7 +81,8 @@ def compare_all(problem: Problem, got: Tensors) -> list[Comparison]:
         truth = call(exact, lambda t: definition.call(backend_ops("reference"), case, t))
     baseline: Tensors = {}
     if case.dtype != "float64":
-        baseline = call(problem, lambda t: definition.torch(case, t))
+        with _torch_in_tf32(problem.dy.device) if case.tf32 else contextlib.nullcontext():
+            baseline = call(problem, lambda t: definition.torch(case, t))
     magnitude = definition.magnitude(case, exact.tensors, exact.dy)
     return [
         compare(
@@ -88,6 +93,7 @@ def compare_all(problem: Problem, got: Tensors) -> list[Comparison]:
             magnitude[name].broadcast_to(truth[name].shape),
             dtype=out_dtype(case) if name == "out" else problem.tensors[name].dtype,
             compute_dtype=torch_dtype(case.dtype),
+            tf32=case.tf32,
         )
         for name, result in got.items()
     ]
@@ -105,6 +111,24 @@ def call(problem: Problem, f: Any) -> Tensors:
     if missing:
         raise AssertionError(f"{problem.case.id}: no gradient reaches {', '.join(missing)}")
     return {"out": out.detach()} | dict(zip(leaves, grads, strict=True))
+
+
+@contextlib.contextmanager
+def _torch_in_tf32(device: torch.device) -> Iterator[None]:
+    """PyTorch's ops take their products in TF32: every one, by rounding the factors; a GPU multiplies in TF32, too."""
+    with _allow_tf32(device.type == "cuda"), sdpa_kernel(SDPBackend.MATH), RoundedProducts():
+        yield
+
+
+@contextlib.contextmanager
+def _allow_tf32(allowed: bool) -> Iterator[None]:
+    """What users set: whether products of float32 may be in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _double(problem: Problem) -> Problem:
