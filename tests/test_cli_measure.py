@@ -98,9 +98,58 @@ def test_bench_of_a_model(capsys, tmp_path):
         assert record["images_per_second"] == pytest.approx(2000 / record["ms_median"])
         assert 0 < record["ms_min"] <= record["ms_median"]
         assert record["peak_memory_mb"] > 0
-    assert {"cpu", "cpus", "torch", "threads", "peak_gflops", "backends"} <= report["environment"].keys()
+        if record["mode"] == "inference":  # the same weights and images for all
+            assert record["logits_cosine"] > 0.999
+            assert record["logits_max_error"] < 0.05
+    environment = {"cpu", "cpu_flags", "cpu_isa", "cpus", "governor", "load_before", "torch", "threads", "peak_gflops"}
+    assert environment <= report["environment"].keys()
+    assert not report["refused"]
     assert picture.stat().st_size > 1000
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def bench(tmp_path, *options: str) -> tuple[int, dict]:
+    target = tmp_path / "bench.json"
+    code = main(["bench", "--rounds", "1", "--threads", "1", "--json", str(target), *options])
+    return code, json.loads(target.read_text())
+
+
+@pytest.mark.slow
+def test_bench_lists_who_cannot_run_with_the_reason(capsys, tmp_path):
+    code, report = bench(
+        tmp_path, "--models", "vit_tiny_patch16_224:img_size=64", "--batch", "2", "--dtype", "int8",
+        "--backends", "cpu", "--against", "timm",
+    )  # fmt: skip
+    assert code == 0  # nothing failed that should have worked
+    assert report["records"] == []
+    refused = {entry["backend"]: entry["reason"] for entry in report["refused"]}
+    assert "engine's" in refused["cpu"]
+    assert "torchao" in refused["timm"]
+    assert "timm: not timed: PyTorch's own int8" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bench_against_a_peer_and_merged_with_an_earlier_run(capsys, tmp_path):
+    model = ("--models", "vit_tiny_patch16_224:img_size=64", "--backends", "cpu", "--against", "timm")
+    exports = ("--exports", str(tmp_path / "exports"))
+    code, first = bench(tmp_path, *model, *exports, "--batch", "1")
+    assert code == 0
+    assert [r["backend"] for r in first["records"]] == ["cpu", "timm"]
+    for record in first["records"]:
+        assert record["logits_max_error"] < 1e-4
+    (started,) = first["start_up"]
+    assert started["backend"] == "timm"
+    assert min(started[key] for key in ("import_seconds", "construct_seconds", "first_batch_seconds")) > 0
+    assert started["process_memory_mb"] > 100
+    assert "first batch of a fresh process" in capsys.readouterr().out
+
+    other = first["records"][0] | {"batch": 2}
+    (tmp_path / "bench.json").write_text(json.dumps(first | {"records": [other, *first["records"]]}))
+    _, second = bench(tmp_path, *model, *exports, "--batch", "1", "--start-up", "no", "--merge")
+    assert [(r["batch"], r["backend"]) for r in second["records"]] == [(2, "cpu"), (1, "cpu"), (1, "timm")]
+    assert second["records"][0] == other
+    assert second["records"][1]["ms_median"] != first["records"][0]["ms_median"]  # measured again, not kept
+    assert second["start_up"] == first["start_up"]
 
 
 @pytest.mark.slow
@@ -117,10 +166,12 @@ def test_bench_of_ops(capsys, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--models", "vit_nano"], ["--batch", "0"], ["--batch", "x"], ["--dtype", "int8"], ["--mode", "fast"],
+        ["--models", "vit_nano"], ["--batch", "0"], ["--batch", "x"], ["--dtype", "int3"], ["--mode", "fast"],
         ["--rounds", "0"], ["--threads", "0"], ["--backends", "cpuu"],
         ["--backends", "timm,cpu", "--models", "vit_digits"],
         ["--ops", "--pattern", "no such case"], ["--ops", "--pattern", "("],
+        ["--against", "tensorflow"], ["--against", "timm", "--ops"], ["--against", "timm", "--models", "vit_digits"],
+        ["--models", "vit_digits:img_size"], ["--models", "vit_digits:img_size=big"], ["--merge"],
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -1,270 +1,206 @@
-"""`vit bench`: models and ops against PyTorch, every candidate in its own process, alternating by rounds."""
+"""`vit bench`: models and ops against PyTorch and other runtimes, each in its own process, alternating by rounds."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import sys
-import time
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from vit.testing.bench import Job, Setting, environment, time_models, time_ops
+from vit.testing.peers import RUNTIMES, Arch
 from vit.testing.problems import DEFINITIONS
 
-HELP = "time models and ops against PyTorch and timm"
+from . import bench_report
+from .show import Progress
 
-#: Not backends, but candidates all the same.
-FOREIGN = ("timm", "torch")
+HELP = "time models and ops against PyTorch, timm, OpenVINO and ONNX Runtime"
+
+#: Lists of a report, and the fields that say what an entry is about.
+KEYS = ("model", "id", "dtype", "batch", "mode", "threads")
+LISTS = ("records", "refused", "start_up")
+
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Times models (images per second) or, with --ops, single ops (GFLOP/s, GB/s, ratio to PyTorch). Every "
-        "candidate has its own process; they take turns by rounds while the others idle. Random weights and images; "
-        "bfloat16 means bfloat16 weights in inference, float32 weights under autocast in training. "
+        "candidate has its own process; they take turns by rounds while the others idle. Seeded weights with heavy "
+        "tails, the same for all candidates, whose logits are compared with the float32 reference. bfloat16 means "
+        "bfloat16 weights in inference, float32 weights under autocast in training. "
         "Exit code 0: done, 1: a candidate failed, 2: bad usage."
     )
-    parser.add_argument("--models", type=_names, default=["vit_base_patch16_224"], metavar="A,B", help=_DEFAULT)
-    parser.add_argument("--batch", type=_numbers, default=[1, 8], metavar="N,M", help=_DEFAULT)
-    parser.add_argument(
-        "--dtype", type=_dtypes, default=["float32"], metavar="A,B", help="float32, bfloat16, ... " + _DEFAULT
-    )
-    parser.add_argument(
-        "--mode", type=_modes, default=["inference"], metavar="A,B", help="inference, train " + _DEFAULT
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    models = "NAME or NAME:img_size=518:patch_size=14 "
+    add("--models", type=_models, default="vit_base_patch16_224", metavar="A,B", help=models + _DEFAULT)
+    add("--batch", type=_numbers, default=[1, 8], metavar="N,M", help=_DEFAULT)
+    add("--dtype", type=_dtypes, default=["float32"], metavar="A,B", help=f"{', '.join(DTYPES)} " + _DEFAULT)
+    add("--mode", type=_modes, default=["inference"], metavar="A,B", help="inference, train " + _DEFAULT)
+    add(
         "--backends",
         type=_names,
         metavar="A,B",
-        help="backends, and timm: timm's model, eager (default: reference and every usable backend)",
+        help=f"backends, {', '.join(RUNTIMES)} (default: reference and every usable backend; --against: engine)",
     )
-    parser.add_argument("--device", help="where reference and timm run (default: that of the first native backend)")
-    parser.add_argument("--threads", type=int, help="CPU threads of every candidate (default: torch's own choice)")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each candidate " + _DEFAULT)
-    parser.add_argument("--ops", action="store_true", help="time the ops of the case list instead of models")
-    parser.add_argument(
-        "--op", action="append", choices=tuple(DEFINITIONS), help="with --ops: only this op (repeatable)"
+    add(
+        "--against",
+        type=_peers,
+        metavar="A,B",
+        help=f"race the engine against {', '.join(sorted(PEERS))}; one that cannot run is listed with its reason",
     )
-    parser.add_argument("--direction", choices=("fwd", "bwd"), help="with --ops: only forward or backward")
-    parser.add_argument("--pattern", metavar="REGEX", help="with --ops: only cases whose id matches")
-    parser.add_argument(
-        "--json", metavar="FILE", nargs="?", const="-", help="records as JSON, to standard output or FILE"
+    add(
+        "--start-up",
+        choices=("no", "yes", "only"),
+        help="time import, construction and first batch in fresh processes (default: yes with --against, else no)",
     )
-    parser.add_argument("--plot", metavar="PNG", help="draw the records as a bar chart")
+    add("--exports", metavar="DIR", help="keep the models made for other runtimes (default: made anew each time)")
+    add("--device", help="where reference and timm run (default: that of the first native backend)")
+    add("--threads", type=int, help="CPU threads of every candidate (default: torch's own choice)")
+    add("--rounds", type=int, default=10, help="turns of each candidate " + _DEFAULT)
+    add("--ops", action="store_true", help="time the ops of the case list instead of models")
+    add("--op", action="append", choices=tuple(DEFINITIONS), help="with --ops: only this op (repeatable)")
+    add("--direction", choices=("fwd", "bwd"), help="with --ops: only forward or backward")
+    add("--pattern", metavar="REGEX", help="with --ops: only cases whose id matches")
+    add("--json", metavar="FILE", nargs="?", const="-", help="records as JSON, to standard output or FILE")
+    add("--merge", action="store_true", help="keep what FILE of --json holds, except for races that are run again")
+    add("--plot", metavar="PNG", help="draw the records as a bar chart")
 
 
 _DEFAULT = "(default: %(default)s)"
 
+PEERS = frozenset(RUNTIMES) - {"engine"}
+
 
 def run(args: argparse.Namespace) -> int:
     try:
-        jobs = _prepare(args)
+        jobs, setting = _prepare(args)
+        old = _old(args)
     except (ValueError, re.error) as error:
         print(f"vit bench: {error}", file=sys.stderr)
         return 2
     out = sys.stderr if args.json == "-" else sys.stdout
-    report: dict[str, Any] = {"environment": environment(args), "records": []}
+    report: dict[str, Any] = {"environment": environment(setting), "against": args.first, "records": [], "refused": []}
     try:
-        measure = time_ops if args.ops else time_models
-        for records in measure(args, jobs, report["environment"]["peak_gflops"]):
-            report["records"] += records
-            for record in records:
-                print(_line(record, records), file=out, flush=True)
-    except RuntimeError as error:
-        print(f"vit bench: {error}", file=sys.stderr)
-        return 1
-    finally:
-        _save(report, args.json)
+        for found in _measure(args, jobs, setting, report["environment"]["peak_gflops"], out):
+            for name, entries in found.items():
+                report.setdefault(name, []).extend(entries)
+    finally:  # what was measured is kept even when the rest is interrupted
+        _save(_merged(old, report), args.json)
     if args.plot:
-        plot(report, args.plot)
-    return 0
+        bench_report.plot(report, args.plot)
+    return 1 if any(entry["failed"] for entry in report["refused"]) else 0
 
 
-def _prepare(args: argparse.Namespace) -> list[Any]:
+def _measure(
+    args: argparse.Namespace, jobs: list[Any], setting: Setting, peak: Any, out: Any
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Shows and yields one race after the other."""
+    turns = 0 if args.start_up == "only" else len(setting.candidates) * (args.rounds + 1)
+    with Progress(len(jobs) * turns) as progress, tempfile.TemporaryDirectory() as temporary:
+
+        def watch(text: str) -> None:
+            progress.step(text, advance=int(text.endswith("warm-up") or ", round " in text))
+
+        models = () if args.ops else time_models(jobs, setting, args.exports or temporary, watch, args.start_up)
+        for found in time_ops(jobs, setting, peak, watch) if args.ops else models:
+            with progress.aside():
+                bench_report.show(found, args.first, out)
+            yield found
+
+
+def _prepare(args: argparse.Namespace) -> tuple[list[Any], Setting]:
     """Fills in what was not given; the jobs to be timed. ValueError for what cannot be run."""
     import torch
 
-    import vit
     from vit import testing
     from vit.backends import NativeBackend, get, records
 
-    usable = [name for name, b in records().items() if isinstance(b, NativeBackend) and b.unavailable() is None]
-    if args.backends is None:
-        args.backends = usable if args.ops else ["reference", *usable]
-    for name in args.backends:
-        if name not in FOREIGN and (why := get(name).unavailable()):
-            raise ValueError(f"backend '{name}' cannot be used: {why}")
-    if "timm" in args.backends and not args.ops:
-        _require_timm(args.models)
-    if args.device is None:
-        native = [name for name in args.backends if name in usable]
-        args.device = str(get(native[0]).default_device()) if native else "cpu"
-    if args.threads is None:
-        args.threads = torch.get_num_threads()
-    if args.threads < 1 or args.rounds < 1:
+    if args.rounds < 1 or (args.threads is not None and args.threads < 1):
         raise ValueError("--threads and --rounds must be at least 1")
+    if args.ops and args.against:
+        raise ValueError("--against compares whole models: leave out --ops")
+    usable = [name for name, b in records().items() if isinstance(b, NativeBackend) and b.unavailable() is None]
+    default = usable if args.ops else ["engine"] if args.against else ["reference", *usable]
+    backends = default if args.backends is None else args.backends
+    for name in backends:
+        if name not in RUNTIMES and (why := get(name).unavailable()):
+            raise ValueError(f"backend '{name}' cannot be used: {why}")
+    if args.start_up is None:
+        args.start_up = "yes" if args.against else "no"
+    args.first = backends[0] if args.against else None
+    native = [name for name in backends if name in usable]
+    device = args.device or (str(get(native[0]).default_device()) if native else "cpu")
+    candidates = [*backends, *(name for name in args.against or () if name not in backends)]
+    if args.ops:
+        candidates = [name for name in candidates if name not in RUNTIMES]
+    setting = Setting(tuple(candidates), device, args.threads or torch.get_num_threads(), args.rounds)
     if not args.ops:
-        known = vit.list_models()
-        if unknown := [name for name in args.models if name not in known]:
-            raise ValueError(f"unknown models {', '.join(unknown)}; `vit info` lists all")
-        return [(m, b, d, t) for t in args.mode for m in args.models for d in args.dtype for b in args.batch]
+        _check_models(args.models, candidates)
+        return [
+            Job(model, arch, dtype, batch, mode)
+            for mode in args.mode
+            for model, arch in args.models
+            for dtype in args.dtype
+            for batch in args.batch
+        ], setting
     cases = testing.cases(
-        torch.device(args.device).type, ops=args.op, groups=("regular", "large"), dtypes=args.dtype,
+        torch.device(device).type, ops=args.op, groups=("regular", "large"), dtypes=args.dtype,
         directions=[args.direction] if args.direction else None, pattern=args.pattern,
     )  # fmt: skip
     if not cases:
         raise ValueError("no case of the groups regular and large matches")
-    return cases
+    return cases, setting
 
 
-def time_models(args: argparse.Namespace, jobs: Sequence[Any], peak: Any) -> Any:
-    """Yields the records of one (model, batch, dtype, mode) after the other."""
-    from vit.testing.candidates import model_step
-    from vit.testing.workers import Worker, race
-
-    for model, batch, dtype, mode in jobs:
-        workers = [Worker(args.threads) for _ in args.backends]  # fresh ones: their memory is measured
-        try:
-            candidates = [(b, model, batch, dtype, mode, args.device) for b in args.backends]
-            timings = race(workers, model_step, candidates, args.rounds)
-            memory = [worker.ask("peak_memory") for worker in workers]
-        finally:
-            for worker in workers:
-                worker.stop()
-        yield [
-            {
-                "model": model, "backend": backend, "dtype": dtype, "batch": batch, "mode": mode,
-                "threads": args.threads, "ms_median": 1e3 * timing.median, "ms_min": 1e3 * timing.best,
-                "images_per_second": batch / timing.median, "peak_memory_mb": round(peak_bytes / 2**20, 1),
-            }
-            for backend, timing, peak_bytes in zip(args.backends, timings, memory, strict=True)
-        ]  # fmt: skip
-
-
-def time_ops(args: argparse.Namespace, jobs: Sequence[Any], peak: dict[str, float] | None) -> Any:
-    """Yields the records of one case after the other: PyTorch's own op first, then each backend."""
-    from vit.testing.candidates import op_step, work
-    from vit.testing.workers import Worker, race
-
-    names = ["torch", *(b for b in args.backends if b not in FOREIGN)]
-    workers = [Worker(args.threads) for _ in names]
-    try:
-        for case in jobs:
-            timings = race(workers, op_step, [(name, case, args.device) for name in names], args.rounds)
-            amount, unit = work(case)
-            records = []
-            for name, timing in zip(names, timings, strict=True):
-                rate = 1e-9 * amount / timing.median
-                record = {
-                    "id": case.id, "op": case.op, "dtype": case.dtype, "direction": case.direction, "backend": name,
-                    "threads": args.threads, "ms_median": 1e3 * timing.median, "ms_min": 1e3 * timing.best,
-                    "rate": rate, "unit": unit, "ratio_to_torch": timings[0].median / timing.median,
-                }  # fmt: skip
-                if peak and unit == "GFLOP/s" and case.dtype in peak:
-                    record["percent_of_peak"] = 100 * rate / peak[case.dtype]
-                records.append(record)
-            yield records
-    finally:
-        for worker in workers:
-            worker.stop()
-
-
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """The machine and the software, and its peak: without them a figure means nothing."""
-    import torch
-
+def _check_models(models: Sequence[tuple[str, Any]], candidates: Sequence[str]) -> None:
     import vit
-    from vit.testing.peak import cpu_peak
 
-    found = {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "cpu": _cpu_model(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "load_before": round(os.getloadavg()[0], 2),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "vit": vit.__version__,
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "device": args.device,
-        "backends": {name: vit.backends()[name] for name in args.backends if name not in FOREIGN},
-        "peak_gflops": cpu_peak(args.threads) if args.device == "cpu" else None,
-    }
-    if "timm" in args.backends:
+    known = vit.list_models()
+    if unknown := [name for name, _ in models if name not in known]:
+        raise ValueError(f"unknown models {', '.join(unknown)}; `vit info '*'` lists all")
+    if set(candidates) <= {"engine"} or not PEERS & set(candidates):
+        return
+    try:
         import timm
-
-        found["timm"] = timm.__version__
-    if args.device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(args.device)
-    return found
-
-
-def _cpu_model() -> str:
-    """The processor's name with family and model: virtual machines call Zen 4 and Zen 5 alike "AMD EPYC"."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in file)}
-        return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()
-
-
-def _line(record: dict[str, Any], group: list[dict[str, Any]]) -> str:
-    """One row of the table; the ratio of a model is to the fastest of timm and the reference."""
-    times = f"{record['ms_median']:9.3f} ms  (best {record['ms_min']:9.3f})"
-    if "id" in record:
-        share = f"  {record['percent_of_peak']:3.0f}% of peak" if "percent_of_peak" in record else ""
-        rate = f"{record['rate']:8.1f} {record['unit']}"
-        return f"{record['id']:<62} {record['backend']:<9} {times}  {rate}  {record['ratio_to_torch']:5.2f}x{share}"
-    what = f"{record['model']} {record['mode']} {record['dtype']} batch {record['batch']}"
-    baselines = [r["ms_median"] for r in group if r["backend"] in ("timm", "reference")]
-    ratio = f"  {min(baselines) / record['ms_median']:5.2f}x" if baselines else ""
-    speed, memory = f"{record['images_per_second']:8.1f} images/s", f"{record['peak_memory_mb']:7.0f} MiB"
-    return f"{what:<54} {record['backend']:<9} {times}  {speed}  {memory}{ratio}"
-
-
-def plot(report: dict[str, Any], path: str) -> None:
-    """A bar per record: images per second of models, ratio to PyTorch of ops."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
     except ImportError:
-        raise SystemExit("vit bench: --plot needs matplotlib: pip install 'vit-kernels[bench]'") from None
-    records = report["records"]
-    ops = bool(records) and "id" in records[0]
-    groups = list(dict.fromkeys(_group(r) for r in records))
-    names = [n for n in dict.fromkeys(r["backend"] for r in records) if not (ops and n == "torch")]
-    value = "ratio_to_torch" if ops else "images_per_second"
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.3 * len(groups) * len(names)), layout="constrained")
-    height = 0.8 / max(1, len(names))
-    for i, name in enumerate(names):
-        bars = {_group(r): r[value] for r in records if r["backend"] == name}
-        drawn = axes.barh([groups.index(g) + i * height for g in bars], list(bars.values()), height, label=name)
-        axes.bar_label(drawn, fmt="%.2f" if ops else "%.1f", padding=3, fontsize=8)
-    axes.set_yticks([y + height * (len(names) - 1) / 2 for y in range(len(groups))], groups, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("times as fast as PyTorch" if ops else "images per second")
-    found = report["environment"]
-    axes.set_title(f"{found.get('gpu', found['cpu'])}, {found['threads']} threads, torch {found['torch']}", fontsize=9)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+        raise ValueError("comparing with other runtimes needs: pip install 'vit-kernels[bench]'") from None
+    if unknown := [name for name, _ in models if not timm.is_model(name)]:
+        raise ValueError(f"timm, whose model the other runtimes run, has no {', '.join(unknown)}")
 
 
-def _group(record: dict[str, Any]) -> str:
-    if "id" in record:
-        return record["id"]
-    return f"{record['model']}\n{record['mode']} {record['dtype']} batch {record['batch']}"
+def _old(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The report that --merge adds to."""
+    if not args.merge:
+        return None
+    if args.json in (None, "-"):
+        raise ValueError("--merge needs --json FILE")
+    path = Path(args.json)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """`new` with the races of `old` that were not run again: all candidates of a race were timed side by side."""
+    if old is None:
+        return new
+    merged = dict(new)
+    for name in LISTS:
+        again = {_race(entry) for entry in new.get(name, ())}
+        kept = [entry for entry in old.get(name, ()) if _race(entry) not in again]
+        if kept or name in new:
+            merged[name] = [*kept, *new.get(name, ())]
+    return merged
+
+
+def _race(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry.get(key) for key in KEYS)
 
 
 def _save(report: dict[str, Any], target: str | None) -> None:
-    """What was measured is kept even when a later candidate fails."""
     if target == "-":
         print(json.dumps(report))
     elif target:
@@ -272,17 +208,20 @@ def _save(report: dict[str, Any], target: str | None) -> None:
             json.dump(report, file, indent=1)
 
 
-def _require_timm(models: Sequence[str]) -> None:
-    try:
-        import timm
-    except ImportError:
-        raise ValueError("the candidate timm needs: pip install 'vit-kernels[bench]'") from None
-    if unknown := [name for name in models if not timm.is_model(name)]:
-        raise ValueError(f"timm has no model {', '.join(unknown)}: leave timm out of --backends")
-
-
 def _names(text: str) -> list[str]:
     return [word for word in text.replace(" ", "").split(",") if word]
+
+
+def _models(text: str) -> list[tuple[str, Arch]]:
+    """ "a,b:img_size=518" -> [("a", ()), ("b", (("img_size", 518),))]."""
+    models = []
+    for word in _names(text):
+        name, *settings = word.split(":")
+        pairs = [setting.partition("=")[::2] for setting in settings]
+        if not all(key.isidentifier() and value.isdigit() for key, value in pairs):
+            raise argparse.ArgumentTypeError(f"must be like vit_base_patch16_224:img_size=518, got {word!r}")
+        models.append((name, tuple((key, int(value)) for key, value in pairs)))
+    return models
 
 
 def _numbers(text: str) -> list[int]:
@@ -300,8 +239,12 @@ def _one_of(allowed: Sequence[str], text: str) -> list[str]:
 
 
 def _dtypes(text: str) -> list[str]:
-    return _one_of(("float32", "bfloat16", "float16", "float64"), text)
+    return _one_of(DTYPES, text)
 
 
 def _modes(text: str) -> list[str]:
     return _one_of(("inference", "train"), text)
+
+
+def _peers(text: str) -> list[str]:
+    return _one_of(sorted(PEERS), text)

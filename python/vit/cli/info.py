@@ -104,6 +104,7 @@ def versions() -> dict[str, Any]:
     import torch
 
     import vit
+    from vit.testing.machine import processor
 
     return {
         "vit": vit.__version__,
@@ -113,18 +114,6 @@ def versions() -> dict[str, Any]:
         "processor": processor(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} logical processors",
     }
-
-
-def processor() -> str:
-    """The processor's model name, as far as the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
 
 
 def _text(value: Any) -> str:

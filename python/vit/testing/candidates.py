@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from .cases import Case
 from .parity import backend_ops
+from .peers import RUNTIMES, Arch, Refusal, Spec, load
+from .peers import images as exported_images
 from .problems import DEFINITIONS, build, torch_dtype
 from .workers import Candidate
 
@@ -17,38 +21,53 @@ from .workers import Candidate
 BACKWARD_WORK = {"linear": 2.0, "matmul": 2.0, "attention": 2.5, "layer_norm": 1.5, "gelu": 1.5}
 
 
-def model_step(backend: str, name: str, batch: int, dtype: str, mode: str, device: str) -> Candidate:
-    """One forward ("inference") or one training step ("train") of a model with random weights on random images.
+def inference_step(spec: Spec, device: str) -> Candidate:
+    """One forward of a model with the weights and on the images of spec.folder.
 
-    bfloat16 means bfloat16 weights and images in inference; in training float32 weights under autocast.
-    `backend` "timm" is timm's model, eager, with PyTorch's fused attention.
+    spec.runtime is a backend, whose model and images are of spec.dtype, or one of RUNTIMES, which get float32 images.
     """
+    if spec.runtime in RUNTIMES and device == "cpu":
+        run, images = load(spec), exported_images(spec)
+        return Candidate(lambda: run(images), result=np.array)
+    if spec.dtype == "int8":
+        raise Refusal("the ops have no int8: it is the engine's")
+    where, dtype = torch.device(device), torch_dtype(spec.dtype)
+    weights = load_file(spec.path("weights.safetensors"))
+    model = _model(spec.runtime, spec.model, spec.arch, where, dtype, training=False)
+    model.load_state_dict(weights)
+    pixels = torch.from_numpy(exported_images(spec)).to(where, dtype)
+
+    def step() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(pixels)
+
+    return Candidate(step, _wait(where), lambda logits: logits.float().cpu().numpy())
+
+
+def training_step(spec: Spec, device: str) -> Candidate:
+    """One AdamW step on random weights and images: float32 weights, other dtypes by autocast."""
+    if spec.dtype == "int8":
+        raise Refusal("nothing is trained in int8")
     torch.manual_seed(0)
-    where, kind = torch.device(device), torch_dtype(dtype)
-    training = mode == "train"
-    weights = torch.float32 if training else kind
-    model: Any
+    where = torch.device(device)
+    model = _model(spec.runtime, spec.model, spec.arch, where, torch.float32, training=True).train()
+    channels = model.patch_embed.proj.weight.shape[1]  # of a convolution, as in every model of the list
+    images = torch.randn(spec.batch, channels, *model.patch_embed.img_size, device=where)
+    return Candidate(_training(model, images, torch_dtype(spec.dtype)), _wait(where))
+
+
+def _model(backend: str, name: str, arch: Arch, device: torch.device, dtype: torch.dtype, training: bool) -> Any:
+    """A backend's model, or timm's, eager, with PyTorch's fused attention."""
     if backend == "timm":
         import timm
 
-        model = timm.create_model(name).to(where, weights)
-    else:
-        import vit
+        model = timm.create_model(name, **dict(arch)).to(device, dtype)
+        return model if training else model.eval()
+    if backend in RUNTIMES:
+        raise Refusal(f"{backend} is timed in inference on the CPU only")
+    import vit
 
-        model = vit.create(name, backend=backend, device=where, dtype=weights, training=training)
-    channels = model.patch_embed.proj.weight.shape[1]  # of a convolution, as in every model of the list
-    images = torch.randn(batch, channels, *model.patch_embed.img_size, device=where, dtype=weights)
-    if training:
-        return Candidate(_training(model.train(), images, kind), _wait(where))
-    return Candidate(_inference(model.eval(), images), _wait(where))
-
-
-def _inference(model: Any, images: torch.Tensor) -> Any:
-    def step() -> None:
-        with torch.inference_mode():
-            model(images)
-
-    return step
+    return vit.create(name, backend=backend, device=device, dtype=dtype, training=training, **dict(arch))
 
 
 def _training(model: Any, images: torch.Tensor, dtype: torch.dtype) -> Any:

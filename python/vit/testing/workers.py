@@ -20,20 +20,37 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from .peers import Refusal
+
 #: A round lasts about this long, but never less than one call.
 ROUND_SECONDS = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What a worker times: `step()` once, and `wait()` until the device has finished (a no-op on CPUs)."""
+    """What a worker times: `step()` once, and `wait()` until the device has finished (a no-op on CPUs).
+
+    `result(out)` is what is asked of the last step's value: the logits as an array.
+    """
 
     step: Callable[[], Any]
     wait: Callable[[], Any] = lambda: None
+    result: Callable[[Any], Any] = lambda out: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a candidate was not timed; `refused`: it cannot run here, otherwise it should have."""
+
+    reason: str
+    refused: bool
 
 
 class Worker:
-    """A process that makes candidates and times them; a failure in it is a RuntimeError here, with its traceback."""
+    """A process that makes candidates and times them.
+
+    A failure in it is a RuntimeError here, with its traceback; a Refusal is raised here again.
+    """
 
     def __init__(self, threads: int) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process would inherit a dead OpenMP pool
@@ -47,11 +64,13 @@ class Worker:
 
     def receive(self) -> Any:
         try:
-            ok, answer = self.pipe.recv()
-        except EOFError:
+            status, answer = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
             self.process.join(10)
             raise RuntimeError(f"a benchmark worker died with exit code {self.process.exitcode}") from None
-        if not ok:
+        if status == "refused":
+            raise Refusal(answer)
+        if status == "failed":
             raise RuntimeError(answer)
         return answer
 
@@ -84,23 +103,41 @@ class Timing:
 
 
 def race(
-    workers: Sequence[Worker], make: Callable[..., Candidate], jobs: Sequence[tuple[Any, ...]], rounds: int
-) -> list[Timing]:
-    """Times candidate make(*jobs[i]) in workers[i]: warm-up for each, then `rounds` rounds in turn."""
-    for worker, job in zip(workers, jobs, strict=True):
-        worker.ask("make", make, job)
-    timings = [Timing([]) for _ in workers]
+    workers: Sequence[Worker],
+    make: Callable[..., Candidate],
+    jobs: Sequence[tuple[Any, ...]],
+    rounds: int,
+    on_turn: Callable[[int, str], None] = lambda index, what: None,
+) -> list[Timing | Failure]:
+    """Times candidate make(*jobs[i]) in workers[i]: warm-up for each, then `rounds` rounds in turn.
+
+    One that fails leaves the race, which goes on without it. on_turn(i, what) is told before each turn.
+    """
+    outcomes: list[Timing | Failure] = [Timing([]) for _ in workers]
+
+    def ask(i: int, *command: Any) -> Any:
+        try:
+            return workers[i].ask(*command)
+        except (Refusal, RuntimeError) as error:
+            outcomes[i] = Failure(str(error), isinstance(error, Refusal))
+
+    for i, job in enumerate(jobs):
+        on_turn(i, "warm-up")
+        ask(i, "make", make, job)
     for turn in range(rounds):
-        order = [(turn + i) % len(workers) for i in range(len(workers))]
-        for i in order:
-            timings[i].seconds += workers[i].ask("round")
-    return timings
+        for i in ((turn + i) % len(workers) for i in range(len(workers))):
+            outcome = outcomes[i]
+            if isinstance(outcome, Timing):
+                on_turn(i, f"round {turn + 1} of {rounds}")
+                outcome.seconds += ask(i, "round") or []
+    return outcomes
 
 
 def _serve(pipe: Connection, threads: int) -> None:
     """The loop of a worker process."""
     import torch
 
+    os.dup2(2, 1)  # what exporters print must not end up among the records
     torch.set_num_threads(threads)
     session = _Session()
     while True:
@@ -111,9 +148,11 @@ def _serve(pipe: Connection, threads: int) -> None:
         if command == "stop":
             return
         try:
-            pipe.send((True, getattr(session, command)(*args)))
+            pipe.send(("done", getattr(session, command)(*args)))
+        except Refusal as refusal:
+            pipe.send(("refused", str(refusal)))
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send(("failed", traceback.format_exc()))
 
 
 class _Session:
@@ -121,12 +160,13 @@ class _Session:
 
     def __init__(self) -> None:
         self.candidate: Candidate | None = None
+        self.out: Any = None
         self.repeats = 1
         self.base = 0
 
     def make(self, make: Callable[..., Candidate], job: tuple[Any, ...]) -> None:
         """Builds a candidate and warms it up until its time no longer falls."""
-        self.candidate = None
+        self.candidate = self.out = None
         gc.collect()
         self.base = _resident()
         _reset_peak()
@@ -139,9 +179,18 @@ class _Session:
     def once(self) -> float:
         assert self.candidate is not None, "round before make"
         begin = time.perf_counter()
-        self.candidate.step()
+        self.out = self.candidate.step()
         self.candidate.wait()
         return time.perf_counter() - begin
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Anything else that wants a process of its own."""
+        return function(*args)
+
+    def result(self) -> Any:
+        """What the last step gave."""
+        assert self.candidate is not None, "result before make"
+        return self.candidate.result(self.out)
 
     def round(self) -> list[float]:
         """One uncounted call wakes the thread pool and warms the caches; then the timed ones."""
