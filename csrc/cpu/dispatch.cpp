@@ -82,6 +82,9 @@ std::size_t workspace(std::size_t (*Kernels::*function)(const P&), const P& p) {
 
 }  // namespace
 
+const Kernels& active_kernels() { return *active().kernels; }
+const char* active_level() { return active().name; }
+
 void layer_norm_fwd(const LayerNormFwd& p) { run(&Kernels::layer_norm_fwd, p); }
 void layer_norm_bwd(const LayerNormBwd& p) { run(&Kernels::layer_norm_bwd, p); }
 void gelu_fwd(const GeluFwd& p) { run(&Kernels::gelu_fwd, p); }

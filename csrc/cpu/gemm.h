@@ -78,7 +78,7 @@ inline constexpr int kWordLanes = kVectorBytes / static_cast<int>(sizeof(Word<T>
 template <class T>
 inline constexpr int kTileColumns = kTileVectors * kWordLanes<T>;
 
-inline constexpr int64_t kBlockRows = 96;         // rows of A per pass over the panels: with K = 768 they half fill L2
+inline constexpr int64_t kBlockRows = 104;        // rows of A per pass over the panels: with K = 768 they half fill L2
 inline constexpr int64_t kColumnBlockRows = 192;  // the same where columns of A are adjacent
 inline constexpr int64_t kPackRows = 8;       // rows of a row-major B packed at a time (32 took up to 4 times as long)
 inline constexpr int64_t kBlockSteps = 1024;  // steps per partial sum; 512 cost weight gradients 4 %, forward none

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 
@@ -55,6 +56,14 @@ const Runtime& runtime() {
   return found;
 }
 
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 struct Call {
   void (*body)(void*, int, int);
   void* data;
@@ -71,6 +80,22 @@ void run_threads(int threads, void (*body)(void*, int, int), void* data) {
         call.body(call.data, runtime().thread_num(), runtime().num_threads());
       },
       &call, static_cast<unsigned>(threads), 0);
+}
+
+void Barrier::wait(int members) {
+  if (members <= 1) return;
+  const int32_t now = __atomic_load_n(&round, __ATOMIC_RELAXED);
+  if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == members) {
+    __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&round, now + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  constexpr int kSpins = 2000;  // about 20 us
+  for (int spin = 0; __atomic_load_n(&round, __ATOMIC_ACQUIRE) == now; ++spin)
+    if (spin < kSpins)
+      relax();
+    else
+      sched_yield();
 }
 
 std::string threads_runtime() {

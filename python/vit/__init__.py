@@ -4,6 +4,7 @@ import importlib.metadata
 
 from . import ops, weights
 from .backends import BackendError, backends
+from .engine import Engine
 from .model import VisionTransformer, list_models
 from .model.factory import create
 from .weights import WeightsError
@@ -15,6 +16,7 @@ except importlib.metadata.PackageNotFoundError:  # a source tree that was never 
 
 __all__ = [
     "BackendError",
+    "Engine",
     "VisionTransformer",
     "WeightsError",
     "__version__",

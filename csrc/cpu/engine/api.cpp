@@ -1,0 +1,120 @@
+// vit_engine.h on top of engine.h: exceptions become a status and a text of the calling thread.
+#include <new>
+
+#include "cpu/engine/engine.h"
+
+using vit::engine::Engine;
+using vit::engine::EngineError;
+using vit::engine::Texts;
+
+struct vit_engine {
+  std::unique_ptr<Engine> engine;
+};
+
+namespace {
+
+thread_local std::string last_error;
+thread_local int last_status = VIT_OK;
+
+int fail(vit_status status, const std::string& text) {
+  last_error = text;
+  return last_status = status;
+}
+
+template <class F>
+int guarded(const F& f) {
+  try {
+    f();
+    return VIT_OK;
+  } catch (const EngineError& error) {
+    return fail(error.status, error.what());
+  } catch (const vit::Error& error) {
+    return fail(VIT_INVALID, error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(VIT_MEMORY, "vit engine: out of memory");
+  } catch (const std::exception& error) {
+    return fail(VIT_FAILED, error.what());
+  }
+}
+
+template <class F>
+vit_engine* made(const F& make) {
+  vit_engine* handle = nullptr;
+  guarded([&] { handle = new vit_engine{make()}; });
+  return handle;
+}
+
+void require(bool given, const char* name) {
+  if (!given) throw EngineError(VIT_INVALID, "vit engine: " + std::string(name) + " is null");
+}
+
+const char* const kPhaseNames[] = {"embed", "norm", "quantize", "qkv",  "attention",
+                                   "proj",  "fc1",  "fc2",      "head", "wait"};
+static_assert(sizeof kPhaseNames / sizeof *kPhaseNames == VIT_PHASES);
+static_assert(int{vit::engine::kPhases} == int{VIT_PHASES});
+
+}  // namespace
+
+extern "C" {
+
+vit_engine* vit_engine_create(const char* path, int64_t max_batch) {
+  return made([&] {
+    require(path, "path");
+    return Engine::open(path, max_batch);
+  });
+}
+
+vit_engine* vit_engine_build(const vit_engine_config* config, const vit_tensor* tensors, int64_t num_tensors,
+                             const vit_text* texts, int64_t num_texts, int64_t max_batch) {
+  return made([&] {
+    require(config, "config");
+    require(tensors, "tensors");
+    Texts kept;
+    for (int64_t i = 0; i < num_texts; ++i) kept[texts[i].key] = texts[i].value;
+    return Engine::build(*config, tensors, num_tensors, kept, max_batch);
+  });
+}
+
+int vit_engine_save(const vit_engine* engine, const char* path) {
+  return guarded([&] {
+    require(engine, "engine");
+    require(path, "path");
+    engine->engine->save(path);
+  });
+}
+
+int vit_engine_forward(vit_engine* engine, const vit_images* images, const vit_output* outputs, int64_t num_outputs,
+                       int32_t num_threads) {
+  return guarded([&] {
+    require(engine, "engine");
+    require(images, "images");
+    require(outputs || num_outputs == 0, "outputs");
+    engine->engine->forward(*images, outputs, num_outputs, num_threads);
+  });
+}
+
+void vit_engine_destroy(vit_engine* engine) { delete engine; }
+
+const char* vit_engine_last_error(void) { return last_error.c_str(); }
+int vit_engine_last_status(void) { return last_status; }
+
+void vit_engine_get_config(const vit_engine* engine, vit_engine_config* config) { *config = engine->engine->config(); }
+
+const char* vit_engine_text(const vit_engine* engine, const char* key) { return engine->engine->text(key); }
+
+void vit_engine_memory(const vit_engine* engine, int64_t* weights, int64_t* intermediate) {
+  *weights = engine->engine->weight_bytes();
+  *intermediate = engine->engine->arena_bytes();
+}
+
+int32_t vit_engine_default_threads(void) { return vit::engine::default_threads(); }
+
+void vit_engine_profile(vit_engine* engine, int32_t on) { engine->engine->profile(on != 0); }
+
+void vit_engine_profile_read(vit_engine* engine, double seconds[VIT_PHASES]) { engine->engine->profile_read(seconds); }
+
+const char* vit_engine_phase_name(int32_t phase) {
+  return phase >= 0 && phase < VIT_PHASES ? kPhaseNames[phase] : nullptr;
+}
+
+}  // extern "C"

@@ -1,0 +1,58 @@
+// An engine: packed weights, memory for intermediate results, and the checks in front of the kernels.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cpu/engine/error.h"
+#include "cpu/engine/file.h"
+#include "cpu/engine/memory.h"
+#include "cpu/engine/network.h"
+
+namespace vit::engine {
+
+class Engine {
+ public:
+  // Both throw EngineError or std::bad_alloc.
+  static std::unique_ptr<Engine> open(const std::string& path, int64_t max_batch);
+  static std::unique_ptr<Engine> build(const vit_engine_config& config, const vit_tensor* tensors, int64_t num_tensors,
+                                       const Texts& texts, int64_t max_batch);
+
+  void save(const std::string& path) const;
+  void forward(const vit_images& images, const vit_output* outputs, int64_t num_outputs, int threads);
+
+  const vit_engine_config& config() const { return config_; }
+  const char* text(const std::string& key) const;
+  int64_t weight_bytes() const { return static_cast<int64_t>(image_.size()); }
+  int64_t arena_bytes() const { return static_cast<int64_t>(arena_.size()); }
+
+  void profile(bool on);
+  void profile_read(double* seconds);
+
+ private:
+  Engine(const vit_engine_config& config, int64_t max_batch);
+
+  void reserve(int64_t batch, int threads);
+  void check(const vit_images& images) const;
+  void place(const vit_output& output, int64_t batch, Forward& forward);
+
+  vit_engine_config config_;
+  int64_t max_batch_;  // 0: no limit
+  Texts texts_;
+  Network network_{};
+  std::vector<Block> blocks_;
+  Mapping image_;  // the bytes of the engine file
+  Mapping arena_;
+
+  std::mutex mutex_;  // one forward at a time
+  std::vector<Barrier> barriers_;
+  std::vector<float*> tokens_, attention_;  // of each block: where the current forward wants them
+  bool profiling_ = false;
+  double seconds_[kPhases] = {};
+};
+
+// Threads this process may use: its cores, or fewer where a control group limits its share of them.
+int default_threads();
+
+}  // namespace vit::engine

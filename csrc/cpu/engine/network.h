@@ -1,0 +1,95 @@
+// What the engine's parts share: the network with its packed weights, and one forward of it. Plain structs, because
+// both the code that owns memory and files and the kernels of each instruction-set level use them.
+//
+// Letters as in vit.h: B batch, N tokens, C embed_dim, H heads, D head dimension.
+#pragma once
+
+#include "cpu/threads.h"
+#include "vit.h"
+
+namespace vit::engine {
+
+enum class Precision : int32_t { float32 = 0, bfloat16 = 1, int8 = 2 };
+enum class Pool : int32_t { token = 0, average = 1, none = 2 };
+enum class Pixels : int32_t { uint8 = 0, float32 = 1 };
+
+// Sizes and options; the fields of vit_engine_config and what follows from them.
+struct Shape {
+  Precision precision;  // of activations: int8 means bfloat16 between the quantized products
+  Pool pool;
+  Activation activation;
+  bool dynamic_pad;
+  bool norm_first;  // with Pool::average: the last norm stands before it
+  int64_t channels, height, width, patch_height, patch_width;
+  int64_t prefix, C, depth, H, hidden, classes;
+  double eps;
+
+  int64_t rows() const { return (height + patch_height - 1) / patch_height; }  // of the grid of patches
+  int64_t columns() const { return (width + patch_width - 1) / patch_width; }
+  int64_t patches() const { return rows() * columns(); }
+  int64_t patch_values() const { return channels * patch_height * patch_width; }
+  int64_t N() const { return prefix + patches(); }
+  int64_t D() const { return C / H; }
+};
+
+// y = x weight^T + bias, weight [N, K] packed for `precision`.
+struct Linear {
+  int64_t N, K;
+  Precision precision;
+  char* weight;
+  float* bias;   // [N]
+  float* scale;  // [N] int8: of a unit of the packed weight; else null
+  float* sums;   // [N] int8: 128 times the sum of a packed row
+};
+
+struct Norm {
+  float *weight, *bias;  // [C]
+};
+
+struct Block {
+  Norm norm1;
+  Linear qkv, proj;
+  Norm norm2;
+  Linear fc1, fc2;
+};
+
+struct Network {
+  Shape shape;
+  float *mean, *std;  // [channels], of uint8 pixels
+  Linear patch;       // [C, patch_values]
+  float* prefix;      // [prefix, C]
+  float* positions;   // [patches, C], zeros where there are none
+  Block* blocks;      // [depth]
+  Norm norm;          // the last one, before or after pooling
+  Linear head;        // [classes, C] float32; N = 0: none
+};
+
+// The phases whose times are told apart.
+enum Phase { kEmbed, kNorm, kQuantize, kQkv, kAttention, kProj, kFc1, kFc2, kHead, kWait, kPhases };
+
+// One forward. Outputs that are not wanted are null.
+struct Forward {
+  const Network* network;
+  const void* images;  // [B, channels, height, width] or with channels_last [B, height, width, channels]
+  Pixels pixels;
+  bool channels_last;
+  int64_t B, height, width;
+  float* logits;              // [B, classes], [B, N, classes] without pooling; features without a head
+  float* features;            // [B, C], [B, N, C] without pooling
+  float* const* tokens;       // [depth] of [B, N, C]
+  float* const* attention;    // [depth] of [B, H, N]
+  char* arena;                // forward_bytes(network, B, threads)
+  Barrier* barriers;          // [1 + threads]
+  int64_t* first_not_finite;  // the first image that holds NaN or infinity; B when none does
+  double* seconds;            // [kPhases] of the first thread, may be null
+  int threads;                // that the arena has room for
+};
+
+// Packing of one matrix weight [N, K] float32 into `out`, whose N, K, precision and memory are set.
+struct Packing {
+  const float* weight;
+  const Linear* out;
+  int threads;
+};
+
+}  // namespace vit::engine

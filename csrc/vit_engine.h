@@ -1,0 +1,140 @@
+/* The inference engine as a C library: one packed model, pixels to logits in one call, no Python.
+ *
+ *   vit_engine* engine = vit_engine_create("vit_base.vit", 0);
+ *   float logits[1000];
+ *   vit_images images = {pixels, VIT_PIXELS_UINT8, VIT_LAYOUT_NHWC, 1, 3, 224, 224};
+ *   vit_output output = {VIT_OUTPUT_LOGITS, 0, logits, 1000};
+ *   if (!engine || vit_engine_forward(engine, &images, &output, 1, 0) != VIT_OK) puts(vit_engine_last_error());
+ *   vit_engine_destroy(engine);
+ *
+ * Functions return a vit_status, or null where they return a pointer; vit_engine_last_error says what went wrong, what
+ * was given and what is allowed. After an error the engine is as usable as before. All functions may be called from any
+ * thread: one forward runs per engine at a time, others wait for it.
+ */
+#ifndef VIT_ENGINE_H
+#define VIT_ENGINE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define VIT_API __attribute__((visibility("default")))
+#else
+#define VIT_API
+#endif
+
+/* Raised by one whenever a struct or function of this file, or the format of engine files, changes. */
+#define VIT_ENGINE_VERSION 1
+
+typedef struct vit_engine vit_engine;
+
+typedef enum vit_status {
+  VIT_OK = 0,
+  VIT_INVALID = 1,     /* an argument */
+  VIT_FILE = 2,        /* a file that cannot be read or written, is truncated, foreign, or of another version or ISA */
+  VIT_UNSUPPORTED = 3, /* a network the engine cannot run */
+  VIT_MEMORY = 4,      /* out of memory */
+  VIT_NOT_FINITE = 5,  /* an image holds NaN or infinity; the outputs are undefined */
+  VIT_FAILED = 6       /* anything else */
+} vit_status;
+
+typedef enum vit_precision { VIT_FLOAT32 = 0, VIT_BFLOAT16 = 1, VIT_INT8 = 2 } vit_precision;
+typedef enum vit_pool { VIT_POOL_TOKEN = 0, VIT_POOL_AVERAGE = 1, VIT_POOL_NONE = 2 } vit_pool;
+typedef enum vit_activation { VIT_GELU = 1, VIT_GELU_TANH = 2 } vit_activation;
+
+/* uint8 pixels are 0 .. 255 and are normalised with the engine's mean and std; float32 ones are normalised already. */
+typedef enum vit_pixels { VIT_PIXELS_UINT8 = 0, VIT_PIXELS_FLOAT32 = 1 } vit_pixels;
+typedef enum vit_layout { VIT_LAYOUT_NCHW = 0, VIT_LAYOUT_NHWC = 1 } vit_layout;
+
+typedef struct vit_images {
+  const void* data; /* contiguous [batch, channels, height, width] or [batch, height, width, channels] */
+  int32_t pixels;   /* vit_pixels */
+  int32_t layout;   /* vit_layout */
+  int64_t batch, channels, height, width;
+} vit_images;
+
+typedef enum vit_output_kind {
+  VIT_OUTPUT_LOGITS = 0,   /* [batch, classes]; [batch, tokens, classes] without pooling; features without a head */
+  VIT_OUTPUT_FEATURES = 1, /* [batch, dim] after pooling and the last norm; [batch, tokens, dim] without pooling */
+  VIT_OUTPUT_TOKENS = 2,   /* [batch, tokens, dim] after block `block`, not normalised */
+  VIT_OUTPUT_ATTENTION = 3 /* [batch, heads, tokens]: attention of the class token to every token in block `block` */
+} vit_output_kind;
+
+typedef struct vit_output {
+  int32_t kind;  /* vit_output_kind */
+  int32_t block; /* from 0, for the kinds that name one */
+  float* data;
+  int64_t count; /* floats at data: must be what the kind asks for */
+} vit_output;
+
+typedef struct vit_engine_config {
+  int32_t precision, pool, activation; /* vit_precision, vit_pool, vit_activation */
+  int32_t dynamic_pad;                 /* nonzero: smaller images with as many patches are padded with zeros */
+  int32_t norm_first;                  /* nonzero: the last norm stands before averaging */
+  int64_t channels, image_height, image_width, patch_height, patch_width;
+  int64_t prefix_tokens; /* in front of the patches; the first is the class token */
+  int64_t embed_dim, depth, num_heads, mlp_width, num_classes;
+  double norm_eps;
+} vit_engine_config;
+
+/* A float32 weight under timm's name, and for matrices the vit_precision they are packed for. Besides timm's names:
+ * "prefix" [prefix_tokens, embed_dim] (class token plus its position), "positions" [patches, embed_dim] (may be
+ * absent), "mean" and "std" [channels]. */
+typedef struct vit_tensor {
+  const char* name;
+  const float* data;
+  int64_t count;
+  int32_t precision;
+} vit_tensor;
+
+typedef struct vit_text {
+  const char *key, *value;
+} vit_text;
+
+/* Opens an engine file by mapping it into memory. max_batch 0: no limit; a given one is a limit for which memory is
+ * reserved now. */
+VIT_API vit_engine* vit_engine_create(const char* path, int64_t max_batch);
+
+/* Packs weights for this machine: what vit.Engine(model) of the Python package calls. Texts are kept with the weights.
+ */
+VIT_API vit_engine* vit_engine_build(const vit_engine_config* config, const vit_tensor* tensors, int64_t num_tensors,
+                                     const vit_text* texts, int64_t num_texts, int64_t max_batch);
+
+/* Writes the packed weights as one safetensors file, which runs on processors of the same instruction-set level. */
+VIT_API int vit_engine_save(const vit_engine* engine, const char* path);
+
+/* images -> all wanted outputs. num_threads 0: as many as this process may use. Results depend neither on it nor on
+ * what else is in the batch. Memory is taken at the first call and when the batch or the threads grow, else never. */
+VIT_API int vit_engine_forward(vit_engine* engine, const vit_images* images, const vit_output* outputs,
+                               int64_t num_outputs, int32_t num_threads);
+
+VIT_API void vit_engine_destroy(vit_engine* engine);
+
+/* What num_threads 0 means: the cores this process may use, or fewer where its container's quota is smaller. */
+VIT_API int32_t vit_engine_default_threads(void);
+
+/* Why the last call of this thread failed; valid until its next failure. */
+VIT_API const char* vit_engine_last_error(void);
+/* And the vit_status of that failure, for the functions that return a pointer. */
+VIT_API int vit_engine_last_status(void);
+
+VIT_API void vit_engine_get_config(const vit_engine* engine, vit_engine_config* config);
+/* A text kept with the weights, or "isa"; null when there is none of that key. */
+VIT_API const char* vit_engine_text(const vit_engine* engine, const char* key);
+/* Bytes of the packed weights and of the memory for intermediate results. */
+VIT_API void vit_engine_memory(const vit_engine* engine, int64_t* weights, int64_t* intermediate);
+
+/* Time of the first thread by phase, added up over forwards since profiling was switched on (on = 1) or off (0). */
+enum { VIT_PHASES = 10 };
+VIT_API void vit_engine_profile(vit_engine* engine, int32_t on);
+VIT_API void vit_engine_profile_read(vit_engine* engine, double seconds[VIT_PHASES]);
+/* "embed", "norm", "qkv", ...; null beyond the last. */
+VIT_API const char* vit_engine_phase_name(int32_t phase);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
