@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/check.h"
+#include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
 
@@ -84,6 +84,9 @@ std::size_t workspace(std::size_t (*Kernels::*function)(const P&), const P& p) {
 
 const Kernels& active_kernels() { return *active().kernels; }
 const char* active_level() { return active().name; }
+
+bool takes(DType dtype) { return dtype == DType::float32 || dtype == DType::float64 || dtype == DType::bfloat16; }
+const char* const kTakes = "the cpu backend takes float32, float64 and bfloat16";
 
 void layer_norm_fwd(const LayerNormFwd& p) { run(&Kernels::layer_norm_fwd, p); }
 void layer_norm_bwd(const LayerNormBwd& p) { run(&Kernels::layer_norm_bwd, p); }

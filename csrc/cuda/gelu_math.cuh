@@ -52,7 +52,7 @@ __device__ inline A gelu_derivative(A x) {
 // 1 / (1 + exp(-2 u)) of the tanh form.
 template <class T, class A = Acc<T>>
 __device__ inline A gelu_tanh_gate(A x) {
-  const A u2 = x * (A(1.5957691216057307) + A(0.07135481282556256) * x * x);  // 2 u
+  const A u2 = x * (A(1.5957691216057308) + A(0.071354816272600248) * x * x);  // 2 u
   if constexpr (sizeof(T) == 2)
     return fast_reciprocal(1.0f + fast_exp2(-kLog2E * u2));
   else
@@ -67,7 +67,7 @@ __device__ inline A gelu_tanh(A x) {
 template <class T, class A = Acc<T>>
 __device__ inline A gelu_tanh_derivative(A x) {
   const A gate = gelu_tanh_gate<T>(x);
-  const A du2 = A(1.5957691216057307) + A(3 * 0.07135481282556256) * x * x;
+  const A du2 = A(1.5957691216057308) + A(3 * 0.071354816272600248) * x * x;
   return gate + x * gate * (1 - gate) * du2;
 }
 

@@ -72,9 +72,12 @@ class Backend:
 
     def reasons(self, spec: Spec) -> list[str]:
         """Why this backend cannot run `spec`, each with the actual and the required value; empty when it can."""
+        why = self.unavailable()
+        return ([why] if why else []) + self.mismatches(spec)
+
+    def mismatches(self, spec: Spec) -> list[str]:
+        """The reasons that follow from device and dtype alone, on whatever machine."""
         reasons = []
-        if why := self.unavailable():
-            reasons.append(why)
         if spec.device_type not in self.device_types:
             reasons.append(f"needs tensors on {' or '.join(self.device_types)}, got {spec.device_type}")
         if spec.dtype not in self.dtypes:

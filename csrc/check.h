@@ -1,9 +1,13 @@
-// Argument checks, once for all instruction-set levels: each throws vit::Error naming the op, the argument, its value.
+// Argument checks of the host-side backends: each throws vit::Error naming the op, the argument, its value.
 #pragma once
 
 #include "vit.h"
 
 namespace vit {
+
+// The dtypes a backend takes, and how its error texts list them: defined once by the backend.
+bool takes(DType);
+extern const char* const kTakes;
 
 void check(const LayerNormFwd&);
 void check(const LayerNormBwd&);

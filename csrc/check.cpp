@@ -1,4 +1,4 @@
-#include "cpu/check.h"
+#include "check.h"
 
 #include <initializer_list>
 
@@ -22,8 +22,7 @@ std::string name(DType dtype) {
 }
 
 void check_dtype(const char* op, DType dtype) {
-  if (dtype != DType::float32 && dtype != DType::float64 && dtype != DType::bfloat16)
-    fail(op, "dtype is " + name(dtype) + "; the cpu backend takes float32, float64 and bfloat16");
+  if (!takes(dtype)) fail(op, "dtype is " + name(dtype) + "; " + kTakes);
 }
 
 void check_other_dtype(const char* op, const char* argument, DType other, DType dtype) {

@@ -1,0 +1,63 @@
+// GELU and its derivative on one accumulator.
+//
+//   gelu       y = x Phi(x)              Phi(-a) = e^(-a^2/2) P(a) / Q(a) for a >= 0, a quotient of polynomials with
+//              positive coefficients only (nothing cancels), relative error 7e-9; float64 uses erfc.
+//   gelu_tanh  y = x / (1 + e^-2u)       u = sqrt(2 / pi) (x + 0.044715 x^3)
+//
+// Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
+#pragma once
+
+#include "common.h"
+
+enum Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };  // the codes of vit::Activation
+
+template <class A>
+struct Normal {
+  A cdf;   // Phi(x)
+  A bell;  // e^(-x^2/2)
+};
+
+VIT_INLINE Normal<float> normal(float x) {
+  float a = sycl::fabs(x);
+  a = a > 15.0f ? 15.0f : a;  // Phi(-15) is 0 in float; a NaN stays
+  const float bell = sycl::exp(-0.5f * a * a);
+  float p = 0.00399661197f, q = 0.0100178796f;
+  p = sycl::fma(p, a, 0.0398490366f), q = sycl::fma(q, a, 0.0998940496f);
+  p = sycl::fma(p, a, 0.180943539f), q = sycl::fma(q, a, 0.463410970f);
+  p = sycl::fma(p, a, 0.435255898f), q = sycl::fma(q, a, 1.19307158f);
+  p = sycl::fma(p, a, 0.5f), q = sycl::fma(q, a, 1.66839663f);
+  q = sycl::fma(q, a, 1.0f);
+  const float tail = bell * p / q;
+  return {x < 0 ? tail : 1.0f - tail, bell};
+}
+
+VIT_INLINE Normal<double> normal(double x) {
+  return {0.5 * sycl::erfc(x * -0.70710678118654752440), sycl::exp(-0.5 * x * x)};
+}
+
+// 1 / (1 + e^-2u)
+template <class A>
+VIT_INLINE A tanh_gate(A x) {
+  return A(1) / (A(1) + sycl::exp(x * -(A(1.5957691216057308) + A(0.071354816272600248) * x * x)));
+}
+
+template <class A>
+VIT_INLINE A activate(int activation, A x) {
+  if (activation == kGelu) return x * normal(x).cdf;
+  if (activation == kGeluTanh) return x * tanh_gate(x);
+  return x;
+}
+
+template <class A>
+VIT_INLINE A activation_derivative(int activation, A x) {
+  if (activation == kGelu) {
+    const Normal<A> n = normal(x);
+    return sycl::fma(A(0.39894228040143267794) * x, n.bell, n.cdf);
+  }
+  const A limit = sizeof(A) == 8 ? A(21) : A(9.9);  // beyond it the derivative is 0 or 1, and e^-4u would overflow
+  x = x > limit ? limit : x < -limit ? -limit : x;
+  const A gate = tanh_gate(x);
+  const A slope = A(1.5957691216057308) + A(3 * 0.071354816272600248) * x * x;  // of 2u
+  const A other = tanh_gate(-x);                                                // 1 - gate, without its cancellation
+  return sycl::fma(gate * other, x * slope, gate);
+}

@@ -1,0 +1,59 @@
+// linear: y = activation(x weight^T + bias) + residual.
+//
+//   dz = dy activation'(preact),  dx = dz weight,  dweight = dz^T x,  dbias = sum over rows of dz
+//
+// Saved for the backward: preact = x weight^T + bias, where there is an activation. Bias, activation and residual are
+// applied to a tile as it leaves the registers. The backward makes dz and the partial sums of dbias in one pass over
+// dy; column_sums adds the partial sums in order. Its two products are those of matmul.h.
+#pragma once
+
+#include "activation.h"
+#include "matmul.h"
+#include "reduce.h"
+
+template <class T, class P, class O, class A>
+VIT_KERNEL linear_fwd(const A* x, const A* packed, const P* bias, const O* residual, O* y, T* preact, int M, int N,
+                      int K, int64 x_row, int activation, int64 units) {
+  multiply<A, false>(x, packed, {M, N, K, x_row, 0, 0}, units, [&](int64, int row, int column, int lane, A value) {
+    const int64 at = int64(row) * N + column;
+    if (bias) {
+      const P* b = bias + column;
+      value += load<A>(b + lane);
+    }
+    if (preact) {
+      T* p = preact + at;
+      store(p + lane, value);
+    }
+    value = activate(activation, value);
+    if (residual) {
+      const O* r = residual + at;
+      value += load<A>(r + lane);
+    }
+    O* out = y + at;
+    store(out + lane, value);
+  });
+}
+
+// dz [M, N] (null: not wanted) and the sums of `rows` rows each, partial [units][N] (null likewise).
+template <class T, class O>
+VIT_KERNEL linear_dz(const O* dy, const T* preact, Acc<T>* dz, Acc<T>* partial, int M, int N, int activation, int rows,
+                     int64 units) {
+  using A = Acc<T>;
+  const Place at = place();
+  if (at.unit >= units) return;
+  const int lane = at.lane;
+  const int64 first = at.unit * rows, stop = first + rows < M ? first + rows : M;
+  A* total = partial + at.unit * N;
+  if (partial) for_columns(N, lane, [&](int n) { total[n + lane] = 0; });
+  for (int64 row = first; row < stop; ++row) {
+    const O* in = dy + row * N;
+    const T* z = preact + row * N;
+    A* out = dz + row * N;
+    for_columns(N, lane, [&](int n) {
+      A v = load<A>(in + n + lane);
+      if (activation != kNone) v *= activation_derivative(activation, load<A>(z + n + lane));
+      if (dz) out[n + lane] = v;
+      if (partial) total[n + lane] += v;
+    });
+  }
+}

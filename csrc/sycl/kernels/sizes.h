@@ -1,0 +1,47 @@
+// Tile sizes, read by the host (launch sizes, workspace) and by the kernels: the one place that decides them.
+//
+// A sub-group of `lanes` work-items is one vector register on the CPU device (16 floats) and one hardware thread on a
+// GPU. Products: a sub-group computes kTileRows x (kTileVectors * lanes) results in registers: 12 x 2 vectors are 24 of
+// the 32 registers of AVX-512. A double fills two registers, so its tile is one vector wide.
+#pragma once
+
+namespace vit::tiles {
+
+template <class A>
+struct Tile {  // A: accumulator, float
+  static constexpr int rows = 12;
+  static constexpr int vectors = 2;
+};
+template <>
+struct Tile<double> {
+  static constexpr int rows = 12;
+  static constexpr int vectors = 1;
+};
+
+// Row tiles one sub-group computes against the same panel of the right-hand side, which stays in the L2 cache.
+inline constexpr int kTilesPerGroup = 8;
+
+// Values of k that the work-group keeps in local memory at a time (variants with local memory only).
+inline constexpr int kLocalDepth = 32;
+
+// Elements one sub-group of an elementwise kernel walks over: one vector each would cost more to start than to compute.
+inline constexpr int kElements = 4096;
+
+// Attention: a sub-group owns kQueryVectors * lanes queries (keys in the backward of k and v). Scores of kKeyTile keys
+// and sums of kDimTile columns of the head are in registers at a time.
+template <class A>
+struct AttentionTile {
+  static constexpr int vectors = 2;
+  static constexpr int keys = 12;
+  static constexpr int pairs = 6;  // backward: scores and their gradients together
+  static constexpr int dims = 8;
+};
+template <>
+struct AttentionTile<double> {
+  static constexpr int vectors = 1;
+  static constexpr int keys = 8;
+  static constexpr int pairs = 4;
+  static constexpr int dims = 8;
+};
+
+}  // namespace vit::tiles

@@ -1,0 +1,145 @@
+// linear on the device: sizes to launches (kernels: kernels/linear.h).
+#include <algorithm>
+
+#include "check.h"
+#include "product.h"
+
+namespace vit {
+namespace {
+
+using namespace device;
+
+std::string instance(const char* name, std::initializer_list<DType> types) {
+  std::string text = std::string(name) + "<";
+  for (const DType type : types) text += (text.back() == '<' ? "" : ", ") + std::string(type_name(type));
+  return text + ">";
+}
+
+// dtypes: of activations, parameters, output.
+enum ForwardKernel { kPackWeight, kWidenX, kForwardProduct };
+const Family kForward = {6, "linear.h", [](const std::vector<DType>& d) {
+                           const DType acc = accumulator(d[0]);
+                           return std::vector<std::string>{pack_right_name(d[1], acc, false),
+                                                           widen_rows_name(d[0], acc),
+                                                           instance("linear_fwd", {d[0], d[1], d[2], acc})};
+                         }};
+
+enum BackwardKernel { kMakeDz, kColumnSums, kPackWeightRows, kProductDx, kPackDz, kPackX, kProductDweight };
+const Family kBackward = {7, "linear.h", [](const std::vector<DType>& d) {
+                            const DType acc = accumulator(d[0]);
+                            return std::vector<std::string>{instance("linear_dz", {d[0], d[2]}),
+                                                            instance("column_sums", {acc, d[1]}),
+                                                            pack_right_name(d[1], acc, true),
+                                                            product_name(d[0], false, acc),
+                                                            pack_left_name(acc, acc),
+                                                            pack_right_name(d[0], acc, true),
+                                                            product_name(d[1], true, acc)};
+                          }};
+
+struct Forward {
+  Operand x, weight;
+  Shape shape;
+  char *packed, *left;
+  int64_t bytes;
+
+  Forward(const LinearFwd& p, char* base)
+      : x{p.x, 0, p.x_stride, 1, p.dtype},
+        weight{p.weight, 0, 1, p.weight_stride, p.param_dtype},
+        shape{1, p.M, p.N, p.K, accumulator(p.dtype)} {
+    Arena arena{base};
+    packed = arena.take(packed_right_bytes(p.context, weight, shape));
+    left = arena.take(prepared_left_bytes(left_layout(x, shape.acc), x, shape));
+    bytes = arena.used;
+  }
+};
+
+// Rows of one partial sum of dbias: from M alone, so that the order of the sum never changes.
+int64_t partial_rows(int64_t M) { return std::max<int64_t>(32, ceil_div(M, 512)); }
+
+struct Backward {
+  DType acc;
+  int64_t rows, units;
+  bool dz_is_dy;
+  Operand dz_rows, dz_columns, weight, x;
+  Shape dx, dweight;
+  char *dz, *partial, *packed, *left;
+  int64_t bytes;
+
+  Backward(const LinearBwd& p, char* base)
+      : acc(accumulator(p.dtype)),
+        rows(partial_rows(p.M)),
+        units(ceil_div(p.M, rows)),
+        dz_is_dy(p.activation == Activation::none && p.out_dtype == acc),
+        dz_rows{nullptr, 0, p.N, 1, acc},
+        dz_columns{nullptr, 0, 1, p.N, acc},
+        weight{p.weight, 0, p.weight_stride, 1, p.param_dtype},
+        x{p.x, 0, p.x_stride, 1, p.dtype},
+        dx{1, p.M, p.K, p.N, acc},
+        dweight{1, p.N, p.K, p.M, acc} {
+    const int64_t size = static_cast<int64_t>(size_of(acc));
+    Arena arena{base};
+    dz = arena.take(dz_is_dy ? 0 : p.M * p.N * size);
+    partial = arena.take(units * p.N * size);
+    packed = arena.take(std::max(packed_right_bytes(p.context, weight, dx), packed_right_bytes(p.context, x, dweight)));
+    left = arena.take(prepared_left_bytes(LeftLayout::panels, dz_columns, dweight));
+    bytes = arena.used;
+  }
+};
+
+}  // namespace
+
+void linear_fwd(const LinearFwd& p) {
+  check(p);
+  if (!p.M || !p.N) return;
+  Call call("linear_fwd", p.context);
+  const std::size_t size = size_of(p.dtype), param = size_of(p.param_dtype), result = size_of(p.out_dtype);
+  const Bundle& bundle = call.bundle(kForward, {p.dtype, p.param_dtype, p.out_dtype});
+  Forward f(p, static_cast<char*>(call.scratch(p.workspace, linear_fwd_workspace(p))));
+  f.x.data = call.in(p.x, extent(p.M, p.x_stride, p.K, 1), size);
+  f.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), param);
+  const Prepared weight = pack_right(call, bundle, kPackWeight, f.weight, f.shape, f.packed);
+  const Prepared x = prepare_left(call, bundle, 0, kWidenX, left_layout(f.x, f.shape.acc), f.x, f.shape, f.left);
+  const int64_t units = product_units(call, f.shape);
+  call.launch(bundle, kForwardProduct, units, x.data, weight.data, call.in(p.bias, p.N, param),
+              call.in(p.residual, p.M * p.N, result), call.out(p.y, p.M * p.N, result),
+              call.out(p.preact, p.M * p.N, size), static_cast<int>(p.M), static_cast<int>(p.N), static_cast<int>(p.K),
+              x.row, static_cast<int>(p.activation), units);
+  call.finish();
+}
+
+void linear_bwd(const LinearBwd& p) {
+  check(p);
+  Call call("linear_bwd", p.context);
+  const std::size_t size = size_of(p.dtype), param = size_of(p.param_dtype), result = size_of(p.out_dtype);
+  const Bundle& bundle = call.bundle(kBackward, {p.dtype, p.param_dtype, p.out_dtype});
+  Backward b(p, static_cast<char*>(call.scratch(p.workspace, linear_bwd_workspace(p))));
+  const void* dy = call.in(p.dy, p.M * p.N, result);
+  void* dz = b.dz_is_dy ? nullptr : b.dz;
+  void* partial = p.dbias ? b.partial : nullptr;
+  if ((dz || partial) && p.N)
+    call.launch(bundle, kMakeDz, b.units, dy, call.in(p.preact, p.M * p.N, size), dz, partial, static_cast<int>(p.M),
+                static_cast<int>(p.N), static_cast<int>(p.activation), static_cast<int>(b.rows), b.units);
+  if (p.dbias)
+    call.launch(bundle, kColumnSums, ceil_div(p.N, call.variant().lanes), static_cast<const void*>(partial),
+                call.out(p.dbias, p.N, param), b.units, static_cast<int>(p.N));
+  b.dz_rows.data = b.dz_columns.data = dz ? dz : dy;
+  if (p.dx && p.M && p.K) {
+    b.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), param);
+    const Prepared weight = pack_right(call, bundle, kPackWeightRows, b.weight, b.dx, b.packed);
+    const Prepared left = prepare_left(call, bundle, 0, 0, LeftLayout::kept, b.dz_rows, b.dx, nullptr);
+    run_product(call, bundle, kProductDx, left, weight, call.out(p.dx, p.M * p.K, size), b.dx);
+  }
+  if (p.dweight && p.N && p.K) {
+    b.x.data = call.in(p.x, extent(p.M, p.x_stride, p.K, 1), size);
+    const Prepared x = pack_right(call, bundle, kPackX, b.x, b.dweight, b.packed);
+    const Prepared left = prepare_left(call, bundle, kPackDz, 0, LeftLayout::panels, b.dz_columns, b.dweight, b.left);
+    run_product(call, bundle, kProductDweight, left, x, call.out(p.dweight, p.N * p.K, param), b.dweight);
+  }
+  call.finish();
+}
+
+std::size_t linear_fwd_workspace(const LinearFwd& p) { return static_cast<std::size_t>(Forward(p, nullptr).bytes); }
+
+std::size_t linear_bwd_workspace(const LinearBwd& p) { return static_cast<std::size_t>(Backward(p, nullptr).bytes); }
+
+}  // namespace vit

@@ -1,0 +1,110 @@
+// matmul on the device: sizes to launches (kernels: kernels/matmul.h).
+#include <algorithm>
+
+#include "check.h"
+#include "product.h"
+
+namespace vit {
+namespace {
+
+using namespace device;
+
+enum Kernel { kPackRows, kPackColumns, kPackLeft, kWiden, kProduct, kProductOfPanels };
+
+const Family kFamily = {5, "matmul.h", [](const std::vector<DType>& d) {
+                          const DType acc = accumulator(d[0]);
+                          return std::vector<std::string>{
+                              pack_right_name(d[0], acc, true), pack_right_name(d[0], acc, false),
+                              pack_left_name(d[0], acc),        widen_rows_name(d[0], acc),
+                              product_name(d[0], false, acc),   product_name(d[0], true, acc)};
+                        }};
+
+// One of the three products of the op.
+struct Product {
+  Operand a, b;
+  Shape shape;
+};
+
+int64_t bytes(const Context& context, const Product& p) {
+  Arena arena{nullptr};
+  arena.take(packed_right_bytes(context, p.b, p.shape));
+  arena.take(prepared_left_bytes(left_layout(p.a, p.shape.acc), p.a, p.shape));
+  return arena.used;
+}
+
+void run(Call& call, const Context& context, const Product& p, void* c, void* workspace) {
+  const Bundle& bundle = call.bundle(kFamily, {p.a.dtype});
+  const LeftLayout layout = left_layout(p.a, p.shape.acc);
+  Arena arena{static_cast<char*>(workspace)};
+  char* packed = arena.take(packed_right_bytes(context, p.b, p.shape));
+  char* left = arena.take(prepared_left_bytes(left_layout(p.a, p.shape.acc), p.a, p.shape));
+  const Prepared b = pack_right(call, bundle, p.b.col == 1 ? kPackRows : kPackColumns, p.b, p.shape, packed);
+  const Prepared a = prepare_left(call, bundle, kPackLeft, kWiden, layout, p.a, p.shape, left);
+  const bool panels = layout == LeftLayout::panels;
+  run_product(call, bundle, panels ? kProductOfPanels : kProduct, a, b, c, p.shape);
+}
+
+Product forward(const MatmulFwd& p) {
+  return {{p.a, p.a_batch, p.a_row, p.a_col, p.dtype},
+          {p.b, p.b_batch, p.b_row, p.b_col, p.dtype},
+          {p.batch, p.M, p.N, p.K, accumulator(p.dtype)}};
+}
+
+// da = dc b^T
+Product left_gradient(const MatmulBwd& p) {
+  return {{p.dc, p.M * p.N, p.N, 1, p.dtype},
+          {p.b, p.b_batch, p.b_col, p.b_row, p.dtype},
+          {p.batch, p.M, p.K, p.N, accumulator(p.dtype)}};
+}
+
+// db = a^T dc
+Product right_gradient(const MatmulBwd& p) {
+  return {{p.a, p.a_batch, p.a_col, p.a_row, p.dtype},
+          {p.dc, p.M * p.N, p.N, 1, p.dtype},
+          {p.batch, p.K, p.N, p.M, accumulator(p.dtype)}};
+}
+
+}  // namespace
+
+void matmul_fwd(const MatmulFwd& p) {
+  check(p);
+  if (!p.batch || !p.M || !p.N) return;
+  Call call("matmul_fwd", p.context);
+  const std::size_t size = size_of(p.dtype);
+  Product product = forward(p);
+  product.a.data = call.in(p.a, extent(p.batch, p.a_batch, p.M, p.a_row, p.K, p.a_col), size);
+  product.b.data = call.in(p.b, extent(p.batch, p.b_batch, p.K, p.b_row, p.N, p.b_col), size);
+  void* c = call.out(p.c, p.batch * p.M * p.N, size);
+  run(call, p.context, product, c, call.scratch(p.workspace, matmul_fwd_workspace(p)));
+  call.finish();
+}
+
+void matmul_bwd(const MatmulBwd& p) {
+  check(p);
+  if (!p.batch) return;
+  Call call("matmul_bwd", p.context);
+  const std::size_t size = size_of(p.dtype);
+  const void* dc = call.in(p.dc, p.batch * p.M * p.N, size);
+  void* workspace = call.scratch(p.workspace, matmul_bwd_workspace(p));
+  if (p.da && p.M && p.K) {
+    Product product = left_gradient(p);
+    product.a.data = dc;
+    product.b.data = call.in(p.b, extent(p.batch, p.b_batch, p.K, p.b_row, p.N, p.b_col), size);
+    run(call, p.context, product, call.out(p.da, p.batch * p.M * p.K, size), workspace);
+  }
+  if (p.db && p.K && p.N) {
+    Product product = right_gradient(p);
+    product.a.data = call.in(p.a, extent(p.batch, p.a_batch, p.M, p.a_row, p.K, p.a_col), size);
+    product.b.data = dc;
+    run(call, p.context, product, call.out(p.db, p.batch * p.K * p.N, size), workspace);
+  }
+  call.finish();
+}
+
+std::size_t matmul_fwd_workspace(const MatmulFwd& p) { return static_cast<std::size_t>(bytes(p.context, forward(p))); }
+
+std::size_t matmul_bwd_workspace(const MatmulBwd& p) {
+  return static_cast<std::size_t>(std::max(bytes(p.context, left_gradient(p)), bytes(p.context, right_gradient(p))));
+}
+
+}  // namespace vit
