@@ -20,7 +20,7 @@ ROWS = [("linear [0]", "1.25"), ("gelu", "10.50")]
 def test_a_pipe_gets_aligned_lines():
     out = io.StringIO()
     table(("op", "ms"), ROWS, out, title="times")
-    assert out.getvalue().splitlines() == ["op             ms", "linear [0]   1.25", "gelu        10.50"]
+    assert out.getvalue().splitlines() == ["times", "op             ms", "linear [0]   1.25", "gelu        10.50"]
 
 
 def test_a_terminal_gets_a_title_and_every_cell_as_it_is(monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vit.testing.bench import Job, Setting, environment, time_models, time_ops
+from vit.testing.peak import cpu_peak
 from vit.testing.peers import RUNTIMES, Arch
 from vit.testing.problems import DEFINITIONS
 
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json == "-" else sys.stdout
     report: dict[str, Any] = {"environment": environment(setting), "against": args.first, "records": [], "refused": []}
     try:
-        for found in _measure(args, jobs, setting, report["environment"]["peak_gflops"], out):
+        for found in _measure(args, jobs, setting, out):
             for name, entries in found.items():
                 report.setdefault(name, []).extend(entries)
     finally:  # what was measured is kept even when the rest is interrupted
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(
-    args: argparse.Namespace, jobs: list[Any], setting: Setting, peak: Any, out: Any
+    args: argparse.Namespace, jobs: list[Any], setting: Setting, out: Any
 ) -> Iterator[dict[str, list[dict[str, Any]]]]:
     """Shows and yields one race after the other."""
     turns = 0 if args.start_up == "only" else len(setting.candidates) * (args.rounds + 1)
@@ -107,7 +108,7 @@ def _measure(
             progress.step(text, advance=int(text.endswith("warm-up") or ", round " in text))
 
         models = () if args.ops else time_models(jobs, setting, args.exports or temporary, watch, args.start_up)
-        for found in time_ops(jobs, setting, peak, watch) if args.ops else models:
+        for found in time_ops(jobs, setting, watch) if args.ops else models:
             with progress.aside():
                 bench_report.show(found, args.first, out)
             yield found
@@ -138,7 +139,9 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Any], Setting]:
     candidates = [*backends, *(name for name in args.against or () if name not in backends)]
     if args.ops:
         candidates = [name for name in candidates if name not in RUNTIMES]
-    setting = Setting(tuple(candidates), device, args.threads or torch.get_num_threads(), args.rounds)
+    threads = args.threads or torch.get_num_threads()
+    peak = cpu_peak(threads) if device == "cpu" else None
+    setting = Setting(tuple(candidates), device, threads, args.rounds, peak)
     if not args.ops:
         _check_models(args.models, candidates)
         return [

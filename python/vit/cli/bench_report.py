@@ -25,6 +25,7 @@ def show(found: dict[str, list[Record]], against: str | None, out: TextIO) -> No
     for record in found["refused"]:
         kind = "FAILED" if record["failed"] else "not timed"
         print(f"{title(record)} {record['backend']}: {kind}: {record['reason']}", file=out, flush=True)
+    _phases(records, out)
     _start_up(found.get("start_up", ()), out)
 
 
@@ -76,6 +77,19 @@ def _table(records: Sequence[Record], against: str | None, out: TextIO) -> None:
         figures = (f"{record['ms_median']:.3f}", f"{record['ms_min']:.3f}", _rate(record).split()[0])
         rows.append((record["backend"], *figures, "" if times is None else f"{times:.2f}x", _extra(record)))
     table(columns, rows, out, title=title(records[0]))
+
+
+def _phases(records: Sequence[Record], out: TextIO) -> None:
+    """Where the engine's time goes."""
+    for record in records:
+        rows = [
+            (phase["name"], f"{phase['ms']:.3f}", f"{100 * phase['share']:.1f}",
+             f"{phase['percent_of_peak']:.0f}" if "percent_of_peak" in phase else "")
+            for phase in record.get("phases", ())
+        ]  # fmt: skip
+        if rows:
+            name = f"{title(record)}: where the time of {record['backend']} goes"
+            table(("phase", "ms", "% of time", "% of peak"), rows, out, title=name)
 
 
 def _start_up(records: Sequence[Record], out: TextIO) -> None:

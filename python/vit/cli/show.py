@@ -24,10 +24,10 @@ def table(
 ) -> None:
     """Prints rows under their columns; the first `left` columns hold words, the others figures.
 
-    On a terminal a rich table under its title, in a pipe aligned lines under a line of column names.
+    On a terminal a rich table, in a pipe aligned lines under a line of column names; under its title, where it has one.
     """
     if not interactive(stream):
-        for line in aligned([columns, *rows], left):
+        for line in ([title] if title else []) + aligned([columns, *rows], left):
             print(line, file=stream)
         stream.flush()
         return

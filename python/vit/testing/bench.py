@@ -17,7 +17,6 @@ import numpy as np
 from . import exports, peers
 from .cases import Case
 from .machine import machine, versions
-from .peak import cpu_peak
 from .peers import RUNTIMES, Arch, Refusal, Spec
 from .workers import Failure, Timing, Worker, race
 
@@ -25,6 +24,7 @@ from .workers import Failure, Timing, Worker, race
 PACKAGES = ("torch", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
 
 Watch = Callable[[str], None]
+Peak = dict[str, float] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Setting:
     device: str
     threads: int
     rounds: int
+    peak: Peak = None
 
 
 def time_models(
@@ -95,8 +96,8 @@ def _race(job: Job, specs: Sequence[Spec], setting: Setting, watch: Watch) -> di
             if isinstance(outcome, Failure):
                 found["refused"].append(_refused(job, spec, outcome))
             else:
-                memory, logits = worker.ask("peak_memory"), worker.ask("result")
-                found["records"].append(_record(job, spec, outcome, memory, logits))
+                memory, result = worker.ask("peak_memory"), worker.ask("result")
+                found["records"].append(_record(job, spec, outcome, memory, result, setting.peak))
     finally:
         for worker in workers:
             worker.stop()
@@ -158,14 +159,25 @@ def _refused(job: Job, spec: Spec, failure: Failure) -> dict[str, Any]:
     return _about(job, spec) | {"reason": failure.reason, "failed": not failure.refused}
 
 
-def _record(job: Job, spec: Spec, timing: Timing, memory: int, logits: np.ndarray | None) -> dict[str, Any]:
+def _record(job: Job, spec: Spec, timing: Timing, memory: int, result: Any, peak: Peak) -> dict[str, Any]:
     record = _about(job, spec) | {
         "ms_median": 1e3 * timing.median, "ms_min": 1e3 * timing.best,
         "images_per_second": job.batch / timing.median, "peak_memory_mb": round(memory / 2**20, 1),
     }  # fmt: skip
-    if logits is not None:
+    if result is not None:
+        logits, phases = result
         record |= distance(logits, np.load(spec.path("reference.npy")))
+        if phases:
+            record["phases"] = [phase | _percent(phase, job.dtype, peak) for phase in phases]
     return record
+
+
+def _percent(phase: dict[str, Any], dtype: str, peak: Peak) -> dict[str, float]:
+    """Of the peak of the dtype that the engine's phase computes in."""
+    kind = {"embed": "bfloat16", "attention": "bfloat16", "head": "float32"}.get(phase["name"], dtype)
+    limit = (peak or {}).get(kind if dtype == "int8" else dtype)
+    rate = 1e-6 * phase["flops"] / phase["ms"] if phase["ms"] else 0.0
+    return {"percent_of_peak": 100 * rate / limit} if limit and rate else {}
 
 
 def distance(logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -179,7 +191,7 @@ def distance(logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     }
 
 
-def time_ops(cases: Sequence[Case], setting: Setting, peak: dict[str, float] | None, watch: Watch) -> Iterator[Any]:
+def time_ops(cases: Sequence[Case], setting: Setting, watch: Watch) -> Iterator[dict[str, Any]]:
     """For each case {"records": [...], "refused": [...]}: PyTorch's own op first, then each backend."""
     from .candidates import op_step, work
 
@@ -193,7 +205,7 @@ def time_ops(cases: Sequence[Case], setting: Setting, peak: dict[str, float] | N
 
             jobs = [(name, case, setting.device) for name in names]
             outcomes = race(workers, op_step, jobs, setting.rounds, told)
-            yield _op_records(case, names, outcomes, setting.threads, work(case), peak)
+            yield _op_records(case, names, outcomes, setting.threads, work(case), setting.peak)
     finally:
         for worker in workers:
             worker.stop()
@@ -205,7 +217,7 @@ def _op_records(
     outcomes: Sequence[Timing | Failure],
     threads: int,
     work: tuple[float, str],
-    peak: dict[str, float] | None,
+    peak: Peak,
 ) -> dict[str, Any]:
     amount, unit = work
     found: dict[str, Any] = {"records": [], "refused": []}
@@ -240,7 +252,7 @@ def environment(setting: Setting) -> dict[str, Any]:
         "rounds": setting.rounds,
         "device": setting.device,
         "backends": {name: record for name, record in vit.backends().items() if name in setting.candidates},
-        "peak_gflops": cpu_peak(setting.threads) if setting.device == "cpu" else None,
+        "peak_gflops": setting.peak,
         "thread_variables": {key: os.environ[key] for key in _THREAD_VARIABLES if key in os.environ},
     }
     if setting.device.startswith("cuda"):

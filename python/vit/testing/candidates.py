@@ -27,8 +27,8 @@ def inference_step(spec: Spec, device: str) -> Candidate:
     spec.runtime is a backend, whose model and images are of spec.dtype, or one of RUNTIMES, which get float32 images.
     """
     if spec.runtime in RUNTIMES and device == "cpu":
-        run, images = load(spec), exported_images(spec)
-        return Candidate(lambda: run(images), result=np.array)
+        loaded, images = load(spec), exported_images(spec)
+        return Candidate(lambda: loaded.run(images), result=lambda out: (np.array(out), loaded.phases(images)))
     if spec.dtype == "int8":
         raise Refusal("the ops have no int8: it is the engine's")
     where, dtype = torch.device(device), torch_dtype(spec.dtype)
@@ -41,7 +41,7 @@ def inference_step(spec: Spec, device: str) -> Candidate:
         with torch.inference_mode():
             return model(pixels)
 
-    return Candidate(step, _wait(where), lambda logits: logits.float().cpu().numpy())
+    return Candidate(step, _wait(where), lambda logits: (logits.float().cpu().numpy(), []))
 
 
 def training_step(spec: Spec, device: str) -> Candidate:

@@ -22,7 +22,7 @@ import numpy as np
 from ..extras import MissingExtra, require
 from . import weights
 from .machine import versions
-from .peers import Arch, Refusal, Spec
+from .peers import Arch, Refusal, Spec, engine_file
 
 #: Images whose logits are compared; the others of a batch are only timed.
 COMPARED = 4
@@ -146,7 +146,18 @@ def _openvino(spec: Spec) -> None:
                 openvino.save_model(quantized, target, compress_to_fp16=False)
 
 
-EXPORTERS: dict[str, Callable[[Spec], None]] = {"onnxruntime": _onnx, "openvino": _openvino}
+def _engine(spec: Spec) -> None:
+    """Made each time: an engine under development changes more often than its version."""
+    import vit
+
+    model = vit.create(spec.model, weights=spec.path("weights.safetensors"), training=False, **dict(spec.arch))
+    try:
+        vit.Engine(model, dtype=spec.dtype).save(spec.path(engine_file(spec.dtype)))
+    except vit.BackendError as error:
+        raise Refusal(str(error)) from None
+
+
+EXPORTERS: dict[str, Callable[[Spec], None]] = {"engine": _engine, "onnxruntime": _onnx, "openvino": _openvino}
 
 
 @contextmanager

@@ -28,6 +28,7 @@ SOURCE = r"""
 #define YMM(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n"
 #define ZMM(i) "vfmadd231ps %%zmm24, %%zmm25, %%zmm" #i "\n"
 #define DOT(i) "vdpbf16ps %%zmm24, %%zmm25, %%zmm" #i "\n"
+#define BYTES(i) "vpdpbusd %%zmm24, %%zmm25, %%zmm" #i "\n"
 #define LOW "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", \
             "xmm13", "xmm14", "xmm15"
 #define HIGH LOW, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25"
@@ -39,6 +40,7 @@ KERNEL(sse, "sse2", "xorps %%xmm14, %%xmm14\n", R12(SSE), LOW)
 KERNEL(ymm, "avx2,fma", R12(ZERO_YMM) ZERO_YMM(14) ZERO_YMM(15), R12(YMM), LOW)
 KERNEL(zmm, "avx512f", R24(ZERO_ZMM) ZERO_ZMM(24) ZERO_ZMM(25), R24(ZMM), HIGH)
 KERNEL(dot, "avx512f", R24(ZERO_ZMM) ZERO_ZMM(24) ZERO_ZMM(25), R24(DOT), HIGH)
+KERNEL(bytes, "avx512f", R24(ZERO_ZMM) ZERO_ZMM(24) ZERO_ZMM(25), R24(BYTES), HIGH)
 
 static double gflops(void (*kernel)(long), double flops_per_round, int threads) {
   const long rounds = 2000000;
@@ -62,7 +64,9 @@ int main(int, char** argv) {
   double fp32 = wide ? gflops(zmm, 24 * 32, threads) : fma ? gflops(ymm, 12 * 16, threads)
                                                            : gflops(sse, 12 * 8, threads);
   double bf16 = __builtin_cpu_supports("avx512bf16") ? gflops(dot, 24 * 64, threads) : fp32;
-  std::printf("{\"float32\": %.1f, \"bfloat16\": %.1f}\n", fp32, bf16);
+  std::printf("{\"float32\": %.1f, \"bfloat16\": %.1f", fp32, bf16);
+  if (__builtin_cpu_supports("avx512vnni")) std::printf(", \"int8\": %.1f", gflops(bytes, 24 * 128, threads));
+  std::printf("}\n");
 }
 """
 

@@ -20,6 +20,7 @@ import numpy as np
 
 Arch = tuple[tuple[str, Any], ...]
 Run = Callable[[np.ndarray], np.ndarray]
+Phases = list[dict[str, Any]]
 
 
 class Refusal(Exception):
@@ -43,10 +44,18 @@ class Spec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model that runs; phases(images): where its time goes, for the runtime that tells."""
+
+    run: Run
+    phases: Callable[[np.ndarray], Phases] = lambda images: []
+
+
+@dataclasses.dataclass(frozen=True)
 class Runtime:
     """`modules` are what it imports; `refusals`: why it is not timed in a dtype, where there is more to say."""
 
-    load: Callable[[Spec], Run]
+    load: Callable[[Spec], Loaded]
     modules: tuple[str, ...]
     dtypes: tuple[str, ...]
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -68,51 +77,56 @@ def check(runtime: str, dtype: str) -> None:
         raise Refusal(known.refusals.get(dtype, f"{runtime} is timed in {', '.join(known.dtypes)}"))
 
 
-def load(spec: Spec) -> Run:
+def load(spec: Spec) -> Loaded:
     """The model of `spec` in its runtime, ready to run; Refusal says why it cannot be."""
     check(spec.runtime, spec.dtype)
     return RUNTIMES[spec.runtime].load(spec)
 
 
-def _engine(spec: Spec) -> Run:
-    """vit.Engine on the weights' file."""
-    import torch
-
+def _engine(spec: Spec) -> Loaded:
+    """vit.Engine, from its file of packed weights."""
     import vit
 
-    if not hasattr(vit, "Engine"):
-        raise Refusal("this version of vit has no Engine")
-    torch.set_num_threads(spec.threads)
-    model = vit.create(spec.model, weights=spec.path("weights.safetensors"), training=False, **dict(spec.arch))
-    engine = vit.Engine(model, dtype=spec.dtype, num_threads=spec.threads)
-    del model
-    return lambda images: engine(torch.from_numpy(images)).numpy()
-
-
-def _timm(spec: Spec) -> Run:
-    """timm's model, eager, with PyTorch's fused attention."""
-    import torch
-
-    model, dtype = _timm_model(spec), getattr(torch, spec.dtype)
+    engine = vit.Engine.load(spec.path(engine_file(spec.dtype)), num_threads=spec.threads)
 
     def run(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return model(torch.from_numpy(images).to(dtype)).float().numpy()
+        logits = engine(images)
+        assert not isinstance(logits, dict)  # one output was asked for
+        return logits.numpy()
 
-    return run
+    def phases(images: np.ndarray) -> Phases:
+        found = engine.profile(images, calls=3)
+        return [{"name": p.name, "ms": 1e3 * p.seconds, "share": p.share, "flops": p.flops} for p in found]
+
+    return Loaded(run, phases)
 
 
-def _torch_compile(spec: Spec) -> Run:
+def engine_file(dtype: str) -> str:
+    return f"engine-{dtype}.safetensors"
+
+
+def _timm(spec: Spec) -> Loaded:
+    """timm's model, eager, with PyTorch's fused attention."""
+    return _torch_model(spec, _timm_model(spec))
+
+
+def _torch_compile(spec: Spec) -> Loaded:
     """timm's model through torch.compile, for one batch size."""
     import torch
 
-    model, dtype = torch.compile(_timm_model(spec), dynamic=False), getattr(torch, spec.dtype)
+    return _torch_model(spec, torch.compile(_timm_model(spec), dynamic=False))
+
+
+def _torch_model(spec: Spec, model: Any) -> Loaded:
+    import torch
+
+    dtype = getattr(torch, spec.dtype)
 
     def run(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return model(torch.from_numpy(images).to(dtype)).float().numpy()
 
-    return run
+    return Loaded(run)
 
 
 def _timm_model(spec: Spec) -> Any:
@@ -126,7 +140,7 @@ def _timm_model(spec: Spec) -> Any:
     return model.eval().to(getattr(torch, spec.dtype))
 
 
-def _onnxruntime(spec: Spec) -> Run:
+def _onnxruntime(spec: Spec) -> Loaded:
     """An ONNX file on the CPU provider, all graph optimizations, the batch fixed; int8: its dynamic quantization."""
     import onnxruntime
 
@@ -136,10 +150,10 @@ def _onnxruntime(spec: Spec) -> Run:
     options.add_free_dimension_override_by_name("batch", spec.batch)
     file = "onnx-int8.onnx" if spec.dtype == "int8" else "model.onnx"
     session = onnxruntime.InferenceSession(spec.path(file), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
+    return Loaded(lambda images: session.run(None, {"images": images})[0])
 
 
-def _openvino(spec: Spec) -> Run:
+def _openvino(spec: Spec) -> Loaded:
     """OpenVINO IR, compiled for latency with the batch fixed; int8: quantized by NNCF for transformers."""
     import openvino
 
@@ -160,7 +174,7 @@ def _openvino(spec: Spec) -> Run:
         request.infer({0: images}, share_inputs=True, share_outputs=True)
         return request.get_output_tensor(0).data
 
-    return run
+    return Loaded(run)
 
 
 _NO_TORCH_INT8 = {"int8": "PyTorch's own int8 for CPUs is deprecated; its successor torchao is not compared"}
@@ -181,7 +195,7 @@ RUNTIMES = {
 
 def images(spec: Spec) -> np.ndarray:
     """The exported images, as many as the batch holds."""
-    return np.ascontiguousarray(np.load(spec.path("images.npy"), mmap_mode="r")[: spec.batch])
+    return np.array(np.load(spec.path("images.npy"), mmap_mode="r")[: spec.batch])
 
 
 def first_image(spec: Spec) -> dict[str, float]:
@@ -189,9 +203,9 @@ def first_image(spec: Spec) -> dict[str, float]:
     begin = time.perf_counter()
     imports(spec.runtime)
     imported = time.perf_counter()
-    run = load(spec)
+    loaded = load(spec)
     constructed = time.perf_counter()
-    run(images(spec))
+    loaded.run(images(spec))
     end = time.perf_counter()
     with open("/proc/self/status", encoding="ascii") as file:
         peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
