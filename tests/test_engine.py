@@ -107,7 +107,7 @@ def test_norm_before_the_average():
     assert error(vit.Engine(model)(images), expected.double()) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_results_depend_neither_on_threads_nor_on_the_batch(dtype):
     """Bits, not tolerances. 8 threads on fewer cores also share columns, and 5 images leave some for all threads."""
     model = make(img_size=112)  # 197 tokens
@@ -120,6 +120,69 @@ def test_results_depend_neither_on_threads_nor_on_the_batch(dtype):
         assert torch.equal(engine(images[[3, 3, 0]]), alone[[3, 3, 0]]), threads
     many = images.repeat(9, 1, 1, 1)  # more than a thread takes at a time
     assert torch.equal(vit.Engine(model, dtype)(many), alone.repeat(9, 1))
+
+
+def smooth_images(batch: int, size: int = 224, seed: int = 1) -> Tensor:
+    """Images with structure at several scales: noise alone hardly reaches the class token."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(batch, 3, size, size)
+    for side, strength in ((4, 1.0), (16, 0.7), (64, 0.4), (size, 0.2)):
+        noise = torch.randn(batch, 3, side, side, generator=generator)
+        total += strength * torch.nn.functional.interpolate(noise, (size, size), mode="bilinear")
+    return total
+
+
+def cosine(got: Tensor, truth: Tensor) -> float:
+    """The smallest cosine of a row."""
+    return torch.nn.functional.cosine_similarity(got, truth).min().item()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_224"])
+def test_int8_keeps_the_direction_of_the_logits(name):
+    """Heavy-tailed weights and norms with outliers at full depth, with and without calibration."""
+    model = vit.create(name, backend="reference", training=False)
+    model.load_state_dict(seeded_state(model.state_dict()))
+    images = smooth_images(2)
+    with torch.no_grad():
+        truth = model(images)
+    engine = vit.Engine(model, "int8")
+    got = engine(images)
+    assert cosine(got, truth) > 0.998
+    assert torch.equal(engine(images[1:]), got[1:])
+    assert engine.memory["weights"] < 0.35 * vit.Engine(model).memory["weights"]
+    assert cosine(vit.Engine(model, "int8", calibrate=smooth_images(2, seed=2))(images), truth) > 0.998
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_int8_runs_every_option(option):
+    arch = SMALL | OPTIONS[option]
+    model = make(**arch)
+    images = images_for(model)
+    if model.mlp_hidden % 4:
+        with pytest.raises(vit.BackendError, match="multiple of 4"):
+            vit.Engine(model, "int8")
+        return
+    with torch.no_grad():
+        truth = model(images)
+    assert cosine(vit.Engine(model, "int8")(images).flatten(1), truth.flatten(1)) > 0.99
+
+
+def test_excluded_layers_stay_bfloat16(tmp_path):
+    model = make(depth=4)
+    images = images_for(model, 8)
+    expected = vit.Engine(model, "bfloat16")(images)
+    layers = [f"blocks.{i}.{layer}" for i in range(4) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    errors = []
+    for count in (0, 8, 16):
+        engine = vit.Engine(model, "int8", exclude=layers[:count])
+        errors.append(error(engine(images), expected.double()))
+        engine.save(tmp_path / "model.vit")
+        assert torch.equal(vit.Engine.load(tmp_path / "model.vit")(images), engine(images))
+    assert errors[0] > errors[1] > errors[2] < 0.01  # smoothing rounds differently, so it is not 0
+    with pytest.raises(ValueError, match=r"exclude names blocks\.9\.mlp\.fc1"):
+        vit.Engine(model, "int8", exclude=["blocks.9.mlp.fc1"])
+    with pytest.raises(ValueError, match="belong to dtype='int8'"):
+        vit.Engine(model, "bfloat16", exclude=["blocks.0.mlp.fc1"])
 
 
 def test_threads_follow_torch():
@@ -246,7 +309,7 @@ BAD_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_bad_images_are_errors_and_the_engine_stays_usable(dtype):
     model = make()
     engine = vit.Engine(model, dtype)
@@ -306,7 +369,7 @@ def test_what_the_engine_cannot_run_is_a_reason():
         vit.Engine(make().to("meta"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_save_and_load(tmp_path, dtype):
     model = make()
     model.class_names = tuple(f'class "{i}" é' for i in range(10))
@@ -416,7 +479,7 @@ model.load_state_dict(seeded_state(model.state_dict()))
 images = torch.randn(3, 3, *model.patch_embed.img_size)
 with torch.no_grad():
     truth = model(images)
-for dtype, bound in (("float32", 1e-5), ("bfloat16", 3e-2)):
+for dtype, bound in (("float32", 1e-5), ("bfloat16", 3e-2), ("int8", 1e-1)):
     engine = vit.Engine(model, dtype)
     got = engine(images)
     error = ((got - truth).abs().max() / truth.abs().max()).item()

@@ -36,22 +36,31 @@ def sanitized_package(folder: Path) -> Path:
     return package.parent
 
 
-@pytest.mark.sanitizer
-@pytest.mark.slow
-@pytest.mark.skipif(platform.system() != "Linux" or "cpu" not in USABLE, reason="needs the cpu backend on Linux")
-def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path):
+pytestmark = [
+    pytest.mark.sanitizer,
+    pytest.mark.slow,
+    pytest.mark.skipif(platform.system() != "Linux" or "cpu" not in USABLE, reason="needs the cpu backend on Linux"),
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The environment of a process that uses the sanitized package."""
     runtime = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")  # the second, or ASan cannot follow C++ exceptions
     ]
     if not Path(runtime[0]).is_absolute():
         pytest.skip("the compiler has no AddressSanitizer library")
-    report = tmp_path / "parity.json"
-    environment = os.environ | {
-        "PYTHONPATH": str(sanitized_package(tmp_path)),
+    return os.environ | {
+        "PYTHONPATH": str(sanitized_package(tmp_path_factory.mktemp("sanitized"))),
         "LD_PRELOAD": " ".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # the interpreter's own leaks are not ours
     }
+
+
+def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path, environment):
+    report = tmp_path / "parity.json"
     options = [word for group in GROUPS for word in ("--group", group)]
     done = subprocess.run(
         [sys.executable, "-m", "vit", "parity", "--backend", "cpu", "--json", str(report), *options],
@@ -59,3 +68,14 @@ def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     assert json.loads(report.read_text())["passed"] == len(cases("cpu", groups=GROUPS))
+
+
+def test_the_engine_neither(environment):
+    """Every option, output and bad input of test_engine.py; whole models would take too long."""
+    chosen = "not every_name and not direction and not level and not profile"
+    tests = [str(ROOT / "tests/test_engine.py"), "-k", chosen]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]

@@ -97,9 +97,11 @@ Shape shape_of(const vit_engine_config& c) {
 struct Part {
   std::string name;
   float** vector;  // of `count` floats, or
-  Linear* matrix;  // a packed weight
+  Linear* matrix;  // a packed weight, or
+  int32_t** sums;  // of a quantized weight
   int64_t count;
   bool optional;  // zeros where the source lacks it
+  bool derived;   // made when the weight is packed
 };
 
 const char* dtype_of(Precision precision) {
@@ -125,7 +127,7 @@ std::vector<Part> parts_of(Network& n) {
   const Shape& s = n.shape;
   std::vector<Part> parts;
   const auto vector = [&](const std::string& name, float*& at, int64_t count, bool optional = false) {
-    parts.push_back({name, &at, nullptr, count, optional});
+    parts.push_back({name, &at, nullptr, nullptr, count, optional, false});
   };
   const auto norm = [&](const std::string& name, Norm& norm) {
     vector(name + ".weight", norm.weight, s.C);
@@ -142,7 +144,11 @@ std::vector<Part> parts_of(Network& n) {
   norm("norm", n.norm);
   for_linears(n, [&](const std::string& name, Linear& linear, int64_t N, int64_t K) {
     linear.N = N, linear.K = K;
-    parts.push_back({name + ".weight", nullptr, &linear, N * K, false});
+    if (linear.precision == Precision::int8) {
+      parts.push_back({name + ".scale", &linear.scale, nullptr, nullptr, N, false, true});
+      parts.push_back({name + ".sums", nullptr, nullptr, &linear.sums, N, false, true});
+    }
+    parts.push_back({name + ".weight", nullptr, &linear, nullptr, N * K, false, false});
     vector(name + ".bias", linear.bias, N, true);
   });
   return parts;
@@ -157,12 +163,18 @@ int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 Record record_of(const Part& part, int64_t begin) {
   // Lengths are rounded up to a cache line: safetensors has no gaps between tensors.
-  return {part.name, part.matrix ? dtype_of(part.matrix->precision) : "F32", begin, begin + aligned(bytes_of(part))};
+  return {part.name,
+          part.matrix ? dtype_of(part.matrix->precision)
+          : part.sums ? "I32"
+                      : "F32",
+          begin, begin + aligned(bytes_of(part))};
 }
 
 void point(const Part& part, char* at) {
   if (part.matrix)
     part.matrix->weight = at;
+  else if (part.sums)
+    *part.sums = reinterpret_cast<int32_t*>(at);
   else
     *part.vector = reinterpret_cast<float*>(at);
 }
@@ -212,8 +224,6 @@ Engine::Engine(const vit_engine_config& config, int64_t max_batch) : config_(con
   tokens_.resize(blocks_.size());
   attention_.resize(blocks_.size());
   network_.blocks = blocks_.data();
-  if (network_.shape.precision == Precision::int8)
-    throw EngineError(kUnsupported, "vit engine: int8 is not available in this version; use bfloat16");
 }
 
 std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit_tensor* tensors, int64_t num_tensors,
@@ -251,6 +261,7 @@ std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit
   std::memcpy(engine->image_.data(), header.data(), header.size());
   for (std::size_t i = 0; i < parts.size(); ++i) point(parts[i], data + records[i].begin);
   for (const Part& part : parts) {
+    if (part.derived) continue;
     const vit_tensor* source = find(sources, part);
     if (part.vector) {
       if (source) std::memcpy(*part.vector, source->data, static_cast<std::size_t>(part.count) * sizeof(float));

@@ -142,7 +142,7 @@ Record read_record(Json& json, const std::string& name) {
 }  // namespace
 
 int64_t element_size(const std::string& dtype) {
-  if (dtype == "F32") return 4;
+  if (dtype == "F32" || dtype == "I32") return 4;
   if (dtype == "BF16") return 2;
   return dtype == "I8" ? 1 : 0;
 }

@@ -16,9 +16,9 @@
 
 #include "cpu/attention.h"
 #include "cpu/engine/images.h"
+#include "cpu/engine/int8.h"
 #include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
-#include "cpu/linear.h"
 
 namespace vit::VIT_ISA {
 namespace {
@@ -74,11 +74,12 @@ struct Buffers {
   int64_t bytes_per_thread, bytes;
 
   struct Own {
-    T* normed;      // [kRows, C]
-    T* hidden;      // [kRows, hidden]
-    T* patches;     // [kRows, padded patch_values]
-    float* row;     // [C]
-    char* scratch;  // of attention
+    T* normed;            // [kRows, C]
+    T* hidden;            // [kRows, hidden]
+    T* patches;           // [kRows, padded patch_values]
+    float* row;           // [C]
+    Quantized quantized;  // [kRows, the wider of C and hidden], where there are int8 layers
+    char* scratch;        // of attention
   };
 
   Buffers(const Shape& s, int64_t B, int threads, char* base) {
@@ -106,6 +107,8 @@ struct Buffers {
     own.hidden = take<T>(arena, kRows * s.hidden);
     own.patches = take<T>(arena, kRows * padded<T>(s.patch_values()));
     own.row = take<float>(arena, s.C);
+    const int64_t quantized_rows = s.precision == Precision::int8 ? kRows : 0;
+    own.quantized = {take<uint8_t>(arena, quantized_rows * max(s.C, s.hidden)), take<float>(arena, quantized_rows)};
     own.scratch = arena.take(attention_fwd_scratch(attention_of(s, 1)));
     return own;
   }
@@ -157,11 +160,23 @@ struct Team {
     Team team;
     const int64_t panels = panels_of<T>(C);
     team.member = member, team.members = members;
-    team.rows = min(row_threads<T>(members, M, panels), M);
+    team.rows = row_parts(members, M, panels);
     team.columns = min(max<int64_t>(members / team.rows, 1), panels);
     team.row = member / team.columns, team.column = member % team.columns;
     team.all = barriers, team.of_row = barriers + 1 + team.row;
     return team;
+  }
+
+  // Into how many parts the rows are divided; what is left of the threads divides the columns. Rows first, as long as a
+  // thread keeps about 48, because each pass over the weights is paid by all rows of a piece.
+  static int64_t row_parts(int members, int64_t M, int64_t panels) {
+    int64_t best = 1, best_cost = INT64_MAX;
+    for (int64_t rows = 1; rows <= min<int64_t>(members, M); ++rows) {
+      const int64_t share = ceil_div(M, rows), tiles = ceil_div(share, kTileRows);
+      const int64_t cost = tiles * ceil_div(panels, members / rows) * 64 + (share < 48 ? rows : 0);
+      if (cost <= best_cost) best = rows, best_cost = cost;
+    }
+    return best;
   }
 
   bool has_rows() const { return row < rows; }
@@ -235,21 +250,45 @@ class Pass {
 
   // This thread's columns of a[rows, K] weight^T for an epilogue.
   template <class S, class E>
-  void product(const S* a, int64_t stride, int64_t rows, const Linear& w, const E& epilogue) const {
+  void product(const void* a, int64_t rows, const Linear& w, const E& epilogue) const {
     const int64_t panels = panels_of<S>(w.N);
-    const Left left{reinterpret_cast<const char*>(a), stride * static_cast<int64_t>(sizeof(S)), false};
+    const Left left{static_cast<const char*>(a), w.K * static_cast<int64_t>(sizeof(S)), false};
     gemm_range<S, false>(left, w.weight, w.N, steps_of<S>(w.K), 0, rows, part(panels, team.column, team.columns),
                          part(panels, team.column + 1, team.columns), epilogue);
   }
 
-  void normalize(const float* x, int64_t rows, const Norm& norm) {
-    for (int64_t r = 0; r < rows; ++r) norm_row(x + r * s.C, own.normed + r * s.C, norm.weight, norm.bias, s.C, s.eps);
+  // y = activation(a weight^T + bias) + residual. Where the layer is quantized, a is in own.quantized.
+  template <Activation kActivation, class O>
+  void linear(const T* a, int64_t rows, const Linear& w, const O* residual, O* y) const {
+    if constexpr (same<T, bf16>) {
+      if (w.precision == Precision::int8)
+        return product<q8>(
+            own.quantized.bytes, rows, w,
+            QuantizedEpilogue<O, kActivation>{own.quantized.scales, w.scale, w.sums, w.bias, residual, y, w.N});
+    }
+    product<T>(a, rows, w, Epilogue<T, O, kActivation>{w.bias, residual, y, nullptr, w.N});
+  }
+
+  // Rows of x, normalised, as the layer `next` takes them: in own.normed or own.quantized.
+  void normalize(const float* x, int64_t rows, const Norm& norm, const Linear& next) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = x + r * s.C;
+      if (next.precision == Precision::int8) {
+        norm_row(row, own.row, norm.weight, norm.bias, s.C, s.eps);
+        own.quantized.scales[r] = quantize_row(own.row, s.C, own.quantized.bytes + r * s.C);
+      } else {
+        norm_row(row, own.normed + r * s.C, norm.weight, norm.bias, s.C, s.eps);
+      }
+    }
     clock.lap(kNorm);
   }
 
-  // x += a weight^T + bias.
-  void add_product(const T* a, int64_t stride, int64_t rows, const Linear& w, float* x) {
-    product(a, stride, rows, w, Epilogue<T, float, Activation::none>{w.bias, x, x, nullptr, s.C});
+  // Rows of a, quantized where the layer `next` is.
+  void quantize(const T* a, int64_t rows, const Linear& next) {
+    if (next.precision != Precision::int8) return;
+    for (int64_t r = 0; r < rows; ++r)
+      own.quantized.scales[r] = quantize_row(a + r * next.K, next.K, own.quantized.bytes + r * next.K);
+    clock.lap(kQuantize);
   }
 
   template <class X>
@@ -290,31 +329,32 @@ class Pass {
     const int64_t M = count * s.N(), C = s.C;
     float* x = tokens + b * s.N() * C;
     for_rows(M, [&](int64_t i0, int64_t i1) {
-      normalize(x + i0 * C, i1 - i0, w.norm1);
-      product(own.normed, C, i1 - i0, w.qkv,
-              Epilogue<T, T, Activation::none>{w.qkv.bias, nullptr, qkv + i0 * 3 * C, nullptr, 3 * C});
+      normalize(x + i0 * C, i1 - i0, w.norm1, w.qkv);
+      linear<Activation::none, T>(own.normed, i1 - i0, w.qkv, nullptr, qkv + i0 * 3 * C);
       clock.lap(kQkv);
     });
     meet();
     attend(l, b, count);
     meet();
     for_rows(M, [&](int64_t i0, int64_t i1) {
-      add_product(attended + i0 * C, C, i1 - i0, w.proj, x + i0 * C);
+      const int64_t rows = i1 - i0;
+      float* y = x + i0 * C;
+      quantize(attended + i0 * C, rows, w.proj);
+      linear<Activation::none, float>(attended + i0 * C, rows, w.proj, y, y);
       clock.lap(kProj);
       meet_columns();
-      normalize(x + i0 * C, i1 - i0, w.norm2);
+      normalize(y, rows, w.norm2, w.fc1);
       with_activation(s.activation, [&](auto activation) {
-        product(own.normed, C, i1 - i0, w.fc1,
-                Epilogue<T, T, decltype(activation)::value>{w.fc1.bias, nullptr, shared_hidden, nullptr, s.hidden});
+        linear<decltype(activation)::value, T>(own.normed, rows, w.fc1, nullptr, shared_hidden);
       });
       clock.lap(kFc1);
       meet_columns();
-      add_product(shared_hidden, s.hidden, i1 - i0, w.fc2, x + i0 * C);
+      quantize(shared_hidden, rows, w.fc2);
+      linear<Activation::none, float>(shared_hidden, rows, w.fc2, y, y);
       clock.lap(kFc2);
       meet_columns();
       if (f.tokens[l] && team.column == 0)
-        memcpy(f.tokens[l] + ((first + b) * s.N() + i0) * C, x + i0 * C,
-               static_cast<size_t>((i1 - i0) * C) * sizeof(float));
+        memcpy(f.tokens[l] + ((first + b) * s.N() + i0) * C, y, static_cast<size_t>(rows * C) * sizeof(float));
     });
   }
 

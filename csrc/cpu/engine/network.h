@@ -37,9 +37,9 @@ struct Linear {
   int64_t N, K;
   Precision precision;
   char* weight;
-  float* bias;   // [N]
-  float* scale;  // [N] int8: of a unit of the packed weight; else null
-  float* sums;   // [N] int8: 128 times the sum of a packed row
+  float* bias;    // [N]
+  float* scale;   // [N] int8: of a unit of the packed weight; else null
+  int32_t* sums;  // [N] int8: the zero point of activations times the sum of a packed row
 };
 
 struct Norm {

@@ -1,5 +1,5 @@
 // Weights into the layout that `tile` of gemm.h reads, once per engine.
-#include "cpu/gemm.h"
+#include "cpu/engine/int8.h"
 #include "cpu/kernels.h"
 
 namespace vit::VIT_ISA {
@@ -8,7 +8,8 @@ namespace {
 template <class F>
 void with_precision(engine::Precision precision, const F& f) {
   if (precision == engine::Precision::float32) return f(float{});
-  f(bf16{});
+  if (precision == engine::Precision::bfloat16) return f(bf16{});
+  f(q8{});
 }
 
 }  // namespace
@@ -22,7 +23,11 @@ int64_t engine_packed_bytes(const engine::Linear& linear) {
 void engine_pack(const engine::Packing& p) {
   const engine::Linear& linear = *p.out;
   with_precision(linear.precision, [&](auto t) {
-    pack_b<decltype(t)>(p.threads, Matrix<float>{p.weight, 1, linear.K}, linear.K, linear.N, linear.weight);
+    using T = decltype(t);
+    if constexpr (same<T, q8>)
+      pack_quantized(p.threads, p.weight, linear.N, linear.K, linear.weight, linear.scale, linear.sums);
+    else
+      pack_b<T>(p.threads, Matrix<float>{p.weight, 1, linear.K}, linear.K, linear.N, linear.weight);
   });
 }
 

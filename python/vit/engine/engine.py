@@ -7,10 +7,10 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -43,10 +43,15 @@ class Engine:
         both = engine(images, outputs=("features", "attention.11")) # {"features": [B, C], "attention.11": [B, H, N]}
         engine.save("model.vit");  engine = vit.Engine.load("model.vit")
 
-    dtype        "float32" or "bfloat16": the type of weights and products; sums and the residual stream are float32
+    dtype        "float32", "bfloat16" or "int8": the type of weights and products; sums and the residual stream are
+                 float32. int8 quantizes the four linear layers of each block, weights by output channel, activations
+                 by token when they are made; the rest is bfloat16, the head float32
     max_batch    a limit for which memory is taken now; None: no limit, memory grows with the batch up to a few images
                  per thread
     num_threads  None: what torch.get_num_threads() says at each call, and no more than a container's quota
+    calibrate    int8: images as the model takes them, to smooth inputs before quantizing; None: the norms' own weights
+                 say how large inputs become
+    exclude      int8: layers that stay bfloat16, such as ("blocks.0.mlp.fc2",)
 
     Results do not depend on the threads or on what else is in the batch. Any number of engines and Python threads may
     run at once; calls of one engine run one after the other. The model is copied: later changes to it have no effect.
@@ -60,16 +65,17 @@ class Engine:
         dtype: str | torch.dtype = "float32",
         max_batch: int | None = None,
         num_threads: int | None = None,
+        calibrate: Tensor | None = None,
+        exclude: Collection[str] = (),
     ) -> None:
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in native.PRECISIONS:
             raise ValueError(f"vit.Engine: dtype {dtype!r} is not one of {', '.join(native.PRECISIONS)}")
         library = native.library()
-        frozen = freeze(model, dtype)
-        precision = native.PRECISIONS[dtype]
+        frozen = freeze(model, dtype, calibrate, exclude)
         weights = (native.Weight * len(frozen.tensors))(
             *[
-                native.Weight(name.encode(), t.data_ptr(), t.numel(), precision if name in frozen.matrices else 0)
+                native.Weight(name.encode(), t.data_ptr(), t.numel(), frozen.precisions.get(name, 0))
                 for name, t in frozen.tensors.items()
             ]
         )
@@ -173,11 +179,25 @@ class Engine:
 
     # ---- forward ----
 
+    @overload
+    def __call__(
+        self, images: Images, out: Tensor | None = None, outputs: str = "logits", layout: str = "NCHW"
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Images,
+        out: Mapping[str, Tensor] | None = None,
+        outputs: tuple[str, ...] | list[str] = (),
+        layout: str = "NCHW",
+    ) -> dict[str, Tensor]: ...
+
     def __call__(
         self,
         images: Images,
         out: Tensor | Mapping[str, Tensor] | None = None,
-        outputs: str | Sequence[str] = "logits",
+        outputs: str | tuple[str, ...] | list[str] = "logits",
         layout: str = "NCHW",
     ) -> Result:
         """images -> logits [B, num_classes] float32, or a dict of the named outputs.
@@ -199,7 +219,7 @@ class Engine:
         self,
         images: Images,
         out: Tensor | Mapping[str, Tensor] | None = None,
-        outputs: str | Sequence[str] = "logits",
+        outputs: str | tuple[str, ...] | list[str] = "logits",
         layout: str = "NCHW",
     ) -> Future[Result]:
         """As a call, in the background; submitted calls run one after the other. Do not change the images until the
@@ -217,7 +237,7 @@ class Engine:
         self,
         images: Images,
         out: Tensor | Mapping[str, Tensor] | None,
-        outputs: str | Sequence[str],
+        outputs: str | tuple[str, ...] | list[str],
         layout: str,
         threads: int,
     ) -> Result:

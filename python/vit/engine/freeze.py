@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +14,31 @@ from ..backends import BackendError
 from ..model.layers import LayerNorm, Linear, PatchEmbed
 from ..model.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from . import native
+from .smooth import largest_outputs, smooth
+
+#: The layers of a block that int8 quantizes.
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """What `vit_engine_build` takes. `matrices` are the names of the weights that are packed."""
+    """What `vit_engine_build` takes: sizes, weights with the precision each is packed for, texts."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    matrices: frozenset[str]
+    precisions: dict[str, int]
     texts: dict[str, str]
 
 
-def freeze(model: nn.Module, dtype: str) -> Frozen:
+def freeze(model: nn.Module, dtype: str, calibrate: Tensor | None = None, exclude: Collection[str] = ()) -> Frozen:
     """The model's sizes and weights; dropout and drop-path do nothing at inference and are left out.
 
-    Raises BackendError with all reasons why the engine cannot run it.
+    For int8 the weights are smoothed (with what `calibrate` images show, where given); layers of blocks that `exclude`
+    names stay bfloat16.
+
+    Raises BackendError with all reasons why the engine cannot run it, ValueError for unknown names.
     """
+    check_quantization(dtype, calibrate, exclude)
     if reasons := list(refusals(model)):
         raise BackendError(
             f"vit: the engine cannot run this {type(model).__name__}\n"
@@ -58,9 +66,13 @@ def freeze(model: nn.Module, dtype: str) -> Frozen:
     for name, parameter in model.named_parameters():
         if name.startswith(("blocks.", "head.")):
             tensors[name] = parameter
-    matrices = frozenset(
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
-    )
+    layers = [f"blocks.{i}.{layer}" for i in range(len(model.blocks)) for layer in LAYERS]
+    if unknown := sorted(set(exclude) - set(layers)):
+        raise ValueError(
+            f"vit.Engine: exclude names {', '.join(unknown)}; layers that can stay bfloat16 are blocks.I.<layer> with "
+            f"I from 0 to {len(model.blocks) - 1} and <layer> one of {', '.join(LAYERS)}"
+        )
+    precisions = {f"{layer}.weight": native.PRECISIONS["bfloat16" if layer in exclude else dtype] for layer in layers}
     (height, width), (patch_height, patch_width) = embed.img_size, embed.patch_size
     first: Any = model.blocks[0]
     config = {
@@ -86,7 +98,20 @@ def freeze(model: nn.Module, dtype: str) -> Frozen:
     if model.class_names is not None:
         texts["class_names"] = json.dumps(list(model.class_names))
     plain = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
-    return Frozen(config, plain, matrices, texts)
+    if dtype == "int8":
+        largest = None if calibrate is None else largest_outputs(model, calibrate)
+        plain = smooth(plain, len(model.blocks), largest)
+    return Frozen(config, plain, precisions, texts)
+
+
+def check_quantization(dtype: str, calibrate: Tensor | None, exclude: Collection[str]) -> None:
+    """Refuses arguments that only int8 has."""
+    if dtype != "int8" and (calibrate is not None or exclude):
+        raise ValueError(f"vit.Engine: calibrate and exclude belong to dtype='int8', not {dtype!r}")
+    if isinstance(exclude, str):
+        raise ValueError(f"vit.Engine: exclude must be a collection of names, got the text {exclude!r}")
+    if calibrate is not None and not len(calibrate):
+        raise ValueError("vit.Engine: calibrate holds no images")
 
 
 def refusals(model: nn.Module) -> Iterator[str]:

@@ -1,0 +1,164 @@
+// Products of 8-bit integers on the tiles of gemm.h: y = x weight^T with
+//
+//   x      = x_scale[row] (u - zero),  u unsigned bytes, x_scale = largest |x| of the row / (zero - 1)
+//   weight = w_scale[n] s,             s signed bytes,   w_scale = largest |weight| of the row / 127
+//   y      = x_scale w_scale (sum u s - zero sum s) + bias
+//
+// Activations get their scale row by row when they are made: no calibration, and a token does not depend on the others.
+// Sums of products are exact in int32. With VNNI (or in plain C++) u has 8 bits, zero = 128. Without, two products are
+// added in 16 bits, which saturate: u has 7 bits, zero = 64, and 2 * 127 * 127 < 2^15.
+#pragma once
+
+#include "cpu/linear.h"
+
+namespace vit::VIT_ISA {
+
+struct q8 {  // a byte of such a product
+  uint8_t bits;
+};
+
+template <>
+struct Traits<q8> {
+  using acc = int32_t;
+};
+template <>
+struct VecOf<int32_t> {
+  using type = i32v;
+  using mask = i32v;
+};
+template <>
+struct Memory<int32_t, int32_t> {
+  static VIT_INLINE i32v load(const int32_t* p) { return load_raw<i32v>(p); }
+  static VIT_INLINE i32v load(const int32_t* p, int64_t n) { return load_raw<i32v>(p, n); }
+  static VIT_INLINE void store(int32_t* p, i32v v) { memcpy(p, &v, sizeof v); }
+};
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+inline constexpr int kZero = 64;
+#else
+inline constexpr int kZero = 128;
+#endif
+
+template <>
+struct Step<q8> {
+  using Word = uint32_t;
+  using Words = u32v;
+  static constexpr int kDepth = 4;
+#if defined(__AVX512VNNI__)
+  static constexpr int kParts = 1;
+  static VIT_INLINE Words part(Words words, int) { return words; }
+  static VIT_INLINE i32v dot(Words a, Words b, i32v c) {
+    // Not the intrinsic: with it GCC 12 copies and spills every accumulator, at half the speed.
+    asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
+#elif defined(__AVX2__)
+  static constexpr int kParts = 1;
+  static VIT_INLINE Words part(Words words, int) { return words; }
+  static VIT_INLINE i32v dot(Words a, Words b, i32v c) {
+#if defined(__AVX512F__)
+    const __m512i pairs = _mm512_maddubs_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b));
+    return c + bit_cast<i32v>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#else
+    const __m256i pairs = _mm256_maddubs_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b));
+    return c + bit_cast<i32v>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+  }
+#else
+  static constexpr int kParts = 4;  // one byte of each word, shifted to the top: the same for both, undone in dot
+  static VIT_INLINE u32v part(Words words, int i) { return words << (24 - 8 * i); }
+  static VIT_INLINE i32v dot(u32v a, u32v b, i32v c) { return c + bit_cast<i32v>(a >> 24) * (bit_cast<i32v>(b) >> 24); }
+#endif
+};
+
+// Rows as unsigned bytes and their scales, the left operand of a product.
+struct Quantized {
+  uint8_t* bytes;  // [rows, K]
+  float* scales;   // [rows]
+};
+
+struct Most {
+  template <class V>
+  VIT_INLINE V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
+};
+
+// One row of K elements; returns its scale. `out` has room for K bytes.
+template <class X>
+VIT_INLINE float quantize_row(const X* x, int64_t K, uint8_t* out) {
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  f32v largest{};
+  for (int64_t k = 0; k < K; k += kLanes<float>) largest = vmax(largest, abs<float>(load<float>(x + k, K - k)));
+  const float most = fold<float, kLanes<float>>(largest, Most{});
+  const float scale = most > 0 ? most / static_cast<float>(kZero - 1) : 1.0f;
+  const f32v inverse = broadcast(1.0f / scale), shift = broadcast(Layout<float>::magic + static_cast<float>(kZero));
+  for (int64_t k = 0; k < K; k += kLanes<float>) {
+    // Adding the magic number rounds to an integer in the low bits of the float.
+    const u32v rounded = bit_cast<u32v>(fma(load<float>(x + k, K - k), inverse, shift));
+    const Bytes bytes = __builtin_convertvector(rounded & 0xff, Bytes);
+    memcpy(out + k, &bytes, static_cast<size_t>(min<int64_t>(K - k, kLanes<float>)));
+  }
+  return scale;
+}
+
+template <class O, Activation kActivation>
+struct QuantizedEpilogue {
+  const float* row_scales;  // [M]
+  const float* scales;      // [N]
+  const int32_t* sums;      // [N] zero times the sum of the packed row
+  const float* bias;        // [N]
+  const O* residual;        // [M, N] rows `stride` apart, may be null
+  O* y;                     // [M, N] likewise
+  int64_t stride;
+
+  void operator()(const Tile<int32_t>& tile) const {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t at = (tile.row + r) * stride + tile.column;
+      const float row_scale = row_scales[tile.row + r];
+      for (int64_t j = 0; j < tile.columns; j += kLanes<float>) {
+        const int64_t n = tile.columns - j, column = tile.column + j;
+        const i32v sum = load<int32_t>(tile.data + r * tile.stride + j) - load<int32_t>(sums + column, n);
+        const f32v scale = row_scale * load<float>(scales + column, n);
+        f32v v = fma(__builtin_convertvector(sum, f32v), scale, load<float>(bias + column, n));
+        v = activate<bf16>(kActivation, v);
+        if (residual) v += load<float>(residual + at + j, n);
+        store<float>(y + at + j, v, n);
+      }
+    }
+  }
+};
+
+// weight [N, K] float32, K a multiple of 4, into panels for `tile`; scales and sums of its rows.
+inline void pack_quantized(int threads, const float* weight, int64_t N, int64_t K, char* packed, float* scales,
+                           int32_t* sums) {
+  constexpr int64_t lanes = kWordLanes<q8>, word = sizeof(uint32_t);
+  const int64_t steps = steps_of<q8>(K);
+  parallel_for(threads, panels_of<q8>(N), [&](int64_t begin, int64_t end, int) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * kTileColumns<q8>, columns = min<int64_t>(N - first, kTileColumns<q8>);
+      const int64_t width = round_up(columns, lanes);
+      char* to = packed + first * steps * word;
+      for (int64_t j = 0; j < width; ++j) {
+        const float* row = weight + (first + j) * K;
+        float largest = 0;
+        for (int64_t k = 0; j < columns && k < K; ++k) largest = max(largest, ::fabsf(row[k]));
+        const float scale = largest > 0 ? largest / 127.0f : 1.0f;
+        int32_t total = 0;
+        for (int64_t s = 0; s < steps; ++s) {
+          int8_t values[4] = {};
+          for (int i = 0; j < columns && i < 4; ++i) {
+            values[i] = static_cast<int8_t>(::lrintf(row[s * 4 + i] / scale));
+            total += values[i];
+          }
+          memcpy(to + (s * width + j) * word, values, word);
+        }
+        if (j >= columns) continue;
+        scales[first + j] = scale;
+        sums[first + j] = kZero * total;
+      }
+    }
+  });
+}
+
+}  // namespace vit::VIT_ISA
