@@ -3,7 +3,9 @@ same case list as every backend; their index functions and launch plans by brute
 
 from __future__ import annotations
 
-import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import cuda_emulator
@@ -11,8 +13,6 @@ import pytest
 import torch
 import vit
 from cuda_emulator import AUTOMATIC, PORTABLE, Emulated
-from vit.ops import OPS
-from vit.ops import op as glue
 from vit.testing import Case, backend_ops, cases, run
 from vit.testing.tf32 import round_factor
 
@@ -25,16 +25,8 @@ PRODUCTS = [case for case in EMULATED if case.op in ("matmul", "linear") and cas
 
 @pytest.fixture(scope="module")
 def emulated(request: pytest.FixtureRequest) -> Iterator[Emulated]:
-    """The backend "cuda_emulator", known to vit while this file runs."""
-    record = Emulated(cuda_emulator.build(request.config.cache.mkdir("cuda_emulator")))
-    backends = importlib.import_module("vit.backends")
-    backends._RECORDS[record.name] = record
-    for op in OPS.values():
-        glue._BOUND[op.name, record.name] = glue.NativeOp(op, record.name)
-    yield record
-    for op in OPS.values():
-        del glue._BOUND[op.name, record.name]
-    del backends._RECORDS[record.name]
+    with cuda_emulator.registered(cuda_emulator.build(request.config.cache.mkdir("cuda_emulator"))) as record:
+        yield record
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +149,20 @@ def test_bad_arguments_are_errors(emulated, change, text):
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=text):
         emulated.module.linear_fwd(*(fields | change).values())
+
+
+@pytest.mark.sanitizer
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["automatic", "portable"])
+def test_no_kernel_reads_or_writes_out_of_bounds(request, path):
+    """Device memory, shared memory and the alignment of vectors, by AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if cuda_emulator.sanitizer_environment() is None:
+        pytest.skip("the compiler has no AddressSanitizer library")
+    folder = request.config.cache.mkdir("cuda_emulator")
+    options = ["--folder", str(folder), "--sanitize", "--path", path, "--every", "20"]
+    search = os.pathsep.join([str(cuda_emulator.HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": search}
+    done = subprocess.run(
+        [sys.executable, "-m", "cuda_emulator", *options], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +20,8 @@ from typing import Any
 import pybind11
 import torch
 from vit.backends import NativeBackend
+from vit.ops import OPS
+from vit.ops import op as glue
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -30,11 +35,15 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def build(folder: Path) -> Path:
-    """The module, compiled into a folder named by the content of its sources unless it is already there."""
+def build(folder: Path, sanitize: bool = False) -> Path:
+    """The module, compiled into a folder named by the content of its sources unless it is already there.
+
+    `sanitize`: with AddressSanitizer and UndefinedBehaviorSanitizer, to be loaded as `sanitizer_environment` says.
+    """
     sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "bindings.cpp", HERE / "emulator.cpp"]
     headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh"), *HERE.glob("*.cuh")]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in [*sources, *sorted(headers)])).hexdigest()[:16]
+    content = b"".join(file.read_bytes() for file in [*sources, *sorted(headers)])
+    digest = hashlib.sha256(content).hexdigest()[:16] + ("-sanitized" if sanitize else "")
     module = folder / digest / f"{NAME}.so"
     if module.exists():
         return module
@@ -45,6 +54,9 @@ def build(folder: Path) -> Path:
     command += ['-DVIT_CUDA_ARCHITECTURES="emulated"', '-DVIT_CUDA_COMPILER="emulated"', f"-I{pybind11.get_include()}"]
     command += [f"-I{sysconfig.get_path('include')}", "-include", str(HERE / "hopper_instructions.cuh")]
 
+    if sanitize:
+        command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
+
     def compile_one(source: Path) -> Path:
         target = work / f"{source.name}.o"
         run([*command, "-x", "c++", "-c", str(source), "-o", str(target)])
@@ -52,11 +64,25 @@ def build(folder: Path) -> Path:
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
-    run([command[0], "-shared", *map(str, objects), "-o", str(work / module.name)])
+    link = ["-fsanitize=address,undefined"] if sanitize else []
+    run([command[0], "-shared", *link, *map(str, objects), "-o", str(work / module.name)])
     module.parent.mkdir(exist_ok=True)
     os.replace(work / module.name, module)  # another process may have been as quick
     shutil.rmtree(work)
     return module
+
+
+def sanitizer_environment() -> dict[str, str] | None:
+    """The environment of a Python process that loads a sanitized module, None where the compiler has no sanitizer."""
+    # libstdc++ too, or ASan cannot follow C++ exceptions
+    libraries = [
+        run([compiler() or "g++", f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not Path(libraries[0]).is_absolute():
+        return None
+    # The interpreter's own leaks are not ours; the stacks of emulated threads come and go without ASan's knowledge.
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    return dict(os.environ) | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options}
 
 
 def run(command: list[str]) -> str:
@@ -75,6 +101,20 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def registered(path: Path) -> Iterator[Emulated]:
+    """The backend "cuda_emulator" from a compiled module, known to vit while the context lasts."""
+    record = Emulated(path)
+    backends = importlib.import_module("vit.backends")
+    backends._RECORDS[record.name] = record
+    for op in OPS.values():
+        glue._BOUND[op.name, record.name] = glue.NativeOp(op, record.name)
+    yield record
+    for op in OPS.values():
+        del glue._BOUND[op.name, record.name]
+    del backends._RECORDS[record.name]
 
 
 class Emulated(NativeBackend):

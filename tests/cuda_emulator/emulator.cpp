@@ -5,6 +5,10 @@
 
 #include "hopper_instructions.cuh"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -65,8 +69,34 @@ void enter() {
   for (;;) to_scheduler();
 }
 
+// What lies around the shared memory of a block: 0xff, and out of bounds for AddressSanitizer.
+constexpr std::size_t kGuard = 1024;
+
+void unguard([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(data, bytes);
+#endif
+}
+
+void fill_shared(Block& block) {
+  unguard(block.memory.data(), block.memory.size());
+  std::memset(block.memory.data(), 0xff, block.memory.size());
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_POISON_MEMORY_REGION(block.shared + block.shared_bytes, kGuard);
+  ASAN_POISON_MEMORY_REGION(block.shared - kGuard, kGuard);
+#endif
+}
+
+void check_guards(Block& block) {
+  unguard(block.memory.data(), block.memory.size());
+  for (std::size_t i = 0; i < kGuard; ++i)
+    if (block.shared[block.shared_bytes + i] != 0xff || block.shared[-1 - static_cast<int>(i)] != 0xff)
+      throw std::runtime_error("cuda emulator: wrote beyond shared memory");
+}
+
 void prepare(Thread& thread) {
   thread.stack.resize(kStack);
+  unguard(thread.stack.data(), kStack);  // the frames of a thread that has ended were never left
 #if defined(__x86_64__)
   auto top = reinterpret_cast<uintptr_t>(thread.stack.data() + kStack) & ~uintptr_t{63};
   auto* frame = reinterpret_cast<void**>(top) - 8;  // six registers, the return address, one word of alignment
@@ -149,8 +179,9 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
     block.threads.resize(config.blockDim.x);
     block.warps.resize(config.blockDim.x / 32);
     block.warpgroups.resize((config.blockDim.x + 127) / 128);
-    block.memory.resize(config.dynamicSmemBytes + 2048);
-    block.shared = block.memory.data() + (1024 - reinterpret_cast<uintptr_t>(block.memory.data()) % 1024);
+    block.memory.resize(config.dynamicSmemBytes + 2 * kGuard + 1024);
+    block.shared = block.memory.data() + kGuard;
+    block.shared += (1024 - reinterpret_cast<uintptr_t>(block.shared) % 1024) % 1024;
     block.shared_bytes = config.dynamicSmemBytes;
     block.size = config.blockDim;
   }
@@ -162,7 +193,7 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
       block.cluster.clear();
       for (auto& other : blocks) block.cluster.push_back(&other);
       block.alive = static_cast<int>(config.blockDim.x);
-      std::memset(block.memory.data(), 0xff, block.memory.size());
+      fill_shared(block);
       for (auto& barrier : block.barriers) barrier = {};
       for (unsigned i = 0; i < config.blockDim.x; ++i) {
         Thread& thread = block.threads[i];
@@ -179,11 +210,7 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
       }
     }
     run_cluster(blocks, random);
-    for (auto& block : blocks) {
-      const auto* end = block.shared + block.shared_bytes;
-      for (int i = 0; i < 256; ++i)
-        if (end[i] != 0xff) throw std::runtime_error("cuda emulator: wrote beyond shared memory");
-    }
+    for (auto& block : blocks) check_guards(block);
   }
   current = nullptr;
 }
