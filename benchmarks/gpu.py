@@ -1,14 +1,32 @@
 """Checks and measures the CUDA backend on the GPU of this machine: python benchmarks/gpu.py --part ops --out gpu.json
 
-Parts, each within --seconds (default 450): what does not fit is listed as not run.
+Parts, each within --seconds (default 450): what does not fit is listed as not run, and --only takes it up later.
 
     parity     the case list on the Hopper and on the portable path; determinism, batch invariance, graphs, streams
     ops        copy and matmul ceilings; linear, attention, layer_norm and gelu against PyTorch's own
     model      ViT inference, training and batch-1 latency against eager and torch.compile, all in bfloat16
+    train      a short training on digits with --backend cuda and with cpu: the accuracies, side by side
     sanitizer  compute-sanitizer memcheck and racecheck over a sample of the case list
 
 Candidates run in turn, round after round, on random data and on enough buffers to leave the L2 cache; a figure is
-the median over rounds. A file given to --out keeps the other parts it already has.
+the median over rounds. Forwards of ops are timed as replays of a CUDA graph, which leaves out the time of their
+launches. Every figure is in the file given to --out as soon as it is known; the file keeps the other parts it has.
+
+From a checkout to figures, on a machine without a network and perhaps without git (python3 is the one that has torch;
+2 cores build for a minute):
+
+    VIT_BACKENDS=cpu,cuda python3 -m pip install --no-build-isolation --no-deps .
+    python3 -m vit info
+    python3 benchmarks/gpu.py --part parity --commit HASH --out benchmarks/results/h200/DATE.json
+    python3 benchmarks/gpu.py --part ops    --commit HASH --out benchmarks/results/h200/DATE.json
+    python3 benchmarks/gpu.py --part model  --commit HASH --out ... --only ' B'    # then ' S', ' L', ' H'
+    python3 benchmarks/gpu.py --part train  --commit HASH --out ...
+    python3 benchmarks/gpu.py --part sanitizer --commit HASH --out ...
+
+Where pip refuses (its setuptools must know SPDX licenses, 77 and newer), CMake alone will do, with PYTHONPATH=python:
+
+    cmake -S . -B /tmp/vit -G Ninja -DVIT_BACKEND=cuda -DPython_EXECUTABLE=$(which python3)
+    cmake --build /tmp/vit && cmake --install /tmp/vit --prefix python/vit
 """
 
 from __future__ import annotations
@@ -25,6 +43,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +55,7 @@ import torch.nn.functional as F
 import vit
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from vit.backends import get
+from vit.backends import NativeBackend, get
 from vit.testing import backend_ops, cases, run
 
 AUTOMATIC, PORTABLE = 0, 1
@@ -53,17 +72,24 @@ MODELS = {
     "H": ("vit_huge_patch14_224", 1280, 16, 257, 64),
 }
 
+#: Candidates that are timed but not counted in "speedup": our other path, and a different function.
+NO_RIVALS = ("portable", "torch_tanh_epilogue")
+
 Candidate = Callable[[int], Any]
 
 
 class Report:
-    """The figures of one part, printed as they come, and the clock that ends it."""
+    """The figures of one part, printed and kept as they come, and the clock that ends it."""
 
-    def __init__(self, seconds: float, only: str | None) -> None:
+    def __init__(self, part: str, seconds: float, only: str | None, out: Path | None, environment: dict[str, Any]):
         self.end = time.monotonic() + seconds
         self.only = re.compile(only) if only else None
-        self.rows: list[dict[str, Any]] = []
         self.failed = False
+        self.out = out
+        self.content: dict[str, Any] = json.loads(out.read_text()) if out and out.exists() else {}
+        rows = self.content.get(part, {}).get("results", []) if only else []  # what the pattern takes up comes on top
+        self.record: dict[str, Any] = {"environment": environment, "failed": False, "results": rows}
+        self.content[part] = self.record
 
     def wanted(self, name: str) -> bool:
         """Whether to run `name`: it matches --only, and there is time."""
@@ -76,7 +102,12 @@ class Report:
 
     def add(self, name: str, **figures: Any) -> None:
         rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()}
-        self.rows.append({"name": name, **rounded})
+        rows = self.record["results"]
+        rows[:] = [row for row in rows if row["name"] != name or "failed" in row] + [{"name": name, **rounded}]
+        self.record["failed"] = self.failed
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(self.content, indent=1) + "\n")
         print(f"{name:<46} " + "  ".join(f"{k}={v}" for k, v in rounded.items()), flush=True)
 
     def fail(self, name: str, text: str) -> None:
@@ -97,35 +128,75 @@ def path(which: int) -> Iterator[None]:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(get("cuda").lib.__file__)  # type: ignore[attr-defined]
+    record = get("cuda")
+    assert isinstance(record, NativeBackend)  # for the type checker
+    return ctypes.CDLL(record.lib.__file__)
 
 
-def milliseconds(candidates: dict[str, Candidate], rounds: int = 7, target: float = 20.0) -> dict[str, float]:
+def milliseconds(
+    candidates: dict[str, Candidate], rounds: int = 7, target: float = 20.0, graphs: bool = True
+) -> dict[str, float]:
     """Median time per call of each candidate; one that raises is left out with a line of text.
 
-    A candidate is called with a running number, to choose its buffers. Each round takes about `target` ms.
+    A candidate is called with a running number, to choose its buffers. Each round takes about `target` ms. With
+    `graphs` the calls of a round are captured once and replayed; what cannot be captured is called.
     """
-    calls: dict[str, int] = {}
+    rounds_of: dict[str, tuple[Callable[[], Any], int]] = {}
     for name, f in candidates.items():
         try:
             for i in range(3):
                 f(i)
-            calls[name] = max(1, math.ceil(target / max(_timed(f, 3), 1e-3)))
+            count = max(1, math.ceil(target / max(_timed(*_calls(f, 3)), 1e-3)))
+            rounds_of[name] = (_replays(f, min(count, 256)) if graphs else None) or _calls(f, count)
         except Exception as error:
-            print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
-    times: dict[str, list[float]] = {name: [] for name in calls}
+            print(f"  {name}: {_first_line(error)}", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in rounds_of}
     for _ in range(rounds):
-        for name, count in calls.items():
-            times[name].append(_timed(candidates[name], count))
+        for name, (run_all, count) in rounds_of.items():
+            times[name].append(_timed(run_all, count))
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def _timed(f: Candidate, count: int) -> float:
+def _calls(f: Candidate, count: int) -> tuple[Callable[[], Any], int]:
+    def run_all() -> None:
+        for i in range(count):
+            f(i)
+
+    return run_all, count
+
+
+def _replays(f: Candidate, count: int) -> tuple[Callable[[], Any], int] | None:
+    """`count` calls as one graph, None where they cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(stream):
+            f(0)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for i in range(count):
+                f(i)
+        graph.replay()
+        torch.cuda.synchronize()
+    except Exception as error:
+        print(f"  not captured, timed call by call: {_first_line(error)}", flush=True)
+        torch.cuda.synchronize()
+        return None
+    return graph.replay, count
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+
+
+def _timed(run_all: Callable[[], Any], count: int) -> float:
+    """Milliseconds per call of something that makes `count` calls."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    for i in range(count):
-        f(i)
+    run_all()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / count
@@ -146,6 +217,10 @@ def normal(*shape: int, dtype: torch.dtype = BF16, grad: bool = False) -> Tensor
 
 
 def part_parity(report: Report, every: int) -> None:
+    for check in (deterministic, batch_invariant, same_in_a_graph, on_another_stream, on_every_device):
+        if every == 1 and report.wanted(check.__name__):
+            problem = check()
+            report.fail(check.__name__, problem) if problem else report.add(check.__name__, ok=True)
     ops = backend_ops("cuda")
     for which, label in ((AUTOMATIC, "automatic"), (PORTABLE, "portable")):
         wanted = [c for c in cases("cuda") if which == AUTOMATIC or c.op in ("matmul", "linear", "attention")][::every]
@@ -160,10 +235,12 @@ def part_parity(report: Report, every: int) -> None:
                     continue
                 try:
                     result = run(case, ops, "cuda")
-                except RuntimeError as error:
-                    report.fail(f"{label} {case.id}", str(error)[:300])
+                except Exception as error:
+                    report.fail(f"{label} {case.id}", f"{type(error).__name__}: {str(error)[:300]}")
                     failed += 1
-                    if "CUDA error" in str(error):  # the context is gone: no later figure would mean anything
+                    if "CUDA error" in str(error) or "cuda " in str(
+                        error
+                    ):  # the context is gone: no later figure would mean anything
                         raise
                     continue
                 skipped += result.skipped
@@ -172,11 +249,7 @@ def part_parity(report: Report, every: int) -> None:
                 if not result.ok and not result.skipped:
                     failed += 1
                     report.fail(f"{label} {case.id}", result.text[:300])
-        report.add(f"parity {label}", passed=passed, failed=failed, skipped=skipped, worst_ratio=worst)
-    for check in (deterministic, batch_invariant, same_in_a_graph, on_another_stream, on_every_device):
-        if every == 1 and report.wanted(check.__name__):
-            problem = check()
-            report.fail(check.__name__, problem) if problem else report.add(check.__name__, ok=True)
+        report.add(f"parity {label}", passed=passed, failed_cases=failed, skipped=skipped, worst_ratio=worst)
 
 
 def block(x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -260,6 +333,9 @@ def part_ops(report: Report, every: int) -> None:
     copy_ceiling(report)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         matmul_ceiling(report, dtype)
+    torch.set_float32_matmul_precision("high")
+    matmul_ceiling(report, torch.float32, "-tf32")
+    torch.set_float32_matmul_precision("highest")
     for c in (384, 768, 1024, 1280):
         layer_norm(report, c)
     for approximate in ("none", "tanh"):
@@ -284,8 +360,8 @@ def copy_ceiling(report: Report) -> None:
     report.add("copy 1 GiB", ms=ms, TB_s=2 * a.numel() / ms / 1e9)
 
 
-def matmul_ceiling(report: Report, dtype: torch.dtype, n: int = 8192) -> None:
-    name = f"matmul {n} {str(dtype).removeprefix('torch.')}"
+def matmul_ceiling(report: Report, dtype: torch.dtype, mode: str = "", n: int = 8192) -> None:
+    name = f"matmul {n} {str(dtype).removeprefix('torch.')}{mode}"
     if not report.wanted(name):
         return
     a, b = normal(n, n, dtype=dtype), normal(n, n, dtype=dtype)
@@ -299,10 +375,10 @@ def matmul_ceiling(report: Report, dtype: torch.dtype, n: int = 8192) -> None:
 def compare_times(
     report: Report, name: str, candidates: dict[str, Candidate], flop: float = 0, moved: float = 0, **kwargs: Any
 ) -> None:
-    """One row: milliseconds of every candidate, the rate of ours, and how much faster ours is than the best other."""
+    """One row: milliseconds of every candidate, the rate of ours, and how much faster ours is than the best rival."""
     ms = milliseconds(candidates, **kwargs)
     figures: dict[str, Any] = {f"{key}_ms": value for key, value in ms.items()}
-    ours, others = ms.get("ours"), [value for key, value in ms.items() if key not in ("ours", "portable")]
+    ours, others = ms.get("ours"), [value for key, value in ms.items() if key not in ("ours", *NO_RIVALS)]
     if ours and flop:
         figures["TF_s"] = flop / ours / 1e9
     if ours and moved:
@@ -336,7 +412,7 @@ def layer_norm(report: Report, c: int) -> None:
     functions["compiled"] = torch.compile(functions["eager"], dynamic=False)
     compare_times(report, f"{name} fwd", forwards(functions), moved=4 * m * c)
     outputs = {key: f() for key, f in functions.items()}
-    compare_times(report, f"{name} bwd", backwards(outputs, (x, weight, bias), dy), moved=6 * m * c)
+    compare_times(report, f"{name} bwd", backwards(outputs, (x, weight, bias), dy), moved=6 * m * c, graphs=False)
 
 
 def forwards(functions: dict[str, Callable[[], Tensor]]) -> dict[str, Candidate]:
@@ -349,7 +425,7 @@ def forwards(functions: dict[str, Callable[[], Tensor]]) -> dict[str, Candidate]
 
 
 def backwards(outputs: dict[str, Tensor], inputs: tuple[Tensor, ...], dy: Tensor) -> dict[str, Candidate]:
-    """The backward of each output, over and over on one graph."""
+    """The backward of each output, over and over: on the stream of its forward, so no CUDA graph can capture it."""
 
     def one(y: Tensor) -> Candidate:
         return lambda i: torch.autograd.grad(y, inputs, dy, retain_graph=True)
@@ -370,7 +446,7 @@ def gelu(report: Report, approximate: str) -> None:
     functions["compiled"] = torch.compile(functions["eager"], dynamic=False)
     compare_times(report, f"{name} fwd", forwards(functions), moved=4 * n)
     outputs = {key: f() for key, f in functions.items()}
-    compare_times(report, f"{name} bwd", backwards(outputs, (x,), dy), moved=6 * n)
+    compare_times(report, f"{name} bwd", backwards(outputs, (x,), dy), moved=6 * n, graphs=False)
 
 
 def product(
@@ -414,9 +490,10 @@ def product(
         "ours": vit.ops.linear(x, w, b, activation=activation, backend="cuda"),
         "torch": F.gelu(y) if activation else y,
     }
-    compare_times(report, f"{name} bwd", backwards(outputs, (x, w, b), sets[0][1]), flop=4 * m * n * k)
+    compare_times(report, f"{name} bwd", backwards(outputs, (x, w, b), sets[0][1]), flop=4 * m * n * k, graphs=False)
 
 
+#: PyTorch's attention kernels; its math formula is no rival.
 SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -457,7 +534,9 @@ def attention(report: Report, n: int, d: int) -> None:
             outputs[key] = sdpa(qkv, backend)
         except RuntimeError as error:
             print(f"  {key}: {str(error).splitlines()[0][:150]}", flush=True)
-    compare_times(report, name + " bwd", backwards(outputs, (qkv,), dy), flop=2.5 * flop, moved=16 * b * n * h * d)
+    compare_times(
+        report, name + " bwd", backwards(outputs, (qkv,), dy), flop=2.5 * flop, moved=16 * b * n * h * d, graphs=False
+    )
 
 
 # ---- model ----
@@ -523,7 +602,7 @@ def training(report: Report, size: str) -> None:
 
 
 def per_second(report: Report, name: str, candidates: dict[str, Candidate], batch: int, **kwargs: Any) -> None:
-    ms = milliseconds(candidates, **({"rounds": 5, "target": 300} | kwargs))
+    ms = milliseconds(candidates, **({"rounds": 5, "target": 300, "graphs": False} | kwargs))
     figures: dict[str, Any] = {f"{key}_images_s": 1000 * batch / value for key, value in ms.items()}
     others = [value for key, value in ms.items() if key != "ours"]
     if "ours" in ms and others:
@@ -551,8 +630,27 @@ def latency(report: Report, size: str) -> None:
 
     found = models(MODELS[size][0], training=False)
     found.pop("max_autotune", None)
-    ms = milliseconds({key: captured(model) for key, model in found.items()})
+    ms = milliseconds({key: captured(model) for key, model in found.items()}, graphs=False)
+    report.failed |= "ours" not in ms
     report.add(f"latency {size} batch 1", **{f"{key}_ms": value for key, value in ms.items()})
+
+
+# ---- train ----
+
+
+def part_train(report: Report, every: int) -> None:
+    """The digits of scikit-learn, the same options on both backends."""
+    for backend in ("cuda", "cpu"):
+        if not report.wanted(f"train {backend}"):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "vit", "train", "--out", f"{folder}/run", "--backend", backend]
+            done = subprocess.run(command, capture_output=True, text=True)
+            text = (done.stdout + done.stderr).strip()
+            if done.returncode == 0:
+                report.add(f"train {backend}", ok=True, tail=text[-300:])
+            else:
+                report.fail(f"train {backend}", f"exit code {done.returncode}: {text[-1000:]}")
 
 
 # ---- sanitizer ----
@@ -573,23 +671,40 @@ def part_sanitizer(report: Report, every: int) -> None:
             report.add(name, not_run=f"longer than {seconds:.0f} s")
             continue
         text = (done.stdout + done.stderr)[-1500:]
-        if done.returncode == 0:
+        if "Device not supported" in done.stdout + done.stderr:
+            report.add(name, not_run="the tool refuses this device: run the sentinel tests, pytest tests -k sentinel")
+        elif done.returncode == 0:
             report.add(name, ok=True, tail=text[-300:])
         else:
             report.fail(name, f"exit code {done.returncode}: {text}")
 
 
-PARTS = {"parity": part_parity, "ops": part_ops, "model": part_model, "sanitizer": part_sanitizer}
+PARTS = {
+    "parity": part_parity,
+    "ops": part_ops,
+    "model": part_model,
+    "train": part_train,
+    "sanitizer": part_sanitizer,
+}
 
 
-def environment() -> dict[str, Any]:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+def head() -> str:
+    """The commit that is checked out, "unknown" without git."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        return "unknown"
+
+
+def environment(commit: str | None) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip(),
+        "commit": commit or head() or "unknown",
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
         "vit": vit.backends()["cuda"],
     }
@@ -601,21 +716,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file that gets the figures of the part")
     parser.add_argument("--seconds", type=float, default=450, help="when to stop (default: %(default)s)")
     parser.add_argument("--only", metavar="REGEX", help="only what matches")
+    parser.add_argument("--commit", help="what is measured, where git cannot say (default: git rev-parse HEAD)")
     parser.add_argument("--every", type=int, default=1, help="parity: every n-th case (default: %(default)s)")
     args = parser.parse_args()
     if why := get("cuda").unavailable():
         print(f"gpu.py: backend 'cuda' cannot be used: {why}", file=sys.stderr)
         return 1
     torch.manual_seed(0)
-    report = Report(args.seconds, args.only)
-    try:
-        PARTS[args.part](report, args.every)
-    finally:
-        if args.out:
-            found = json.loads(args.out.read_text()) if args.out.exists() else {}
-            found[args.part] = {"environment": environment(), "failed": report.failed, "results": report.rows}
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
+    report = Report(args.part, args.seconds, args.only, args.out, environment(args.commit))
+    PARTS[args.part](report, args.every)
     return 1 if report.failed else 0
 
 

@@ -40,11 +40,14 @@ void dispatch_head_dim(int64_t D, F f) {
 // TF32 runs in 64 or 128, for the sake of the build; larger heads take the exact kernels.
 inline constexpr int64_t kMaxHeadDimTF32 = 128;
 
-// Calls f(T{}, head dimension) for a tensor-core kernel; T = float is TF32.
-template <class F>
+// Calls f(T{}, head dimension) for a tensor-core kernel that has no size below `kLeast`; T = float is TF32.
+template <int kLeast, class F>
 void dispatch_mma(DType dtype, int64_t D, F f) {
   if (dtype != DType::float32)
-    return dispatch_16_bit(dtype, [&](auto element) { dispatch_head_dim(D, [&](auto kD) { f(element, kD); }); });
+    return dispatch_16_bit(dtype, [&](auto element) {
+      dispatch_head_dim(D,
+                        [&](auto kD) { f(element, std::integral_constant<int, (kD < kLeast ? kLeast : int{kD})>{}); });
+    });
   if (D <= 64) return f(float{}, std::integral_constant<int, 64>{});
   f(float{}, std::integral_constant<int, 128>{});
 }
@@ -81,6 +84,7 @@ struct Rows {
   // Brings tokens first .. first + rows - 1 of a head, zeros from token `count` on. Asynchronous where `vectors`.
   template <int rows, int threads>
   __device__ static void load(T* tile, const Head<T>& head, int64_t first, int64_t count, int D, bool vectors) {
+    if (!vectors) return load_elements(tile, head, first, count, D, rows, threads);
 #pragma unroll
     for (int i = 0; i < (rows * kGroups + threads - 1) / threads; ++i) {
       const int index = i * threads + static_cast<int>(threadIdx.x);
@@ -89,13 +93,16 @@ struct Rows {
       const int left = first + row < count ? D - kGroup * group : 0;
       const int valid = left < 0 ? 0 : left < kGroup ? left : kGroup;
       const T* from = head.data + (first + row) * head.token + kGroup * group;
-      T* to = at(tile, row, group);
-      if (vectors) {
-        copy_async_16(to, valid > 0 ? from : head.data, valid * static_cast<int>(sizeof(T)));
-      } else {
-#pragma unroll 1
-        for (int j = 0; j < kGroup; ++j) to[j] = j < valid ? from[j] : T{0};
-      }
+      copy_async_16(at(tile, row, group), valid > 0 ? from : head.data, valid * static_cast<int>(sizeof(T)));
+    }
+  }
+
+  // The same for tokens that 16-byte copies cannot read. Rare, and kept out of the kernels for the sake of the build.
+  __device__ __noinline__ static void load_elements(T* tile, Head<T> head, int64_t first, int64_t count, int D,
+                                                    int rows, int threads) {
+    for (int i = threadIdx.x; i < rows * kD; i += threads) {
+      const int row = i / kD, d = i % kD;
+      tile[row * kPitch + d] = first + row < count && d < D ? head.data[(first + row) * head.token + d] : T{0};
     }
   }
 

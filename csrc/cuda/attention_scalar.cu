@@ -247,7 +247,8 @@ template <class F>
 void dispatch_scalar(DType dtype, int64_t D, F f) {
   const auto choose = [&](auto element) {
     if (D <= 64) return f(element, std::integral_constant<int, 64>{});
-    if (D <= 128) return f(element, std::integral_constant<int, 128>{});
+    if constexpr (sizeof(element) == 4)
+      if (D <= 128) return f(element, std::integral_constant<int, 128>{});
     f(element, std::integral_constant<int, 256>{});
   };
   if (dtype == DType::float64) return choose(double{});

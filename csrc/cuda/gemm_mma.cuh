@@ -39,23 +39,27 @@ struct Tile {
   // Brings rows [row, row + kRows) and k [k, k + kTileK) into `tile`, zeros beyond `rows` and `K`.
   __device__ static void load(T* tile, const Operand& o, const T* data, bool vectors, int64_t row, int64_t rows,
                               int64_t k, int64_t K) {
+    if (!vectors) return load_elements(tile, data, o.row, o.k, row, rows, k, K);
 #pragma unroll
     for (int i = 0; i < kGroups / kGemmThreads; ++i) {
       const int index = i * kGemmThreads + static_cast<int>(threadIdx.x);
       const int line = index / kGroupsPerLine, group = index % kGroupsPerLine;
       const int64_t r = row + (kAdjacent ? line : kGroup * group), c = k + (kAdjacent ? kGroup * group : line);
-      T* to = at(tile, line, group);
-      if (vectors) {
-        const int64_t left = r < rows && c < K ? (kAdjacent ? K - c : rows - r) : 0;
-        const int count = left < kGroup ? static_cast<int>(left) : kGroup;
-        copy_async_16(to, count > 0 ? data + r * o.row + c * o.k : data, count * static_cast<int>(sizeof(T)));
-      } else {
-#pragma unroll 1
-        for (int j = 0; j < kGroup; ++j) {
-          const int64_t rj = kAdjacent ? r : r + j, cj = kAdjacent ? c + j : c;
-          to[j] = rj < rows && cj < K ? data[rj * o.row + cj * o.k] : T{0};
-        }
-      }
+      const int64_t left = r < rows && c < K ? (kAdjacent ? K - c : rows - r) : 0;
+      const int count = left < kGroup ? static_cast<int>(left) : kGroup;
+      copy_async_16(at(tile, line, group), count > 0 ? data + r * o.row + c * o.k : data,
+                    count * static_cast<int>(sizeof(T)));
+    }
+  }
+
+  // The same for operands that 16-byte copies cannot read. Rare, and kept out of the kernels for the sake of the build.
+  __device__ __noinline__ static void load_elements(T* tile, const T* data, int64_t row_stride, int64_t k_stride,
+                                                    int64_t row, int64_t rows, int64_t k, int64_t K) {
+    constexpr int kLine = kGroupsPerLine * kGroup;  // elements
+    for (int i = threadIdx.x; i < kRows * kTileK<T>; i += kGemmThreads) {
+      const int line = i / kLine, place = i % kLine;
+      const int64_t r = row + (kAdjacent ? line : place), c = k + (kAdjacent ? place : line);
+      at(tile, line, place / kGroup)[place % kGroup] = r < rows && c < K ? data[r * row_stride + c * k_stride] : T{0};
     }
   }
 
@@ -100,7 +104,7 @@ struct Tile {
 template <class T, int kTile, bool kAdjacentA, bool kAdjacentB>
 __global__ void __launch_bounds__(kGemmThreads)
     gemm_mma(Operand a, Operand b, int64_t batches, int64_t K, int64_t K_split, bool a_vectors, bool b_vectors,
-             Epilogue<T> epilogue) {
+             const __grid_constant__ Epilogue<T> epilogue) {
   using TileA = Tile<T, kTile, kAdjacentA>;
   using TileB = Tile<T, kTile, kAdjacentB>;
   constexpr int kWarpTile = kTile / 2, kMs = kWarpTile / 16, kNs = kWarpTile / 8;

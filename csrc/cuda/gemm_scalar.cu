@@ -13,8 +13,8 @@ constexpr int kStep = 8;  // k per tile
 constexpr int kBlock = 256;
 
 template <class T, int kPer>
-__global__ void __launch_bounds__(kBlock)
-    gemm_fma(Operand a, Operand b, int64_t batches, int64_t K, int64_t K_split, Epilogue<T> epilogue) {
+__global__ void __launch_bounds__(kBlock) gemm_fma(Operand a, Operand b, int64_t batches, int64_t K, int64_t K_split,
+                                                   const __grid_constant__ Epilogue<T> epilogue) {
   constexpr int kTile = 16 * kPer, kPitch = kTile + 16 / static_cast<int>(sizeof(T));
   constexpr int kLoads = kTile * kStep / kBlock;
   T* shared = reinterpret_cast<T*>(shared_memory());  // [2 stages][a, b][kStep][kPitch]

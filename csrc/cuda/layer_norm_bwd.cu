@@ -17,8 +17,11 @@ constexpr int kBlock = 256;
 constexpr int kWarps = kBlock / 32;
 static_assert(kWarps == kPartialRows, "a block takes kPartialRows rows at a time, one per warp");
 
+// dy and x of a row stay in registers as they came, in T, and are converted where they are used: in float32 they were
+// 159 registers at C = 1024, one block on a multiprocessor.
 template <class T, int kChunks>
-__global__ void __launch_bounds__(kBlock) rows_in_registers(LayerNormBwd p, bool want_parameters) {
+__global__ void __launch_bounds__(kBlock, kChunks* kVector<T> <= 32 ? 2 : 1)
+    rows_in_registers(LayerNormBwd p, bool want_parameters) {
   constexpr int n = kVector<T>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Mixed<T> weight = {p.weight, p.param_dtype == DType::float32};
@@ -29,13 +32,13 @@ __global__ void __launch_bounds__(kBlock) rows_in_registers(LayerNormBwd p, bool
     const T* dy = static_cast<const T*>(p.dy) + row * p.C;
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     const float mean = static_cast<const float*>(p.mean)[row], rstd = static_cast<const float*>(p.rstd)[row];
-    float g[kChunks][n], xhat[kChunks][n];
+    Vector<T, n> row_dy[kChunks], row_x[kChunks];
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int64_t c = (i * 32 + lane) * n;
       if (c >= p.C) continue;
-      load_vector(dy + c, g[i]);
-      load_vector(x + c, xhat[i]);
+      row_dy[i] = *reinterpret_cast<const Vector<T, n>*>(dy + c);
+      row_x[i] = *reinterpret_cast<const Vector<T, n>*>(x + c);
     }
     float sum_g = 0, sum_gx = 0;
 #pragma unroll
@@ -46,12 +49,13 @@ __global__ void __launch_bounds__(kBlock) rows_in_registers(LayerNormBwd p, bool
       if (weight) weight.load(c, w);
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        xhat[i][j] = (xhat[i][j] - mean) * rstd;
-        dweight[i][j] += g[i][j] * xhat[i][j];
-        dbias[i][j] += g[i][j];
-        if (weight) g[i][j] *= w[j];
-        sum_g += g[i][j];
-        sum_gx += g[i][j] * xhat[i][j];
+        float g = to_acc(row_dy[i].v[j]);
+        const float xhat = (to_acc(row_x[i].v[j]) - mean) * rstd;
+        dweight[i][j] += g * xhat;
+        dbias[i][j] += g;
+        if (weight) g *= w[j];
+        sum_g += g;
+        sum_gx += g * xhat;
       }
     }
     if (!p.dx) continue;
@@ -62,9 +66,13 @@ __global__ void __launch_bounds__(kBlock) rows_in_registers(LayerNormBwd p, bool
     for (int i = 0; i < kChunks; ++i) {
       const int64_t c = (i * 32 + lane) * n;
       if (c >= p.C) continue;
-      float out[n];
+      float out[n], w[n];
+      if (weight) weight.load(c, w);
 #pragma unroll
-      for (int j = 0; j < n; ++j) out[j] = rstd * (g[i][j] - sum_g - xhat[i][j] * sum_gx);
+      for (int j = 0; j < n; ++j) {
+        const float g = weight ? to_acc(row_dy[i].v[j]) * w[j] : to_acc(row_dy[i].v[j]);
+        out[j] = rstd * (g - sum_g - (to_acc(row_x[i].v[j]) - mean) * rstd * sum_gx);
+      }
       store_vector(dx + c, out);
     }
   }
@@ -159,9 +167,11 @@ void run_in_registers(const LayerNormBwd& p, Launch shape, bool want_parameters)
   shape.threads = kBlock;
   shape.shared_bytes = want_parameters ? 2 * p.C * sizeof(float) : 0;
   const int64_t chunks = divide_up(p.C, 32 * kVector<T>);
-  if (chunks <= 2) return launch<rows_in_registers<T, 2>>(shape, p, want_parameters);
+  if constexpr (sizeof(T) == 2) {
+    if (chunks <= 2) return launch<rows_in_registers<T, 2>>(shape, p, want_parameters);
+    if (chunks == 4) return launch<rows_in_registers<T, 4>>(shape, p, want_parameters);
+  }
   if (chunks <= 3) return launch<rows_in_registers<T, 3>>(shape, p, want_parameters);
-  if (chunks <= 4) return launch<rows_in_registers<T, 4>>(shape, p, want_parameters);
   if (chunks <= 6) return launch<rows_in_registers<T, 6>>(shape, p, want_parameters);
   return launch<rows_in_registers<T, kMaxChunks<T>>>(shape, p, want_parameters);
 }

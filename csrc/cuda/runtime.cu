@@ -69,6 +69,8 @@ int capability(int device) {
          attribute(cudaDevAttrComputeCapabilityMinor, device, minor);
 }
 
+bool has_hopper_kernels(int device) { return VIT_CUDA_WITH_HOPPER && capability(device) == 90; }
+
 int multiprocessors(int device) {
   static std::atomic<int> count[kMaxDevices];
   return std::max(1, attribute(cudaDevAttrMultiProcessorCount, device, count));
@@ -88,6 +90,32 @@ void check_launch(cudaError_t error, const Launch& launch) {
   fail(launch.op, std::string(cudaGetErrorString(error)) + " while launching " + std::to_string(launch.blocks) +
                       " blocks of " + std::to_string(launch.threads) + " threads with " +
                       std::to_string(launch.shared_bytes) + " bytes of shared memory for " + launch.shape.text());
+}
+
+LaunchConfig::LaunchConfig(const Launch& launch, const void* kernel, std::atomic<bool> (&allowed)[kMaxDevices]) {
+  if (launch.blocks > 0x7fffffff) fail(launch.op, "needs more than 2^31 blocks: " + launch.shape.text());
+  const int device = launch.context.device;
+  if (launch.shared_bytes > 48 * 1024) {
+    const int limit = shared_limit(device);
+    if (launch.shared_bytes > static_cast<std::size_t>(limit))
+      fail(launch.op, "needs " + std::to_string(launch.shared_bytes) + " bytes of shared memory per block for " +
+                          launch.shape.text() + ", this GPU has " + std::to_string(limit) +
+                          ": use a smaller type, or the reference backend");
+    if (!allowed[device].load(std::memory_order_acquire)) {
+      check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), launch);
+      allowed[device].store(true, std::memory_order_release);
+    }
+  }
+  config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(launch.context.stream);
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(launch.cluster);
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = launch.cluster > 1 ? 1 : 0;
 }
 
 std::string Shape::text() const {
@@ -129,7 +157,9 @@ std::vector<std::pair<std::string, std::string>> info() {
                                 "." + std::to_string(properties.minor) + ", " +
                                 std::to_string(properties.multiProcessorCount) + " multiprocessors, " +
                                 std::to_string(properties.totalGlobalMem >> 20) + " MiB");
-    facts.emplace_back(key + ".kernels", capability == 90 ? "hopper" : capability >= 80 ? "portable" : "none");
+    facts.emplace_back(key + ".kernels", cuda::has_hopper_kernels(i) ? "hopper"
+                                         : capability >= 80          ? "portable"
+                                                                     : "none");
   }
   return facts;
 }

@@ -50,6 +50,9 @@ class DeviceGuard {
 // Compute capability of a device, 10 * major + minor: 80, 90, ... Read once per device.
 int capability(int device);
 
+// Whether Hopper's own kernels run on a device: it is one, and this build has them.
+bool has_hopper_kernels(int device);
+
 // Multiprocessors of a device. Read once per device.
 int multiprocessors(int device);
 
@@ -89,39 +92,24 @@ void check_launch(cudaError_t, const Launch&);
 // Shared memory a block of the device may have at most: 99 KiB (8.6, 8.9), 163 KiB (8.0), 227 KiB (9.0).
 int shared_limit(int device);
 
-// Kernels that want more than 48 KiB say so before: once per device and whenever they want more than ever before.
-template <auto kernel>
-void allow_shared_bytes(const Launch& launch) {
-  const int wanted = static_cast<int>(launch.shared_bytes);
-  if (wanted <= 48 * 1024) return;
-  static std::atomic<int> allowed[kMaxDevices];
-  auto& most = allowed[launch.context.device];
-  if (most.load(std::memory_order_acquire) >= wanted) return;
-  check_launch(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    shared_limit(launch.context.device)),
-               launch);
-  most.store(shared_limit(launch.context.device), std::memory_order_release);
-}
+// What cudaLaunchKernelEx takes. `allowed` belongs to the kernel: a kernel that wants more than 48 KiB says so before,
+// once per device.
+struct LaunchConfig {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute cluster = {};
+
+  LaunchConfig(const Launch&, const void* kernel, std::atomic<bool> (&allowed)[kMaxDevices]);
+  LaunchConfig(const LaunchConfig&) = delete;  // config points to cluster
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+};
 
 // Runs kernel(args...) on the stream of the context.
 template <auto kernel, class... Args>
 void launch(const Launch& launch, Args... args) {
+  static std::atomic<bool> allowed[kMaxDevices];
   if (launch.blocks <= 0) return;
-  if (launch.blocks > 0x7fffffff) fail(launch.op, "needs more than 2^31 blocks: " + launch.shape.text());
-  allow_shared_bytes<kernel>(launch);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
-  config.dynamicSmemBytes = launch.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(launch.context.stream);
-  cudaLaunchAttribute cluster[1] = {};
-  cluster[0].id = cudaLaunchAttributeClusterDimension;
-  cluster[0].val.clusterDim.x = static_cast<unsigned>(launch.cluster);
-  cluster[0].val.clusterDim.y = 1;
-  cluster[0].val.clusterDim.z = 1;
-  config.attrs = cluster;
-  config.numAttrs = launch.cluster > 1 ? 1 : 0;
-  check_launch(cudaLaunchKernelEx(&config, kernel, args...), launch);
+  const LaunchConfig how(launch, reinterpret_cast<const void*>(kernel), allowed);
+  check_launch(cudaLaunchKernelEx(&how.config, kernel, args...), launch);
 }
 
 // dispatch(dtype, f) calls f(T{}) with the element type; the second form has the 16-bit and float32 types alone.

@@ -51,7 +51,12 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     work.mkdir(parents=True)
     command = [compiler() or "g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"]
     command += ["-Wno-unknown-pragmas", f"-DVIT_MODULE={NAME}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
-    command += ['-DVIT_CUDA_ARCHITECTURES="emulated"', '-DVIT_CUDA_COMPILER="emulated"', f"-I{pybind11.get_include()}"]
+    command += [
+        '-DVIT_CUDA_ARCHITECTURES="emulated"',
+        '-DVIT_CUDA_COMPILER="emulated"',
+        "-DVIT_CUDA_WITH_HOPPER=1",
+        f"-I{pybind11.get_include()}",
+    ]
     command += [f"-I{sysconfig.get_path('include')}", "-include", str(HERE / "hopper_instructions.cuh")]
 
     if sanitize:
