@@ -29,17 +29,16 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// Whether the tensor memory accelerator can read both operands, and the epilogue write pairs. From strides, alignment,
-// N and K, never from M. An a of adjacent rows exists only with a b of adjacent rows (a weight gradient).
+// Whether the tensor memory accelerator can read both operands, and the epilogue access 16 bytes. From strides,
+// alignment, N and K, never from M. An a of adjacent rows exists only with a b of adjacent rows (a weight gradient).
 bool hopper_supports(const Gemm& g, const Context& context) {
   const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
   const auto fits = [](int64_t n) { return n < (int64_t{1} << 31); };
   const auto distinct = [](const Operand& o) { return o.row > 0 && o.k > 0 && o.batch >= 0; };
   return path() == Path::automatic && has_hopper_kernels(context.device) && a.vectors && b.vectors &&
          (a.k_adjacent || !b.k_adjacent) && distinct(g.a) && distinct(g.b) && g.N % 8 == 0 && g.K >= 8 && fits(g.M) &&
-         fits(g.K) && fits(g.batch) && is_aligned(g.out, 2 * bytes(g.out_dtype)) &&
-         is_aligned(g.residual, 2 * bytes(g.out_dtype)) && is_aligned(g.preact, 4) &&
-         is_aligned(g.bias, 2 * bytes(g.bias_dtype));
+         fits(g.N) && fits(g.K) && fits(g.batch) && is_aligned(g.out) && is_aligned(g.residual) &&
+         is_aligned(g.preact) && is_aligned(g.bias);
 }
 
 }  // namespace

@@ -102,11 +102,7 @@ struct Epilogue {
   // The part after the bias, for elements i .. of out.
   template <int n>
   __device__ void finish(int64_t i, A (&z)[n]) const {
-    if (partial) {
-#pragma unroll
-      for (int j = 0; j < n; ++j) partial[i + j] = z[j];
-      return;
-    }
+    if (partial) return store_vector(partial + i, z);
     if (preact) store_vector(preact + i, z);
     if (activation != Activation::none) {
 #pragma unroll
