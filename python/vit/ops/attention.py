@@ -89,10 +89,9 @@ def fwd(
     sizes = _sizes(q, k, v)
     code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
 
-    def fields(workspace: int) -> tuple[Any, ...]:
-        return ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse), workspace, *sizes, scale, code, *context
-
-    launch(backend, backend.lib.attention_fwd, backend.lib.attention_fwd_workspace, fields, q.device)
+    pointers = (ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse))
+    values = (*sizes, scale, code, *context)
+    launch(backend, backend.lib.attention_fwd, backend.lib.attention_fwd_workspace, pointers, values, q.device)
     return out, lse
 
 
@@ -110,13 +109,9 @@ def bwd(
     sizes = *_sizes(q, k, v), *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3]
     code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
 
-    def fields(workspace: int) -> tuple[Any, ...]:
-        return (
-            ptr(dout), ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse), ptr(dq), ptr(dk), ptr(dv), workspace,
-            *sizes, scale, code, *context,
-        )  # fmt: skip
-
-    launch(backend, backend.lib.attention_bwd, backend.lib.attention_bwd_workspace, fields, q.device)
+    pointers = (ptr(dout), ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse), ptr(dq), ptr(dk), ptr(dv))
+    values = (*sizes, scale, code, *context)
+    launch(backend, backend.lib.attention_bwd, backend.lib.attention_bwd_workspace, pointers, values, q.device)
     return grads
 
 

@@ -136,13 +136,9 @@ def bwd(
     dbias = dy.new_empty(c, dtype=param_dtype) if mask[2] else None
     context = b.context(x.device)
 
-    def fields(workspace: int) -> tuple[Any, ...]:
-        return (
-            ptr(dy), ptr(x), ptr(weight), ptr(mean), ptr(rstd), ptr(dx), ptr(dweight), ptr(dbias), workspace,
-            x.numel() // c if c else 0, c, stride, DTYPE_CODES[x.dtype], DTYPE_CODES[param_dtype], *context,
-        )  # fmt: skip
-
-    launch(b, b.lib.layer_norm_bwd, b.lib.layer_norm_bwd_workspace, fields, x.device)
+    pointers = (ptr(dy), ptr(x), ptr(weight), ptr(mean), ptr(rstd), ptr(dx), ptr(dweight), ptr(dbias))
+    values = (x.numel() // c if c else 0, c, stride, DTYPE_CODES[x.dtype], DTYPE_CODES[param_dtype], *context)
+    launch(b, b.lib.layer_norm_bwd, b.lib.layer_norm_bwd_workspace, pointers, values, x.device)
     return dx, dweight, dbias
 
 

@@ -135,14 +135,10 @@ def fwd(
     preact = x.new_empty(shape) if save and activation else None
     context = b.context(x.device)
 
-    def fields(workspace: int) -> tuple[Any, ...]:
-        return (
-            ptr(x), ptr(weight), ptr(bias), ptr(residual), ptr(y), ptr(preact), workspace,
-            _rows_of(x), n, k, x_stride, weight_stride, activation,
-            DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], DTYPE_CODES[y.dtype], *context,
-        )  # fmt: skip
-
-    launch(b, b.lib.linear_fwd, b.lib.linear_fwd_workspace, fields, x.device)
+    pointers = (ptr(x), ptr(weight), ptr(bias), ptr(residual), ptr(y), ptr(preact))
+    sizes = (_rows_of(x), n, k, x_stride, weight_stride, activation)
+    dtypes = (DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], DTYPE_CODES[y.dtype])
+    launch(b, b.lib.linear_fwd, b.lib.linear_fwd_workspace, pointers, (*sizes, *dtypes, *context), x.device)
     return y, preact
 
 
@@ -190,14 +186,10 @@ def bwd(
     weight, weight_stride = (None, k) if weight is None else rows(weight)
     context = b.context(dy.device)
 
-    def fields(workspace: int) -> tuple[Any, ...]:
-        return (
-            ptr(dy), ptr(x), ptr(weight), ptr(preact), ptr(dx), ptr(dweight), ptr(dbias), workspace,
-            _rows_of(dy), n, k, x_stride, weight_stride, activation,
-            DTYPE_CODES[dtype], DTYPE_CODES[param_dtype], DTYPE_CODES[dy.dtype], *context,
-        )  # fmt: skip
-
-    launch(b, b.lib.linear_bwd, b.lib.linear_bwd_workspace, fields, dy.device)
+    pointers = (ptr(dy), ptr(x), ptr(weight), ptr(preact), ptr(dx), ptr(dweight), ptr(dbias))
+    sizes = (_rows_of(dy), n, k, x_stride, weight_stride, activation)
+    dtypes = (DTYPE_CODES[dtype], DTYPE_CODES[param_dtype], DTYPE_CODES[dy.dtype])
+    launch(b, b.lib.linear_bwd, b.lib.linear_bwd_workspace, pointers, (*sizes, *dtypes, *context), dy.device)
     return dx, dweight, dbias
 
 

@@ -82,10 +82,9 @@ def fwd_fake(a: Tensor, b: Tensor, save: bool) -> Tensor:
 def fwd(backend: NativeBackend, a: Tensor, b: Tensor, save: bool) -> Tensor:
     c = fwd_fake(a, b, save)
 
-    def fields(workspace: int) -> tuple[Any, ...]:
-        return ptr(a), ptr(b), ptr(c), workspace, *_sizes(backend, a, b)
-
-    launch(backend, backend.lib.matmul_fwd, backend.lib.matmul_fwd_workspace, fields, a.device)
+    pointers = (ptr(a), ptr(b), ptr(c))
+    values = _sizes(backend, a, b)
+    launch(backend, backend.lib.matmul_fwd, backend.lib.matmul_fwd_workspace, pointers, values, a.device)
     return c
 
 
@@ -99,10 +98,9 @@ def bwd(
     da = dc.new_empty(a.shape) if mask[0] else None
     db = dc.new_empty(b.shape) if mask[1] else None
 
-    def fields(workspace: int) -> tuple[Any, ...]:
-        return ptr(dc), ptr(a), ptr(b), ptr(da), ptr(db), workspace, *_sizes(backend, a, b)
-
-    launch(backend, backend.lib.matmul_bwd, backend.lib.matmul_bwd_workspace, fields, a.device)
+    pointers = (ptr(dc), ptr(a), ptr(b), ptr(da), ptr(db))
+    values = _sizes(backend, a, b)
+    launch(backend, backend.lib.matmul_bwd, backend.lib.matmul_bwd_workspace, pointers, values, a.device)
     return da, db
 
 

@@ -16,6 +16,7 @@ This is the one clever file. An op is a record of functions (`Op`); `bind(op, ba
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -322,13 +323,20 @@ def launch(
     b: NativeBackend,
     kernel: Callable[..., None],
     workspace: Callable[..., int],
-    fields: Callable[[int], tuple[Any, ...]],
+    pointers: tuple[int, ...],
+    values: tuple[Any, ...],
     device: torch.device,
 ) -> None:
-    """Calls a kernel that needs scratch memory: `fields(pointer)` are its arguments, `workspace` tells the size."""
-    nbytes = workspace(*fields(0))
+    """Calls a kernel that needs scratch memory: its fields are the pointers, the scratch memory, the other values."""
+    nbytes = _workspace_bytes(workspace, len(pointers), values)
     scratch = b.workspace(nbytes, device) if nbytes else None
-    kernel(*fields(ptr(scratch)))
+    kernel(*pointers, ptr(scratch), *values)
+
+
+@functools.lru_cache(maxsize=1024)
+def _workspace_bytes(workspace: Callable[..., int], pointers: int, values: tuple[Any, ...]) -> int:
+    """Asked once per set of sizes, strides, dtypes and context: by the contract nothing else decides."""
+    return workspace(*(0,) * (pointers + 1), *values)
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
