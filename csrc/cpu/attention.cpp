@@ -101,7 +101,7 @@ VIT_INLINE void multiply(const char* a, int64_t stride, const char* b, int64_t s
   for (int64_t panel = 0; panel < out.panels.count; ++panel) {
     const int64_t v0 = out.panels.begin(panel), v1 = out.panels.begin(panel + 1);
     const char* panel_b = b + v0 * steps * kVectorBytes;
-    tile_for<T, kColumns>(out.rows, v1 - v0)(a, stride, panel_b, steps, panel_b, add,
+    tile_for<T, kColumns>(out.rows, v1 - v0)(a, stride, panel_b, steps, {panel_b, 64}, add,
                                              out.data + v0 * out.rows * out.panels.lanes);
   }
 }

@@ -2,6 +2,7 @@
 //
 //   tile     R rows x V vectors of C in registers; every step loads V vectors of B, broadcasts R words of A.
 //   pack_b   B as panels of kTileColumns columns, [panel][step][column]: what tile reads is one contiguous stream.
+//   Right    a B whose panels are packed one by one where they are used first.
 //   prepare_a A is read where it lies (rows or columns adjacent); it is copied only where its strides forbid that.
 //   gemm     runs the tiles over a grid of threads and hands each finished one to an epilogue.
 //
@@ -78,19 +79,27 @@ inline constexpr int kWordLanes = kVectorBytes / static_cast<int>(sizeof(Word<T>
 template <class T>
 inline constexpr int kTileColumns = kTileVectors * kWordLanes<T>;
 
-inline constexpr int64_t kBlockRows = 104;        // rows of A per pass over the panels: with K = 768 they half fill L2
-inline constexpr int64_t kColumnBlockRows = 192;  // the same where columns of A are adjacent
+inline constexpr int64_t kBlockRows = 104;         // rows of A per pass over the panels, at least
+inline constexpr int64_t kBlockBytes = 640 << 10;  // and at most as many as these hold: 197 rows of K = 768, one pass
+inline constexpr int64_t kColumnBlockRows = 192;   // the same where columns of A are adjacent
 inline constexpr int64_t kPackRows = 8;       // rows of a row-major B packed at a time (32 took up to 4 times as long)
 inline constexpr int64_t kBlockSteps = 1024;  // steps per partial sum; 512 cost weight gradients 4 %, forward none
+inline constexpr int64_t kAheadRows = 16;     // rows of a row-major B that packing asks for in advance
 
 // --- tile -----------------------------------------------------------------------------------------------------------
 
+// Lines to be brought into L2 while a tile runs, one per step: they are the next panel (7 % on a whole network of one
+// image, whose weights come from memory).
+struct Ahead {
+  const char* first;
+  int64_t stride;
+};
+
 // out[R][V lanes] = A B over `steps`, or with `add` out += A B. Row r, step s of A is the word at a + r stride + s
-// sizeof(Word), or with kColumns at a + s stride + r sizeof(Word). b is a panel of V vectors per step. Lines from
-// `prefetch` on, one per step, go to L2: the next panel, asked for while this one is used (7 % on a whole network of
-// one image, whose weights come from memory).
+// sizeof(Word), or with kColumns at a + s stride + r sizeof(Word). b is a panel of V vectors per step. Each step asks
+// for one line of what comes next.
 template <class T, int R, int V, bool kColumns>
-__attribute__((noinline)) void tile(const char* a, int64_t stride, const char* b, int64_t steps, const char* prefetch,
+__attribute__((noinline)) void tile(const char* a, int64_t stride, const char* b, int64_t steps, const Ahead& ahead,
                                     bool add, Acc<T>* out) {
   using S = Step<T>;
   constexpr int kWord = sizeof(Word<T>), kAhead = 16;
@@ -100,8 +109,8 @@ __attribute__((noinline)) void tile(const char* a, int64_t stride, const char* b
   for (int64_t s = 0; s < steps; ++s) {
     if constexpr (kColumns)
       __builtin_prefetch(a + (s + kAhead) * stride, 0, 3);  // strided: the hardware does not see it coming (6 points)
-    else if constexpr (R > 1)
-      __builtin_prefetch(prefetch + s * 64, 0, 2);
+    else
+      __builtin_prefetch(ahead.first + s * ahead.stride, 0, 2);
     VIT_UNROLL for (int part = 0; part < S::kParts; ++part) {
       decltype(S::part(Words<T>{}, 0)) bs[V];
       VIT_UNROLL for (int v = 0; v < V; ++v) bs[v] = S::part(load_raw<Words<T>>(b + (s * V + v) * kVectorBytes), part);
@@ -120,7 +129,7 @@ __attribute__((noinline)) void tile(const char* a, int64_t stride, const char* b
 }
 
 template <class T>
-using TileFunction = void (*)(const char*, int64_t, const char*, int64_t, const char*, bool, Acc<T>*);
+using TileFunction = void (*)(const char*, int64_t, const char*, int64_t, const Ahead&, bool, Acc<T>*);
 
 // The tile of `rows` <= R rows and `vectors` <= V vectors.
 template <class T, bool kColumns, int R = kTileRows, int V = kTileVectors>
@@ -244,6 +253,7 @@ void pack_panel(const Matrix<P>& b, int64_t j, int64_t vectors, int64_t begin, i
     const P* first = b.data + k * b.row;
     const P* second = k + 1 < K ? first + b.row : nullptr;
     for (int64_t v = 0; v < vectors; ++v) {
+      if (b.col == 1) __builtin_prefetch(first + kAheadRows * b.row + j + v * lanes, 0, 3);
       const int64_t column = j + v * lanes, n = min(lanes, N - column);
       if (b.col == 1) {
         const Words<T> words = column_words<T>(first + column, second ? second + column : nullptr, n);
@@ -277,6 +287,40 @@ void pack_b(int threads, const Matrix<P>& b, int64_t K, int64_t N, char* packed)
     }
   });
 }
+
+struct Packed {};  // in place of the element type of a matrix that is not there any more
+
+// B[K, N] in panels. Where `matrix` is given, whoever reads a panel for the first time packs it, so that it is used
+// while it is in L2 and the time its memory takes is spent on the panel before; else `packed` holds all of it already.
+template <class T, class P>
+struct Right {
+  Matrix<P> matrix;  // data may be null
+  char* packed;
+  int64_t K, N;
+
+  bool packs() const { return matrix.data != nullptr; }
+  int64_t steps() const { return steps_of<T>(K); }
+  int64_t columns(int64_t panel) const { return min<int64_t>(N - panel * kTileColumns<T>, kTileColumns<T>); }
+  int64_t vectors(int64_t panel) const { return ceil_div(columns(panel), kWordLanes<T>); }
+  char* at(int64_t panel) const {
+    return packed + panel * steps() * kTileColumns<T> * static_cast<int64_t>(sizeof(Word<T>));
+  }
+  void pack(int64_t panel, int64_t begin, int64_t end) const {
+    if constexpr (!same<P, Packed>)
+      pack_panel<T>(matrix, panel * kTileColumns<T>, vectors(panel), begin, end, K, N, at(panel));
+  }
+
+  // The lines of a panel that tile number t of the panel before asks for: all steps of one line of its rows, or, where
+  // k is adjacent, as many lines of its columns, which follow each other in an ordinary weight.
+  Ahead ahead(int64_t panel, int64_t t, bool pack) const {
+    const int64_t line = t * 64;
+    if (!pack) return {at(panel) + line * steps(), 64};
+    constexpr int64_t size = sizeof(P);
+    const char* first = reinterpret_cast<const char*>(matrix.data + panel * kTileColumns<T> * matrix.col);
+    if (matrix.row == 1) return {first + line * steps(), 64};
+    return {first + line, matrix.row * size * Step<T>::kDepth};
+  }
+};
 
 // A as tile reads it.
 struct Left {
@@ -354,10 +398,12 @@ struct Tile {
   bool first, last;
 };
 
-// How many threads share the rows; the others share the panels. Rows first, as long as a thread keeps about 48, because
-// each pass over the panels is paid by all rows of a block.
+// How many threads share the rows; the others share the panels. Panels alone where there are enough of them: each is
+// then packed by the thread that needs it. Else rows first, as long as a thread keeps about 48, because each pass over
+// the panels is paid by all rows of a block.
 template <class T>
 int64_t row_threads(int threads, int64_t M, int64_t panels) {
+  if (panels >= 2 * threads) return 1;
   int64_t best = 1, best_cost = INT64_MAX;
   for (int64_t rows = 1; rows <= threads; ++rows) {
     const int64_t share = ceil_div(M, rows), tiles = ceil_div(share, kTileRows);
@@ -368,61 +414,75 @@ int64_t row_threads(int threads, int64_t M, int64_t panels) {
 }
 
 // Rows [row_begin, row_end) x panels [panel_begin, panel_end) on the calling thread.
-template <class T, bool kColumns, class E>
-void gemm_range(const Left& a, const char* b, int64_t N, int64_t steps, int64_t row_begin, int64_t row_end,
-                int64_t panel_begin, int64_t panel_end, const E& epilogue) {
+template <class T, bool kColumns, class P, class E>
+void gemm_range(const Left& a, const Right<T, P>& b, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                int64_t panel_end, const E& epilogue) {
   using A = Acc<T>;
   constexpr int64_t word = sizeof(Word<T>), lanes = kWordLanes<T>;
-  constexpr int64_t block_rows = kColumns ? kColumnBlockRows : kBlockRows;
   alignas(64) A sums[kTileRows * kTileColumns<T>];
-  const int64_t panel_bytes = steps * kTileColumns<T> * word;
+  const int64_t steps = b.steps();
+  const int64_t block_rows = kColumns ? kColumnBlockRows : max(kBlockRows, kBlockBytes / max(steps * word, int64_t{1}));
   const int64_t row_blocks = ceil_div(row_end - row_begin, block_rows);
   const int64_t blocks = max<int64_t>(ceil_div(steps, kBlockSteps), 1);
   for (int64_t row_block = 0; row_block < row_blocks; ++row_block) {
     const int64_t r0 = row_begin + (row_end - row_begin) * row_block / row_blocks;
     const int64_t r1 = row_begin + (row_end - row_begin) * (row_block + 1) / row_blocks;
     const int64_t tiles = ceil_div(r1 - r0, kTileRows);  // of nearly equal height: 7 and 8 rows, never 8, 8, 1
+    const bool packs = b.packs() && row_block == 0;
     // Rows adjacent in k: a tile runs through all blocks of steps. Else all tiles do one block, then the next, so that
     // the strided part of A stays in L2.
     for (int64_t outer = 0; outer < (kColumns ? blocks : 1); ++outer) {
       const int64_t first_block = outer, end_block = kColumns ? outer + 1 : blocks;
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        const int64_t column = panel * kTileColumns<T>, columns = min<int64_t>(N - column, kTileColumns<T>);
-        const int64_t vectors = ceil_div(columns, lanes), line = vectors * kVectorBytes;
-        const char* panel_b = b + panel * panel_bytes;
-        const bool ahead = panel + 1 < panel_end;
+        const int64_t vectors = b.vectors(panel), line = vectors * kVectorBytes;
+        const char* panel_b = b.at(panel);
+        if (packs) b.pack(panel, first_block * kBlockSteps, min(end_block * kBlockSteps, steps));
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t i0 = r0 + (r1 - r0) * t / tiles, i1 = r0 + (r1 - r0) * (t + 1) / tiles;
           const auto run = tile_for<T, kColumns>(i1 - i0, vectors);
-          const char* next = ahead && t * 64 < line ? panel_b + panel_bytes + t * steps * 64 : panel_b;
+          const bool asks = panel + 1 < panel_end && t * 64 < line;
+          const Ahead ahead = asks ? b.ahead(panel + 1, t, packs) : Ahead{panel_b, 64};
           for (int64_t block = first_block; block < end_block; ++block) {
             const int64_t s0 = block * kBlockSteps, count = min(kBlockSteps, steps - s0);
             const char* left = a.data + (kColumns ? s0 * a.stride + i0 * word : i0 * a.stride + s0 * word);
-            run(left, a.stride, panel_b + s0 * line, count, next + s0 * 64, block > first_block, sums);
+            run(left, a.stride, panel_b + s0 * line, count, {ahead.first + s0 * ahead.stride, ahead.stride},
+                block > first_block, sums);
           }
-          epilogue(Tile<A>{sums, vectors * lanes, i0, i1 - i0, column, columns, first_block == 0, end_block == blocks});
+          epilogue(Tile<A>{sums, vectors * lanes, i0, i1 - i0, panel * kTileColumns<T>, b.columns(panel),
+                           first_block == 0, end_block == blocks});
         }
       }
     }
   }
 }
 
-// C[M, N] = A B for a prepared A and a packed B; calls epilogue(Tile) on the thread that computed the tile.
-template <class T, class E>
-void gemm(int threads, const Left& a, const char* packed_b, int64_t M, int64_t N, int64_t K, const E& epilogue) {
-  if (M == 0 || N == 0) return;
-  const int64_t steps = steps_of<T>(K), panels = panels_of<T>(N);
-  const int64_t row_parts = min(row_threads<T>(threads, M, panels), M);
+// The same for a B that is packed already.
+template <class T, bool kColumns, class E>
+VIT_INLINE void gemm_range(const Left& a, const char* packed_b, int64_t N, int64_t steps, int64_t row_begin,
+                           int64_t row_end, int64_t panel_begin, int64_t panel_end, const E& epilogue) {
+  const Right<T, Packed> b{{nullptr, 0, 0}, const_cast<char*>(packed_b), steps * Step<T>::kDepth, N};
+  gemm_range<T, kColumns>(a, b, row_begin, row_end, panel_begin, panel_end, epilogue);
+}
+
+// C[M, N] = A B for a prepared A; calls epilogue(Tile) on the thread that computed the tile.
+template <class T, class P, class E>
+void gemm(int threads, const Left& a, Right<T, P> b, int64_t M, const E& epilogue) {
+  if (M == 0 || b.N == 0) return;
+  const int64_t panels = panels_of<T>(b.N), row_parts = min(row_threads<T>(threads, M, panels), M);
   const int64_t column_parts = min(max<int64_t>(threads / row_parts, 1), panels);
+  if (b.packs() && row_parts > 1) {  // several threads read each panel: it must be there before
+    pack_b<T>(threads, b.matrix, b.K, b.N, b.packed);
+    b.matrix.data = nullptr;
+  }
   parallel_for(threads, row_parts * column_parts, [&](int64_t begin, int64_t end, int) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t i = unit / column_parts, j = unit % column_parts;
       const int64_t r0 = M * i / row_parts, r1 = M * (i + 1) / row_parts;
       const int64_t p0 = panels * j / column_parts, p1 = panels * (j + 1) / column_parts;
       if (a.columns)
-        gemm_range<T, true>(a, packed_b, N, steps, r0, r1, p0, p1, epilogue);
+        gemm_range<T, true>(a, b, r0, r1, p0, p1, epilogue);
       else
-        gemm_range<T, false>(a, packed_b, N, steps, r0, r1, p0, p1, epilogue);
+        gemm_range<T, false>(a, b, r0, r1, p0, p1, epilogue);
     }
   });
 }

@@ -45,12 +45,12 @@ void forward(const LinearFwd& p) {
   A* bias = p.bias ? reinterpret_cast<A*>(buffers.bias) : nullptr;
   for (int64_t j = 0; bias && j < p.N; j += kLanes<A>)
     store<A>(bias + j, load<A>(static_cast<const P*>(p.bias) + j, p.N - j), p.N - j);
-  pack_b<T>(threads, Matrix<P>{static_cast<const P*>(p.weight), 1, p.weight_stride}, p.K, p.N, buffers.weight);
+  const Right<T, P> right{{static_cast<const P*>(p.weight), 1, p.weight_stride}, buffers.weight, p.K, p.N};
   const Left left = prepare_a(threads, rows_of<T>(p.x, p.x_stride), p.M, p.K, buffers.x);
   with_activation(p.activation, [&](auto activation) {
     const Epilogue<T, O, decltype(activation)::value> epilogue{bias, static_cast<const O*>(p.residual),
                                                                static_cast<O*>(p.y), static_cast<T*>(p.preact), p.N};
-    gemm<T>(threads, left, buffers.weight, p.M, p.N, p.K, epilogue);
+    gemm(threads, left, right, p.M, epilogue);
   });
 }
 
@@ -122,15 +122,14 @@ void backward(const LinearBwd& p) {
 
   const T* dz = dy_is_dz ? static_cast<const T*>(p.dy) : made;
   if (p.dx && p.M && p.K) {
-    pack_b<T>(threads, rows_of<P>(p.weight, p.weight_stride), p.N, p.K, buffers.packed);
+    const Right<T, P> right{rows_of<P>(p.weight, p.weight_stride), buffers.packed, p.N, p.K};
     const Left left = prepare_a(threads, Matrix<T>{dz, p.N, 1}, p.M, p.N, buffers.left);
-    gemm<T>(threads, left, buffers.packed, p.M, p.K, p.N, store_to<A>(static_cast<T*>(p.dx), nullptr, p.K));
+    gemm(threads, left, right, p.M, store_to<A>(static_cast<T*>(p.dx), nullptr, p.K));
   }
   if (p.dweight && p.N && p.K) {
-    pack_b<T>(threads, rows_of<T>(p.x, p.x_stride), p.M, p.K, buffers.packed);
+    const Right<T, T> right{rows_of<T>(p.x, p.x_stride), buffers.packed, p.M, p.K};
     const Left left = prepare_a(threads, Matrix<T>{dz, 1, p.N}, p.N, p.M, buffers.left);
-    gemm<T>(threads, left, buffers.packed, p.N, p.K, p.M,
-            store_to<A>(static_cast<P*>(p.dweight), buffers.partial, p.K));
+    gemm(threads, left, right, p.N, store_to<A>(static_cast<P*>(p.dweight), buffers.partial, p.K));
   }
 }
 

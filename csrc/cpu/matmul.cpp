@@ -38,9 +38,8 @@ template <class T>
 void multiply(int threads, const Matrix<T>& a, const Matrix<T>& b, const Sizes& s, T* c, char* workspace) {
   if (s.M == 0 || s.N == 0) return;
   const Buffers<T> buffers(a, s, workspace);
-  pack_b<T>(threads, b, s.K, s.N, buffers.packed_b);
   const Left left = prepare_a(threads, a, s.M, s.K, buffers.left);
-  gemm<T>(threads, left, buffers.packed_b, s.M, s.N, s.K, store_to<Acc<T>>(c, buffers.partial, s.N));
+  gemm(threads, left, Right<T, T>{b, buffers.packed_b, s.K, s.N}, s.M, store_to<Acc<T>>(c, buffers.partial, s.N));
 }
 
 bool split_batch(int64_t batch, const Context& context) {
