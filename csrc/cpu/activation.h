@@ -104,6 +104,17 @@ VIT_INLINE Vec<Acc<T>> gelu(Vec<Acc<T>> x) {
     return x * normal<T>(x).cdf;
 }
 
+// gelu with an absolute error of 8e-5 in 13 instructions instead of 30: x (1/2 + x p(x^2)) with p fitted by least
+// squares, reweighted, so that it meets Phi at the end of its interval. For values that are rounded to bfloat16 or 8
+// bits and summed, as the hidden layer of the engine is; the relative error of large negative x is too large for an op.
+VIT_INLINE f32v gelu_coarse(f32v x) {
+  constexpr float limit = 4.2f;
+  constexpr float p[] = {0.39846587f, -1.15591741f, 2.89332604f, -5.21818876f,
+                         6.47679186f, -5.18884563f, 2.39268255f, -0.479267001f};  // in (x / limit)^2
+  const f32v inside = at_most(at_least(x, -limit), limit);
+  return x * fma(inside, polynomial(p, inside * inside * (1.0f / (limit * limit))), broadcast(0.5f));
+}
+
 // dy/dx: Phi(x) + x phi(x), or s + x 2u' s (1 - s) with s = 1 / (1 + e^-2u) and 1 - s = s e^-2u.
 template <class T, bool kTanh>
 VIT_INLINE Vec<Acc<T>> gelu_grad(Vec<Acc<T>> x) {

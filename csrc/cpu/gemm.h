@@ -199,11 +199,9 @@ VIT_INLINE Words<T> row_words(const P* row, int64_t k, int64_t K) {
 // bfloat16 bits of n elements, one per 32-bit lane.
 VIT_INLINE u32v bf16_bits(const bf16* p, int64_t n) {
   const u16hv bits = n >= kLanes<float> ? load_raw<u16hv>(p) : load_raw<u16hv>(p, n);
-  return __builtin_convertvector(bits, u32v);
+  return widen(bits);
 }
-VIT_INLINE u32v bf16_bits(const float* p, int64_t n) {
-  return __builtin_convertvector(to_bf16(load<float>(p, n)), u32v);
-}
+VIT_INLINE u32v bf16_bits(const float* p, int64_t n) { return widen(to_bf16(load<float>(p, n))); }
 
 // Words of one step for n columns that are adjacent: `first` is the row of element k, `second` the next or null.
 template <class T, class P>

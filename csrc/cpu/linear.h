@@ -6,8 +6,12 @@
 
 namespace vit::VIT_ISA {
 
-template <class T>
+// kCoarse: see gelu_coarse.
+template <class T, bool kCoarse = false>
 VIT_INLINE Vec<Acc<T>> activate(Activation activation, Vec<Acc<T>> x) {
+  if constexpr (kCoarse) {
+    if (activation == Activation::gelu) return gelu_coarse(x);
+  }
   if (activation == Activation::gelu) return gelu<T, false>(x);
   if (activation == Activation::gelu_tanh) return gelu<T, true>(x);
   return x;
@@ -25,7 +29,7 @@ VIT_INLINE void with_activation(Activation activation, const F& f) {
   f(Constant<Activation::none>{});
 }
 
-template <class T, class O, Activation kActivation>
+template <class T, class O, Activation kActivation, bool kCoarse = false>
 struct Epilogue {
   using A = Acc<T>;
   const A* bias;      // [N], may be null
@@ -34,17 +38,19 @@ struct Epilogue {
   T* preact;          // [M, N] likewise, may be null
   int64_t stride;
 
-  void operator()(const Tile<A>& tile) const {
+  void operator()(const Tile<A>& given) const {
+    const Epilogue e = *this;  // copies: stores to y could change the originals, and each would be loaded again
+    const Tile<A> tile = given;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t at = (tile.row + r) * stride + tile.column;
+      const int64_t at = (tile.row + r) * e.stride + tile.column;
       for (int64_t j = 0; j < tile.columns; j += kLanes<A>) {
         const int64_t n = tile.columns - j;
         Vec<A> v = load<A>(tile.data + r * tile.stride + j);
-        if (bias) v += load<A>(bias + tile.column + j, n);
-        if (preact) store<A>(preact + at + j, v, n);
-        v = activate<T>(kActivation, v);
-        if (residual) v += load<A>(residual + at + j, n);
-        store<A>(y + at + j, v, n);
+        if (e.bias) v += load<A>(e.bias + tile.column + j, n);
+        if (e.preact) store<A>(e.preact + at + j, v, n);
+        v = activate<T, kCoarse>(kActivation, v);
+        if (e.residual) v += load<A>(e.residual + at + j, n);
+        store<A>(e.y + at + j, v, n);
       }
     }
   }

@@ -72,7 +72,16 @@ VIT_INLINE float to_acc(float x) { return x; }
 VIT_INLINE double to_acc(double x) { return x; }
 VIT_INLINE float to_acc(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-VIT_INLINE f32v from_bf16(u16hv bits) { return bit_cast<f32v>(__builtin_convertvector(bits, u32v) << 16); }
+// One 32-bit lane for each element.
+VIT_INLINE u32v widen(u16hv bits) {
+#if defined(__AVX512F__)
+  return bit_cast<u32v>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(bits)));  // GCC 12 makes it two halves
+#else
+  return __builtin_convertvector(bits, u32v);
+#endif
+}
+
+VIT_INLINE f32v from_bf16(u16hv bits) { return bit_cast<f32v>(widen(bits) << 16); }
 
 // Round to nearest even; a NaN stays a NaN (adding the rounding term could carry it to infinity).
 VIT_INLINE u16hv to_bf16(f32v x) {

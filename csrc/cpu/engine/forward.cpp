@@ -266,7 +266,7 @@ class Pass {
             own.quantized.bytes, rows, w,
             QuantizedEpilogue<O, kActivation>{own.quantized.scales, w.scale, w.sums, w.bias, residual, y, w.N});
     }
-    product<T>(a, rows, w, Epilogue<T, O, kActivation>{w.bias, residual, y, nullptr, w.N});
+    product<T>(a, rows, w, Epilogue<T, O, kActivation, same<T, bf16>>{w.bias, residual, y, nullptr, w.N});
   }
 
   // Rows of x, normalised, as the layer `next` takes them: in own.normed or own.quantized.

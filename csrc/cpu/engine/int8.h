@@ -88,16 +88,28 @@ struct Most {
 template <class X>
 VIT_INLINE float quantize_row(const X* x, int64_t K, uint8_t* out) {
   typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
-  f32v largest{};
-  for (int64_t k = 0; k < K; k += kLanes<float>) largest = vmax(largest, abs<float>(load<float>(x + k, K - k)));
-  const float most = fold<float, kLanes<float>>(largest, Most{});
+  constexpr int64_t lanes = kLanes<float>;
+  const int64_t full = K / lanes * lanes;
+  f32v largest{}, others{};
+  const auto see = [](f32v& most, f32v v) { most = vmax(most, abs<float>(v)); };
+  int64_t k = 0;
+  for (; k + 2 * lanes <= full; k += 2 * lanes)
+    see(largest, load<float>(x + k)), see(others, load<float>(x + k + lanes));
+  for (; k < K; k += lanes) see(largest, load<float>(x + k, K - k));
+  const float most = fold<float, lanes>(vmax(largest, others), Most{});
   const float scale = most > 0 ? most / static_cast<float>(kZero - 1) : 1.0f;
   const f32v inverse = broadcast(1.0f / scale), shift = broadcast(Layout<float>::magic + static_cast<float>(kZero));
-  for (int64_t k = 0; k < K; k += kLanes<float>) {
+  const auto bytes_of = [&](f32v v) {
     // Adding the magic number rounds to an integer in the low bits of the float.
-    const u32v rounded = bit_cast<u32v>(fma(load<float>(x + k, K - k), inverse, shift));
-    const Bytes bytes = __builtin_convertvector(rounded & 0xff, Bytes);
-    memcpy(out + k, &bytes, static_cast<size_t>(min<int64_t>(K - k, kLanes<float>)));
+    return __builtin_convertvector(bit_cast<u32v>(fma(v, inverse, shift)) & 0xff, Bytes);
+  };
+  for (k = 0; k < full; k += lanes) {
+    const Bytes bytes = bytes_of(load<float>(x + k));
+    memcpy(out + k, &bytes, sizeof bytes);
+  }
+  if (k < K) {
+    const Bytes bytes = bytes_of(load<float>(x + k, K - k));
+    memcpy(out + k, &bytes, static_cast<size_t>(K - k));
   }
   return scale;
 }
@@ -112,18 +124,20 @@ struct QuantizedEpilogue {
   O* y;                     // [M, N] likewise
   int64_t stride;
 
-  void operator()(const Tile<int32_t>& tile) const {
+  void operator()(const Tile<int32_t>& given) const {
+    const QuantizedEpilogue e = *this;  // copies: see Epilogue
+    const Tile<int32_t> tile = given;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t at = (tile.row + r) * stride + tile.column;
-      const float row_scale = row_scales[tile.row + r];
+      const int64_t at = (tile.row + r) * e.stride + tile.column;
+      const float row_scale = e.row_scales[tile.row + r];
       for (int64_t j = 0; j < tile.columns; j += kLanes<float>) {
         const int64_t n = tile.columns - j, column = tile.column + j;
-        const i32v sum = load<int32_t>(tile.data + r * tile.stride + j) - load<int32_t>(sums + column, n);
-        const f32v scale = row_scale * load<float>(scales + column, n);
-        f32v v = fma(__builtin_convertvector(sum, f32v), scale, load<float>(bias + column, n));
-        v = activate<bf16>(kActivation, v);
-        if (residual) v += load<float>(residual + at + j, n);
-        store<float>(y + at + j, v, n);
+        const i32v sum = load<int32_t>(tile.data + r * tile.stride + j) - load<int32_t>(e.sums + column, n);
+        const f32v scale = row_scale * load<float>(e.scales + column, n);
+        f32v v = fma(__builtin_convertvector(sum, f32v), scale, load<float>(e.bias + column, n));
+        v = activate<bf16, true>(kActivation, v);
+        if (e.residual) v += load<float>(e.residual + at + j, n);
+        store<float>(e.y + at + j, v, n);
       }
     }
   }
