@@ -16,24 +16,34 @@ std::string instance(const char* name, std::initializer_list<DType> types) {
 }
 
 // dtypes: of activations, parameters, output.
-enum ForwardKernel { kPackWeight, kWidenX, kForwardProduct };
+enum ForwardKernel { kPackWeight, kPackRows, kForwardProduct };
 const Family kForward = {6, "linear.h", [](const std::vector<DType>& d) {
                            const DType acc = accumulator(d[0]);
                            return std::vector<std::string>{pack_right_name(d[1], acc, false),
-                                                           widen_rows_name(d[0], acc),
+                                                           pack_left_name(d[0], acc, false),
                                                            instance("linear_fwd", {d[0], d[1], d[2], acc})};
                          }};
 
-enum BackwardKernel { kMakeDz, kColumnSums, kPackWeightRows, kProductDx, kPackDz, kPackX, kProductDweight };
+enum BackwardKernel {
+  kMakeDz,
+  kColumnSums,
+  kPackDz,
+  kPackWeightRows,
+  kProductDx,
+  kPackDzColumns,
+  kPackX,
+  kProductDweight
+};
 const Family kBackward = {7, "linear.h", [](const std::vector<DType>& d) {
                             const DType acc = accumulator(d[0]);
                             return std::vector<std::string>{instance("linear_dz", {d[0], d[2]}),
                                                             instance("column_sums", {acc, d[1]}),
+                                                            pack_left_name(acc, acc, false),
                                                             pack_right_name(d[1], acc, true),
-                                                            product_name(d[0], false, acc),
-                                                            pack_left_name(acc, acc),
+                                                            product_name(d[0], acc),
+                                                            pack_left_name(acc, acc, true),
                                                             pack_right_name(d[0], acc, true),
-                                                            product_name(d[1], true, acc)};
+                                                            product_name(d[1], acc)};
                           }};
 
 struct Forward {
@@ -48,7 +58,7 @@ struct Forward {
         shape{1, p.M, p.N, p.K, accumulator(p.dtype)} {
     Arena arena{base};
     packed = arena.take(packed_right_bytes(p.context, weight, shape));
-    left = arena.take(prepared_left_bytes(left_layout(x, shape.acc), x, shape));
+    left = arena.take(packed_left_bytes(x, shape));
     bytes = arena.used;
   }
 };
@@ -81,7 +91,7 @@ struct Backward {
     dz = arena.take(dz_is_dy ? 0 : p.M * p.N * size);
     partial = arena.take(units * p.N * size);
     packed = arena.take(std::max(packed_right_bytes(p.context, weight, dx), packed_right_bytes(p.context, x, dweight)));
-    left = arena.take(prepared_left_bytes(LeftLayout::panels, dz_columns, dweight));
+    left = arena.take(std::max(packed_left_bytes(dz_rows, dx), packed_left_bytes(dz_columns, dweight)));
     bytes = arena.used;
   }
 };
@@ -97,13 +107,13 @@ void linear_fwd(const LinearFwd& p) {
   Forward f(p, static_cast<char*>(call.scratch(p.workspace, linear_fwd_workspace(p))));
   f.x.data = call.in(p.x, extent(p.M, p.x_stride, p.K, 1), size);
   f.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), param);
-  const Prepared weight = pack_right(call, bundle, kPackWeight, f.weight, f.shape, f.packed);
-  const Prepared x = prepare_left(call, bundle, 0, kWidenX, left_layout(f.x, f.shape.acc), f.x, f.shape, f.left);
+  const Packed weight = pack_right(call, bundle, kPackWeight, f.weight, f.shape, f.packed);
+  const Packed x = pack_left(call, bundle, kPackRows, f.x, f.shape, f.left);
   const int64_t units = product_units(call, f.shape);
   call.launch(bundle, kForwardProduct, units, x.data, weight.data, call.in(p.bias, p.N, param),
               call.in(p.residual, p.M * p.N, result), call.out(p.y, p.M * p.N, result),
               call.out(p.preact, p.M * p.N, size), static_cast<int>(p.M), static_cast<int>(p.N), static_cast<int>(p.K),
-              x.row, static_cast<int>(p.activation), units);
+              static_cast<int>(p.activation), units);
   call.finish();
 }
 
@@ -125,14 +135,14 @@ void linear_bwd(const LinearBwd& p) {
   b.dz_rows.data = b.dz_columns.data = dz ? dz : dy;
   if (p.dx && p.M && p.K) {
     b.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), param);
-    const Prepared weight = pack_right(call, bundle, kPackWeightRows, b.weight, b.dx, b.packed);
-    const Prepared left = prepare_left(call, bundle, 0, 0, LeftLayout::kept, b.dz_rows, b.dx, nullptr);
+    const Packed weight = pack_right(call, bundle, kPackWeightRows, b.weight, b.dx, b.packed);
+    const Packed left = pack_left(call, bundle, kPackDz, b.dz_rows, b.dx, b.left);
     run_product(call, bundle, kProductDx, left, weight, call.out(p.dx, p.M * p.K, size), b.dx);
   }
   if (p.dweight && p.N && p.K) {
     b.x.data = call.in(p.x, extent(p.M, p.x_stride, p.K, 1), size);
-    const Prepared x = pack_right(call, bundle, kPackX, b.x, b.dweight, b.packed);
-    const Prepared left = prepare_left(call, bundle, kPackDz, 0, LeftLayout::panels, b.dz_columns, b.dweight, b.left);
+    const Packed x = pack_right(call, bundle, kPackX, b.x, b.dweight, b.packed);
+    const Packed left = pack_left(call, bundle, kPackDzColumns, b.dz_columns, b.dweight, b.left);
     run_product(call, bundle, kProductDweight, left, x, call.out(p.dweight, p.N * p.K, param), b.dweight);
   }
   call.finish();

@@ -9,14 +9,14 @@ namespace {
 
 using namespace device;
 
-enum Kernel { kPackRows, kPackColumns, kPackLeft, kWiden, kProduct, kProductOfPanels };
+enum Kernel { kPackRight, kPackRightRows, kPackLeft, kPackLeftRows, kProduct };  // ...Rows: whose rows are adjacent
 
 const Family kFamily = {5, "matmul.h", [](const std::vector<DType>& d) {
                           const DType acc = accumulator(d[0]);
-                          return std::vector<std::string>{
-                              pack_right_name(d[0], acc, true), pack_right_name(d[0], acc, false),
-                              pack_left_name(d[0], acc),        widen_rows_name(d[0], acc),
-                              product_name(d[0], false, acc),   product_name(d[0], true, acc)};
+                          return std::vector<std::string>{pack_right_name(d[0], acc, false),
+                                                          pack_right_name(d[0], acc, true),
+                                                          pack_left_name(d[0], acc, false),
+                                                          pack_left_name(d[0], acc, true), product_name(d[0], acc)};
                         }};
 
 // One of the three products of the op.
@@ -28,20 +28,18 @@ struct Product {
 int64_t bytes(const Context& context, const Product& p) {
   Arena arena{nullptr};
   arena.take(packed_right_bytes(context, p.b, p.shape));
-  arena.take(prepared_left_bytes(left_layout(p.a, p.shape.acc), p.a, p.shape));
+  arena.take(packed_left_bytes(p.a, p.shape));
   return arena.used;
 }
 
 void run(Call& call, const Context& context, const Product& p, void* c, void* workspace) {
   const Bundle& bundle = call.bundle(kFamily, {p.a.dtype});
-  const LeftLayout layout = left_layout(p.a, p.shape.acc);
   Arena arena{static_cast<char*>(workspace)};
-  char* packed = arena.take(packed_right_bytes(context, p.b, p.shape));
-  char* left = arena.take(prepared_left_bytes(left_layout(p.a, p.shape.acc), p.a, p.shape));
-  const Prepared b = pack_right(call, bundle, p.b.col == 1 ? kPackRows : kPackColumns, p.b, p.shape, packed);
-  const Prepared a = prepare_left(call, bundle, kPackLeft, kWiden, layout, p.a, p.shape, left);
-  const bool panels = layout == LeftLayout::panels;
-  run_product(call, bundle, panels ? kProductOfPanels : kProduct, a, b, c, p.shape);
+  char* right = arena.take(packed_right_bytes(context, p.b, p.shape));
+  char* left = arena.take(packed_left_bytes(p.a, p.shape));
+  const Packed b = pack_right(call, bundle, p.b.col == 1 ? kPackRightRows : kPackRight, p.b, p.shape, right);
+  const Packed a = pack_left(call, bundle, p.a.row == 1 ? kPackLeftRows : kPackLeft, p.a, p.shape, left);
+  run_product(call, bundle, kProduct, a, b, c, p.shape);
 }
 
 Product forward(const MatmulFwd& p) {

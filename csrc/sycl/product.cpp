@@ -31,55 +31,28 @@ int64_t matrices(const Operand& x, const Shape& s) { return x.batch == 0 && s.ba
 
 }  // namespace
 
-LeftLayout left_layout(const Operand& a, DType acc) {
-  if (a.col != 1) return LeftLayout::panels;
-  return a.dtype == acc ? LeftLayout::kept : LeftLayout::widened;
-}
-
 int64_t packed_right_bytes(const Context& context, const Operand& b, const Shape& s) {
   const int64_t width = panel_width(s.acc, variant_of(context));
   return matrices(b, s) * ceil_div(s.N, width) * width * s.K * static_cast<int64_t>(size_of(s.acc));
 }
 
-int64_t prepared_left_bytes(LeftLayout layout, const Operand& a, const Shape& s) {
-  const int64_t acc = static_cast<int64_t>(size_of(s.acc)), rows = tile_rows(s.acc);
-  switch (layout) {
-    case LeftLayout::kept:
-      return 0;
-    case LeftLayout::widened:
-      return matrices(a, s) * s.M * s.K * acc;
-    case LeftLayout::panels:
-      return matrices(a, s) * ceil_div(s.M, rows) * rows * s.K * acc;
-  }
-  return 0;
+int64_t packed_left_bytes(const Operand& a, const Shape& s) {
+  const int64_t rows = tile_rows(s.acc);
+  return matrices(a, s) * ceil_div(s.M, rows) * rows * s.K * static_cast<int64_t>(size_of(s.acc));
 }
 
-Prepared pack_right(Call& call, const Bundle& bundle, int kernel, const Operand& b, const Shape& s, void* to) {
+Packed pack_right(Call& call, const Bundle& bundle, int kernel, const Operand& b, const Shape& s, void* to) {
   const int64_t width = panel_width(s.acc, call.variant()), panels = ceil_div(s.N, width);
   const int64_t count = matrices(b, s), units = count * panels * ceil_div(s.K, kDepth);
   call.launch(bundle, kernel, units, b.data, to, b.batch, b.row, b.col, as_int(s.N), as_int(s.K), kDepth, units);
-  return {to, 0, count == 1 ? 0 : panels * width * s.K};
+  return {to, count == 1 ? 0 : panels * width * s.K};
 }
 
-Prepared prepare_left(Call& call, const Bundle& bundle, int pack, int widen, LeftLayout layout, const Operand& a,
-                      const Shape& s, void* to) {
-  const int64_t count = matrices(a, s);
-  switch (layout) {
-    case LeftLayout::kept:
-      return {a.data, a.row, a.batch};
-    case LeftLayout::widened: {
-      const int64_t units = count * s.M;
-      call.launch(bundle, widen, units, a.data, to, a.batch, a.row, as_int(s.M), as_int(s.K), units);
-      return {to, s.K, count == 1 ? 0 : s.M * s.K};
-    }
-    case LeftLayout::panels: {
-      const int64_t rows = tile_rows(s.acc), panels = ceil_div(s.M, rows);
-      const int64_t units = count * panels * ceil_div(s.K, kDepth);
-      call.launch(bundle, pack, units, a.data, to, a.batch, a.row, a.col, as_int(s.M), as_int(s.K), kDepth, units);
-      return {to, 0, count == 1 ? 0 : panels * rows * s.K};
-    }
-  }
-  return {};
+Packed pack_left(Call& call, const Bundle& bundle, int kernel, const Operand& a, const Shape& s, void* to) {
+  const int64_t rows = tile_rows(s.acc), panels = ceil_div(s.M, rows);
+  const int64_t count = matrices(a, s), units = count * panels * ceil_div(s.K, kDepth);
+  call.launch(bundle, kernel, units, a.data, to, a.batch, a.row, a.col, as_int(s.M), as_int(s.K), kDepth, units);
+  return {to, count == 1 ? 0 : panels * rows * s.K};
 }
 
 int64_t product_units(const Call& call, const Shape& s) {
@@ -88,11 +61,10 @@ int64_t product_units(const Call& call, const Shape& s) {
   return s.batch * ceil_div(s.N, panel_width(s.acc, call.variant())) * ceil_div(blocks, sub_groups) * sub_groups;
 }
 
-void run_product(Call& call, const Bundle& bundle, int kernel, const Prepared& a, const Prepared& b, void* c,
+void run_product(Call& call, const Bundle& bundle, int kernel, const Packed& a, const Packed& b, void* c,
                  const Shape& s) {
   const int64_t units = product_units(call, s);
-  call.launch(bundle, kernel, units, a.data, b.data, c, as_int(s.M), as_int(s.N), as_int(s.K), a.row, a.batch, b.batch,
-              units);
+  call.launch(bundle, kernel, units, a.data, b.data, c, as_int(s.M), as_int(s.N), as_int(s.K), a.batch, b.batch, units);
 }
 
 int64_t extent(int64_t n0, int64_t s0, int64_t n1, int64_t s1, int64_t n2, int64_t s2, int64_t n3, int64_t s3) {
@@ -105,16 +77,12 @@ std::string pack_right_name(DType from, DType acc, bool rows_adjacent) {
          (rows_adjacent ? ", true>" : ", false>");
 }
 
-std::string pack_left_name(DType from, DType acc) {
-  return std::string("pack_left<") + type_name(from) + ", " + type_name(acc) + ">";
+std::string pack_left_name(DType from, DType acc, bool rows_adjacent) {
+  return std::string("pack_left<") + type_name(from) + ", " + type_name(acc) + (rows_adjacent ? ", true>" : ", false>");
 }
 
-std::string widen_rows_name(DType from, DType acc) {
-  return std::string("widen_rows<") + type_name(from) + ", " + type_name(acc) + ">";
-}
-
-std::string product_name(DType to, bool panels, DType acc) {
-  return std::string("product<") + type_name(to) + (panels ? ", true, " : ", false, ") + type_name(acc) + ">";
+std::string product_name(DType to, DType acc) {
+  return std::string("product<") + type_name(to) + ", " + type_name(acc) + ">";
 }
 
 }  // namespace vit::device

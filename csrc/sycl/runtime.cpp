@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <sstream>
 
@@ -79,12 +80,6 @@ void prepare_libraries() {
 
 // ----- the device
 
-// Set by the tests alone: a property of the process, like a device mask.
-struct Forced {
-  bool active = false;
-  Variant variant;
-} forced;
-
 std::string log_of_failure;
 
 int rank(const sycl::device& d) {
@@ -132,15 +127,24 @@ sycl::queue& own_queue() {
   return *queue;
 }
 
+struct Devices {
+  std::mutex mutex;
+  std::vector<std::unique_ptr<Device>> known;
+  std::optional<Variant> forced;  // by the tests alone
+};
+
+Devices& devices() {
+  static Devices* devices = new Devices;  // never deleted, as the queue
+  return *devices;
+}
+
 // The device of a queue; each context has its own compiled kernels.
 Device& device_of(const sycl::queue& queue) {
-  static std::mutex mutex;
-  static auto* known = new std::vector<std::unique_ptr<Device>>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const auto& device : *known)
+  const std::lock_guard<std::mutex> lock(devices().mutex);
+  for (const auto& device : devices().known)
     if (device->context == queue.get_context() && device->device == queue.get_device()) return *device;
-  known->push_back(std::make_unique<Device>(queue.get_context(), queue.get_device()));
-  return *known->back();
+  devices().known.push_back(std::make_unique<Device>(queue.get_context(), queue.get_device()));
+  return *devices().known.back();
 }
 
 sycl::queue& queue_of(const Context& context) {
@@ -204,7 +208,7 @@ Device::Device(const sycl::context& c, const sycl::device& d)
       device(d),
       compute_units(static_cast<int>(d.get_info<sycl::info::device::max_compute_units>())),
       system_usm(d.has(sycl::aspect::usm_system_allocations)) {
-  variant = forced.active ? forced.variant : variant_for(d, system_usm);
+  variant = devices().forced.value_or(variant_for(d, system_usm));
 }
 
 // ----- a call
@@ -328,10 +332,16 @@ std::vector<std::pair<std::string, std::string>> info() {
 
 }  // namespace vit
 
-// For the tests, by ctypes: the variants meant for other devices, on this one. Call it before anything else.
+// For the tests, by ctypes: the variants meant for other devices, on this one; lanes = 0 brings its own back. No op may
+// be running.
 extern "C" __attribute__((visibility("default"))) void vit_sycl_variant(int lanes, int sub_groups, int local,
                                                                         int staged) {
-  vit::device::forced = {true, {lanes, sub_groups, local != 0, staged != 0}};
+  using namespace vit::device;
+  const std::lock_guard<std::mutex> lock(devices().mutex);
+  devices().forced.reset();
+  if (lanes) devices().forced = Variant{lanes, sub_groups, local != 0, staged != 0};
+  for (const auto& device : devices().known)
+    device->variant = devices().forced.value_or(variant_for(device->device, device->system_usm));
 }
 
 // What the run-time compiler said when it last failed, in full.

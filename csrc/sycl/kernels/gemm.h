@@ -1,4 +1,4 @@
-// The product of a left operand (rows, or panels of rows) and a packed right operand (pack.h), tile by tile.
+// The product of packed operands (pack.h), tile by tile.
 //
 // A sub-group takes one panel of the right operand and kTilesPerGroup row tiles; a tile of R x V vectors of results
 // stays in registers while k runs once from 0 to K: every result is one sum in the order of k, whatever M, N or the
@@ -6,19 +6,6 @@
 #pragma once
 
 #include "common.h"
-
-// Where a row tile of the left operand begins: row i, column k is at data[i * row + k * column].
-template <class A, bool kPanels>
-struct Left {
-  const A* data;
-  int64 row;
-
-  // Rows beyond the last one repeat it: they are computed and not stored.
-  VIT_INLINE const A* tile_row(int i, int rows) const {
-    return kPanels ? data + i : data + (i < rows ? i : rows - 1) * row;
-  }
-  static constexpr int column = kPanels ? vit::tiles::Tile<A>::rows : 1;
-};
 
 #if VIT_LOCAL
 // The columns of the panel that a work-group is reading, kLocalDepth at a time.
@@ -32,14 +19,12 @@ VIT_INLINE float* local_panel(float) { return &local_floats[0]; }
 VIT_INLINE double* local_panel(double) { return &local_doubles[0]; }
 #endif
 
-template <class A, bool kPanels>
-VIT_INLINE void multiply_tile(const Left<A, kPanels>& left, int rows, const A* panel, int K, int lane,
+template <class A>
+VIT_INLINE void multiply_tile(const A* left, const A* panel, int K, int lane,
                               A (&sum)[vit::tiles::Tile<A>::rows][vit::tiles::Tile<A>::vectors]) {
   using Tile = vit::tiles::Tile<A>;
   constexpr int R = Tile::rows, V = Tile::vectors, width = V * VIT_LANES;
   VIT_UNROLL for (int i = 0; i < R; ++i) VIT_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = 0;
-  const A* row[R];
-  VIT_UNROLL for (int i = 0; i < R; ++i) row[i] = left.tile_row(i, rows);
 #if VIT_LOCAL
   const auto item = sycl::ext::oneapi::this_work_item::get_nd_item<1>();
   A* local = local_panel(A());
@@ -50,21 +35,22 @@ VIT_INLINE void multiply_tile(const Left<A, kPanels>& left, int rows, const A* p
       local[e] = panel[int64(k0) * width + e];
     sycl::group_barrier(item.get_group());
     for (int k = 0; k < depth; ++k) {
+      const A* column = left + int64(k0 + k) * R;
       A right[V];
       VIT_UNROLL for (int j = 0; j < V; ++j) right[j] = local[k * width + j * VIT_LANES + lane];
       VIT_UNROLL for (int i = 0; i < R; ++i) {
-        const A value = row[i][int64(k0 + k) * left.column];
+        const A value = column[i];
         VIT_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = sycl::fma(value, right[j], sum[i][j]);
       }
     }
   }
 #else
   for (int k = 0; k < K; ++k) {
-    const A* vectors = panel + int64(k) * width;
+    const A *vectors = panel + int64(k) * width, *column = left + int64(k) * R;
     A right[V];
     VIT_UNROLL for (int j = 0; j < V; ++j) right[j] = vectors[j * VIT_LANES + lane];
     VIT_UNROLL for (int i = 0; i < R; ++i) {
-      const A value = row[i][int64(k) * left.column];
+      const A value = column[i];
       VIT_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = sycl::fma(value, right[j], sum[i][j]);
     }
   }
@@ -74,12 +60,12 @@ VIT_INLINE void multiply_tile(const Left<A, kPanels>& left, int rows, const A* p
 // Sizes of one launch: `batch` products [M, K] x [K, N] whose operands lie a_batch and b_batch elements apart.
 struct Sizes {
   int M, N, K;
-  int64 a_row, a_batch, b_batch;
+  int64 a_batch, b_batch;
 };
 
 // Calls finish(pair, row, column of the first lane, value) for the results of this sub-group's unit; lanes beyond N
 // have been left out.
-template <class A, bool kPanels, class F>
+template <class A, class F>
 VIT_INLINE void multiply(const A* a, const A* packed, const Sizes& s, int64 units, const F& finish) {
   using Tile = vit::tiles::Tile<A>;
   constexpr int R = Tile::rows, V = Tile::vectors, width = V * VIT_LANES, block = R * vit::tiles::kTilesPerGroup;
@@ -95,18 +81,17 @@ VIT_INLINE void multiply(const A* a, const A* packed, const Sizes& s, int64 unit
   const A* right = packed + pair * s.b_batch + int64(panel) * s.K * width;
   const A* left = a + pair * s.a_batch;
   for (int tile = 0; tile < vit::tiles::kTilesPerGroup; ++tile) {
-    int first = row_block * block + tile * R;
+    const int first = row_block * block + tile * R;
 #if VIT_LOCAL
-    const int rows = s.M - first < R ? s.M - first : R;  // may be negative: barriers are for all sub-groups
-    first = first < s.M ? first : 0;
-    const int readable = rows > 0 ? rows : 1;
+    const int rows = s.M - first < R ? s.M - first : R;  // may be negative: the barriers are for all sub-groups
+    const A* rows_at = left + (first < s.M ? int64(first) * s.K : 0);
 #else
     if (first >= s.M) return;
-    const int rows = s.M - first < R ? s.M - first : R, readable = rows;
+    const int rows = s.M - first < R ? s.M - first : R;
+    const A* rows_at = left + int64(first) * s.K;
 #endif
     A sum[R][V];
-    const Left<A, kPanels> from{left + (kPanels ? int64(first) * s.K : first * s.a_row), s.a_row};
-    multiply_tile<A, kPanels>(from, readable, right, s.K, lane, sum);
+    multiply_tile<A>(rows_at, right, s.K, lane, sum);
     // Through an array of its own: `sum` is indexed by constants alone and stays in registers.
     A results[R * V];
     VIT_UNROLL for (int i = 0; i < R; ++i) VIT_UNROLL for (int j = 0; j < V; ++j) results[i * V + j] = sum[i][j];
