@@ -58,8 +58,9 @@ class Sycl(NativeBackend):
         return self._workspace.take(nbytes)
 
     def info(self) -> dict[str, Any]:
+        record = super().info()  # compiles, the first time
         log = _compiler_log()
-        return super().info() | ({"compiler log": log} if log else {})
+        return record | ({"compiler log": log} if log else {})
 
 
 @constant
