@@ -1,0 +1,167 @@
+"""The tables of docs/benchmarks.md, made from the records below benchmarks/results: python benchmarks/tables.py
+
+A table stands between `<!-- table NAME FILE -->` and `<!-- end -->`; the text around it is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+BLOCK = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Record = dict[str, Any]
+Report = dict[str, Any]
+
+
+def generate(text: str) -> str:
+    """The document with every table made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        report = json.loads((RESULTS / match[3]).read_text(encoding="utf-8"))
+        return match[1] + "\n".join(TABLES[match[2]](report)) + "\n" + match[4]
+
+    return BLOCK.sub(fill, text)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
+
+
+def races(records: Sequence[Record]) -> dict[tuple[Any, ...], dict[str, Record]]:
+    """(model, mode, dtype, batch) -> candidate -> its record, in the order of the file."""
+    found: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in records:
+        key = (record["model"], record["mode"], record["dtype"], record["batch"])
+        found.setdefault(key, {})[record["backend"]] = record
+    return found
+
+
+def about(key: tuple[Any, ...]) -> str:
+    model, _, dtype, batch = key
+    return f"{short(model)}, {dtype}, batch {batch}"
+
+
+def short(model: str) -> str:
+    """ "vit_base_patch16_384" -> "ViT-B/16 at 384"."""
+    name, *settings = model.split(":")
+    sizes = dict(setting.split("=") for setting in settings)
+    match = re.fullmatch(r"(vit|deit)_([a-z]+)_patch(\d+)_(\d+)", name)
+    if not match:
+        return model
+    family = {"vit": "ViT", "deit": "DeiT"}[match[1]]
+    size = {"tiny": "Ti", "giant": "g"}.get(match[2], match[2][0].upper())
+    image = sizes.get("img_size", match[4])
+    return f"{family}-{size}/{sizes.get('patch_size', match[3])}" + (f" at {image}" if image != "224" else "")
+
+
+def models(report: Report) -> list[str]:
+    """Backends against the faster of timm and the reference."""
+    rows = []
+    for key, race in races(report["records"]).items():
+        baseline = min(race[name]["ms_median"] for name in ("timm", "reference") if name in race)
+        ours = race["cpu"]
+        times = [f"{race[name]['ms_median']:.0f} ms" if name in race else "" for name in ("reference", "timm", "cpu")]
+        memory = f"{race['timm']['peak_memory_mb']:.0f} / {ours['peak_memory_mb']:.0f} MiB" if "timm" in race else ""
+        rows.append([about(key), *times, f"{baseline / ours['ms_median']:.2f}", memory])
+    return markdown(("model", "reference", "timm", "cpu", "ratio", "peak memory, timm / cpu"), rows)
+
+
+def ops(report: Report) -> list[str]:
+    """A row per shape and direction: percent of peak or GB/s of the cpu backend, and its ratio to PyTorch."""
+    rows: dict[str, dict[str, str]] = {}
+    for record in report["records"]:
+        if record["backend"] != "cpu":
+            continue
+        text = f"{record['percent_of_peak']:.0f} %" if "percent_of_peak" in record else f"{record['rate']:.0f} GB/s"
+        name = record["id"].replace(f"-{record['dtype']}-", "-")
+        rows.setdefault(name, {})[record["dtype"]] = f"{text}, {record['ratio_to_torch']:.2f}"
+    dtypes = list(dict.fromkeys(dtype for cells in rows.values() for dtype in cells))
+    body = [[name, *(cells.get(dtype, "") for dtype in dtypes)] for name, cells in rows.items()]
+    return markdown(("op", *(f"{dtype}: of peak, ratio to PyTorch" for dtype in dtypes)), body)
+
+
+def peers(report: Report) -> list[str]:
+    """The engine's images per second, and how many times as fast it is as each peer in the same race."""
+    names = list(dict.fromkeys(r["backend"] for r in report["records"] if r["backend"] != "engine"))
+    rows = []
+    for key, race in races(report["records"]).items():
+        if "engine" not in race:
+            continue
+        ours = race["engine"]
+        cells = [
+            f"{race[name]['images_per_second']:.1f} ({race[name]['ms_median'] / ours['ms_median']:.2f})"
+            if name in race
+            else "-"
+            for name in names
+        ]
+        rows.append([about(key), f"{ours['images_per_second']:.1f}", *cells])
+    return markdown(("images per second (engine is so many times as fast)", "engine", *names), rows)
+
+
+def accuracy(report: Report) -> list[str]:
+    """Cosine of the logits with the float32 reference, largest difference over the largest logit, and memory."""
+    names = list(dict.fromkeys(r["backend"] for r in report["records"]))
+    rows = []
+    for key, race in races(report["records"]).items():
+        cells = [
+            f"{race[n]['logits_cosine']:.5f}, {race[n]['logits_max_error']:.0e}, {race[n]['peak_memory_mb']:.0f} MiB"
+            if n in race
+            else "-"
+            for n in names
+        ]
+        rows.append([about(key), *cells])
+    return markdown(("logits: cosine, largest difference; memory", *names), rows)
+
+
+def phases(report: Report) -> list[str]:
+    """Share of the engine's time and percent of the peak of each phase."""
+    found = {
+        key: {phase["name"]: phase for phase in race["engine"]["phases"]}
+        for key, race in races(report["records"]).items()
+        if race.get("engine", {}).get("phases")
+    }
+    names = list(dict.fromkeys(name for entries in found.values() for name in entries))
+    rows = []
+    for key, entries in found.items():
+        cells = []
+        for name in names:
+            phase = entries[name]
+            peak = f" ({phase['percent_of_peak']:.0f})" if "percent_of_peak" in phase else ""
+            cells.append(f"{100 * phase['share']:.1f}{peak}")
+        rows.append([about(key), *cells])
+    return markdown(("% of time (% of peak)", *names), rows)
+
+
+def start_up(report: Report) -> list[str]:
+    rows = [
+        [
+            f"{short(r['model'])}, {r['dtype']}", r["backend"], f"{r['import_seconds']:.2f} s",
+            f"{r['construct_seconds']:.2f} s", f"{r['first_batch_seconds']:.2f} s", f"{r['process_memory_mb']:.0f} MiB",
+        ]
+        for r in report.get("start_up", ())
+        if "reason" not in r
+    ]  # fmt: skip
+    return markdown(("fresh process", "", "import", "construct", "first batch", "memory of the process"), rows)
+
+
+TABLES: dict[str, Callable[[Report], list[str]]] = {
+    "models": models, "ops": ops, "peers": peers, "accuracy": accuracy, "phases": phases, "start_up": start_up,
+}  # fmt: skip
+
+
+def main() -> int:
+    DOCUMENT.write_text(generate(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
