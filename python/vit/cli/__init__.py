@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-COMMANDS = ("info", "train", "eval", "predict", "parity", "bench")
+COMMANDS = ("info", "train", "eval", "predict", "parity", "bench", "quantize")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,108 @@
+"""`vit quantize`: an int8 engine, its accuracy and speed beside float32, and whether to use it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from .show import Progress, table
+
+HELP = "make an int8 engine and compare its accuracy and speed with float32"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Quantizes a model to int8, smoothed on part of the images, and compares it with float32 and bfloat16 on the "
+        "rest. The engine is saved only where it is recommended: faster than float32 and within both limits. "
+        "Exit code 0: recommended, 1: not recommended or failed, 2: bad usage."
+    )
+    add = parser.add_argument
+    add("weights", metavar="RUN-or-WEIGHTS", help="run folder of vit train, or any weights vit.create takes")
+    add("--calibrate", metavar="DATA", required=True, help="digits, a folder of class folders, or MNIST IDX files")
+    add("--model", metavar="NAME", help="model name, for weights that do not know theirs")
+    add("--images", type=int, default=128, metavar="N", help="images to calibrate on (default: %(default)s)")
+    add("--evaluate", type=int, default=1000, metavar="N", help="images to compare on, at most (default: %(default)s)")
+    add("--batch-size", type=int, default=8, metavar="N", help="images per forward (default: %(default)s)")
+    add("--exclude", default="", metavar="A,B", help="layers that stay bfloat16, such as blocks.0.mlp.fc2")
+    add("--sensitivity", action="store_true", help="quantize each layer alone and list what that costs")
+    add("--max-drop", type=float, default=0.01, help="allowed loss of top-1, as a share (default: %(default)s)")
+    add("--min-cosine", type=float, default=0.99, help="of the logits with float32's (default: %(default)s)")
+    add("--output", metavar="FILE", help="save the engine there, for vit.Engine.load and the C API, if recommended")
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    import vit
+    from vit.engine import quantize
+
+    if min(args.images, args.evaluate, args.batch_size) < 1:
+        print("vit: --images, --evaluate and --batch-size must be 1 or more", file=sys.stderr)
+        return 2
+    model = vit.create(args.model, backend="reference", weights=args.weights, dtype="float32", training=False)
+    exclude = [name for name in args.exclude.replace(" ", "").split(",") if name]
+    quantize.check_layers(exclude, len(model.blocks))
+    calibrate, images, labels = _images(args, model)
+    engines = [
+        vit.Engine(model),
+        vit.Engine(model, "bfloat16"),
+        vit.Engine(model, "int8", calibrate=calibrate, exclude=exclude),
+    ]
+    found = quantize.figures(engines, images, labels, args.batch_size)
+    layers: list[tuple[str, float]] = []
+    if args.sensitivity:
+        with Progress(len(model.blocks) * len(quantize.LAYERS)) as progress:
+            layers = quantize.sensitivity(model, images, args.batch_size, calibrate, progress.step)
+    against = quantize.objections(found[0], found[-1], args.max_drop, args.min_cosine)
+    if args.output and not against:
+        engines[-1].save(args.output)
+    report = {
+        "model": model.name, "recommended": not against, "objections": against, "images": len(labels),
+        "exclude": exclude, "figures": [f.record() for f in found],
+        "sensitivity": [{"layer": layer, "cosine": value} for layer, value in layers],
+        "file": args.output if args.output and not against else None,
+    }  # fmt: skip
+    print(json.dumps(report)) if args.json else _print(report)
+    return 1 if against else 0
+
+
+def _images(args: argparse.Namespace, model: Any) -> tuple[Any, Any, Any]:
+    """Images to calibrate on, and others with their labels to compare on, spread evenly over the data."""
+    import numpy as np
+    import torch
+
+    from ..data import DataError, Samples, open_source
+    from ..data.loader import Images
+
+    source = open_source(args.calibrate)
+    samples = Samples.concatenate(list(source.splits.values()))
+    if len(source.class_names) != model.num_classes:
+        counts = f"{len(source.class_names)} classes, the model {model.num_classes}"
+        raise DataError(f"vit: {args.calibrate!r} has {counts}: give data of the model's classes")
+    if len(samples) < 2:
+        raise DataError(f"vit: {args.calibrate!r} holds {len(samples)} images; calibration and comparison need two")
+    order = np.random.default_rng(0).permutation(len(samples))
+    count = min(args.images, len(samples) // 2)
+    dataset = Images(samples, model.preprocess)
+    items = [dataset[(0, int(i))] for i in order[: count + args.evaluate]]
+    pixels, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+    return pixels[:count], pixels[count:], labels[count:]
+
+
+def _print(report: dict[str, Any]) -> None:
+    rows = [
+        (f["dtype"], f"{100 * f['top1']:.2f} %", f"{f['cosine']:.6f}", f"{f['images_per_second']:.1f}",
+         f"{f['weight_bytes'] / 2**20:.1f}")
+        for f in report["figures"]
+    ]  # fmt: skip
+    table((report["model"], "top-1", "cosine", "images/s", "weights MiB"), rows, sys.stdout)
+    if report["sensitivity"]:
+        layers = [(entry["layer"], f"{entry['cosine']:.6f}") for entry in report["sensitivity"]]
+        table(("only this layer in int8", "cosine"), layers, sys.stdout)
+    for reason in report["objections"]:
+        print(f"not recommended: {reason}")
+    if report["recommended"]:
+        print("recommended" + (f", saved to {report['file']}" if report["file"] else ""))
+    elif report["sensitivity"]:
+        print(f"try --exclude {report['sensitivity'][0]['layer']}")

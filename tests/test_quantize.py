@@ -1,0 +1,86 @@
+"""`vit quantize`: figures side by side, a recommendation with reasons, and a file that holds no float weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import vit
+from conftest import USABLE
+from safetensors.torch import save_file
+from vit.cli import main
+from vit.testing.weights import seeded_state
+
+pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the cpu backend is not built")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    state = seeded_state(vit.create("vit_digits", backend="reference").state_dict())
+    path = tmp_path / "digits.safetensors"
+    save_file(state, path)
+    return path
+
+
+def quantize(capsys, weights, *options: str) -> tuple[int, dict]:
+    words = ("--model", "vit_digits", "--calibrate", "digits", "--images", "16", "--evaluate", "32", "--json")
+    code = main(["quantize", str(weights), *words, *options])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_figures_file_and_sensitivity(capsys, weights, tmp_path):
+    target = tmp_path / "int8.safetensors"
+    code, report = quantize(capsys, weights, "--sensitivity", "--max-drop", "1", "--output", str(target))
+    assert [f["dtype"] for f in report["figures"]] == ["float32", "bfloat16", "int8"]
+    plain, _, quantized = report["figures"]
+    assert plain["cosine"] == pytest.approx(1)
+    assert 0.98 < quantized["cosine"] < 1
+    assert quantized["weight_bytes"] < plain["weight_bytes"]
+    cosines = [entry["cosine"] for entry in report["sensitivity"]]
+    assert len(cosines) == 4 * 4
+    assert cosines == sorted(cosines)
+    assert cosines[0] > quantized["cosine"]  # one layer alone costs less than all of them
+    # Which is faster on so small a model is the machine's business; the answer, code and file must agree.
+    assert code == (0 if report["recommended"] else 1)
+    assert target.exists() == report["recommended"]
+
+
+def test_a_limit_that_cannot_be_met_is_refused_and_nothing_is_saved(capsys, weights, tmp_path):
+    target = tmp_path / "int8.safetensors"
+    code, report = quantize(capsys, weights, "--min-cosine", "1.1", "--output", str(target))
+    assert code == 1
+    assert any("below the limit of 1.1" in reason for reason in report["objections"])
+    assert report["file"] is None
+    assert not target.exists()
+
+
+def test_excluded_layers_stay_exact(capsys, weights):
+    everything = ",".join(
+        f"blocks.{i}.{layer}" for i in range(4) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    )
+    _, report = quantize(capsys, weights, "--exclude", everything)
+    assert report["figures"][2]["cosine"] == pytest.approx(report["figures"][1]["cosine"], abs=1e-4)
+
+
+def test_objections_name_what_is_wrong():
+    from vit.engine.quantize import Figures, objections
+
+    plain = Figures("float32", 0.9, 1.0, 100.0, 400)
+    good = Figures("int8", 0.895, 0.999, 150.0, 100)
+    assert objections(plain, good, 0.01, 0.99) == []
+    slow, wrong = dataclasses.replace(good, images_per_second=90.0), dataclasses.replace(good, top1=0.88)
+    assert "not faster" in objections(plain, slow, 0.01, 0.99)[0]
+    assert "90.00 % to 88.00 %" in objections(plain, wrong, 0.01, 0.99)[0]
+
+
+def test_bad_usage_and_data_of_other_classes(capsys, weights, tmp_path):
+    assert main(["quantize", str(weights), "--calibrate", "digits", "--images", "0"]) == 2
+    options = ("--model", "vit_digits", "--calibrate", "digits")
+    assert main(["quantize", str(weights), *options, "--exclude", "blocks.9.mlp"]) == 1
+    assert "blocks.9.mlp cannot be excluded" in capsys.readouterr().err
+    other = vit.create("vit_digits", backend="reference", num_classes=3).state_dict()
+    save_file({name: torch.zeros_like(x) for name, x in other.items()}, tmp_path / "three.safetensors")
+    assert main(["quantize", str(tmp_path / "three.safetensors"), *options]) == 1
+    assert "10 classes, the model 3" in capsys.readouterr().err
