@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -185,25 +181,3 @@ def test_no_case_is_left_out_of_the_guards():
     groups = {case.group for case in cases()}
     assert groups == {"regular", "odd", "corner", "large"}
     assert all(isinstance(case, Case) for case in cases(groups=["odd", "corner"]))
-
-
-FAULTS = """
-import resource, torch, vit
-vit.ops.linear(torch.ones(2, 8), torch.ones(3, 8), backend="cpu")
-for _ in range(5):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(80 << 18)  # 80 MB: 20480 pages
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc returns freed blocks by these rules")
-@pytest.mark.skipif("cpu" not in NATIVE, reason="the backend that sets the rules is not built")
-@pytest.mark.parametrize(("settings", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
-def test_freed_memory_is_kept(settings, kept):
-    """After the first call a freed tensor's pages serve the next one, unless the user has set malloc otherwise."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS], env=environment | settings, capture_output=True, text=True, check=True
-    )
-    assert (int(done.stdout) < 2048) == kept

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import importlib
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -169,26 +166,8 @@ class HostWorkspace(threading.local):
 
     def take(self, nbytes: int) -> torch.Tensor:
         if self.buffer.numel() < nbytes:
-            keep_freed_memory()
             self.buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         return self.buffer
-
-
-@functools.cache
-def keep_freed_memory() -> bool:
-    """Lets glibc's malloc keep freed blocks below 1 GiB for the next tensors, as torch's allocator on GPUs does.
-
-    By itself it gives blocks above 32 MB and the free end of the heap back to the system, which clears every page
-    again when the next result is written: 7 % of a training step of ViT-S/16. Settings of the user (MALLOC_...,
-    GLIBC_TUNABLES) are left alone, and so is any other allocator. Returns whether anything was set.
-    """
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it; its int limits the free end to 2 GiB
-    return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def build_record(name: str) -> dict[str, Any]:
