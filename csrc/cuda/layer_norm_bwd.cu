@@ -208,7 +208,7 @@ namespace vit {
 
 std::size_t layer_norm_bwd_workspace(const LayerNormBwd& p) {
   const std::size_t acc = p.dtype == DType::float64 ? 8 : 4;
-  return p.dweight || p.dbias ? cuda::aligned(cuda::partial_count(p.M) * 2 * p.C * acc) : 0;
+  return cuda::aligned(cuda::partial_count(p.M) * 2 * p.C * acc);
 }
 
 void layer_norm_bwd(const LayerNormBwd& p) {

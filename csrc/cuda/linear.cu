@@ -155,7 +155,12 @@ std::size_t linear_fwd_workspace(const LinearFwd& p) {
   return cuda::aligned(cuda::weight_bytes(p.N, p.K, p.dtype, p.param_dtype));
 }
 
-std::size_t linear_bwd_workspace(const LinearBwd& p) { return cuda::plan(p, nullptr).workspace; }
+std::size_t linear_bwd_workspace(const LinearBwd& p) {
+  LinearBwd all = p;  // the size is that of all gradients: which ones are wanted is in the pointers
+  char wanted;
+  all.dx = all.dweight = all.dbias = &wanted;
+  return cuda::plan(all, nullptr).workspace;
+}
 
 void linear_fwd(const LinearFwd& p) {
   using namespace cuda;

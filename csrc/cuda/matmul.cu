@@ -47,7 +47,7 @@ namespace vit {
 
 std::size_t matmul_fwd_workspace(const MatmulFwd&) { return 0; }
 
-std::size_t matmul_bwd_workspace(const MatmulBwd& p) { return p.db ? cuda::gemm_workspace(cuda::gradient_b(p)) : 0; }
+std::size_t matmul_bwd_workspace(const MatmulBwd& p) { return cuda::gemm_workspace(cuda::gradient_b(p)); }
 
 void matmul_fwd(const MatmulFwd& p) {
   using namespace cuda;
