@@ -75,7 +75,7 @@ def test_the_engine_neither(environment):
     chosen = "not every_name and not direction and not level and not profile"
     tests = [str(ROOT / "tests/test_engine.py"), "-k", chosen]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *tests],
         env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]

@@ -264,7 +264,8 @@ std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit
     if (part.derived) continue;
     const vit_tensor* source = find(sources, part);
     if (part.vector) {
-      if (source) std::memcpy(*part.vector, source->data, static_cast<std::size_t>(part.count) * sizeof(float));
+      if (source && part.count > 0)
+        std::memcpy(*part.vector, source->data, static_cast<std::size_t>(part.count) * sizeof(float));
     } else {
       active_kernels().engine_pack({source->data, part.matrix, default_threads()});
     }

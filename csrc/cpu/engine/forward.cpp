@@ -311,7 +311,7 @@ class Pass {
                            panels_of<T>(s.C), epilogue);
       unit += rows;
     }
-    for (int64_t b = team.member; b < images; b += team.members)
+    for (int64_t b = team.member; s.prefix > 0 && b < images; b += team.members)
       memcpy(tokens + b * s.N() * s.C, net.prefix, static_cast<size_t>(s.prefix * s.C) * sizeof(float));
     clock.lap(kEmbed);
   }
