@@ -25,8 +25,8 @@ From a checkout to figures, on a machine without a network and perhaps without g
 
 Where pip refuses (its setuptools must know SPDX licenses, 77 and newer), CMake alone will do, with PYTHONPATH=python:
 
-    cmake -S . -B /tmp/vit -G Ninja -DVIT_BACKEND=cuda -DPython_EXECUTABLE=$(which python3)
-    cmake --build /tmp/vit && cmake --install /tmp/vit --prefix python/vit
+    cmake -S . -B build/cuda -G Ninja -DVIT_BACKEND=cuda -DPython_EXECUTABLE=$(which python3)
+    cmake --build build/cuda && cmake --install build/cuda --prefix python/vit
 """
 
 from __future__ import annotations
