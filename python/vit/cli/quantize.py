@@ -36,13 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import vit
     from vit.engine import quantize
+    from vit.engine.freeze import check_layers, quantizable
 
     if min(args.images, args.evaluate, args.batch_size) < 1:
         print("vit: --images, --evaluate and --batch-size must be 1 or more", file=sys.stderr)
         return 2
     model = vit.create(args.model, backend="reference", weights=args.weights, dtype="float32", training=False)
     exclude = [name for name in args.exclude.replace(" ", "").split(",") if name]
-    quantize.check_layers(exclude, len(model.blocks))
+    check_layers(exclude, len(model.blocks))
     calibrate, images, labels = _images(args, model)
     engines = [
         vit.Engine(model),
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     found = quantize.figures(engines, images, labels, args.batch_size)
     layers: list[tuple[str, float]] = []
     if args.sensitivity:
-        with Progress(len(model.blocks) * len(quantize.LAYERS)) as progress:
+        with Progress(len(quantizable(len(model.blocks)))) as progress:
             layers = quantize.sensitivity(model, images, args.batch_size, calibrate, progress.step)
     against = quantize.objections(found[0], found[-1], args.max_drop, args.min_cosine)
     if args.output and not against:

@@ -66,12 +66,7 @@ def freeze(model: nn.Module, dtype: str, calibrate: Tensor | None = None, exclud
     for name, parameter in model.named_parameters():
         if name.startswith(("blocks.", "head.")):
             tensors[name] = parameter
-    layers = [f"blocks.{i}.{layer}" for i in range(len(model.blocks)) for layer in LAYERS]
-    if unknown := sorted(set(exclude) - set(layers)):
-        raise ValueError(
-            f"vit.Engine: exclude names {', '.join(unknown)}; layers that can stay bfloat16 are blocks.I.<layer> with "
-            f"I from 0 to {len(model.blocks) - 1} and <layer> one of {', '.join(LAYERS)}"
-        )
+    layers = check_layers(exclude, len(model.blocks))
     precisions = {f"{layer}.weight": native.PRECISIONS["bfloat16" if layer in exclude else dtype] for layer in layers}
     (height, width), (patch_height, patch_width) = embed.img_size, embed.patch_size
     first: Any = model.blocks[0]
@@ -112,6 +107,22 @@ def check_quantization(dtype: str, calibrate: Tensor | None, exclude: Collection
         raise ValueError(f"vit.Engine: exclude must be a collection of names, got the text {exclude!r}")
     if calibrate is not None and not len(calibrate):
         raise ValueError("vit.Engine: calibrate holds no images")
+
+
+def quantizable(depth: int) -> list[str]:
+    """The layers of a network of that depth that int8 quantizes."""
+    return [f"blocks.{i}.{layer}" for i in range(depth) for layer in LAYERS]
+
+
+def check_layers(names: Collection[str], depth: int) -> list[str]:
+    """All that int8 quantizes; ValueError when one of the names is none of them."""
+    layers = quantizable(depth)
+    if unknown := sorted(set(names) - set(layers)):
+        raise ValueError(
+            f"vit.Engine: {', '.join(unknown)} cannot be excluded; layers that can stay bfloat16 are blocks.I.<layer> "
+            f"with I from 0 to {depth - 1} and <layer> one of {', '.join(LAYERS)}"
+        )
+    return layers
 
 
 def refusals(model: nn.Module) -> Iterator[str]:

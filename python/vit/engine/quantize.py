@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine import Engine
-
-#: The layers of a block that int8 quantizes, as Engine(exclude=...) names them.
-LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+from .freeze import quantizable
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,7 @@ def sensitivity(
 ) -> list[tuple[str, float]]:
     """(layer, cosine with the float32 logits when it alone is int8), the most sensitive layer first."""
     truth = _logits(Engine(model), images, batch)
-    depth = len(model.blocks)  # type: ignore[arg-type]
-    layers = [f"blocks.{block}.{layer}" for block in range(depth) for layer in LAYERS]
+    layers = quantizable(len(model.blocks))  # type: ignore[arg-type]
     found = []
     for layer in layers:
         advance(layer)
@@ -84,13 +81,6 @@ def objections(plain: Figures, quantized: Figures, max_drop: float, min_cosine: 
     if quantized.cosine < min_cosine:
         reasons.append(f"the cosine of its logits is {quantized.cosine:.5f}, below the limit of {min_cosine:g}")
     return reasons
-
-
-def check_layers(layers: Collection[str], depth: int) -> None:
-    """ValueError for a name that is no quantizable layer."""
-    known = {f"blocks.{block}.{layer}" for block in range(depth) for layer in LAYERS}
-    if unknown := sorted(set(layers) - known):
-        raise ValueError(f"vit: {', '.join(unknown)} cannot be excluded; layers are blocks.I.<{', '.join(LAYERS)}>")
 
 
 def _logits(engine: Engine, images: Tensor, batch: int) -> Tensor:
