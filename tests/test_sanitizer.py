@@ -25,7 +25,7 @@ def sanitized_package(folder: Path) -> Path:
     source = Path(vit.__file__).parent
     shutil.copytree(source, package, ignore=shutil.ignore_patterns("_cpu*.so", "_cuda*.so", "_sycl*.so", "__pycache__"))
     build = ["cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja", "-DVIT_BACKEND=cpu", "-DVIT_SANITIZE=ON"]
-    build += [f"-DPython_EXECUTABLE={sys.executable}"]
+    build += ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     for command in (
         build,
         ["cmake", "--build", folder / "build"],
