@@ -24,13 +24,13 @@ import vit
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from vit.training import Evaluation, Interrupted, TrainConfig, TrainError, TrainResult, evaluate, evaluate_run, train
+from vit.training import Evaluation, Interrupted, Run, TrainConfig, TrainError, TrainResult, evaluate, train
 from vit.training import checkpoint as checkpoints
 from vit.training.config import RECIPES, from_mapping
 from vit.training.files import append_line, replacing, write_text
 from vit.training.optim import Average, learning_rate, make_optimizer
 from vit.training.progress import Silent
-from vit.training.run import Run, new_path
+from vit.training.run import new_path
 
 # From Python 3.12 on a fork beside other threads warns; PyTorch's DataLoader forks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -132,21 +132,21 @@ def test_a_run_holds_everything(whole: TrainResult) -> None:
 
 def test_evaluation_repeats_the_logged_figures_to_the_bit(whole: TrainResult) -> None:
     final = figures(whole.run)[-1]
-    result = evaluate_run(whole.run)
+    result = Run.open(whole.run).evaluate()
     assert (result.accuracy, result.loss, result.images) == (final["test_accuracy"], final["test_loss"], 359)
     assert result.accuracy == whole.test.accuracy
     best = figures(whole.run)[final["best_epoch"] - 1]
-    assert evaluate_run(whole.run, "val").accuracy == best["val_accuracy"]
-    assert evaluate_run(whole.run, "val").loss == best["val_loss"]
+    assert Run.open(whole.run).evaluate("val").accuracy == best["val_accuracy"]
+    assert Run.open(whole.run).evaluate("val").loss == best["val_loss"]
 
 
 def test_the_splits_are_what_they_are_called(whole: TrainResult) -> None:
-    sizes = {split: evaluate_run(whole.run, split).images for split in ("train", "val", "test", "all")}
+    sizes = {split: Run.open(whole.run).evaluate(split).images for split in ("train", "val", "test", "all")}
     assert sizes == {"train": 1259, "val": 179, "test": 359, "all": 1797}
 
 
 def test_the_batch_size_of_an_evaluation_does_not_matter(whole: TrainResult) -> None:
-    results = [evaluate_run(whole.run, batch_size=size) for size in (359, 50, 1)]
+    results = [Run.open(whole.run).evaluate(batch_size=size) for size in (359, 50, 1)]
     if whole.backend == "cpu":  # PyTorch's own matmul, under the reference, may differ in the last bits
         assert len({result.loss for result in results}) == 1
     for result in results[1:]:
@@ -322,7 +322,7 @@ def test_the_number_of_threads_is_put_back(whole: TrainResult) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        evaluate_run(whole.run)
+        Run.open(whole.run).evaluate()
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -340,7 +340,7 @@ def test_what_cannot_be_resumed_is_refused(whole: TrainResult, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"there is no checkpoint\.safetensors"):
         train(resume=run)
     with pytest.raises(ValueError, match=r"has no best\.safetensors yet: no epoch was finished"):
-        evaluate_run(run)
+        Run.open(run).evaluate()
     good = (whole.run / "checkpoint.safetensors").read_bytes()
     for damaged in (good[:1000], b"", pickle.dumps({"model": 1}), b"\xff" * 100):
         (run / "checkpoint.safetensors").write_bytes(damaged)
@@ -555,10 +555,10 @@ def test_class_folders_are_learned(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 unusable file"):
         train(dataclasses.replace(config, bad_images="refuse"), out=tmp_path / "refused")
     other = coloured_folders(tmp_path / "other", 5)
-    assert evaluate_run(result.run, data=str(other)).images == 10, "other data are evaluated as a whole"
+    assert Run.open(result.run).evaluate(data=str(other)).images == 10, "other data are evaluated as a whole"
     (other / "red").rename(other / "blue")
     with pytest.raises(ValueError, match=r"has the classes \['blue', 'green'\], .* was trained on \['green', 'red'\]"):
-        evaluate_run(result.run, data=str(other))
+        Run.open(result.run).evaluate(data=str(other))
 
 
 def test_fewer_images_than_a_batch_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,20 +78,3 @@ def evaluate(
     right = int((predictions == labels).sum())
     total = math.fsum(loss.tolist())
     return Evaluation(right / len(labels), total / len(labels), len(labels), labels, predictions)
-
-
-def evaluate_run(
-    run: str | Path,
-    split: str | None = None,
-    data: str | None = None,
-    backend: str | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
-) -> Evaluation:
-    """The kept model of a run folder on one split of its data, or of other `data` with the same classes.
-
-    The defaults repeat, to the last bit, what the training logged; see Run.samples for `split`.
-    """
-    from .run import Run
-
-    return Run.open(run).evaluate(split, data, backend, batch_size, workers)
