@@ -58,7 +58,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit.backends import NativeBackend, get
 from vit.testing import backend_ops, cases, run
 
-AUTOMATIC, PORTABLE = 0, 1
+#: The numbers of vit_cuda_set_path (csrc/cuda/runtime.cuh): which kernels may run.
+AUTOMATIC, PORTABLE, NO_WGMMA = 0, 1, 2
 BF16 = torch.bfloat16
 
 #: Buffers in rotation take at least this much: four times the L2 cache of an H200.

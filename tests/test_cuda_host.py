@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import cuda_emulator
 import pytest
 import torch
+import torch.nn.functional as F
 import vit
-from cuda_emulator import AUTOMATIC, PORTABLE, Emulated
+from cuda_emulator import PATHS, Emulated
 from vit.testing import Case, backend_ops, cases, run
 from vit.testing.tf32 import round_factor
 
@@ -33,7 +34,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[Emulated]:
 def _automatic(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "emulated" in request.fixturenames:
-        request.getfixturevalue("emulated").use(AUTOMATIC)
+        request.getfixturevalue("emulated").use("automatic")
 
 
 def check(case: Case) -> None:
@@ -49,7 +50,7 @@ def test_parity_of_the_hopper_path(emulated, case):
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: case.id)
 def test_parity_of_the_portable_path(emulated, case):
-    emulated.use(PORTABLE)
+    emulated.use("portable")
     check(case)
 
 
@@ -78,6 +79,41 @@ def test_hopper_tiles(emulated, dtype, batch, m, n, k, layout):
     assert (got - truth).norm() <= 1.1 * own
 
 
+#: Each compiled size of the Hopper attention (keys, head dimension): the last key alone in its group, more and fewer
+#: queries than one tile, two tiles per block, one key.
+HOPPER_ATTENTION = [
+    (1, 5, 1, 64),
+    (2, 50, 50, 64),
+    (1, 130, 128, 64),
+    (1, 197, 197, 64),
+    (8, 70, 129, 64),
+    (1, 64, 208, 32),
+    (1, 65, 257, 64),
+    (1, 20, 201, 80),
+    (1, 257, 257, 80),
+    (1, 17, 272, 72),
+    (1, 33, 197, 88),
+    (1, 66, 250, 96),
+    (1, 40, 197, 104),
+    (1, 16, 265, 128),
+]
+
+
+@pytest.mark.parametrize("path", ["automatic", "no_wgmma"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "n", "keys", "d"), HOPPER_ATTENTION)
+def test_hopper_attention(emulated, dtype, batch, n, keys, d, path):
+    """Packed and separate tensors, against the same sums of products in float64; the bits of an image stay its own."""
+    emulated.use(path)
+    q = torch.randn(batch, n, 2, d, dtype=dtype)
+    k, v = torch.randn(batch, keys, 2, 2, d, dtype=dtype).unbind(2)
+    got = vit.ops.attention(q, k, v, backend="cuda_emulator")
+    truth = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    own = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    assert (got.double() - truth).norm() <= 1.1 * (own.double() - truth).norm()
+    assert vit.ops.attention(q[-1:], k[-1:], v[-1:], backend="cuda_emulator").equal(got[-1:])
+
+
 @pytest.fixture(params=["bfloat16", "float32", "tf32"])
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
     """How products are computed; TF32 is allowed while the test runs where it says so."""
@@ -91,7 +127,7 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("batch", [1, 200])
 def test_portable_tiles(emulated, precision, batch, layout):
     """Each compiled tile and operand layout of the portable product: tiles of 64, and of 128 where there are many."""
-    emulated.use(PORTABLE)
+    emulated.use("portable")
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     a, b = torch.randn(batch, 96, 72, dtype=dtype), torch.randn(batch, 72, 104, dtype=dtype)
     a = a.mT.contiguous().mT if layout[0] == "t" else a
@@ -101,7 +137,7 @@ def test_portable_tiles(emulated, precision, batch, layout):
     assert (got - a @ b).norm() <= (2e-3 if precision == "bfloat16" else 1e-6) * (a @ b).norm()
 
 
-@pytest.mark.parametrize("path", [AUTOMATIC, PORTABLE])
+@pytest.mark.parametrize("path", ["automatic", "portable"])
 def test_a_row_does_not_depend_on_the_others(emulated, precision, path):
     """The tile size follows the number of rows; the bits of a row do not."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -153,7 +189,7 @@ def test_bad_arguments_are_errors(emulated, change, text):
 
 @pytest.mark.sanitizer
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["automatic", "portable"])
+@pytest.mark.parametrize("path", PATHS)
 def test_no_kernel_reads_or_writes_out_of_bounds(request, path):
     """Device memory, shared memory and the alignment of vectors, by AddressSanitizer and UndefinedBehaviorSanitizer."""
     if cuda_emulator.sanitizer_environment() is None:

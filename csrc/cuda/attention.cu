@@ -60,6 +60,7 @@ void attention_fwd(const AttentionFwd& p) {
   require(p.q && p.k && p.v && p.out, op, "q, k, v and out must not be null");
   const DeviceGuard guard(op, p.context);
   if (!on_tensor_cores(p.dtype, p.D, p.context)) return attention_fwd_scalar(p);
+  if (attention_fwd_hopper_supports(p)) return attention_fwd_hopper(p);
   if (attention_fwd_short_supports(p)) return attention_fwd_short(p);
   attention_fwd_mma(p);
 }

@@ -134,6 +134,21 @@ struct Rows {
   }
 };
 
+// The a fragments of tokens row .. row + 15 of a head of a 16-bit type, straight from memory; zeros from `count` on.
+template <class T, int kD>
+__device__ inline void load_queries(uint32_t (&fragment)[kD / 16][4], const Head<T>& q, int row, int count, int D,
+                                    int lane) {
+#pragma unroll
+  for (int d = 0; d < kD / 16; ++d)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = row + lane / 4 + 8 * (i % 2);
+      const int element = 16 * d + 2 * (lane % 4) + 8 * (i / 2);
+      fragment[d][i] =
+          token < count && element < D ? *reinterpret_cast<const uint32_t*>(q.data + token * q.token + element) : 0;
+    }
+}
+
 // The a fragment of columns kMmaK k .. of a product, rounded to T: two tiles of c in 16 bits, one in TF32.
 template <class T, int tiles>
 __device__ inline void c_as_a(uint32_t (&a)[4], const float (&c)[tiles][4], int k) {
@@ -298,6 +313,9 @@ void attention_fwd_mma(const AttentionFwd&);
 bool attention_fwd_short_supports(const AttentionFwd&);
 void attention_fwd_short(const AttentionFwd&);
 void attention_bwd_mma(const AttentionBwd&, const float* delta);
+// wgmma, whole rows of scores in registers, up to 272 keys.
+bool attention_fwd_hopper_supports(const AttentionFwd&);
+void attention_fwd_hopper(const AttentionFwd&);
 // The same with everything of the head in shared memory, no delta.
 bool attention_bwd_short_supports(const AttentionBwd&);
 void attention_bwd_short(const AttentionBwd&);

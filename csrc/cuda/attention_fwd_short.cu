@@ -67,14 +67,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2) attention_fwd_short_kernel(
 
   for (int row = 16 * warp; row < p.N; row += threads / 2) {  // every warp has a first round: see the launch
     uint32_t q_fragment[kD / 16][4];
-#pragma unroll
-    for (int d = 0; d < kD / 16; ++d)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = row + lane / 4 + 8 * (i % 2), element = 16 * d + 2 * (lane % 4) + 8 * (i / 2);
-        q_fragment[d][i] =
-            token < p.N && element < D ? *reinterpret_cast<const uint32_t*>(q.data + token * q.token + element) : 0;
-      }
+    load_queries<T, kD>(q_fragment, q, row, static_cast<int>(p.N), D, lane);
     OnlineSoftmax softmax;
     float sum[kD / 8][4] = {};
     for (int key = 0; key < keys; key += kKeys) {

@@ -92,22 +92,6 @@ __device__ inline void hopper_load_half(unsigned char* to, const TensorMap* map,
   }
 }
 
-// Four neighbouring lanes transpose a 4 x 4 matrix of pairs, lane t having pair j of column t: it gets column j of t.
-__device__ inline void transpose_pairs(float (&pair)[4][2], int lane) {
-#pragma unroll
-  for (int mask = 1; mask < 4; mask *= 2)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j & mask) continue;
-      const bool high = lane & mask;
-#pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        const float got = shuffle_xor(high ? pair[j][p] : pair[j ^ mask][p], mask);
-        (high ? pair[j][p] : pair[j ^ mask][p]) = got;
-      }
-    }
-}
-
 // Writes a warpgroup's tile. A thread holds, for each 64 rows, two rows and the column pairs of every group of 8. Four
 // such groups are exchanged within a quad of lanes, so that each has 8 neighbours: accesses of 16 bytes and whole
 // sectors for one shuffle per element, a twelfth of the tile's time on the shared-memory pipe at K = 768.
@@ -124,12 +108,13 @@ __device__ inline void hopper_epilogue(const Epilogue<T>& e, const HopperPlace& 
     for (int i = 0; i < kM / 64; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float pair[4][2], z[8];
+        float pair[2][4], z[8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) pair[j / 2][j % 2] = sum[i][4 * (group + j / 2) + 2 * half + j % 2];
-        transpose_pairs(pair, lane);
+        for (int j = 0; j < 8; ++j) pair[j % 2][j / 2] = sum[i][4 * (group + j / 2) + 2 * half + j % 2];
+        transpose_quad(pair[0], lane);
+        transpose_quad(pair[1], lane);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) z[j] = pair[j / 2][j % 2];
+        for (int j = 0; j < 8; ++j) z[j] = pair[j % 2][j / 2];
         const int down = 64 * i + 8 * half, right = 8 * group;
         if (down >= rows || right >= columns) continue;
         if (e.bias && !e.partial) {

@@ -140,69 +140,114 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
+// Makes this thread's ordinary writes to shared memory (cp.async among them) visible to wgmma and the accelerator; a
+// barrier comes after it.
+__device__ inline void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // d[64, kN] (+)= a[64, 16] b[kN, 16]^T, a and b through descriptors (layout.cuh), asynchronous. Element i of d belongs
 // to row 16 warp + fragment_row(lane, i % 4), column 8 (i / 4) + fragment_column(lane, i % 4). Without `add` d is
 // overwritten. kColumnsA, kColumnsB: the operand's rows (m, n) are adjacent in memory instead of k.
 template <class T, int kN, bool kColumnsA, bool kColumnsB>
 struct Wgmma;
 
-#define VIT_FLOATS_8(i)                                                                                       \
+// The same with a in registers: each warp's fragment of its 16 rows. They stay untouched until the wait.
+template <class T, int kN, bool kColumnsB>
+struct WgmmaRegisters;
+
+// "%0, %1, ..." in tens (t is empty or a digit or two), and as many operands in eights.
+#define VIT_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+#define VIT_8(i)                                                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
+#define VIT_32(i) VIT_8(i), VIT_8(i + 8), VIT_8(i + 16), VIT_8(i + 24)
+#define VIT_FIFTY VIT_TEN() ", " VIT_TEN(1) ", " VIT_TEN(2) ", " VIT_TEN(3) ", " VIT_TEN(4)
 
-#define VIT_WGMMA(T, TYPE, N, A, B, ADD, TA, TB, REGISTERS, ...)                                                 \
-  template <bool kColumnsA, bool kColumnsB>                                                                      \
-  struct Wgmma<T, N, kColumnsA, kColumnsB> {                                                                     \
-    __device__ static void issue(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {                          \
-      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                                   \
-                   ", 0;\n"                                                                                      \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
-                   ", add, 1, 1, " TA ", " TB ";\n}"                                                             \
-                   : __VA_ARGS__                                                                                 \
-                   : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(kColumnsA)),               \
-                     "n"(static_cast<int>(kColumnsB)));                                                          \
-    }                                                                                                            \
+// Lists for kN / 2 accumulators.
+#define VIT_TEXT_16 VIT_TEN() ", %10, %11, %12, %13, %14, %15"
+#define VIT_TEXT_32 VIT_TEN() ", " VIT_TEN(1) ", " VIT_TEN(2) ", %30, %31"
+#define VIT_TEXT_40 VIT_TEN() ", " VIT_TEN(1) ", " VIT_TEN(2) ", " VIT_TEN(3)
+#define VIT_TEXT_48 VIT_TEXT_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define VIT_TEXT_64 VIT_FIFTY ", " VIT_TEN(5) ", %60, %61, %62, %63"
+#define VIT_TEXT_68 VIT_FIFTY ", " VIT_TEN(5) ", %60, %61, %62, %63, %64, %65, %66, %67"
+#define VIT_TEXT_96 \
+  VIT_FIFTY ", " VIT_TEN(5) ", " VIT_TEN(6) ", " VIT_TEN(7) ", " VIT_TEN(8) ", %90, %91, %92, %93, %94, %95"
+#define VIT_TEXT_104 \
+  VIT_FIFTY ", " VIT_TEN(5) ", " VIT_TEN(6) ", " VIT_TEN(7) ", " VIT_TEN(8) ", " VIT_TEN(9) ", %100, %101, %102, %103"
+#define VIT_LIST_16 VIT_8(0), VIT_8(8)
+#define VIT_LIST_32 VIT_32(0)
+#define VIT_LIST_40 VIT_32(0), VIT_8(32)
+#define VIT_LIST_48 VIT_32(0), VIT_8(32), VIT_8(40)
+#define VIT_LIST_64 VIT_32(0), VIT_32(32)
+#define VIT_LIST_68 VIT_32(0), VIT_32(32), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
+#define VIT_LIST_96 VIT_32(0), VIT_32(32), VIT_32(64)
+#define VIT_LIST_104 VIT_32(0), VIT_32(32), VIT_32(64), VIT_8(96)
+
+// The numbers after H, half of N, are those of the operands behind the accumulators.
+#define VIT_WGMMA(T, TYPE, N, H, A, B, ADD, TA, TB)                                                  \
+  template <bool kColumnsA, bool kColumnsB>                                                          \
+  struct Wgmma<T, N, kColumnsA, kColumnsB> {                                                         \
+    __device__ static void issue(float (&d)[H], uint64_t a, uint64_t b, bool add) {                  \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD                                     \
+                   ", 0;\n"                                                                          \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" VIT_TEXT_##H \
+                   "}, %" #A ", %" #B ", add, 1, 1, %" #TA ", %" #TB ";\n}"                          \
+                   : VIT_LIST_##H                                                                    \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(kColumnsA)),   \
+                     "n"(static_cast<int>(kColumnsB)));                                              \
+    }                                                                                                \
   };
+#define VIT_WGMMA_REGISTERS(T, TYPE, N, H, A0, A1, A2, A3, B, ADD, TB)                               \
+  template <bool kColumnsB>                                                                          \
+  struct WgmmaRegisters<T, N, kColumnsB> {                                                           \
+    __device__ static void issue(float (&d)[H], const uint32_t (&a)[4], uint64_t b, bool add) {      \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD                                     \
+                   ", 0;\n"                                                                          \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" VIT_TEXT_##H \
+                   "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, %" #TB ";\n}"   \
+                   : VIT_LIST_##H                                                                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), \
+                     "n"(static_cast<int>(kColumnsB)));                                              \
+    }                                                                                                \
+  };
+#define VIT_BOTH(MACRO, ...)       \
+  MACRO(bf16, "bf16", __VA_ARGS__) \
+  MACRO(f16, "f16", __VA_ARGS__)
 
-#define VIT_REGISTERS_32                                                   \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define VIT_OPERANDS_32 VIT_FLOATS_8(0), VIT_FLOATS_8(8), VIT_FLOATS_8(16), VIT_FLOATS_8(24)
-VIT_WGMMA(bf16, "bf16", 64, "%32", "%33", "%34", "%35", "%36", VIT_REGISTERS_32, VIT_OPERANDS_32)
-VIT_WGMMA(f16, "f16", 64, "%32", "%33", "%34", "%35", "%36", VIT_REGISTERS_32, VIT_OPERANDS_32)
-#undef VIT_REGISTERS_32
-#undef VIT_OPERANDS_32
+// Products of matrices, and of attention: 64, 128, 208 and twice 136 keys, heads of 32 to 128.
+VIT_BOTH(VIT_WGMMA, 64, 32, 32, 33, 34, 35, 36)
+VIT_BOTH(VIT_WGMMA, 128, 64, 64, 65, 66, 67, 68)
+VIT_BOTH(VIT_WGMMA, 192, 96, 96, 97, 98, 99, 100)
+VIT_BOTH(VIT_WGMMA_REGISTERS, 32, 16, 16, 17, 18, 19, 20, 21, 22)
+VIT_BOTH(VIT_WGMMA_REGISTERS, 64, 32, 32, 33, 34, 35, 36, 37, 38)
+VIT_BOTH(VIT_WGMMA_REGISTERS, 80, 40, 40, 41, 42, 43, 44, 45, 46)
+VIT_BOTH(VIT_WGMMA_REGISTERS, 96, 48, 48, 49, 50, 51, 52, 53, 54)
+VIT_BOTH(VIT_WGMMA_REGISTERS, 128, 64, 64, 65, 66, 67, 68, 69, 70)
+VIT_BOTH(VIT_WGMMA_REGISTERS, 136, 68, 68, 69, 70, 71, 72, 73, 74)
+VIT_BOTH(VIT_WGMMA_REGISTERS, 208, 104, 104, 105, 106, 107, 108, 109, 110)
 
-#define VIT_REGISTERS_64                                                             \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define VIT_OPERANDS_64                                                                                     \
-  VIT_FLOATS_8(0), VIT_FLOATS_8(8), VIT_FLOATS_8(16), VIT_FLOATS_8(24), VIT_FLOATS_8(32), VIT_FLOATS_8(40), \
-      VIT_FLOATS_8(48), VIT_FLOATS_8(56)
-VIT_WGMMA(bf16, "bf16", 128, "%64", "%65", "%66", "%67", "%68", VIT_REGISTERS_64, VIT_OPERANDS_64)
-VIT_WGMMA(f16, "f16", 128, "%64", "%65", "%66", "%67", "%68", VIT_REGISTERS_64, VIT_OPERANDS_64)
-#undef VIT_REGISTERS_64
-#undef VIT_OPERANDS_64
-
-#define VIT_REGISTERS_96                                                             \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define VIT_OPERANDS_96                                                                                     \
-  VIT_FLOATS_8(0), VIT_FLOATS_8(8), VIT_FLOATS_8(16), VIT_FLOATS_8(24), VIT_FLOATS_8(32), VIT_FLOATS_8(40), \
-      VIT_FLOATS_8(48), VIT_FLOATS_8(56), VIT_FLOATS_8(64), VIT_FLOATS_8(72), VIT_FLOATS_8(80), VIT_FLOATS_8(88)
-VIT_WGMMA(bf16, "bf16", 192, "%96", "%97", "%98", "%99", "%100", VIT_REGISTERS_96, VIT_OPERANDS_96)
-VIT_WGMMA(f16, "f16", 192, "%96", "%97", "%98", "%99", "%100", VIT_REGISTERS_96, VIT_OPERANDS_96)
-#undef VIT_REGISTERS_96
-#undef VIT_OPERANDS_96
-
+#undef VIT_BOTH
+#undef VIT_WGMMA_REGISTERS
 #undef VIT_WGMMA
-#undef VIT_FLOATS_8
+#undef VIT_LIST_104
+#undef VIT_LIST_96
+#undef VIT_LIST_68
+#undef VIT_LIST_64
+#undef VIT_LIST_48
+#undef VIT_LIST_40
+#undef VIT_LIST_32
+#undef VIT_LIST_16
+#undef VIT_TEXT_104
+#undef VIT_TEXT_96
+#undef VIT_TEXT_68
+#undef VIT_TEXT_64
+#undef VIT_TEXT_48
+#undef VIT_TEXT_40
+#undef VIT_TEXT_32
+#undef VIT_TEXT_16
+#undef VIT_FIFTY
+#undef VIT_32
+#undef VIT_8
+#undef VIT_TEN
 
 #endif  // VIT_CUDA_HOPPER
 

@@ -127,10 +127,10 @@ std::string Shape::text() const {
 
 }  // namespace vit::cuda
 
-// For the benchmark and the tests, which find it with ctypes: 0 takes the fastest kernels of the device, 1 the portable
-// ones. Not part of vit.h: no result that a user sees depends on it beyond the rounding of a float32 sum.
+// For the benchmark and the tests, which find it with ctypes: the number of a Path. Not part of vit.h: no result that a
+// user sees depends on it beyond the rounding of a float32 sum.
 extern "C" __attribute__((visibility("default"))) void vit_cuda_set_path(int path) {
-  vit::cuda::set_path(path == 1 ? vit::cuda::Path::portable : vit::cuda::Path::automatic);
+  vit::cuda::set_path(static_cast<vit::cuda::Path>(path));
 }
 
 namespace vit {

@@ -56,10 +56,11 @@ bool has_hopper_kernels(int device);
 // Multiprocessors of a device. Read once per device.
 int multiprocessors(int device);
 
-// Which kernels gemm and attention may use: `automatic` takes Hopper's and those for short sequences where the device
-// and the sizes allow them, `portable` never: what an older GPU or a long sequence gets. Set by the benchmark and the
-// tests alone, to measure and to check both on one GPU: a property of the process, like a device mask.
-enum class Path { automatic, portable };
+// Which kernels gemm and attention may use: `automatic` takes the fastest that the device and the sizes allow,
+// `portable` those of any GPU and any length alone, `no_wgmma` what a GPU of 8.0 gets, those for short sequences among
+// them. Set by the benchmark and the tests alone, to measure and to check all on one GPU: a property of the process,
+// like a device mask.
+enum class Path { automatic = 0, portable = 1, no_wgmma = 2 };
 Path path();
 void set_path(Path);
 

@@ -83,6 +83,20 @@ __device__ inline void prepare_fragment(uint32_t (&words)[n]) {
   }
 }
 
+// Four neighbouring lanes transpose a 4 x 4 matrix, lane t having column t: it gets row t.
+template <class W>
+__device__ inline void transpose_quad(W (&w)[4], int lane) {
+#pragma unroll
+  for (int mask = 1; mask < 4; mask *= 2)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & mask) continue;
+      const bool high = lane & mask;
+      const W got = shuffle_xor(high ? w[j] : w[j ^ mask], mask);
+      (high ? w[j] : w[j ^ mask]) = got;
+    }
+}
+
 template <class T, int n>
 struct alignas(sizeof(T) * n) Vector {
   T v[n];

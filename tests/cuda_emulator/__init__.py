@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 NAME = "_cuda_emulator"
 
-AUTOMATIC, PORTABLE = 0, 1
+#: The numbers of vit_cuda_set_path (csrc/cuda/runtime.cuh).
+PATHS = {"automatic": 0, "portable": 1, "no_wgmma": 2}
 
 
 def compiler() -> str | None:
@@ -146,6 +147,6 @@ class Emulated(NativeBackend):
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.full((nbytes,), 255, dtype=torch.uint8)  # NaN: nothing may be read that was not written
 
-    def use(self, path: int) -> None:
-        """AUTOMATIC: the Hopper kernels where they apply; PORTABLE: never."""
-        self._set_path(path)
+    def use(self, path: str) -> None:
+        """Which kernels may run, a name of PATHS."""
+        self._set_path(PATHS[path])

@@ -1,4 +1,4 @@
-"""Runs cases on the emulator: python -m cuda_emulator --folder BUILD [--path portable] [--sanitize] [PATTERN]
+"""Runs cases on the emulator: python -m cuda_emulator --folder BUILD [--path NAME] [--sanitize] [PATTERN]
 
 With --sanitize the process restarts itself with the sanitizers' libraries; what they find ends it. The exit code is 1
 when a case fails or the sanitizers object.
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from vit.testing import backend_ops, cases, run
 
-from . import AUTOMATIC, PORTABLE, build, registered, sanitizer_environment
+from . import PATHS, build, registered, sanitizer_environment
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", help="only cases whose id matches this regular expression")
     parser.add_argument("--folder", type=Path, required=True, help="where the module is compiled, and kept")
-    parser.add_argument("--path", choices=("automatic", "portable"), default="automatic")
+    parser.add_argument("--path", choices=tuple(PATHS), default="automatic")
     parser.add_argument("--every", type=int, default=1, help="every n-th case (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="starting with this one (default: %(default)s)")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
@@ -38,7 +38,7 @@ def main() -> int:
     wanted = [case for case in cases("cuda", pattern=args.pattern) if case.group != "large"][args.first :: args.every]
     failed, worst, start = 0, (0.0, ""), time.monotonic()
     with registered(module) as emulated:
-        emulated.use(PORTABLE if args.path == "portable" else AUTOMATIC)
+        emulated.use(args.path)
         for case in wanted:
             result = run(case, backend_ops(emulated.name))
             worst = max(worst, (result.ratio, case.id))

@@ -202,6 +202,7 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
         thread.lane = static_cast<int>(i % 32);
         thread.warp = static_cast<int>(i / 32);
         thread.done = false;
+        thread.unfenced = false;
         thread.open.clear();
         thread.groups.clear();
         thread.wgmma_open.clear();
@@ -216,28 +217,39 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
 }
 
 // The element (row, k) of an operand: its canonical place relative to the start address, then the swizzle on the
-// address.
+// address. PTX ISA, "Strides": core matrices are 8 rows of 16 bytes; without swizzle each is 128 bytes in a row, the
+// leading distance lies between neighbours along k, the stride distance between neighbours along m or n.
 static float operand_element(const Product& p, uint64_t descriptor, bool columns, int row, int k) {
-  if (descriptor >> 62 != 1) throw std::runtime_error("cuda emulator: descriptor without the 128-byte swizzle");
+  const bool swizzle = descriptor >> 62 == 1;
+  if (!swizzle && descriptor >> 62 != 0) throw std::runtime_error("cuda emulator: a swizzle that is not emulated");
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
   uint32_t address = start;
-  if (columns)
+  if (!swizzle)
+    address += row / 8 * stride + k / 8 * leading + (columns ? k % 8 * 16 + row % 8 * 2 : row % 8 * 16 + k % 8 * 2);
+  else if (columns)
     address += row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128;
   else
     address += row / 8 * stride + row % 8 * 128 + k * 2;
-  address ^= (address >> 7 & 7) << 4;
+  if (swizzle) address ^= (address >> 7 & 7) << 4;
   if (address + 2 > p.block->shared_bytes) throw std::runtime_error("cuda emulator: wgmma reads beyond shared memory");
   uint16_t bits;
   std::memcpy(&bits, p.block->shared + address, 2);
   return p.element(bits);
 }
 
+// Element (m, k) of an operand in registers. PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16": matrix A.
+static float register_element(const Product& p, int m, int k) {
+  const uint32_t word = p.a_registers[m / 16 * 32 + m % 8 * 4 + k % 8 / 2][k / 8 * 2 + m % 16 / 8];
+  return p.element(static_cast<uint16_t>(word >> (16 * (k % 2))));
+}
+
 void Product::run() const {
   std::vector<float> A(64 * 16), B(static_cast<std::size_t>(n) * 16);
   for (int k = 0; k < 16; ++k) {
-    for (int m = 0; m < 64; ++m) A[m * 16 + k] = operand_element(*this, a, columns_a, m, k);
+    for (int m = 0; m < 64; ++m)
+      A[m * 16 + k] = a_registers[0] ? register_element(*this, m, k) : operand_element(*this, a, columns_a, m, k);
     for (int i = 0; i < n; ++i) B[i * 16 + k] = operand_element(*this, b, columns_b, i, k);
   }
   for (int thread = 0; thread < 128; ++thread)
@@ -264,11 +276,14 @@ void wgmma_issue(const emulator::Product& product) {
   auto mine = product;
   auto& first = leader();
   emulator::meet_warpgroup(&mine, [&](void** slots) {
+    for (const auto& thread : product.block->threads)
+      if (thread.unfenced) emulator::stop("wgmma after copies to shared memory without a fence between the proxies");
     emulator::Product all = product;
     for (int i = 0; i < 128; ++i) {
       const auto& other = *static_cast<emulator::Product*>(slots[i]);
       if (other.a != all.a || other.b != all.b) emulator::stop("descriptors differ within a warpgroup");
       all.d[i] = other.d[0];
+      all.a_registers[i] = other.a_registers[0];
     }
     first.wgmma_open.push_back([all] { all.run(); });
   });

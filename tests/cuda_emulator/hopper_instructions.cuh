@@ -38,6 +38,7 @@ void later(std::function<void()> work);  // by the accelerator: at a random time
 // One product of a warpgroup, waiting for wgmma_commit and then for wgmma_wait.
 struct Product {
   float* d[128];
+  const uint32_t* a_registers[128];  // or null: a through its descriptor
   Block* block;
   uint64_t a, b;
   bool add, columns_a, columns_b;
@@ -174,6 +175,8 @@ void give_registers() {}
 template <int registers>
 void take_registers() {}
 
+inline void fence_for_wgmma() { emulator::current->unfenced = false; }
+
 inline void wgmma_fence() {
   emulator::meet_warpgroup(nullptr, [](void**) {});
 }
@@ -185,19 +188,34 @@ void wgmma_wait() {
   wgmma_wait_for(pending);
 }
 
+template <class T, int kN, bool kColumnsB>
+emulator::Product wgmma_product(float (&d)[kN / 2], uint64_t b, bool add) {
+  emulator::Product product = {};
+  product.d[0] = d;
+  product.block = emulator::current->block;
+  product.b = b;
+  product.add = add;
+  product.columns_b = kColumnsB;
+  product.n = kN;
+  product.element = [](uint16_t bits) { return half_of<T>(bits, 0); };
+  return product;
+}
+
 template <class T, int kN, bool kColumnsA, bool kColumnsB>
 struct Wgmma {
   static void issue(float (&d)[kN / 2], uint64_t a, uint64_t b, bool add) {
-    emulator::Product product = {};
-    product.d[0] = d;
-    product.block = emulator::current->block;
+    emulator::Product product = wgmma_product<T, kN, kColumnsB>(d, b, add);
     product.a = a;
-    product.b = b;
-    product.add = add;
     product.columns_a = kColumnsA;
-    product.columns_b = kColumnsB;
-    product.n = kN;
-    product.element = [](uint16_t bits) { return half_of<T>(bits, 0); };
+    wgmma_issue(product);
+  }
+};
+
+template <class T, int kN, bool kColumnsB>
+struct WgmmaRegisters {
+  static void issue(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+    emulator::Product product = wgmma_product<T, kN, kColumnsB>(d, b, add);
+    product.a_registers[0] = a;
     wgmma_issue(product);
   }
 };

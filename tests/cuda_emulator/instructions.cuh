@@ -102,6 +102,7 @@ struct Thread {
   Block* block = nullptr;
   int lane = 0, warp = 0;
   bool done = false;
+  bool unfenced = false;                  // has copied to shared memory what the tensor cores may not see yet
   std::vector<Copy> open;                 // cp.async not committed yet
   std::vector<std::vector<Copy>> groups;  // committed, not waited for
   std::vector<std::function<void()>> wgmma_open;
@@ -265,6 +266,7 @@ inline void copy_async_wait() {
     for (const auto& copy : groups.front()) {
       std::memset(copy.to, 0, 16);
       std::memcpy(copy.to, copy.from, copy.bytes);
+      emulator::current->unfenced = true;
     }
     groups.erase(groups.begin());
   }

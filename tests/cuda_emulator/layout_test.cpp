@@ -103,6 +103,47 @@ static void descriptors_agree() {
     }
 }
 
+// A tile by groups, read through its two descriptors (no swizzle: PTX ISA, "Strides"); and the 8 copies that write one
+// row go to different columns of the banks.
+template <int rows, int groups>
+static void tiles_by_group() {
+  std::set<int> used;
+  for (int row = 0; row < rows; ++row)
+    for (int group = 0; group < groups; ++group) {
+      check(used.insert(by_group(rows, row, group)).second, "by_group", row, group);
+      check(by_group(rows, row, group) < by_group(rows, 0, groups), "by_group beyond its tile", row, group);
+    }
+  for (int row = 0; row < rows; ++row)
+    for (int group = 0; group + 8 <= groups; group += 8) {
+      std::set<int> columns;
+      for (int i = 0; i < 8; ++i) columns.insert(by_group(rows, row, group + i) % 8);
+      check(columns.size() == 8, "by_group: bank conflict", row, group);
+    }
+  const auto place = [](uint64_t d, int along_n, int along_k) {
+    const uint32_t start = static_cast<uint32_t>(d & 0x3fff) << 4, leading = static_cast<uint32_t>(d >> 16 & 0x3fff)
+                                                                             << 4;
+    return start + along_n * (static_cast<uint32_t>(d >> 32 & 0x3fff) << 4) + along_k * leading;
+  };
+  constexpr uint32_t tile = 1040;  // 16-byte aligned
+  const auto written = [](int row, int element) {
+    return tile + 16 * static_cast<uint32_t>(by_group(rows, row, element / 8)) + element % 8 * 2;
+  };
+  for (int row = 0; row < rows; row += 8)
+    for (int step = 0; step < groups / 2; ++step) {
+      const uint64_t d = rows_descriptor(tile, rows, row, step);
+      check(d >> 62 == 0, "descriptor with swizzle");
+      for (int n = 0; n < rows - row; ++n)
+        for (int k = 0; k < 16; ++k)
+          check(place(d, n / 8, k / 8) + n % 8 * 16 + k % 8 * 2 == written(row + n, 16 * step + k), "rows", row, n);
+    }
+  for (int row = 0; row + 16 <= rows; row += 16) {
+    const uint64_t d = columns_descriptor(tile, rows, row);
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 8 * groups; ++n)
+        check(place(d, n / 8, k / 8) + k % 8 * 16 + n % 8 * 2 == written(row + k, n), "columns", row, n);
+  }
+}
+
 int main() {
   no_bank_conflicts("swizzle_4", 128, 4, [](int r, int g) { return swizzle_4(r, g); });
   no_bank_conflicts("swizzle_8<8>", 64, 8, [](int r, int g) { return swizzle_8<8>(r, g); });
@@ -129,6 +170,9 @@ int main() {
     for (int64_t columns = 1; columns < 8; ++columns)
       for (int64_t band : {1, 4, 8}) tiles_cover(rows, columns, band);
   descriptors_agree();
+  tiles_by_group<208, 8>();
+  tiles_by_group<272, 10>();
+  tiles_by_group<64, 16>();
   if (failures == 0) std::printf("ok\n");
   return failures != 0;
 }
