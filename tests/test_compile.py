@@ -121,8 +121,8 @@ def test_compile_once_for_every_number_of_tokens(backend, device):
     @torch.compile(fullgraph=True, backend=counting, dynamic=True)
     def block(x: Tensor, w: Tensor, norm: Tensor) -> Tensor:
         h = vit.ops.layer_norm(x, norm, None, backend=backend)
-        q, k, v = vit.ops.linear(h, w, backend=backend).unflatten(-1, (3, 2, 8)).unbind(2)
-        return vit.ops.gelu(vit.ops.attention(q, k, v, backend=backend), backend=backend).flatten(2)
+        qkv = vit.ops.linear(h, w, backend=backend).unflatten(-1, (3, 2, 8))
+        return vit.ops.gelu(vit.ops.attention(qkv, backend=backend), backend=backend).flatten(2)
 
     w, norm = torch.randn(48, 16, device=device, requires_grad=True), torch.ones(16, device=device)
     for n in (127, 193, 5):

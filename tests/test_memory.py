@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import mmap
+import resource
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 import torch
@@ -181,3 +186,71 @@ def test_no_case_is_left_out_of_the_guards():
     groups = {case.group for case in cases()}
     assert groups == {"regular", "odd", "corner", "large"}
     assert all(isinstance(case, Case) for case in cases(groups=["odd", "corner"]))
+
+
+# ---- where large results of the CPU live ----
+
+
+def total_faults(steps: int, backend: str) -> int:
+    x, w = torch.randn(2048, 512), torch.randn(2048, 512)  # results of 16 MB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        vit.ops.gelu(vit.ops.linear(x, w, backend=backend), backend=backend)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.fixture
+def host_memory(backend):
+    if backend != "cpu" or sys.platform != "linux":
+        pytest.skip("the memory of the cpu backend on Linux")
+    memory = NATIVE[backend].memory
+    memory.release()
+    return memory
+
+
+def test_large_results_get_the_pages_of_those_before(host_memory, backend):
+    total_faults(1, backend)
+    assert total_faults(10, backend) < 4096  # 320 MB: 81 920 pages
+    assert host_memory.free_bytes() == 2 * 16 << 20
+    host_memory.release()
+    assert host_memory.free_bytes() == 0
+
+
+def test_free_pages_and_blocks_are_never_more_than_blocks_once_were(host_memory):
+    def kept() -> int:
+        return sum(r.nbytes for r in host_memory.regions) - sum(s for s, _, _ in host_memory._extents(pages=False))
+
+    alive = kept()  # of other tests
+    random, blocks, live, most = Random(0), [], 0, 0
+    for _ in range(400):
+        if blocks and random.random() < 0.5:
+            live -= blocks.pop(random.randrange(len(blocks))).nbytes
+        else:
+            blocks.append(host_memory.empty((random.randint(256, 4096), 1024), torch.float32))
+            live += blocks[-1].nbytes
+        most = max(most, live)
+        assert kept() - alive <= most
+    addresses = sorted((b.data_ptr(), b.data_ptr() + b.nbytes) for b in blocks)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(addresses))
+    blocks.clear()
+    assert host_memory.free_bytes() == kept() - alive <= most
+
+
+def test_a_large_result_outlives_what_made_it(host_memory, backend):
+    y = vit.ops.gelu(torch.randn(1024, 1024), backend=backend)
+    want, half = y.clone(), y[512:]
+    again = torch.empty_like(y).copy_(y)
+    del y
+    others = [vit.ops.gelu(torch.zeros(1024, 1024), backend=backend) for _ in range(3)]
+    assert half.equal(want[512:])
+    assert again.equal(want)
+    assert not any(other.any() for other in others)
+
+
+def test_large_results_from_many_threads(host_memory, backend):
+    def work(i: int) -> bool:
+        x = torch.full((512, 1024), float(i))
+        return all(vit.ops.matmul(x, torch.eye(1024), backend=backend).equal(x) for _ in range(10))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))

@@ -122,6 +122,37 @@ def test_gradient_reaches_a_packed_projection(backend, device):
     assert torch.allclose(qkv.grad.cpu().double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_projection_is_attention_of_its_parts(backend, device, dtype):
+    """Given alone, [B, N, 3, H, D] gives the same bits as its three views, and a gradient in one piece."""
+    packed = torch.randn(2, 9, 3, 2, 16, device=device, dtype=dtype).requires_grad_()
+    parts = packed.detach().clone().requires_grad_()
+    y, z = vit.ops.attention(packed, backend=backend), vit.ops.attention(*parts.unbind(2), backend=backend)
+    assert y.equal(z)
+    assert y.detach().equal(vit.ops.attention(packed.detach(), backend=backend))
+    dy = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, packed, dy)
+    assert grad.is_contiguous()
+    assert grad.equal(torch.autograd.grad(z, parts, dy)[0])
+
+
+def test_a_packed_projection_is_cast_by_autocast(backend, device):
+    packed = torch.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = vit.ops.attention(packed, backend=backend)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert packed.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 3, 32), (2, 9, 2, 2, 16), (2, 9, 3, 2, 1, 16)], ids=str)
+def test_what_is_not_a_packed_projection_is_refused(backend, device, shape):
+    with pytest.raises(ValueError, match=r"^vit\.ops\.attention: .*packed.*\["):
+        vit.ops.attention(torch.randn(shape, device=device), backend=backend)
+    with pytest.raises(ValueError, match=r"^vit\.ops\.attention: .*packed.*k \["):
+        vit.ops.attention(torch.randn(shape, device=device), torch.randn(2, 9, 2, 16, device=device), backend=backend)
+
+
 def test_self_attention_of_one_tensor(backend, device):
     x = torch.randn(2, 9, 2, 16, device=device, requires_grad=True)
     exact = x.detach().cpu().double().requires_grad_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -109,6 +109,10 @@ class NativeBackend(Backend):
     def context(self, device: torch.device) -> tuple[int, int, int, bool]:
         """The fields of vit::Context for a call on `device`: stream pointer, index, CPU threads, TF32 allowed."""
         raise NotImplementedError
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for a result: a contiguous tensor of any content."""
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Scratch memory for one call; the caller keeps the tensor alive until the kernel has been launched."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ._base import HostWorkspace, NativeBackend
+from ._host_memory import HostMemory
 
 
 class Cpu(NativeBackend):
@@ -14,10 +17,15 @@ class Cpu(NativeBackend):
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
 
     _workspace = HostWorkspace()
+    #: Where large results live.
+    memory = HostMemory()
 
     def context(self, device: torch.device) -> tuple[int, int, int, bool]:
         # Asked at every call: DataLoader workers run with one thread, users change it at run time.
         return 0, 0, torch.get_num_threads(), False
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return self.memory.empty(shape, dtype)
 
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return self._workspace.take(nbytes)

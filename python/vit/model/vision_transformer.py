@@ -48,17 +48,16 @@ class Attention(CallsOps, nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.unbind(2)  # [B, N, H, D] each: views, the kernels take the strides
         if self.training and self.attn_drop > 0.0:
-            x = _attention_with_dropout(q, k, v, self.attn_drop)
+            x = _attention_with_dropout(qkv, self.attn_drop)
         else:
-            x = self.ops.attention(q, k, v)
+            x = self.ops.attention(qkv)  # [B, N, H, D]
         return self.proj_drop(self.proj(x.reshape(B, N, C), residual=residual))
 
 
-def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, rate: float) -> Tensor:
+def _attention_with_dropout(qkv: Tensor, rate: float) -> Tensor:
     """Attention with dropped probabilities, [B, N, H, D]: plain PyTorch, since no native backend has it."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, N, D]
     return F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2)
 
 

@@ -16,19 +16,23 @@ from .op import Op, acc_dtype, autocast_dtype, call, launch, ptr
 MAX_HEAD_DIM = 256
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto") -> Tensor:
+def attention(
+    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
     """Replaces each query by the mean of the values, weighted by the softmax of its scaled products with the keys.
 
     out[b, n, h] = sum_l softmax_l(scale q[b, n, h] . k[b, l, h]) v[b, l, h], scale = 1 / sqrt(D) unless given.
 
     q [B, N, H, D]; k, v [B, L, H, D], L >= 1, any strides on B, N (L) and H, so that views of a packed projection
-    are read in place; out [B, N, H, D], contiguous. Under autocast all three are cast to its dtype.
+    are read in place; out [B, N, H, D], contiguous. Under autocast all three are cast to its dtype. Without k and v, q
+    is the packed projection [B, N, 3, H, D] itself, and so is its gradient, which then needs no copy.
     Raises ValueError for sizes or dtypes that do not fit, BackendError when the named backend cannot run it.
     """
     return call(OP, backend, q=q, k=k, v=v, scale=scale)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def reference(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None) -> Tensor:
+    q, k, v = _unpacked(q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
@@ -46,7 +50,11 @@ def limits(spec: Spec) -> list[str]:
 # ----- native
 
 
-def arguments(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[tuple[Any, ...], None]:
+def arguments(
+    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None
+) -> tuple[tuple[Any, ...], None]:
+    given, packed = (q, k, v), k is None
+    q, k, v = _unpacked(q, k, v)
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"vit.ops.attention: q, k, v must be [B, N, H, D], got {shapes}")
@@ -58,21 +66,39 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tu
         raise ValueError(f"vit.ops.attention: at least one key is needed, got {shapes}")
     if q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(f"vit.ops.attention: head dimension {q.shape[3]} is not in 1..{MAX_HEAD_DIM}, got {shapes}")
-    if (dtype := autocast_dtype(q)) is not None:
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    dtype = autocast_dtype(q)
+    if packed:
+        return (given[0] if dtype is None else given[0].to(dtype), None, None, scale), None
+    if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"vit.ops.attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    return (q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale)), None
+    return (q, k, v, scale), None
 
 
-FWD = "(Tensor q, Tensor k, Tensor v, float scale, bool save) -> (Tensor out, Tensor lse)"
+def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, N, H, D]: as given, or views of a packed q [B, N, 3, H, D]."""
+    if k is not None and v is not None:
+        return q, k, v
+    if k is not None or v is not None or q.dim() != 5 or q.shape[2] != 3:
+        others = ", ".join(f"{name} {list(t.shape)}" for name, t in (("k", k), ("v", v)) if t is not None)
+        raise ValueError(
+            "vit.ops.attention: give q, k and v, or one packed q [B, N, 3, H, D] alone, "
+            f"got q {list(q.shape)}{others and ', ' + others}"
+        )
+    return q.unbind(2)  # type: ignore[return-value]
+
+
+FWD = "(Tensor q, Tensor? k, Tensor? v, float scale, bool save) -> (Tensor out, Tensor lse)"
 BWD = (
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+    "(Tensor dout, Tensor q, Tensor? k, Tensor? v, Tensor out, Tensor lse, float scale)"
     " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
-def fwd_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor]:
+def fwd_fake(q: Tensor, k: Tensor | None, v: Tensor | None, scale: float, save: bool) -> tuple[Tensor, Tensor]:
+    q, _, _ = _unpacked(q, k, v)
     return q.new_empty(q.shape), _new_lse(q) if save else q.new_empty(0)
 
 
@@ -82,10 +108,10 @@ def _new_lse(q: Tensor) -> Tensor:
 
 
 def fwd(
-    backend: NativeBackend, q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool
+    backend: NativeBackend, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float, save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    q, k, v = _heads(q), _heads(k), _heads(v)
-    out, lse = q.new_empty(q.shape), _new_lse(q) if save else None
+    q, k, v = map(_heads, _unpacked(q, k, v))
+    out, lse = backend.empty(q.shape, q.dtype, q.device), _new_lse(q) if save else None
     sizes = _sizes(q, k, v)
     code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
 
@@ -96,23 +122,34 @@ def fwd(
 
 
 def bwd_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if k is None or v is None:
+        return q.new_empty(q.shape), q.new_empty(0), q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def bwd(
-    backend: NativeBackend, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = _heads(q), _heads(k), _heads(v)
-    grads = dq, dk, dv = bwd_fake(dout, q, k, v, out, lse, scale)
+    backend: NativeBackend,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    given = [t for t in (q, k, v) if t is not None]
+    grads = [backend.empty(t.shape, t.dtype, t.device) for t in given]
+    dq, dk, dv = _unpacked(*grads, *[None] * (3 - len(grads)))
+    q, k, v = map(_heads, _unpacked(q, k, v))
     sizes = *_sizes(q, k, v), *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3]
     code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
 
     pointers = (ptr(dout), ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse), ptr(dq), ptr(dk), ptr(dv))
     values = (*sizes, scale, code, *context)
     launch(backend, backend.lib.attention_bwd, backend.lib.attention_bwd_workspace, pointers, values, q.device)
-    return grads
+    return *grads, *[None] * (3 - len(grads))
 
 
 def _heads(t: Tensor) -> Tensor:
@@ -131,7 +168,9 @@ def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
 
 
 def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *kernel(dy, *ctx.saved_tensors, ctx.scale), None
+    q, k, v, out, lse = ctx.saved_tensors
+    dq, dk, dv = kernel(dy, q, k, v, out, lse, ctx.scale)
+    return dq, None if k is None else dk, None if v is None else dv, None
 
 
 OP = Op("attention", reference, arguments, FWD, fwd_fake, fwd, BWD, bwd_fake, bwd, save, backward, limits)

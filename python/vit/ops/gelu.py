@@ -55,7 +55,7 @@ def fwd_fake(x: Tensor, activation: int, save: bool) -> Tensor:
 
 def fwd(b: NativeBackend, x: Tensor, activation: int, save: bool) -> Tensor:
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = b.empty(x.shape, x.dtype, x.device)
     b.lib.gelu_fwd(ptr(x), ptr(y), x.numel(), activation, DTYPE_CODES[x.dtype], *b.context(x.device))
     return y
 
@@ -66,7 +66,7 @@ def bwd_fake(dy: Tensor, x: Tensor, activation: int) -> Tensor:
 
 def bwd(b: NativeBackend, dy: Tensor, x: Tensor, activation: int) -> Tensor:
     x = x.contiguous()
-    dx = torch.empty_like(dy)
+    dx = b.empty(dy.shape, dy.dtype, dy.device)
     b.lib.gelu_bwd(ptr(dy), ptr(x), ptr(dx), x.numel(), activation, DTYPE_CODES[x.dtype], *b.context(x.device))
     return dx
 

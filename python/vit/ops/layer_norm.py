@@ -89,7 +89,7 @@ def fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x, stride = rows(x)
     weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
-    y = torch.empty_like(x)
+    y = b.empty(x.shape, x.dtype, x.device)
     mean = x.new_empty(x.shape[:-1], dtype=acc_dtype(x.dtype)) if save else None
     rstd = torch.empty_like(mean) if mean is not None else None
     c = x.shape[-1]
@@ -131,7 +131,7 @@ def bwd(
     x, stride = rows(x)
     weight = None if weight is None else weight.contiguous()
     c = x.shape[-1]
-    dx = torch.empty_like(dy) if mask[0] else None
+    dx = b.empty(dy.shape, dy.dtype, dy.device) if mask[0] else None
     dweight = dy.new_empty(c, dtype=param_dtype) if mask[1] else None
     dbias = dy.new_empty(c, dtype=param_dtype) if mask[2] else None
     context = b.context(x.device)

@@ -131,8 +131,8 @@ def fwd(
     residual = None if residual is None else residual.contiguous()
     n, k = weight.shape
     shape = (*x.shape[:-1], n)
-    y = x.new_empty(shape) if residual is None else torch.empty_like(residual)
-    preact = x.new_empty(shape) if save and activation else None
+    y = b.empty(shape, x.dtype if residual is None else residual.dtype, x.device)
+    preact = b.empty(shape, x.dtype, x.device) if save and activation else None
     context = b.context(x.device)
 
     pointers = (ptr(x), ptr(weight), ptr(bias), ptr(residual), ptr(y), ptr(preact))
@@ -179,8 +179,8 @@ def bwd(
     mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     n, k = dy.shape[-1], _columns(x if weight is None else weight)
-    dx = dy.new_empty((*dy.shape[:-1], k), dtype=dtype) if mask[0] else None
-    dweight = dy.new_empty((n, k), dtype=param_dtype) if mask[1] else None
+    dx = b.empty((*dy.shape[:-1], k), dtype, dy.device) if mask[0] else None
+    dweight = b.empty((n, k), param_dtype, dy.device) if mask[1] else None
     dbias = dy.new_empty(n, dtype=param_dtype) if mask[2] else None
     x, x_stride = (None, k) if x is None else rows(x)
     weight, weight_stride = (None, k) if weight is None else rows(weight)
