@@ -110,6 +110,12 @@ VIT_INLINE Vec<A> abs(Vec<A> x) {
   return bit_cast<Vec<A>>(bit_cast<typename L::Int>(x) & L::not_sign);
 }
 
+#if defined(__AVX512DQ__)
+// x - round(x), 0 for an infinite x.
+VIT_INLINE f32v fraction(f32v x) { return bit_cast<f32v>(_mm512_maskz_reduce_ps(0xffff, bit_cast<__m512>(x), 0)); }
+VIT_INLINE f64v fraction(f64v x) { return bit_cast<f64v>(_mm512_maskz_reduce_pd(0xff, bit_cast<__m512d>(x), 0)); }
+#endif
+
 // x 2^n for the integer n = shifted - magic.
 template <class A>
 VIT_INLINE Vec<A> scale_by_power(Vec<A> x, [[maybe_unused]] Vec<A> n, [[maybe_unused]] Vec<A> shifted) {
@@ -134,10 +140,15 @@ VIT_INLINE Vec<A> scale_by_power(Vec<A> x, [[maybe_unused]] Vec<A> n, [[maybe_un
 template <class T>
 VIT_INLINE Vec<Acc<T>> exp2(Vec<Acc<T>> x) {
   using A = Acc<T>;
+#if defined(__AVX512DQ__)
+  const Vec<A> f = fraction(x);  // also of -infinity: 0
+  return scale_by_power<A>(polynomial(Exp2<T>::c, f), x - f, x);
+#else
   x = at_least(x, Layout<A>::smallest_exponent);
   const Vec<A> shifted = x + Layout<A>::magic;
   const Vec<A> n = shifted - Layout<A>::magic;
   return scale_by_power<A>(polynomial(Exp2<T>::c, x - n), n, shifted);
+#endif
 }
 
 // e^(x + rest) without rounding x + rest first, for -150 < x < 88 (float) or -1000 < x < 709 (double).

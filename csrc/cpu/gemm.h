@@ -97,10 +97,10 @@ struct Ahead {
 
 // out[R][V lanes] = A B over `steps`, or with `add` out += A B. Row r, step s of A is the word at a + r stride + s
 // sizeof(Word), or with kColumns at a + s stride + r sizeof(Word). b is a panel of V vectors per step. Each step asks
-// for one line of what comes next.
+// for one line of what comes next. Rows of out are out_stride elements apart.
 template <class T, int R, int V, bool kColumns>
 __attribute__((noinline)) void tile(const char* a, int64_t stride, const char* b, int64_t steps, const Ahead& ahead,
-                                    bool add, Acc<T>* out) {
+                                    bool add, Acc<T>* out, int64_t out_stride) {
   using S = Step<T>;
   constexpr int kWord = sizeof(Word<T>), kAhead = 16;
   Vec<Acc<T>> c[R][V];
@@ -123,13 +123,13 @@ __attribute__((noinline)) void tile(const char* a, int64_t stride, const char* b
     }
   }
   VIT_UNROLL for (int r = 0; r < R; ++r) VIT_UNROLL for (int v = 0; v < V; ++v) {
-    Acc<T>* at = out + (r * V + v) * kLanes<Acc<T>>;
+    Acc<T>* at = out + r * out_stride + v * kLanes<Acc<T>>;
     store<Acc<T>>(at, add ? load<Acc<T>>(at) + c[r][v] : c[r][v]);
   }
 }
 
 template <class T>
-using TileFunction = void (*)(const char*, int64_t, const char*, int64_t, const Ahead&, bool, Acc<T>*);
+using TileFunction = void (*)(const char*, int64_t, const char*, int64_t, const Ahead&, bool, Acc<T>*, int64_t);
 
 // The tile of `rows` <= R rows and `vectors` <= V vectors.
 template <class T, bool kColumns, int R = kTileRows, int V = kTileVectors>
@@ -444,7 +444,7 @@ void gemm_range(const Left& a, const Right<T, P>& b, int64_t row_begin, int64_t 
             const int64_t s0 = block * kBlockSteps, count = min(kBlockSteps, steps - s0);
             const char* left = a.data + (kColumns ? s0 * a.stride + i0 * word : i0 * a.stride + s0 * word);
             run(left, a.stride, panel_b + s0 * line, count, {ahead.first + s0 * ahead.stride, ahead.stride},
-                block > first_block, sums);
+                block > first_block, sums, vectors * lanes);
           }
           epilogue(Tile<A>{sums, vectors * lanes, i0, i1 - i0, panel * kTileColumns<T>, b.columns(panel),
                            first_block == 0, end_block == blocks});

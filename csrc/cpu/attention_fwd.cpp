@@ -1,0 +1,292 @@
+// attention forward: out = P v, P = softmax(scale q k^T) for each batch and head.
+//
+//   lse_i = log sum_j exp(scale q_i k_j),  P_ij = exp(scale q_i k_j - lse_i)
+//
+// Saved for the backward: out and lse. Per head 4 N L D FLOPs and N L exponentials on (2 N + 2 L) D elements.
+//
+// Threads take blocks of queries of a head. Keys come in blocks, packed once per head (or block) into the panels that
+// `tile` of gemm.h reads; each row tile of queries makes its scores, their exponentials and the product with v while
+// they are in L1. With more than one block of keys the softmax is online: sums and outputs so far are rescaled when a
+// larger score appears. The rows of q, k and v that come next are asked for meanwhile: in a packed projection they lie
+// 3 KB or more apart, where no hardware looks for them (15 % of the time with 8 images).
+//
+// Sources: Dao et al., "FlashAttention", arXiv:2205.14135; Milakov and Gimelshein, "Online normalizer calculation for
+// softmax", arXiv:1805.02867.
+#include "cpu/attention.h"
+#include "cpu/attention_tiles.h"
+#include "cpu/kernels.h"
+
+namespace vit::VIT_ISA {
+namespace {
+
+// --- sizes ----------------------------------------------------------------------------------------------------------
+// All of them follow from N, L, D and the dtype, never from the batch or the threads: they decide the order of sums.
+
+constexpr int64_t kForwardKeys = 640;         // per block: K and V packed take 320 KB of L2 (D 64, float32)
+constexpr int64_t kForwardQueries = 64;       // per unit of work: B 1, H 3 still gives 12 units
+constexpr int64_t kLongForwardQueries = 256;  // with several key blocks: packing them is 2 % of the work
+
+template <class T>
+struct Sizes {
+  Blocks keys, queries;
+  Panels<T> key_panels, head_panels;
+  int64_t steps;  // of a product over the head
+
+  explicit Sizes(const AttentionFwd& p)
+      : keys(Blocks::of(p.L, kForwardKeys)),
+        queries(Blocks::of(p.N, keys.count == 1 ? kForwardQueries : kLongForwardQueries)),
+        key_panels(keys.largest()),
+        head_panels(p.D),
+        steps(steps_of<T>(p.D)) {}
+};
+
+// Scratch memory of one thread.
+template <class T>
+struct Scratch {
+  using A = Acc<T>;
+  char *keys, *values;  // packed
+  char* queries;        // a row tile, where its words cannot be read in place
+  A* scores;            // [kTileRows, key_panels.width()]
+  T* probabilities;     // the same, in place of the scores where the type is theirs
+  A* outputs;           // [queries, head_panels.width()], not yet divided by their totals
+  A *largest, *totals;  // of each query of the block
+
+  Scratch(const Sizes<T>& s, int64_t D, Arena& arena) {
+    const auto take = [&](int64_t count, int64_t size) { return arena.take(count * size); };
+    keys = take(packed_bytes<T>(D, s.keys.largest()), 1);
+    values = take(packed_bytes<T>(s.keys.largest(), D), 1);
+    queries = take(kTileRows * s.steps, sizeof(Word<T>));
+    scores = reinterpret_cast<A*>(take(kTileRows * s.key_panels.width(), sizeof(A)));
+    if constexpr (same<T, A>)
+      probabilities = scores;
+    else
+      probabilities = reinterpret_cast<T*>(take(kTileRows * s.key_panels.width(), sizeof(T)));
+    outputs = reinterpret_cast<A*>(take(s.queries.largest() * s.head_panels.width(), sizeof(A)));
+    largest = reinterpret_cast<A*>(take(s.queries.largest(), sizeof(A)));
+    totals = reinterpret_cast<A*>(take(s.queries.largest(), sizeof(A)));
+  }
+};
+
+// --- softmax --------------------------------------------------------------------------------------------------------
+
+// The larger of two scores, or the smaller one where scale is negative.
+template <bool kNegative>
+struct Larger {
+  template <class V>
+  VIT_INLINE V operator()(V a, V b) const {
+    if constexpr (sizeof(V) == kVectorBytes)
+      return kNegative ? vmin(a, b) : vmax(a, b);
+    else
+      return (kNegative ? a < b : a > b) ? a : b;
+  }
+};
+
+// What the largest of no scores is.
+template <class A, bool kNegative>
+inline constexpr A kLeast = kNegative ? A(INFINITY) : -A(INFINITY);
+
+// The largest of a row of scores.
+template <class A, bool kNegative>
+VIT_INLINE A largest_of(const A* row, int64_t keys) {
+  constexpr int64_t lanes = kLanes<A>;
+  const Larger<kNegative> larger;
+  Vec<A> largest = broadcast(kLeast<A, kNegative>);
+  int64_t j = 0;
+  for (; j + lanes <= keys; j += lanes) largest = larger(load<A>(row + j), largest);
+  if (j < keys) largest = larger(keep(load<A>(row + j), keys - j, kLeast<A, kNegative>), largest);
+  return fold<A, lanes>(largest, larger);
+}
+
+// A row of scores to their exponentials relative to `origin`; returns the sum of them. scale includes log2(e).
+template <class T>
+VIT_INLINE Acc<T> exponentials(const Acc<T>* row, int64_t keys, Acc<T> scale, Acc<T> origin, T* out) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  V sums{};
+  int64_t j = 0;
+  for (; j + lanes <= keys; j += lanes) {
+    const V e = exp2<T>(scale * (load<A>(row + j) - origin));
+    sums += e;
+    store<A>(out + j, e);
+  }
+  if (j < keys) {
+    const V e = keep(exp2<T>(scale * (load<A>(row + j) - origin)), keys - j, A(0));
+    sums += e;
+    store<A>(out + j, e);
+  }
+  return sum(sums);
+}
+
+// A row tile of scores to exponentials. The largest score of each row and the total of its exponentials are updated;
+// where they were those of older keys, rescale(row, factor) is called for what was summed with the older total.
+// All rows have their largest score before the first exponential: the latencies of eight reductions overlap.
+template <class T, bool kNegative, class F>
+VIT_INLINE void softmax(const RowTile<Acc<T>>& scores, int64_t keys, Acc<T> scale, T* out, bool first, Acc<T>* largest,
+                        Acc<T>* totals, const F& rescale) {
+  using A = Acc<T>;
+  constexpr A least = kLeast<A, kNegative>;
+  A now[kTileRows];
+  for (int64_t r = 0; r < scores.rows; ++r) now[r] = largest_of<A, kNegative>(scores.data + r * scores.stride, keys);
+  for (int64_t r = 0; r < scores.rows; ++r) {
+    A total = A(0);
+    if (!first) now[r] = (kNegative ? now[r] < largest[r] : now[r] > largest[r]) ? now[r] : largest[r];
+    // A row of -infinity only has the total 0 and, divided by it, NaN everywhere, like the reference.
+    const A origin = now[r] == least ? A(0) : now[r];
+    if (!first) {
+      const A factor = largest[r] == least ? A(0) : exp2<A>(broadcast(scale * (largest[r] - origin)))[0];
+      total = totals[r] * factor;
+      if (factor != A(1)) rescale(r, factor);
+    }
+    const int64_t at = r * scores.stride;
+    totals[r] = total + exponentials<T>(scores.data + at, keys, scale, origin, out + at);
+    largest[r] = now[r];
+  }
+}
+
+// --- units ----------------------------------------------------------------------------------------------------------
+
+// One thread at work on units, the blocks of queries of each head.
+template <class T, bool kNegative>
+struct Worker {
+  using A = Acc<T>;
+  const AttentionFwd& p;
+  const Sizes<T> s;
+  const Scratch<T> scratch;
+  const int64_t end;    // of the units of this thread
+  int64_t packed = -1;  // the block of keys that scratch holds: head * keys.count + block
+
+  Worker(const AttentionFwd& p, Arena arena, int64_t end) : p(p), s(p), scratch(s, p.D, arena), end(end) {}
+
+  const T* of_head(const void* tensor, int64_t head, int64_t batch_stride, int64_t head_stride) const {
+    return static_cast<const T*>(tensor) + head / p.H * batch_stride + head % p.H * head_stride;
+  }
+  const T* query(int64_t unit) const {
+    return of_head(p.q, unit / s.queries.count, p.q_batch, p.q_head) +
+           s.queries.begin(unit % s.queries.count) * p.q_token;
+  }
+  T* output(int64_t unit) const {
+    const int64_t head = unit / s.queries.count, i = s.queries.begin(unit % s.queries.count);
+    return static_cast<T*>(p.out) + ((head / p.H * p.N + i) * p.H + head % p.H) * p.D;
+  }
+  int64_t queries(int64_t unit) const {
+    return s.queries.end(unit % s.queries.count) - s.queries.begin(unit % s.queries.count);
+  }
+  const T* key(int64_t head, int64_t j) const { return of_head(p.k, head, p.k_batch, p.k_head) + j * p.k_token; }
+  const T* value(int64_t head, int64_t j) const { return of_head(p.v, head, p.v_batch, p.v_head) + j * p.v_token; }
+
+  // What is read after this block of keys: the next one, and the queries of the next unit.
+  Upcoming after(int64_t unit, int64_t key_block) const {
+    Upcoming upcoming;
+    const bool last = key_block + 1 == s.keys.count;
+    const int64_t next_unit = unit + last, next_block = last ? 0 : key_block + 1, head = next_unit / s.queries.count;
+    if (next_unit == end) return upcoming;
+    if (packed != head * s.keys.count + next_block) {
+      const int64_t j = s.keys.begin(next_block), keys = s.keys.end(next_block) - j;
+      upcoming.add(key(head, j), p.k_token, keys, p.D);
+      upcoming.add(value(head, j), p.v_token, keys, p.D);
+    }
+    if (last) {
+      upcoming.add(query(next_unit), p.q_token, queries(next_unit), p.D);
+      upcoming.add(output(next_unit), p.H * p.D, queries(next_unit), p.D);
+    }
+    return upcoming;
+  }
+
+  void pack_keys(int64_t head, int64_t key_block) {
+    if (packed == head * s.keys.count + key_block) return;
+    const int64_t j = s.keys.begin(key_block), keys = s.keys.end(key_block) - j;
+    pack(Matrix<T>{key(head, j), 1, p.k_token}, p.D, keys, scratch.keys);
+    pack(Matrix<T>{value(head, j), p.v_token, 1}, keys, p.D, scratch.values);
+    packed = head * s.keys.count + key_block;
+  }
+
+  void run(int64_t unit) {
+    const int64_t head = unit / s.queries.count;
+    const Blocks tiles = Blocks::of(queries(unit), kTileRows);
+    for (int64_t block = 0; block < s.keys.count; ++block) {
+      pack_keys(head, block);
+      Upcoming upcoming = after(unit, block);
+      for (int64_t t = 0; t < tiles.count; ++t)
+        row_tile(unit, tiles.begin(t), tiles.end(t) - tiles.begin(t), block, upcoming);
+    }
+  }
+
+  // Rows [i, i + rows) of a unit against one block of keys.
+  VIT_INLINE void row_tile(int64_t unit, int64_t i, int64_t rows, int64_t block, Upcoming& upcoming) const {
+    const int64_t keys = s.keys.end(block) - s.keys.begin(block), key_width = s.key_panels.width();
+    const A scale = static_cast<A>(p.scale * 1.44269504088896340736);
+    const RowTile<A> scores{scratch.scores, key_width, rows};
+    const RowTile<A> outputs{scratch.outputs + i * s.head_panels.width(), s.head_panels.width(), rows};
+    const Left left = prepare_a(1, Matrix<T>{query(unit) + i * p.q_token, p.q_token, 1}, rows, p.D, scratch.queries);
+    multiply(left.data, left.stride, scratch.keys, s.steps, Panels<T>(keys), false, scores, upcoming);
+    softmax<T, kNegative>(scores, keys, scale, scratch.probabilities, block == 0, scratch.largest + i,
+                          scratch.totals + i, [&](int64_t r, A factor) {
+                            A* row = outputs.data + r * outputs.stride;
+                            for (int64_t d = 0; d < outputs.stride; d += kLanes<A>)
+                              store<A>(row + d, factor * load<A>(row + d));
+                          });
+    multiply(reinterpret_cast<const char*>(scratch.probabilities), key_width * static_cast<int64_t>(sizeof(T)),
+             scratch.values, steps_of<T>(keys), s.head_panels, block > 0, outputs, upcoming);
+    if (block + 1 == s.keys.count) store_rows(unit, i, outputs);
+  }
+
+  VIT_INLINE void store_rows(int64_t unit, int64_t i, const RowTile<A>& outputs) const {
+    A* lse = p.lse ? static_cast<A*>(p.lse) + unit / s.queries.count * p.N + s.queries.begin(unit % s.queries.count)
+                   : nullptr;
+    for (int64_t r = 0; r < outputs.rows; ++r) {
+      const A total = scratch.totals[i + r];
+      store_row(outputs, r, A(1) / total, p.D, output(unit) + (i + r) * p.H * p.D);
+      if (lse)
+        lse[i + r] =
+            static_cast<A>(p.scale) * scratch.largest[i + r] + static_cast<A>(::log(static_cast<double>(total)));
+    }
+  }
+};
+
+template <class T, bool kNegative>
+void run_units(const AttentionFwd& p, char* memory, int64_t begin, int64_t end) {
+  Worker<T, kNegative> worker(p, Arena{memory}, end);
+  for (int64_t unit = begin; unit < end; ++unit) worker.run(unit);
+}
+
+template <class T>
+int64_t scratch_bytes(const AttentionFwd& p) {
+  Arena arena{nullptr};
+  const Scratch<T> counted(Sizes<T>(p), p.D, arena);
+  return arena.used;
+}
+
+}  // namespace
+
+int64_t attention_fwd_units(const AttentionFwd& p) {
+  int64_t units = 0;
+  with_dtype(p.dtype, [&](auto t) { units = p.B * p.H * Sizes<decltype(t)>(p).queries.count; });
+  return units;
+}
+
+int64_t attention_fwd_scratch(const AttentionFwd& p) {
+  int64_t bytes = 0;
+  with_dtype(p.dtype, [&](auto t) { bytes = scratch_bytes<decltype(t)>(p); });
+  return bytes;
+}
+
+void attention_fwd_range(const AttentionFwd& p, char* scratch, int64_t begin, int64_t end) {
+  with_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    p.scale < 0 ? run_units<T, true>(p, scratch, begin, end) : run_units<T, false>(p, scratch, begin, end);
+  });
+}
+
+void attention_fwd(const AttentionFwd& p) {
+  const int64_t scratch = attention_fwd_scratch(p);
+  parallel_for(p.context.num_threads, attention_fwd_units(p), [&](int64_t begin, int64_t end, int thread) {
+    attention_fwd_range(p, static_cast<char*>(p.workspace) + thread * scratch, begin, end);
+  });
+}
+
+std::size_t attention_fwd_workspace(const AttentionFwd& p) {
+  return static_cast<std::size_t>(p.context.num_threads * attention_fwd_scratch(p));
+}
+
+}  // namespace vit::VIT_ISA
