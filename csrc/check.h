@@ -1,4 +1,4 @@
-// Argument checks of the host-side backends: each throws vit::Error naming the op, the argument, its value.
+// Argument checks of every backend: each throws vit::Error naming the op, the argument, its value.
 #pragma once
 
 #include "vit.h"

@@ -174,7 +174,7 @@ def test_layouts(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"M": -1}, "M, N and K must be >= 0"), ({"dtype": 7}, "unknown dtype code 7"), ({"y": 0}, "must not be null")],
+    [({"M": -1}, "M is -1; a size is 0 or more"), ({"dtype": 7}, "unknown dtype 7"), ({"y": 0}, "y is null")],
 )
 def test_bad_arguments_are_errors(emulated, change, text):
     x, w, y = torch.randn(4, 8), torch.randn(6, 8), torch.empty(4, 6)
@@ -185,6 +185,44 @@ def test_bad_arguments_are_errors(emulated, change, text):
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=text):
         emulated.module.linear_fwd(*(fields | change).values())
+
+
+def attention(emulated: Emulated, n: int, d: int = 64, stream: int = 0, device: int = 0) -> None:
+    """Runs and checks attention_fwd in bfloat16 on n tokens and one head, by the contract of vit.h."""
+    q, k, v = torch.randn(3, n, d, dtype=torch.bfloat16)
+    out = torch.empty_like(q)
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, 0)  # lse, workspace: not wanted
+    sizes = (1, n, n, 1, d)  # B, N, L, H, D
+    strides = (n * d, d, d) * 3
+    emulated.module.attention_fwd(*pointers, *sizes, *strides, d**-0.5, 2, stream, device, 1, False)
+    truth = F.scaled_dot_product_attention(q[None].double(), k[None].double(), v[None].double())[0]
+    assert (out.double() - truth).norm() <= 0.01 * truth.norm()
+
+
+def test_a_kernel_that_needs_more_shared_memory_than_the_device_has_is_an_error(emulated):
+    text = r"attention_fwd: needs 56320 bytes of shared memory per block for B=1 N=300 .* this GPU has 49152: use"
+    with pytest.raises(RuntimeError, match=text):
+        attention(emulated, 300, d=80, device=3)
+    attention(emulated, 300, d=80)
+
+
+def test_a_failed_launch_is_an_error_of_its_own_call(emulated):
+    text = r"attention_fwd: out of memory while launching 1 blocks of 128 threads with .* N=20 L=20 H=1 D=64"
+    with pytest.raises(RuntimeError, match=text):
+        attention(emulated, 20, stream=1)
+    attention(emulated, 20)  # the emulator objects to an error that was left behind
+
+
+@pytest.mark.parametrize(("device", "text"), [(4, "cannot use device 4: invalid device"), (64, "is not in 0..63")])
+def test_a_device_that_does_not_exist_is_an_error(emulated, device, text):
+    with pytest.raises(RuntimeError, match=f"attention_fwd: .*{text}"):
+        attention(emulated, 20, device=device)
+
+
+def test_every_device_gets_its_own_permission_for_shared_memory(emulated):
+    """More than 48 KiB must be asked for on each device; a call leaves the current device as it found it."""
+    for device in (0, 1, 2, 0):
+        attention(emulated, 197, device=device)
 
 
 @pytest.mark.sanitizer

@@ -28,9 +28,8 @@ bool on_tensor_cores(DType dtype, int64_t D, const Context& context) {
   return is_16_bit(dtype) || (dtype == DType::float32 && context.allow_tf32 && D <= kMaxHeadDimTF32);
 }
 
-void check(const char* op, DType dtype, int64_t B, int64_t N, int64_t L, int64_t H, int64_t D) {
-  check_dtypes(op, dtype, dtype);
-  require(B >= 0 && N >= 0 && H >= 0, op, "B, N and H must be >= 0");
+// What this backend takes of what vit.h allows.
+void check_limits(const char* op, int64_t B, int64_t N, int64_t L, int64_t H, int64_t D) {
   if (B > 0 && N > 0 && H > 0) require(L >= 1, op, "at least one key is needed, L is 0");
   if (D < 1 || D > 256) fail(op, "head dimension " + std::to_string(D) + " is not within 1..256");
 }
@@ -55,9 +54,9 @@ std::size_t attention_bwd_workspace(const AttentionBwd& p) {
 void attention_fwd(const AttentionFwd& p) {
   using namespace cuda;
   const char* op = "attention_fwd";
-  check(op, p.dtype, p.B, p.N, p.L, p.H, p.D);
+  check(p);
+  check_limits(op, p.B, p.N, p.L, p.H, p.D);
   if (p.B * p.N * p.H == 0) return;
-  require(p.q && p.k && p.v && p.out, op, "q, k, v and out must not be null");
   const DeviceGuard guard(op, p.context);
   if (!on_tensor_cores(p.dtype, p.D, p.context)) return attention_fwd_scalar(p);
   if (attention_fwd_hopper_supports(p)) return attention_fwd_hopper(p);
@@ -68,11 +67,9 @@ void attention_fwd(const AttentionFwd& p) {
 void attention_bwd(const AttentionBwd& p) {
   using namespace cuda;
   const char* op = "attention_bwd";
-  check(op, p.dtype, p.B, p.N, p.L, p.H, p.D);
+  check(p);
+  check_limits(op, p.B, p.N, p.L, p.H, p.D);
   if (p.B * p.H == 0 || (p.N == 0 && p.L == 0)) return;
-  require(p.N == 0 || (p.dout && p.q && p.out && p.lse && p.dq && p.workspace), op,
-          "dout, q, out, lse, dq and workspace must not be null");
-  require(p.L == 0 || (p.k && p.v && p.dk && p.dv), op, "k, v, dk and dv must not be null");
   const DeviceGuard guard(op, p.context);
   if (attention_bwd_short_supports(p)) return attention_bwd_short(p);
   const bool tensor_cores = on_tensor_cores(p.dtype, p.D, p.context);

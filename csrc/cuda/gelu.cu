@@ -51,12 +51,7 @@ __global__ void __launch_bounds__(kBlock)
 template <bool kBackward>
 void run(const char* op, const void* x, const void* dy, void* out, int64_t n, Activation activation, DType dtype,
          const Context& context) {
-  check_dtypes(op, dtype, dtype);
-  require(n >= 0, op, "n must be >= 0");
-  require(activation == Activation::gelu || activation == Activation::gelu_tanh, op,
-          "activation must be gelu or gelu_tanh");
   if (n == 0) return;
-  require(x && out && (dy || !kBackward), op, "x, dy and the output must not be null");
   const DeviceGuard guard(op, context);
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
@@ -73,9 +68,13 @@ void run(const char* op, const void* x, const void* dy, void* out, int64_t n, Ac
 namespace vit {
 
 void gelu_fwd(const GeluFwd& p) {
+  check(p);
   cuda::run<false>("gelu_fwd", p.x, nullptr, p.y, p.n, p.activation, p.dtype, p.context);
 }
 
-void gelu_bwd(const GeluBwd& p) { cuda::run<true>("gelu_bwd", p.x, p.dy, p.dx, p.n, p.activation, p.dtype, p.context); }
+void gelu_bwd(const GeluBwd& p) {
+  check(p);
+  cuda::run<true>("gelu_bwd", p.x, p.dy, p.dx, p.n, p.activation, p.dtype, p.context);
+}
 
 }  // namespace vit

@@ -214,9 +214,8 @@ std::size_t layer_norm_bwd_workspace(const LayerNormBwd& p) {
 void layer_norm_bwd(const LayerNormBwd& p) {
   using namespace cuda;
   const char* op = "layer_norm_bwd";
-  check_dtypes(op, p.dtype, p.param_dtype);
-  require(p.M >= 0 && p.C >= 1, op, "M must be >= 0 and C >= 1");
-  require(p.M == 0 || (p.dy && p.x && p.mean && p.rstd), op, "dy, x, mean and rstd must not be null");
+  check(p);
+  if (p.C == 0) return;
   require(p.workspace || !(p.dweight || p.dbias), op, "workspace must not be null when dweight or dbias is wanted");
   const DeviceGuard guard(op, p.context);
   const Shape shape({{"M", p.M}, {"C", p.C}});

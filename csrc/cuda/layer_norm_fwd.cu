@@ -124,11 +124,8 @@ namespace vit {
 void layer_norm_fwd(const LayerNormFwd& p) {
   using namespace cuda;
   const char* op = "layer_norm_fwd";
-  check_dtypes(op, p.dtype, p.param_dtype);
-  require(p.M >= 0 && p.C >= 1, op, "M must be >= 0 and C >= 1");
-  require((p.mean == nullptr) == (p.rstd == nullptr), op, "mean and rstd must both be given or both be null");
-  if (p.M == 0) return;
-  require(p.x && p.y, op, "x and y must not be null");
+  check(p);
+  if (p.M == 0 || p.C == 0) return;
   const DeviceGuard guard(op, p.context);
   const Shape shape({{"M", p.M}, {"C", p.C}});
   dispatch(p.dtype, [&](auto element) {

@@ -140,12 +140,6 @@ void run_prepare(const LinearBwd& p, const BackwardPlan& plan, const Launch& lik
   if (p.dbias) launch_sum_partials<T>(like, partial, mixed<T>(p.dbias, p.param_dtype), p.N, plan.partials, p.N);
 }
 
-void check(const char* op, int64_t M, int64_t N, int64_t K, DType dtype, DType param_dtype, DType out_dtype) {
-  check_dtypes(op, dtype, param_dtype);
-  check_dtypes(op, dtype, out_dtype);
-  require(M >= 0 && N >= 0 && K >= 0, op, "M, N and K must be >= 0");
-}
-
 }  // namespace
 }  // namespace vit::cuda
 
@@ -165,9 +159,8 @@ std::size_t linear_bwd_workspace(const LinearBwd& p) {
 void linear_fwd(const LinearFwd& p) {
   using namespace cuda;
   const char* op = "linear_fwd";
-  check(op, p.M, p.N, p.K, p.dtype, p.param_dtype, p.out_dtype);
+  check(p);
   if (p.M == 0 || p.N == 0) return;
-  require(p.y && (p.K == 0 || (p.x && p.weight)), op, "x, weight and y must not be null");
   require(p.dtype == p.param_dtype || p.K == 0 || p.workspace, op,
           "workspace must not be null, see linear_fwd_workspace");
   const DeviceGuard guard(op, p.context);
@@ -193,9 +186,7 @@ void linear_fwd(const LinearFwd& p) {
 void linear_bwd(const LinearBwd& p) {
   using namespace cuda;
   const char* op = "linear_bwd";
-  check(op, p.M, p.N, p.K, p.dtype, p.param_dtype, p.out_dtype);
-  require((p.preact == nullptr) == (p.activation == Activation::none) || p.M == 0 || p.N == 0, op,
-          "preact must be null exactly when activation is none");
+  check(p);
   const BackwardPlan plan = cuda::plan(p, p.workspace);
   require(plan.workspace == 0 || p.workspace, op, "workspace must not be null, see linear_bwd_workspace");
   const DeviceGuard guard(op, p.context);

@@ -36,10 +36,6 @@ Gemm gradient_b(const MatmulBwd& p) {
   return g;
 }
 
-void check(const char* op, int64_t batch, int64_t M, int64_t N, int64_t K) {
-  require(batch >= 0 && M >= 0 && N >= 0 && K >= 0, op, "batch, M, N and K must be >= 0");
-}
-
 }  // namespace
 }  // namespace vit::cuda
 
@@ -52,8 +48,7 @@ std::size_t matmul_bwd_workspace(const MatmulBwd& p) { return cuda::gemm_workspa
 void matmul_fwd(const MatmulFwd& p) {
   using namespace cuda;
   const char* op = "matmul_fwd";
-  check_dtypes(op, p.dtype, p.dtype);
-  check(op, p.batch, p.M, p.N, p.K);
+  check(p);
   const DeviceGuard guard(op, p.context);
   gemm(op, forward(p), p.context);
 }
@@ -61,8 +56,7 @@ void matmul_fwd(const MatmulFwd& p) {
 void matmul_bwd(const MatmulBwd& p) {
   using namespace cuda;
   const char* op = "matmul_bwd";
-  check_dtypes(op, p.dtype, p.dtype);
-  check(op, p.batch, p.M, p.N, p.K);
+  check(p);
   const DeviceGuard guard(op, p.context);
   if (p.da) gemm(op, gradient_a(p), p.context);
   if (!p.db) return;

@@ -22,29 +22,7 @@ std::string version_text(int version) {
 
 }  // namespace
 
-const char* name(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return "float32";
-    case DType::float64:
-      return "float64";
-    case DType::bfloat16:
-      return "bfloat16";
-    case DType::float16:
-      return "float16";
-  }
-  return "unknown";
-}
-
 void fail(const std::string& op, const std::string& what) { throw Error("cuda " + op + ": " + what); }
-
-void check_dtypes(const char* op, DType dtype, DType other) {
-  const int code = static_cast<int>(dtype);
-  if (code < 0 || code > 3) fail(op, "unknown dtype code " + std::to_string(code) + "; codes are 0 to 3, see vit.h");
-  if (other != dtype && other != DType::float32)
-    fail(op, std::string("parameters or output are ") + name(other) + ", allowed with " + name(dtype) + " are " +
-                 name(dtype) + " and float32");
-}
 
 DeviceGuard::DeviceGuard(const char* op, const Context& context) {
   if (context.device < 0 || context.device >= kMaxDevices)
@@ -134,6 +112,9 @@ extern "C" __attribute__((visibility("default"))) void vit_cuda_set_path(int pat
 }
 
 namespace vit {
+
+bool takes(DType dtype) { return dtype >= DType::float32 && dtype <= DType::float16; }
+const char* const kTakes = "the cuda backend takes float32, float64, bfloat16 and float16";
 
 std::vector<std::pair<std::string, std::string>> info() {
   int driver = 0, devices = 0;

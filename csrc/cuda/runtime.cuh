@@ -1,4 +1,4 @@
-// What every launcher shares: argument checks, the device of a call, and one function that launches a kernel and turns
+// What every launcher shares: errors, the device of a call, and one function that launches a kernel and turns
 // a CUDA error into a vit::Error that names the op and its shape.
 #pragma once
 
@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "check.h"
 #include "instructions.cuh"
 #include "vit.h"
 
@@ -15,16 +16,11 @@ namespace vit::cuda {
 
 inline constexpr int kMaxDevices = 64;
 
-const char* name(DType);
-
 [[noreturn]] void fail(const std::string& op, const std::string& what);
 
 inline void require(bool ok, const char* op, const char* what) {
   if (!ok) fail(op, what);
 }
-
-// Throws unless `dtype` is one this backend knows and `other` (param_dtype, out_dtype) is dtype or float32.
-void check_dtypes(const char* op, DType dtype, DType other);
 
 inline std::size_t bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 

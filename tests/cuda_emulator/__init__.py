@@ -41,7 +41,7 @@ def build(folder: Path, sanitize: bool = False) -> Path:
 
     `sanitize`: with AddressSanitizer and UndefinedBehaviorSanitizer, to be loaded as `sanitizer_environment` says.
     """
-    sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "bindings.cpp", HERE / "emulator.cpp"]
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "bindings.cpp", CSRC / "check.cpp", HERE / "emulator.cpp"]
     headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh"), *HERE.glob("*.cuh")]
     content = b"".join(file.read_bytes() for file in [*sources, *sorted(headers)])
     digest = hashlib.sha256(content).hexdigest()[:16] + ("-sanitized" if sanitize else "")

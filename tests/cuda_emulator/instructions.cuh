@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -36,7 +37,12 @@ struct dim3 {
 inline thread_local dim3 gridDim, blockDim;
 
 // ---- the part of the CUDA runtime that csrc/cuda uses ----
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidDevice = 101
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 enum cudaDeviceAttr {
@@ -65,22 +71,46 @@ struct cudaDeviceProp {
   std::size_t totalGlobalMem;
 };
 #define CUDART_VERSION 13000
-inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "out of memory"
+         : error == cudaErrorInvalidDevice  ? "invalid device ordinal"
+                                            : "invalid argument";
+}
+
+// Four GPUs: two Hopper of three multiprocessors, one of 8.6, and one with less shared memory than any that exists.
+inline constexpr int kEmulatedDevices = 4;
+inline thread_local int emulated_device = 0;
+inline thread_local cudaError_t emulated_error = cudaSuccess;               // of the last launch, until it is asked for
+inline std::map<std::pair<int, const void*>, std::size_t> emulated_limits;  // of a kernel on a device
+
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = emulated_error;
+  emulated_error = cudaSuccess;
+  return error;
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulated_device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= kEmulatedDevices) return cudaErrorInvalidDevice;
+  return emulated_device = device, cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) { return cudaErrorInvalidValue; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
+  const int shared[kEmulatedDevices] = {227, 227, 99, 48};
   *value = 0;
-  if (which == cudaDevAttrComputeCapabilityMajor) *value = 9;
+  if (which == cudaDevAttrComputeCapabilityMajor) *value = device < 2 ? 9 : 8;
+  if (which == cudaDevAttrComputeCapabilityMinor) *value = device < 2 ? 0 : 6;
   if (which == cudaDevAttrMultiProcessorCount) *value = 3;
-  if (which == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = 227 * 1024;
+  if (which == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = shared[device] * 1024;
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  int most = 0;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, emulated_device);
+  if (bytes > most) return cudaErrorInvalidValue;
+  emulated_limits[{emulated_device, kernel}] = static_cast<std::size_t>(bytes);
+  return cudaSuccess;
 }
 
 namespace vit::emulator {
@@ -175,8 +205,16 @@ T value_of(void* slot) {
 
 }  // namespace vit::emulator
 
+// A stream whose launches fail, as they do when the device has no memory left for the code of a kernel.
+inline const cudaStream_t kFailingStream = reinterpret_cast<cudaStream_t>(1);
+
 template <class Kernel, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, Args... args) {
+  if (emulated_error != cudaSuccess) vit::emulator::stop("an error was left for the next call to find");
+  if (config->stream == kFailingStream) return emulated_error = cudaErrorMemoryAllocation;
+  const auto limit = emulated_limits.find({emulated_device, reinterpret_cast<const void*>(kernel)});
+  if (config->dynamicSmemBytes > (limit == emulated_limits.end() ? 48 * 1024 : limit->second))
+    return emulated_error = cudaErrorInvalidValue;
   vit::emulator::run(*config, [&] { kernel(args...); });
   return cudaSuccess;
 }
