@@ -22,8 +22,7 @@ constexpr int compiled_head_dim(int64_t D) {
 template <class F>
 void dispatch_head_dim(int64_t D, F f) {
   switch (compiled_head_dim(D)) {
-    case 32:
-      return f(std::integral_constant<int, 32>{});
+    case 32:  // runs in 64, for the sake of the build
     case 64:
       return f(std::integral_constant<int, 64>{});
     case 80:
@@ -40,14 +39,11 @@ void dispatch_head_dim(int64_t D, F f) {
 // TF32 runs in 64 or 128, for the sake of the build; larger heads take the exact kernels.
 inline constexpr int64_t kMaxHeadDimTF32 = 128;
 
-// Calls f(T{}, head dimension) for a tensor-core kernel that has no size below `kLeast`; T = float is TF32.
-template <int kLeast, class F>
+// Calls f(T{}, head dimension) for a tensor-core kernel; T = float is TF32.
+template <class F>
 void dispatch_mma(DType dtype, int64_t D, F f) {
   if (dtype != DType::float32)
-    return dispatch_16_bit(dtype, [&](auto element) {
-      dispatch_head_dim(D,
-                        [&](auto kD) { f(element, std::integral_constant<int, (kD < kLeast ? kLeast : int{kD})>{}); });
-    });
+    return dispatch_16_bit(dtype, [&](auto element) { dispatch_head_dim(D, [&](auto kD) { f(element, kD); }); });
   if (D <= 64) return f(float{}, std::integral_constant<int, 64>{});
   f(float{}, std::integral_constant<int, 128>{});
 }

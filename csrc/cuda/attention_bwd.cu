@@ -192,7 +192,7 @@ void attention_bwd_mma(const AttentionBwd& p, const float* delta) {
                      is_aligned(p.dv, 2 * bytes(p.dtype)) &&
                      strides_divide(2, {p.dq_batch, p.dq_token, p.dq_head, p.dk_batch, p.dk_token, p.dk_head,
                                         p.dv_batch, p.dv_token, p.dv_head});
-  dispatch_mma<64>(p.dtype, p.D, [&](auto element, auto head_dim) {
+  dispatch_mma(p.dtype, p.D, [&](auto element, auto head_dim) {
     run<decltype(element), decltype(head_dim)::value>(p, delta, vectors, pairs);
   });
 }

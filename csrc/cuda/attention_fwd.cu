@@ -78,7 +78,7 @@ void attention_fwd_mma(const AttentionFwd& p) {
                                                             p.k_head, p.v_batch, p.v_token, p.v_head});
   const bool pairs = p.D % 2 == 0 && is_aligned(p.out, 2 * bytes(p.dtype));
   const int64_t blocks = p.B * p.H * divide_up(p.N, kQueries);
-  dispatch_mma<32>(p.dtype, p.D, [&](auto element, auto head_dim) {
+  dispatch_mma(p.dtype, p.D, [&](auto element, auto head_dim) {
     using T = decltype(element);
     constexpr int kD = decltype(head_dim)::value;
     launch<attention_fwd_kernel<T, kD>>({"attention_fwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, blocks,

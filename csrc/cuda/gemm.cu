@@ -77,15 +77,13 @@ Access access(const Operand& o, DType dtype) {
 
 void gemm(const char* op, const Gemm& g, const Context& context) {
   if (g.batch == 0 || g.M == 0 || g.N == 0) return;
-  const bool bfloat16 = g.dtype == DType::bfloat16;
-  if (g.dtype == DType::float32 && context.allow_tf32)
-    gemm_tf32(op, g, context);
-  else if (!is_16_bit(g.dtype))
+  const bool tf32 = g.dtype == DType::float32 && context.allow_tf32;
+  if (!is_16_bit(g.dtype) && !tf32)
     gemm_scalar(op, g, context);
-  else if (hopper_supports(g, context))
-    (bfloat16 ? gemm_hopper_bf16 : gemm_hopper_f16)(op, g, context);
+  else if (is_16_bit(g.dtype) && hopper_supports(g, context))
+    gemm_hopper(op, g, context);
   else
-    (bfloat16 ? gemm_bf16 : gemm_f16)(op, g, context);
+    gemm_mma(op, g, context);
   if (g.splits == 1) return;
   const int64_t n = g.batch * g.M * g.N;
   dispatch(g.dtype, [&](auto element) {

@@ -42,13 +42,11 @@ std::size_t gemm_workspace(const Gemm&);
 // Chooses the kernel (portable or Hopper, tile size) and launches it.
 void gemm(const char* op, const Gemm&, const Context&);
 
-// The kernels it chooses from. Each is a translation unit of its own, to be compiled in parallel.
-void gemm_bf16(const char* op, const Gemm&, const Context&);
-void gemm_f16(const char* op, const Gemm&, const Context&);
-void gemm_tf32(const char* op, const Gemm&, const Context&);
+// The kernels it chooses from, a translation unit each: exact in float32 and float64; tensor cores of any GPU, 16 bits
+// and TF32; wgmma, 16 bits.
 void gemm_scalar(const char* op, const Gemm&, const Context&);
-void gemm_hopper_bf16(const char* op, const Gemm&, const Context&);
-void gemm_hopper_f16(const char* op, const Gemm&, const Context&);
+void gemm_mma(const char* op, const Gemm&, const Context&);
+void gemm_hopper(const char* op, const Gemm&, const Context&);
 
 // An operand can be copied in 16-byte pieces when it is aligned and one stride is 1.
 struct Access {

@@ -8,17 +8,16 @@
 //
 // Bytes from L2 per 64 k and tile: 128 (kM + kN / kCluster); FLOP 128 kM kN: 110 FLOP per byte at 128 x 192 and
 // clusters of 2. Every output element adds its products in steps of 16 k from k = 0 on, whatever the tile.
-#pragma once
-
 #include "gemm.cuh"
 #include "hopper_instructions.cuh"
 #include "layout.cuh"
 
 namespace vit::cuda {
+namespace {
 
-inline constexpr int kHopperK = 64;  // 128 bytes, the width of the swizzle
-inline constexpr int kHopperThreads = 384;
-inline constexpr int kHopperShared = 227 * 1024;
+constexpr int kHopperK = 64;  // 128 bytes, the width of the swizzle
+constexpr int kHopperThreads = 384;
+constexpr int kHopperShared = 227 * 1024;
 
 template <int kM, int kN>
 struct HopperTile {
@@ -278,7 +277,7 @@ void launch_hopper(const char* op, const Gemm& g, const Context& context) {
 }
 
 template <class T>
-void gemm_hopper(const char* op, const Gemm& g, const Context& context) {
+void run(const char* op, const Gemm& g, const Context& context) {
   const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
   const HopperChoice choice = hopper_choice(g.M, g.N, g.batch * g.splits, !a.k_adjacent, !b.k_adjacent);
   if (!a.k_adjacent) return launch_hopper<T, 128, 128, false, false, 2>(op, g, context);
@@ -289,6 +288,13 @@ void gemm_hopper(const char* op, const Gemm& g, const Context& context) {
   if (choice.m == 64) return launch_hopper<T, 64, 64, true, true, 1>(op, g, context);
   if (choice.n == 192) return launch_hopper<T, 128, 192, true, true, 2>(op, g, context);
   launch_hopper<T, 128, 128, true, true, 2>(op, g, context);
+}
+
+}  // namespace
+
+void gemm_hopper(const char* op, const Gemm& g, const Context& context) {
+  if (g.dtype == DType::bfloat16) return run<bf16>(op, g, context);
+  run<f16>(op, g, context);
 }
 
 }  // namespace vit::cuda

@@ -6,18 +6,17 @@
 // block reads 2 kTile 64 bytes and does 2 kTile^2 FLOP per k: 64 FLOP per byte at kTile = 128 in 16 bits, 32 in TF32.
 // Every output element adds its products in steps of 32 bytes of k from k = 0 on, whatever the tile size, so the tile
 // may depend on M (batch invariance).
-#pragma once
-
 #include "gemm.cuh"
 #include "layout.cuh"
 
 namespace vit::cuda {
+namespace {
 
-inline constexpr int kTileBytes = 64;  // of k
+constexpr int kTileBytes = 64;  // of k
 template <class T>
-inline constexpr int kTileK = kTileBytes / static_cast<int>(sizeof(T));
-inline constexpr int kStages = 4;
-inline constexpr int kGemmThreads = 128;
+constexpr int kTileK = kTileBytes / static_cast<int>(sizeof(T));
+constexpr int kStages = 4;
+constexpr int kGemmThreads = 128;
 
 // A tile of kRows rows (m or n) by kTileK of one operand in shared memory: as rows of k when k is adjacent in memory,
 // else as kTileK rows of m or n, so that global memory is read along its adjacent elements in both cases. Groups are of
@@ -103,8 +102,8 @@ struct Tile {
 
 template <class T, int kTile, bool kAdjacentA, bool kAdjacentB>
 __global__ void __launch_bounds__(kGemmThreads)
-    gemm_mma(Operand a, Operand b, int64_t batches, int64_t K, int64_t K_split, bool a_vectors, bool b_vectors,
-             const __grid_constant__ Epilogue<T> epilogue) {
+    gemm_mma_kernel(Operand a, Operand b, int64_t batches, int64_t K, int64_t K_split, bool a_vectors, bool b_vectors,
+                    const __grid_constant__ Epilogue<T> epilogue) {
   using TileA = Tile<T, kTile, kAdjacentA>;
   using TileB = Tile<T, kTile, kAdjacentB>;
   constexpr int kWarpTile = kTile / 2, kMs = kWarpTile / 16, kNs = kWarpTile / 8;
@@ -187,14 +186,14 @@ constexpr int mma_shared_bytes(int tile) {
 }
 
 template <class T>
-void gemm_mma(const char* op, const Gemm& g, const Context& context) {
+void run(const char* op, const Gemm& g, const Context& context) {
   const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
   const int64_t planes = g.batch * g.splits;
   const int64_t K_split = divide_up(divide_up(g.K, kTileK<T>), g.splits) * kTileK<T>;
   const auto go = [&](auto tile, auto adjacent_a, auto adjacent_b) {
     constexpr int kTile = decltype(tile)::value;
     const int64_t blocks = divide_up(g.M, kTile) * divide_up(g.N, kTile) * planes;
-    launch<gemm_mma<T, kTile, decltype(adjacent_a)::value, decltype(adjacent_b)::value>>(
+    launch<gemm_mma_kernel<T, kTile, decltype(adjacent_a)::value, decltype(adjacent_b)::value>>(
         {op, Shape({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, blocks, kGemmThreads,
          static_cast<std::size_t>(mma_shared_bytes(kTile))},
         g.a, g.b, g.batch, g.K, K_split, a.vectors, b.vectors, Epilogue<T>(g));
@@ -211,6 +210,14 @@ void gemm_mma(const char* op, const Gemm& g, const Context& context) {
   if (!a.k_adjacent && b.k_adjacent) return go(std::integral_constant<int, 64>{}, std::false_type{}, std::true_type{});
   if (mma_tile(g.M, g.N, planes) == 128) return choose_a(std::integral_constant<int, 128>{});
   choose_a(std::integral_constant<int, 64>{});
+}
+
+}  // namespace
+
+void gemm_mma(const char* op, const Gemm& g, const Context& context) {
+  if (g.dtype == DType::bfloat16) return run<bf16>(op, g, context);
+  if (g.dtype == DType::float16) return run<f16>(op, g, context);
+  run<float>(op, g, context);  // rounded to TF32
 }
 
 }  // namespace vit::cuda
