@@ -8,7 +8,7 @@
 // softmax another multiplies and the third loads. Few heads (small batches) get a block per 64 queries instead.
 //
 // Per head 4 N L D FLOP, cut to 64 queries and to 64, 128, 208 or 272 keys; q, k, v read once, out written once. At
-// N = 197, D = 64, per multiprocessor of an H200 and head: 100 KB of memory 5700 clocks, wgmma 3300, exponentials 2700,
+// N = 197, D = 64, per multiprocessor of an H200 and head: 100 KB of memory 5700 clocks, wgmma 3300, exponentials 3300,
 // other instructions of the softmax 2000: bound by memory if the three overlap well.
 #include "attention.cuh"
 #include "hopper_instructions.cuh"

@@ -1,0 +1,108 @@
+"""Checks and measures the CUDA backend on the GPU of this machine, from the root of the checkout:
+
+    python -m benchmarks.gpu --part ops --out gpu.json
+
+Parts, each within --seconds (default 450): what does not fit is listed as not run, and --only takes it up later.
+
+    parity     the case list on every path of the kernels; determinism, batch invariance, graphs, streams
+    ops        copy and matmul ceilings; linear, attention, layer_norm and gelu against PyTorch's own
+    model      ViT inference, training and batch-1 latency against eager and torch.compile, all in bfloat16
+    train      a short training on digits with --backend cuda and with cpu: the accuracies, side by side
+    sanitizer  compute-sanitizer memcheck and racecheck over a sample of the case list
+
+Candidates run in turn, round after round, on random data and on enough buffers to leave the L2 cache; a figure is
+the median over rounds. Forwards of ops are timed as replays of a CUDA graph, which leaves out the time of their
+launches. Every figure is in the file given to --out as soon as it is known; the file keeps the other parts it has.
+
+From a checkout to figures, on a machine without a network and perhaps without git (python3 is the one that has torch;
+2 cores build for a minute):
+
+    VIT_BACKENDS=cpu,cuda python3 -m pip install --no-build-isolation --no-deps .
+    python3 -m vit info
+    python3 -m benchmarks.gpu --part parity --commit HASH --out benchmarks/results/h200/DATE.json
+    python3 -m benchmarks.gpu --part ops    --commit HASH --out benchmarks/results/h200/DATE.json
+    python3 -m benchmarks.gpu --part model  --commit HASH --out ... --only ' B'    # then ' S', ' L', ' H'
+    python3 -m benchmarks.gpu --part train  --commit HASH --out ...
+    python3 -m benchmarks.gpu --part sanitizer --commit HASH --out ...
+
+Where pip refuses (its setuptools must know SPDX licenses, 77 and newer), CMake alone will do, with PYTHONPATH=python:
+
+    cmake -S . -B build/cuda -G Ninja -DVIT_BACKEND=cuda -DPython_EXECUTABLE=$(which python3)
+    cmake --build build/cuda && cmake --install build/cuda --prefix python/vit
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import vit
+from vit.backends import get
+
+from . import timing
+from .models import part_model, part_train
+from .ops import part_ops
+from .parity import ROOT, part_parity, part_sanitizer
+from .report import Report
+
+PARTS: dict[str, Callable[[Report], None]] = {
+    "ops": part_ops,
+    "model": part_model,
+    "train": part_train,
+    "sanitizer": part_sanitizer,
+}
+
+
+def head() -> str:
+    """The commit that is checked out, "unknown" without git."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    except OSError:
+        return "unknown"
+
+
+def environment(commit: str | None) -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or head() or "unknown",
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "vit": vit.backends()[timing.BACKEND],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("parity", *PARTS), required=True)
+    parser.add_argument("--out", type=Path, help="JSON file that gets the figures of the part")
+    parser.add_argument("--seconds", type=float, default=450, help="when to stop (default: %(default)s)")
+    parser.add_argument("--only", metavar="REGEX", help="only what matches")
+    parser.add_argument("--commit", help="what is measured, where git cannot say (default: git rev-parse HEAD)")
+    parser.add_argument("--every", type=int, default=1, help="parity: every n-th case (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="parity: starting with this one (default: %(default)s)")
+    args = parser.parse_args()
+    if why := get(timing.BACKEND).unavailable():
+        print(f"benchmarks.gpu: backend '{timing.BACKEND}' cannot be used: {why}", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    report = Report(args.part, args.seconds, args.only, args.out, environment(args.commit))
+    if args.part == "parity":
+        part_parity(report, args.every, args.first)
+    else:
+        PARTS[args.part](report)
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""benchmarks/gpu without a GPU: every part runs to its end on small sizes, on the reference."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import vit
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> SimpleNamespace:
+    """The modules of benchmarks/gpu, on the CPU: graphs are calls, and each takes 1000 s: one is timed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    names = ("timing", "report", "ops", "models", "parity")
+    modules: dict[str, ModuleType] = {name: importlib.import_module(f"benchmarks.gpu.{name}") for name in names}
+    timing, ops, models = modules["timing"], modules["ops"], modules["models"]
+
+    def timed(run_all, count):
+        run_all()
+        return 1e6
+
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    monkeypatch.setattr(timing, "BACKEND", "reference")
+    monkeypatch.setattr(timing, "ROTATION_BYTES", 0)
+    monkeypatch.setattr(timing, "_timed", timed)
+    monkeypatch.setattr(timing, "_set_path", lambda name: timing.PATHS[name])
+    monkeypatch.setattr(timing, "capture", lambda work, warm_up: (warm_up(), work(), SimpleNamespace(replay=work))[2])
+    monkeypatch.setattr(models.vit, "create", functools.partial(vit.create, depth=1))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    small = {"B": ("vit_tiny_patch16_224", 192, 3, 197, 2)}
+    monkeypatch.setattr(models, "MODELS", small)
+    monkeypatch.setattr(ops, "MODELS", small)
+    for name, value in {"CEILING": 64, "ELEMENTS": 1 << 12, "WIDTHS": (64,), "TOKENS": (50,), "IMAGES": 2}.items():
+        monkeypatch.setattr(ops, name, value)
+    return SimpleNamespace(**modules)
+
+
+def make_report(gpu, out: Path, only: str | None = None, seconds: float = 600, part: str = "ops"):
+    return gpu.report.Report(part, seconds, only, out, {"device": "none"})
+
+
+def rows(out: Path, part: str = "ops") -> dict[str, dict]:
+    return {row["name"]: row for row in json.loads(out.read_text())[part]["results"]}
+
+
+def test_ops(gpu, tmp_path):
+    report = make_report(gpu, tmp_path / "gpu.json")
+    gpu.ops.part_ops(report)
+    found = rows(tmp_path / "gpu.json")
+    assert not report.failed
+    assert all("failed" not in row and "not_run" not in row for row in found.values())
+    attention = found["attention B=7 N=50 H=12 D=64 fwd"]
+    assert {"ours_ms", "portable_ms", "no_wgmma_ms", "flash_ms", "TF_s", "TB_s", "speedup"} <= set(attention)
+    assert attention["speedup"] == 1  # every call takes as long; our other paths are no rivals
+    assert {f"linear B {layer}" for layer in ("qkv", "proj", "fc1", "fc2")} == {
+        " ".join(name.split()[:3]) for name in found if name.startswith("linear")
+    }
+    assert len([name for name in found if name.endswith(" bwd")]) == 1 + 2 + 4 + 2
+
+
+def test_models(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    report = make_report(gpu, tmp_path / "gpu.json", part="model")
+    gpu.models.part_model(report)
+    found = rows(tmp_path / "gpu.json", "model")
+    assert not report.failed
+    assert set(found) == {"inference B batch 2", "latency B batch 1", "training B batch 2"}
+    assert found["inference B batch 2"]["ours_images_s"] == 0.002
+
+
+def test_parity(gpu, tmp_path):
+    report = make_report(gpu, tmp_path / "gpu.json", only="deterministic|graph", part="parity")
+    gpu.parity.part_parity(report, 1, 0)
+    assert {"deterministic", "same_in_a_graph", "parity no_wgmma"} <= set(rows(tmp_path / "gpu.json", "parity"))
+    report = make_report(gpu, tmp_path / "gpu.json", only="gelu-fwd-float32-m17", part="parity")
+    gpu.parity.part_parity(report, 1, 1)
+    found = rows(tmp_path / "gpu.json", "parity")
+    assert found["deterministic"]["ok"]  # what --only leaves out stays in the file
+    assert found["parity automatic"]["passed"] > 0
+    assert found["parity automatic"]["failed_cases"] == 0
+
+
+def test_a_wrong_kernel_fails_the_report(gpu, tmp_path, monkeypatch):
+    wrong = SimpleNamespace(gelu=lambda x, approximate="none": x)
+    monkeypatch.setattr(gpu.parity, "backend_ops", lambda name: wrong)
+    report = make_report(gpu, tmp_path / "gpu.json", only="gelu-fwd-float32-m17", part="parity")
+    gpu.parity.part_parity(report, 1, 1)
+    assert report.failed
+    assert json.loads((tmp_path / "gpu.json").read_text())["parity"]["failed"]
+
+
+def test_what_there_is_no_time_for_is_listed(gpu, tmp_path):
+    report = make_report(gpu, tmp_path / "gpu.json", seconds=-1)
+    gpu.ops.part_ops(report)
+    gpu.parity.part_parity(report, 50, 0)
+    found = rows(tmp_path / "gpu.json")
+    assert found["copy"] == {"name": "copy", "not_run": "out of time"}
+    assert "--first 0" in found["parity portable rest"]["not_run"]
+
+
+@pytest.mark.parametrize(
+    ("script", "row", "failed"),
+    [
+        ("exit 0", {"ok": True}, False),
+        ("exit 7", {"failed": "exit code 7: "}, True),
+        ("echo Device not supported", {"not_run": "compute-sanitizer refuses this device"}, False),
+    ],
+)
+def test_sanitizer(gpu, tmp_path, monkeypatch, script, row, failed):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(gpu.parity, "guard_bytes", lambda report, why: report.add("memcheck", not_run=why))
+    report = make_report(gpu, tmp_path / "gpu.json", part="sanitizer")
+    gpu.parity.part_sanitizer(report)
+    assert row.items() <= rows(tmp_path / "gpu.json", "sanitizer")["memcheck"].items()
+    assert report.failed == failed
+
+
+def test_without_a_gpu_it_says_so(gpu, capsys, monkeypatch):
+    main = importlib.import_module("benchmarks.gpu.__main__")
+    monkeypatch.setattr(main, "get", lambda name: SimpleNamespace(unavailable=lambda: "no GPU"))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--part", "ops"])
+    assert main.main() == 1
+    assert "backend 'reference' cannot be used: no GPU" in capsys.readouterr().err
+
+
+def test_a_failed_training_fails_the_report(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    report = make_report(gpu, tmp_path / "gpu.json", part="train")
+    gpu.models.part_train(report)
+    assert report.failed
+    assert rows(tmp_path / "gpu.json", "train")["train cpu"] == {"name": "train cpu", "failed": "exit code 1: "}
