@@ -411,6 +411,23 @@ int64_t row_threads(int threads, int64_t M, int64_t panels) {
   return best;
 }
 
+// Asks for the memory an epilogue will read and write for a tile, while the tile is computed.
+template <class E>
+VIT_INLINE auto ask(const E& epilogue, int64_t row, int64_t rows, int64_t column, int64_t columns, int)
+    -> decltype(epilogue.ask(row, rows, column, columns)) {
+  epilogue.ask(row, rows, column, columns);
+}
+template <class E>
+VIT_INLINE void ask(const E&, int64_t, int64_t, int64_t, int64_t, ...) {}  // an epilogue that does not say
+
+// The lines of `columns` elements in each of `rows` rows, to be written or only read.
+template <bool kWrite, class O>
+VIT_INLINE void ask_rows(const O* first, int64_t stride, int64_t rows, int64_t columns) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(O));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < columns; j += line) __builtin_prefetch(first + r * stride + j, kWrite, 3);
+}
+
 // Rows [row_begin, row_end) x panels [panel_begin, panel_end) on the calling thread.
 template <class T, bool kColumns, class P, class E>
 void gemm_range(const Left& a, const Right<T, P>& b, int64_t row_begin, int64_t row_end, int64_t panel_begin,
@@ -439,6 +456,7 @@ void gemm_range(const Left& a, const Right<T, P>& b, int64_t row_begin, int64_t 
           const int64_t i0 = r0 + (r1 - r0) * t / tiles, i1 = r0 + (r1 - r0) * (t + 1) / tiles;
           const auto run = tile_for<T, kColumns>(i1 - i0, vectors);
           const bool asks = panel + 1 < panel_end && t * 64 < line;
+          ask(epilogue, i0, i1 - i0, panel * kTileColumns<T>, b.columns(panel), 0);
           const Ahead ahead = asks ? b.ahead(panel + 1, t, packs) : Ahead{panel_b, 64};
           for (int64_t block = first_block; block < end_block; ++block) {
             const int64_t s0 = block * kBlockSteps, count = min(kBlockSteps, steps - s0);
@@ -492,6 +510,10 @@ struct Store {
   O* out;
   A* partial;
   int64_t ld;
+
+  VIT_INLINE void ask(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    ask_rows<true>(out + row * ld + column, ld, rows, columns);
+  }
 
   void operator()(const Tile<A>& tile) const {
     for (int64_t r = 0; r < tile.rows; ++r) {

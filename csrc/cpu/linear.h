@@ -38,6 +38,13 @@ struct Epilogue {
   T* preact;          // [M, N] likewise, may be null
   int64_t stride;
 
+  VIT_INLINE void ask(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    const int64_t at = row * stride + column;
+    ask_rows<true>(y + at, stride, rows, columns);
+    if (preact) ask_rows<true>(preact + at, stride, rows, columns);
+    if (residual) ask_rows<false>(residual + at, stride, rows, columns);
+  }
+
   void operator()(const Tile<A>& given) const {
     const Epilogue e = *this;  // copies: stores to y could change the originals, and each would be loaded again
     const Tile<A> tile = given;

@@ -32,8 +32,8 @@ def attention(
 
 
 def reference(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None) -> Tensor:
-    q, k, v = _unpacked(q, k, v)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
+    _check(q, k, v)
+    q, k, v = (t.transpose(1, 2) for t in _unpacked(q, k, v))  # [B, H, N, D]
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
@@ -53,41 +53,45 @@ def limits(spec: Spec) -> list[str]:
 def arguments(
     q: Tensor, k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None
 ) -> tuple[tuple[Any, ...], None]:
-    given, packed = (q, k, v), k is None
-    q, k, v = _unpacked(q, k, v)
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(f"vit.ops.attention: q, k, v must be [B, N, H, D], got {shapes}")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(
-            f"vit.ops.attention: k and v must have one shape, and B, H, D of q ([B, N, H, D]), got {shapes}"
-        )
-    if k.shape[1] == 0 and q.numel() > 0:
-        raise ValueError(f"vit.ops.attention: at least one key is needed, got {shapes}")
-    if q.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(f"vit.ops.attention: head dimension {q.shape[3]} is not in 1..{MAX_HEAD_DIM}, got {shapes}")
+    _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    dtype = autocast_dtype(q)
-    if packed:
-        return (given[0] if dtype is None else given[0].to(dtype), None, None, scale), None
-    if dtype is not None:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if not q.dtype == k.dtype == v.dtype:
+    if (dtype := autocast_dtype(q)) is not None:
+        q, k, v = (None if t is None else t.to(dtype) for t in (q, k, v))  # type: ignore[assignment]
+    if k is not None and v is not None and not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"vit.ops.attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     return (q, k, v, scale), None
 
 
+def _check(q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+    """ValueError unless it is q, k, v of sizes that go together, or a packed q alone."""
+    packed = k is None and v is None and q.dim() == 5 and q.shape[2] == 3
+    if not packed and (k is None or v is None):
+        raise ValueError(
+            f"vit.ops.attention: give q, k and v, or one packed q [B, N, 3, H, D] alone, got {_shapes(q, k, v)}"
+        )
+    if k is not None and v is not None:
+        if q.dim() != 4 or k.dim() != 4:
+            raise ValueError(f"vit.ops.attention: q, k, v must be [B, N, H, D], got {_shapes(q, k, v)}")
+        if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+            raise ValueError(
+                "vit.ops.attention: k and v must have one shape, and B, H, D of q ([B, N, H, D]), "
+                f"got {_shapes(q, k, v)}"
+            )
+        if k.shape[1] == 0 and q.numel() > 0:
+            raise ValueError(f"vit.ops.attention: at least one key is needed, got {_shapes(q, k, v)}")
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"vit.ops.attention: head dimension {q.shape[-1]} is not in 1..{MAX_HEAD_DIM}, got {_shapes(q, k, v)}"
+        )
+
+
+def _shapes(q: Tensor, k: Tensor | None, v: Tensor | None) -> str:
+    return ", ".join(f"{name} {list(t.shape)}" for name, t in (("q", q), ("k", k), ("v", v)) if t is not None)
+
+
 def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, N, H, D]: as given, or views of a packed q [B, N, 3, H, D]."""
-    if k is not None and v is not None:
-        return q, k, v
-    if k is not None or v is not None or q.dim() != 5 or q.shape[2] != 3:
-        others = ", ".join(f"{name} {list(t.shape)}" for name, t in (("k", k), ("v", v)) if t is not None)
-        raise ValueError(
-            "vit.ops.attention: give q, k and v, or one packed q [B, N, 3, H, D] alone, "
-            f"got q {list(q.shape)}{others and ', ' + others}"
-        )
-    return q.unbind(2)  # type: ignore[return-value]
+    return (q, k, v) if k is not None and v is not None else q.unbind(2)  # type: ignore[return-value]
 
 
 FWD = "(Tensor q, Tensor? k, Tensor? v, float scale, bool save) -> (Tensor out, Tensor lse)"
