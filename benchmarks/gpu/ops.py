@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import timing
 from .models import MODELS
 from .report import Report
-from .timing import Candidate, milliseconds, normal, path, rotate
+from .timing import Candidate, first_line, milliseconds, normal, path, rotate
 
 #: Of the ceilings, and of the ops that memory bounds: 128 MiB of bfloat16.
 CEILING, ELEMENTS = 8192, 64 << 20
@@ -233,8 +233,8 @@ def attention(report: Report, n: int, d: int) -> None:
     for key, backend in SDPA.items():
         try:
             outputs[key] = sdpa(qkv, backend)
-        except RuntimeError as error:
-            print(f"  {key}: {str(error).splitlines()[0][:150]}", flush=True)
+        except Exception as error:
+            print(f"  {key}: {first_line(error)}", flush=True)
     compare_times(
         report, name + " bwd", backwards(outputs, (qkv,), dy), flop=2.5 * flop, moved=16 * b * n * h * d, graphs=False
     )

@@ -65,7 +65,7 @@ def milliseconds(
             count = max(1, math.ceil(target / max(_timed(*_calls(f, 3)), 1e-3)))
             rounds_of[name] = (_replays(f, min(count, 256)) if graphs else None) or _calls(f, count)
         except Exception as error:
-            print(f"  {name}: {_first_line(error)}", flush=True)
+            print(f"  {name}: {first_line(error)}", flush=True)
     times: dict[str, list[float]] = {name: [] for name in rounds_of}
     for _ in range(rounds):
         for name, (run_all, count) in rounds_of.items():
@@ -87,7 +87,7 @@ def _replays(f: Candidate, count: int) -> tuple[Callable[[], Any], int] | None:
         graph = capture(lambda: [f(i) for i in range(count)], lambda: f(0))
         graph.replay()
     except Exception as error:
-        print(f"  not captured, timed call by call: {_first_line(error)}", flush=True)
+        print(f"  not captured, timed call by call: {first_line(error)}", flush=True)
         torch.cuda.synchronize()
         return None
     return graph.replay, count
@@ -108,7 +108,7 @@ def capture(work: Callable[[], Any], warm_up: Callable[[], Any]) -> torch.cuda.C
     return graph
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
