@@ -83,7 +83,11 @@ def environment(commit: str | None) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--part", choices=("parity", *PARTS), required=True)
     parser.add_argument("--out", type=Path, help="JSON file that gets the figures of the part")
     parser.add_argument("--seconds", type=float, default=450, help="when to stop (default: %(default)s)")
