@@ -16,29 +16,20 @@ std::string instance(const char* name, std::initializer_list<DType> types) {
 }
 
 // dtypes: of activations, parameters, output.
-enum ForwardKernel { kPackWeight, kPackRows, kForwardProduct };
+enum ForwardKernel { kPackWeight, kForwardProduct, kPackRows };  // the last for rows that are not read in place
 const Family kForward = {6, "linear.h", [](const std::vector<DType>& d) {
                            const DType acc = accumulator(d[0]);
-                           return std::vector<std::string>{pack_right_name(d[1], acc, false),
-                                                           pack_left_name(d[0], acc, false),
-                                                           instance("linear_fwd", {d[0], d[1], d[2], acc})};
+                           std::vector<std::string> names{pack_right_name(d[1], acc, false),
+                                                          instance("linear_fwd", {d[0], d[1], d[2], acc})};
+                           if (d[0] != acc) names.push_back(pack_left_name(d[0], acc, false));
+                           return names;
                          }};
 
-enum BackwardKernel {
-  kMakeDz,
-  kColumnSums,
-  kPackDz,
-  kPackWeightRows,
-  kProductDx,
-  kPackDzColumns,
-  kPackX,
-  kProductDweight
-};
+enum BackwardKernel { kMakeDz, kColumnSums, kPackWeightRows, kProductDx, kPackDzColumns, kPackX, kProductDweight };
 const Family kBackward = {7, "linear.h", [](const std::vector<DType>& d) {
                             const DType acc = accumulator(d[0]);
                             return std::vector<std::string>{instance("linear_dz", {d[0], d[2]}),
                                                             instance("column_sums", {acc, d[1]}),
-                                                            pack_left_name(acc, acc, false),
                                                             pack_right_name(d[1], acc, true),
                                                             product_name(d[0], acc),
                                                             pack_left_name(acc, acc, true),
@@ -70,7 +61,7 @@ struct Backward {
   DType acc;
   int64_t rows, units;
   bool dz_is_dy;
-  Operand dz_rows, dz_columns, weight, x;
+  Operand dz_columns, weight, x;
   Shape dx, dweight;
   char *dz, *partial, *packed, *left;
   int64_t bytes;
@@ -80,7 +71,6 @@ struct Backward {
         rows(partial_rows(p.M)),
         units(ceil_div(p.M, rows)),
         dz_is_dy(p.activation == Activation::none && p.out_dtype == acc),
-        dz_rows{nullptr, 0, p.N, 1, acc},
         dz_columns{nullptr, 0, 1, p.N, acc},
         weight{p.weight, 0, p.weight_stride, 1, p.param_dtype},
         x{p.x, 0, p.x_stride, 1, p.dtype},
@@ -91,7 +81,7 @@ struct Backward {
     dz = arena.take(dz_is_dy ? 0 : p.M * p.N * size);
     partial = arena.take(units * p.N * size);
     packed = arena.take(std::max(packed_right_bytes(p.context, weight, dx), packed_right_bytes(p.context, x, dweight)));
-    left = arena.take(std::max(packed_left_bytes(dz_rows, dx), packed_left_bytes(dz_columns, dweight)));
+    left = arena.take(packed_left_bytes(dz_columns, dweight));
     bytes = arena.used;
   }
 };
@@ -113,7 +103,7 @@ void linear_fwd(const LinearFwd& p) {
   call.launch(bundle, kForwardProduct, units, x.data, weight.data, call.in(p.bias, p.N, param),
               call.in(p.residual, p.M * p.N, result), call.out(p.y, p.M * p.N, result),
               call.out(p.preact, p.M * p.N, size), static_cast<int>(p.M), static_cast<int>(p.N), static_cast<int>(p.K),
-              static_cast<int>(p.activation), units);
+              x.row, static_cast<int>(p.activation), units);
   call.finish();
 }
 
@@ -132,12 +122,11 @@ void linear_bwd(const LinearBwd& p) {
   if (p.dbias)
     call.launch(bundle, kColumnSums, ceil_div(p.N, call.variant().lanes), static_cast<const void*>(partial),
                 call.out(p.dbias, p.N, param), b.units, static_cast<int>(p.N));
-  b.dz_rows.data = b.dz_columns.data = dz ? dz : dy;
+  b.dz_columns.data = dz ? dz : dy;
   if (p.dx && p.M && p.K) {
     b.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), param);
     const Packed weight = pack_right(call, bundle, kPackWeightRows, b.weight, b.dx, b.packed);
-    const Packed left = pack_left(call, bundle, kPackDz, b.dz_rows, b.dx, b.left);
-    run_product(call, bundle, kProductDx, left, weight, call.out(p.dx, p.M * p.K, size), b.dx);
+    run_product(call, bundle, kProductDx, {b.dz_columns.data, p.N, 0}, weight, call.out(p.dx, p.M * p.K, size), b.dx);
   }
   if (p.dweight && p.N && p.K) {
     b.x.data = call.in(p.x, extent(p.M, p.x_stride, p.K, 1), size);

@@ -36,23 +36,25 @@ int64_t packed_right_bytes(const Context& context, const Operand& b, const Shape
   return matrices(b, s) * ceil_div(s.N, width) * width * s.K * static_cast<int64_t>(size_of(s.acc));
 }
 
+bool in_place(const Operand& a, const Shape& s) { return a.dtype == s.acc && a.col == 1; }
+
 int64_t packed_left_bytes(const Operand& a, const Shape& s) {
-  const int64_t rows = tile_rows(s.acc);
-  return matrices(a, s) * ceil_div(s.M, rows) * rows * s.K * static_cast<int64_t>(size_of(s.acc));
+  return in_place(a, s) ? 0 : matrices(a, s) * s.M * s.K * static_cast<int64_t>(size_of(s.acc));
 }
 
 Packed pack_right(Call& call, const Bundle& bundle, int kernel, const Operand& b, const Shape& s, void* to) {
   const int64_t width = panel_width(s.acc, call.variant()), panels = ceil_div(s.N, width);
   const int64_t count = matrices(b, s), units = count * panels * ceil_div(s.K, kDepth);
   call.launch(bundle, kernel, units, b.data, to, b.batch, b.row, b.col, as_int(s.N), as_int(s.K), kDepth, units);
-  return {to, count == 1 ? 0 : panels * width * s.K};
+  return {to, 0, count == 1 ? 0 : panels * width * s.K};
 }
 
 Packed pack_left(Call& call, const Bundle& bundle, int kernel, const Operand& a, const Shape& s, void* to) {
-  const int64_t rows = tile_rows(s.acc), panels = ceil_div(s.M, rows);
-  const int64_t count = matrices(a, s), units = count * panels * ceil_div(s.K, kDepth);
+  if (in_place(a, s)) return {a.data, a.row, a.batch};
+  const int64_t count = matrices(a, s), blocks = ceil_div(s.M, call.variant().lanes);
+  const int64_t units = count * blocks * ceil_div(s.K, kDepth);
   call.launch(bundle, kernel, units, a.data, to, a.batch, a.row, a.col, as_int(s.M), as_int(s.K), kDepth, units);
-  return {to, count == 1 ? 0 : panels * rows * s.K};
+  return {to, s.K, count == 1 ? 0 : s.M * s.K};
 }
 
 int64_t product_units(const Call& call, const Shape& s) {
@@ -64,7 +66,8 @@ int64_t product_units(const Call& call, const Shape& s) {
 void run_product(Call& call, const Bundle& bundle, int kernel, const Packed& a, const Packed& b, void* c,
                  const Shape& s) {
   const int64_t units = product_units(call, s);
-  call.launch(bundle, kernel, units, a.data, b.data, c, as_int(s.M), as_int(s.N), as_int(s.K), a.batch, b.batch, units);
+  call.launch(bundle, kernel, units, a.data, b.data, c, as_int(s.M), as_int(s.N), as_int(s.K), a.row, a.batch, b.batch,
+              units);
 }
 
 int64_t extent(int64_t n0, int64_t s0, int64_t n1, int64_t s1, int64_t n2, int64_t s2, int64_t n3, int64_t s3) {

@@ -18,14 +18,17 @@ struct Shape {
   DType acc;
 };
 
-// A packed operand; `batch` is the distance between the matrices of a batch.
+// An operand as product kernels read it; `row` is the distance between rows of a left one, `batch` between matrices.
 struct Packed {
-  void* data;
-  int64_t batch;
+  const void* data;
+  int64_t row, batch;
 };
 
 int64_t packed_left_bytes(const Operand& a, const Shape&);
 int64_t packed_right_bytes(const Context&, const Operand& b, const Shape&);
+
+// Whether a left operand is read where it lies.
+bool in_place(const Operand& a, const Shape&);
 
 // `kernel` is the index in the bundle of a pack_left or pack_right that fits the operand's strides.
 Packed pack_left(Call&, const Bundle&, int kernel, const Operand& a, const Shape&, void* to);

@@ -1,8 +1,9 @@
-// The product of packed operands (pack.h), tile by tile.
+// The product of rows with a packed right operand (pack.h), tile by tile.
 //
 // A sub-group takes one panel of the right operand and kTilesPerGroup row tiles; a tile of R x V vectors of results
 // stays in registers while k runs once from 0 to K: every result is one sum in the order of k, whatever M, N or the
-// batch. Per k a tile costs V vector loads, R scalar loads and R V fused multiply-adds.
+// batch. Per k a tile costs V vector loads, R scalar loads (of rows that lie where the caller has them, adjacent in k)
+// and R V fused multiply-adds.
 #pragma once
 
 #include "common.h"
@@ -20,7 +21,7 @@ VIT_INLINE double* local_panel(double) { return &local_doubles[0]; }
 #endif
 
 template <class A>
-VIT_INLINE void multiply_tile(const A* left, const A* panel, int K, int lane,
+VIT_INLINE void multiply_tile(const A* const (&row)[vit::tiles::Tile<A>::rows], const A* panel, int K, int lane,
                               A (&sum)[vit::tiles::Tile<A>::rows][vit::tiles::Tile<A>::vectors]) {
   using Tile = vit::tiles::Tile<A>;
   constexpr int R = Tile::rows, V = Tile::vectors, width = V * VIT_LANES;
@@ -35,32 +36,31 @@ VIT_INLINE void multiply_tile(const A* left, const A* panel, int K, int lane,
       local[e] = panel[int64(k0) * width + e];
     sycl::group_barrier(item.get_group());
     for (int k = 0; k < depth; ++k) {
-      const A* column = left + int64(k0 + k) * R;
       A right[V];
       VIT_UNROLL for (int j = 0; j < V; ++j) right[j] = local[k * width + j * VIT_LANES + lane];
       VIT_UNROLL for (int i = 0; i < R; ++i) {
-        const A value = column[i];
+        const A value = row[i][k0 + k];
         VIT_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = sycl::fma(value, right[j], sum[i][j]);
       }
     }
   }
 #else
   for (int k = 0; k < K; ++k) {
-    const A *vectors = panel + int64(k) * width, *column = left + int64(k) * R;
+    const A* vectors = panel + int64(k) * width;
     A right[V];
     VIT_UNROLL for (int j = 0; j < V; ++j) right[j] = vectors[j * VIT_LANES + lane];
     VIT_UNROLL for (int i = 0; i < R; ++i) {
-      const A value = column[i];
+      const A value = row[i][k];
       VIT_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = sycl::fma(value, right[j], sum[i][j]);
     }
   }
 #endif
 }
 
-// Sizes of one launch: `batch` products [M, K] x [K, N] whose operands lie a_batch and b_batch elements apart.
+// Sizes of one launch: products [M, K] x [K, N]; rows of a lie a_row elements apart, matrices a_batch and b_batch.
 struct Sizes {
   int M, N, K;
-  int64 a_batch, b_batch;
+  int64 a_row, a_batch, b_batch;
 };
 
 // Calls finish(pair, row, column of the first lane, value) for the results of this sub-group's unit; lanes beyond N
@@ -82,22 +82,20 @@ VIT_INLINE void multiply(const A* a, const A* packed, const Sizes& s, int64 unit
   const A* left = a + pair * s.a_batch;
   for (int tile = 0; tile < vit::tiles::kTilesPerGroup; ++tile) {
     const int first = row_block * block + tile * R;
-#if VIT_LOCAL
-    const int rows = s.M - first < R ? s.M - first : R;  // may be negative: the barriers are for all sub-groups
-    const A* rows_at = left + (first < s.M ? int64(first) * s.K : 0);
-#else
+#if !VIT_LOCAL  // whose barriers are for all sub-groups
     if (first >= s.M) return;
-    const int rows = s.M - first < R ? s.M - first : R;
-    const A* rows_at = left + int64(first) * s.K;
 #endif
+    const A* row[R];  // those beyond the last one repeat it
+    VIT_UNROLL for (int i = 0; i < R; ++i) row[i] = left + (first + i < s.M ? first + i : s.M - 1) * s.a_row;
     A sum[R][V];
-    multiply_tile<A>(rows_at, right, s.K, lane, sum);
+    multiply_tile<A>(row, right, s.K, lane, sum);
     // Through an array of its own: `sum` is indexed by constants alone and stays in registers.
     A results[R * V];
     VIT_UNROLL for (int i = 0; i < R; ++i) VIT_UNROLL for (int j = 0; j < V; ++j) results[i * V + j] = sum[i][j];
-    for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < R && first + i < s.M; ++i)
       for (int j = 0; j < V; ++j) {
         const int column = panel * width + j * VIT_LANES;
+        // The same call twice: under a condition that all lanes share, loads and stores need no mask.
         if (column + VIT_LANES <= s.N)
           finish(pair, first + i, column, lane, results[i * V + j]);
         else if (column + lane < s.N)

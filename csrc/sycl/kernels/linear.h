@@ -13,8 +13,8 @@
 
 template <class T, class P, class O, class A>
 VIT_KERNEL linear_fwd(const A* x, const A* packed, const P* bias, const O* residual, O* y, T* preact, int M, int N,
-                      int K, int activation, int64 units) {
-  multiply<A>(x, packed, {M, N, K, 0, 0}, units, [&](int64, int row, int column, int lane, A value) {
+                      int K, int64 x_row, int activation, int64 units) {
+  multiply<A>(x, packed, {M, N, K, x_row, 0, 0}, units, [&](int64, int row, int column, int lane, A value) {
     const int64 at = int64(row) * N + column;
     if (bias) {
       const P* b = bias + column;

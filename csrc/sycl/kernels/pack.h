@@ -1,16 +1,60 @@
 // Brings operands of a product into the layout gemm.h reads, in the accumulator type.
 //
 // Right operand b [K, N]: panels [N / W][K][W], W = tile vectors * VIT_LANES columns, zeros beyond N.
-// Left operand a [M, K]: panels [M / R][K][R] of R tile rows, zeros beyond M. One pointer and constant offsets then
-// reach all rows of a tile; as rows of their own they took 12 registers for addresses (113 instead of 190 GFLOP/s
-// measured). Strides in elements; `batch` strides may be 0.
+// Left operand a [M, K]: rows [M][K], where they are not in the caller's memory already. Strides in elements; `batch`
+// strides may be 0.
+//
+// Where lanes would have to write far apart, squares of VIT_LANES x VIT_LANES values are transposed in registers.
 #pragma once
 
 #include "common.h"
 
-// Panels of b; kRowsAdjacent: b_col is 1 and lanes are columns, else lanes are rows, VIT_LANES at a time: columns that
-// lie a multiple of 1 KB apart, read side by side, would evict each other from L1 (half of the time of a product). A
-// sub-group packs `depth` rows of one panel; units = batch * panels * ceil(K / depth).
+// Value i of lane j becomes value j of lane i.
+template <int kStep = 1, class A>
+VIT_INLINE void transpose(A (&x)[VIT_LANES], int lane) {
+  if constexpr (kStep < VIT_LANES) {
+    const auto group = sycl::ext::oneapi::this_work_item::get_nd_item<1>().get_sub_group();
+    const bool upper = lane & kStep;
+    VIT_UNROLL for (int i = 0; i < VIT_LANES; ++i) {
+      if (i & kStep) continue;
+      const A low = x[i], high = x[i + kStep];
+      const A other = sycl::permute_group_by_xor(group, upper ? low : high, kStep);
+      x[i] = upper ? other : low;
+      x[i + kStep] = upper ? high : other;
+    }
+    transpose<2 * kStep>(x, lane);
+  }
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c], elements c apart by `step`, for `rows` of r and `columns` of c, at
+// most VIT_LANES of each; zeros for the other r, up to VIT_LANES of them, where kPad.
+template <bool kPad, class T, class A>
+VIT_INLINE void transpose_square(const T* from, int64 from_stride, int64 step, A* to, int64 to_stride, int rows,
+                                 int columns, int lane) {
+  A x[VIT_LANES];
+  if (rows >= VIT_LANES && columns >= VIT_LANES && step == 1) {
+    VIT_UNROLL for (int r = 0; r < VIT_LANES; ++r) {
+      const T* row = from + r * from_stride;
+      x[r] = load<A>(row + lane);
+    }
+    transpose(x, lane);
+    VIT_UNROLL for (int c = 0; c < VIT_LANES; ++c) {
+      A* row = to + c * to_stride;
+      row[lane] = x[c];
+    }
+    return;
+  }
+  if (lane >= columns) return;
+  const int last = kPad || rows > VIT_LANES ? VIT_LANES : rows;
+  for (int r = 0; r < last; ++r) {
+    A value = 0;
+    if (r < rows) value = load<A>(from + r * from_stride + lane * step);
+    to[lane * to_stride + r] = value;
+  }
+}
+
+// Panels of b; kRowsAdjacent: b_col is 1 and the lanes are columns, else they are rows. A sub-group packs `depth` rows
+// of one panel; units = batch * panels * ceil(K / depth).
 template <class T, class A, bool kRowsAdjacent>
 VIT_KERNEL pack_right(const T* b, A* packed, int64 b_batch, int64 b_row, int64 b_col, int N, int K, int depth,
                       int64 units) {
@@ -40,50 +84,36 @@ VIT_KERNEL pack_right(const T* b, A* packed, int64 b_batch, int64 b_row, int64 b
       }
     }
   } else {
-    for (int k = begin; k < end; k += VIT_LANES, out += VIT_LANES * width) {
-      if (k + lane >= end) continue;
-      for (int i = 0; i < width; ++i) {
-        const T* column = in + i * b_col + k * b_row;
-        A value = 0;
-        if (first + i < N) value = b_row == 1 ? load<A>(column + lane) : load<A>(column + lane * b_row);
-        out[lane * width + i] = value;
-      }
-    }
+    for (int k = begin; k < end; k += VIT_LANES, out += VIT_LANES * width)
+      for (int j = 0; j < width; j += VIT_LANES)
+        transpose_square<true>(in + j * b_col + k * b_row, b_col, b_row, out + j, width, N - first - j, end - k, lane);
   }
 }
 
-// Panels of a; kRowsAdjacent: a_row is 1 and lanes are the rows of a panel, else lanes are columns, VIT_LANES at a
-// time: rows that lie a multiple of 1 KB apart, read side by side, would evict each other from L1. A sub-group packs
-// `depth` columns of one panel; units = batch * panels * ceil(K / depth).
+// Rows of a; kRowsAdjacent: a_row is 1, and the matrix is transposed. A sub-group takes VIT_LANES rows and `depth`
+// columns; units = batch * ceil(M / VIT_LANES) * ceil(K / depth).
 template <class T, class A, bool kRowsAdjacent>
 VIT_KERNEL pack_left(const T* a, A* packed, int64 a_batch, int64 a_row, int64 a_col, int M, int K, int depth,
                      int64 units) {
-  constexpr int rows = vit::tiles::Tile<A>::rows;
   const Place at = place();
   if (at.unit >= units) return;
-  const int lane = at.lane, panels = (M + rows - 1) / rows, chunks = (K + depth - 1) / depth;
-  const int chunk = int(at.unit % chunks), panel = int(at.unit / chunks % panels);
-  const int64 pair = at.unit / chunks / panels;
-  const int first = panel * rows, begin = chunk * depth, end = begin + depth < K ? begin + depth : K;
+  const int lane = at.lane, blocks = (M + VIT_LANES - 1) / VIT_LANES, chunks = (K + depth - 1) / depth;
+  const int chunk = int(at.unit % chunks), first = int(at.unit / chunks % blocks) * VIT_LANES;
+  const int64 pair = at.unit / chunks / blocks;
+  const int begin = chunk * depth, end = begin + depth < K ? begin + depth : K;
   const T* in = a + pair * a_batch + first * a_row;
-  A* out = packed + ((pair * panels + panel) * K + begin) * rows;
+  A* out = packed + (pair * M + first) * K;
+  const int rows = M - first < VIT_LANES ? M - first : VIT_LANES;
   if constexpr (kRowsAdjacent) {
-    const bool valid = lane < rows && first + lane < M;
-    for (int k = begin; k < end; ++k, out += rows) {
-      const T* column = in + k * a_col;
-      A value = 0;
-      if (valid) value = load<A>(column + lane);
-      if (lane < rows) out[lane] = value;
-    }
+    for (int k = begin; k < end; k += VIT_LANES)
+      transpose_square<false>(in + k * a_col, a_col, a_row, out + k, K, end - k, rows, lane);
   } else {
-    for (int k = begin; k < end; k += VIT_LANES, out += VIT_LANES * rows) {
-      if (k + lane >= end) continue;
-      VIT_UNROLL for (int i = 0; i < rows; ++i) {
-        const T* row = in + i * a_row + k * a_col;
-        A value = 0;
-        if (first + i < M) value = a_col == 1 ? load<A>(row + lane) : load<A>(row + lane * a_col);
-        out[lane * rows + i] = value;
-      }
+    for (int i = 0; i < rows; ++i) {
+      const T* row = in + i * a_row + begin * a_col;
+      A* to = out + int64(i) * K + begin;
+      for_columns(end - begin, lane, [&](int k) {
+        to[k + lane] = a_col == 1 ? load<A>(row + k + lane) : load<A>(row + (k + lane) * a_col);
+      });
     }
   }
 }

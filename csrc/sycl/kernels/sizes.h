@@ -1,25 +1,26 @@
 // Tile sizes, read by the host (launch sizes, workspace) and by the kernels: the one place that decides them.
 //
 // A sub-group of `lanes` work-items is one vector register on the CPU device (16 floats) and one hardware thread on a
-// GPU. Products: a sub-group computes kTileRows x (kTileVectors * lanes) results in registers: 12 x 2 vectors are 24 of
-// the 32 registers of AVX-512. A double fills two registers, so its tile is one vector wide.
+// GPU. Products: a sub-group computes rows x (vectors * lanes) results in registers: 8 x 3 vectors are 24 of the 32
+// registers of AVX-512, and the addresses of 8 rows fit into the scalar ones. A double fills two registers, so its tile
+// is one vector wide.
 #pragma once
 
 namespace vit::tiles {
 
 template <class A>
 struct Tile {  // A: accumulator, float
-  static constexpr int rows = 12;
-  static constexpr int vectors = 2;
+  static constexpr int rows = 8;
+  static constexpr int vectors = 3;
 };
 template <>
 struct Tile<double> {
-  static constexpr int rows = 12;
+  static constexpr int rows = 8;
   static constexpr int vectors = 1;
 };
 
 // Row tiles one sub-group computes against the same panel of the right-hand side, which stays in the L2 cache.
-inline constexpr int kTilesPerGroup = 8;
+inline constexpr int kTilesPerGroup = 12;
 
 // Values of k that the work-group keeps in local memory at a time (variants with local memory only).
 inline constexpr int kLocalDepth = 32;
