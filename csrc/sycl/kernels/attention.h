@@ -22,7 +22,7 @@ VIT_KERNEL widen_heads(const T* x, Acc<T>* out, int H, int N, int D, int64 batch
   const int64 n = at.unit % N, h = at.unit / N % H, b = at.unit / N / H;
   const T* in = x + b * batch + n * token + h * head;
   A* to = out + at.unit * D;
-  for_columns(D, lane, [&](int d) { to[d + lane] = load<A>(in + d + lane) * A(factor); });
+  for_columns(D, lane, [&](int d) VIT_ALWAYS { to[d + lane] = load<A>(in + d + lane) * A(factor); });
 }
 
 template <class A>

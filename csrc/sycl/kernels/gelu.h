@@ -15,7 +15,8 @@ VIT_KERNEL gelu_fwd(const T* x, T* y, int64 n, int activation) {
   const T* in = x + first;
   T* out = y + first;
   const int lane = at.lane, count = n - first < vit::tiles::kElements ? int(n - first) : vit::tiles::kElements;
-  for_columns(count, lane, [&](int i) { store(out + i + lane, activate(activation, load<A>(in + i + lane))); });
+  for_columns(count, lane,
+              [&](int i) VIT_ALWAYS { store(out + i + lane, activate(activation, load<A>(in + i + lane))); });
 }
 
 template <class T>
@@ -27,7 +28,7 @@ VIT_KERNEL gelu_bwd(const T* dy, const T* x, T* dx, int64 n, int activation) {
   const T *grad = dy + first, *in = x + first;
   T* out = dx + first;
   const int lane = at.lane, count = n - first < vit::tiles::kElements ? int(n - first) : vit::tiles::kElements;
-  for_columns(count, lane, [&](int i) {
+  for_columns(count, lane, [&](int i) VIT_ALWAYS {
     store(out + i + lane, load<A>(grad + i + lane) * activation_derivative(activation, load<A>(in + i + lane)));
   });
 }

@@ -21,15 +21,15 @@ VIT_KERNEL layer_norm_fwd(const T* x, const P* weight, const P* bias, T* y, Acc<
     const T* in = x + row * x_stride;
     T* out = y + row * C;
     A sum = 0;
-    for_columns(C, lane, [&](int c) { sum += load<A>(in + c + lane); });
+    for_columns(C, lane, [&](int c) VIT_ALWAYS { sum += load<A>(in + c + lane); });
     const A mu = sum_over_lanes(sum) / count;
     A squares = 0;
-    for_columns(C, lane, [&](int c) {
+    for_columns(C, lane, [&](int c) VIT_ALWAYS {
       const A d = load<A>(in + c + lane) - mu;
       squares = sycl::fma(d, d, squares);
     });
     const A scale = A(1) / sycl::sqrt(sum_over_lanes(squares) / count + A(eps));
-    for_columns(C, lane, [&](int c) {
+    for_columns(C, lane, [&](int c) VIT_ALWAYS {
       A v = (load<A>(in + c + lane) - mu) * scale;
       if (weight) v *= load<A>(weight + c + lane);
       if (bias) v += load<A>(bias + c + lane);
@@ -53,28 +53,28 @@ VIT_KERNEL layer_norm_bwd(const T* dy, const T* x, const P* weight, const Acc<T>
   const int64 first = at.unit * rows, stop = first + rows < M ? first + rows : M;
   A* dweight = partial + at.unit * C;
   A* dbias = partial + (units + at.unit) * C;
-  if (partial) for_columns(C, lane, [&](int c) { dweight[c + lane] = dbias[c + lane] = 0; });
+  if (partial) for_columns(C, lane, [&](int c) VIT_ALWAYS { dweight[c + lane] = dbias[c + lane] = 0; });
   for (int64 row = first; row < stop; ++row) {
     const T* in = x + row * x_stride;
     const T* grad = dy + row * C;
     T* out = dx + row * C;
     const A mu = mean[row], scale = rstd[row];
     if (partial)
-      for_columns(C, lane, [&](int c) {
+      for_columns(C, lane, [&](int c) VIT_ALWAYS {
         const A d = load<A>(grad + c + lane), h = (load<A>(in + c + lane) - mu) * scale;
         dweight[c + lane] += d * h;
         dbias[c + lane] += d;
       });
     if (!dx) continue;
     A sum_g = 0, sum_gh = 0;
-    for_columns(C, lane, [&](int c) {
+    for_columns(C, lane, [&](int c) VIT_ALWAYS {
       A g = load<A>(grad + c + lane);
       if (weight) g *= load<A>(weight + c + lane);
       sum_g += g;
       sum_gh = sycl::fma(g, (load<A>(in + c + lane) - mu) * scale, sum_gh);
     });
     const A mean_g = sum_over_lanes(sum_g) / A(C), mean_gh = sum_over_lanes(sum_gh) / A(C);
-    for_columns(C, lane, [&](int c) {
+    for_columns(C, lane, [&](int c) VIT_ALWAYS {
       A g = load<A>(grad + c + lane);
       if (weight) g *= load<A>(weight + c + lane);
       const A h = (load<A>(in + c + lane) - mu) * scale;

@@ -14,7 +14,7 @@
 template <class T, class P, class O, class A>
 VIT_KERNEL linear_fwd(const A* x, const A* packed, const P* bias, const O* residual, O* y, T* preact, int M, int N,
                       int K, int64 x_row, int activation, int64 units) {
-  multiply<A>(x, packed, {M, N, K, x_row, 0, 0}, units, [&](int64, int row, int column, int lane, A value) {
+  multiply<A>(x, packed, {M, N, K, x_row, 0, 0}, units, [=](int64, int row, int column, int lane, A value) VIT_ALWAYS {
     const int64 at = int64(row) * N + column;
     if (bias) {
       const P* b = bias + column;
@@ -49,7 +49,7 @@ VIT_KERNEL linear_dz(const O* dy, const T* preact, Acc<T>* dz, Acc<T>* partial, 
     const O* in = dy + row * N;
     const T* z = preact + row * N;
     A* out = dz + row * N;
-    for_columns(N, lane, [&](int n) {
+    for_columns(N, lane, [&](int n) VIT_ALWAYS {
       A v = load<A>(in + n + lane);
       if (activation != kNone) v *= activation_derivative(activation, load<A>(z + n + lane));
       if (dz) out[n + lane] = v;

@@ -111,7 +111,7 @@ VIT_KERNEL pack_left(const T* a, A* packed, int64 a_batch, int64 a_row, int64 a_
     for (int i = 0; i < rows; ++i) {
       const T* row = in + i * a_row + begin * a_col;
       A* to = out + int64(i) * K + begin;
-      for_columns(end - begin, lane, [&](int k) {
+      for_columns(end - begin, lane, [&](int k) VIT_ALWAYS {
         to[k + lane] = a_col == 1 ? load<A>(row + k + lane) : load<A>(row + (k + lane) * a_col);
       });
     }

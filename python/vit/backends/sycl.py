@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ._base import HostWorkspace, NativeBackend, Spec, constant
+from ._host_memory import HostMemory
 
 #: The library of every 2026 release of the runtime: the compiled module needs one of this name.
 LIBRARY = "libsycl.so.9"
@@ -25,6 +26,8 @@ class Sycl(NativeBackend):
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
     _workspace = HostWorkspace()
+    #: Where large results on the CPU live.
+    memory = HostMemory()
 
     def unavailable(self) -> str | None:
         return _no_runtime() or super().unavailable()
@@ -51,6 +54,9 @@ class Sycl(NativeBackend):
         if device.type == "xpu":
             return torch.xpu.current_stream(device).sycl_queue, device.index or 0, 1, False
         return 0, 0, 1, False
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return super().empty(shape, dtype, device) if device.type == "xpu" else self.memory.empty(shape, dtype)
 
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if device.type == "xpu":
