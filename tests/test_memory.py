@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import mmap
+import pickle
 import resource
 import sys
 from collections.abc import Iterator
@@ -245,6 +246,18 @@ def test_a_large_result_outlives_what_made_it(host_memory, backend):
     assert half.equal(want[512:])
     assert again.equal(want)
     assert not any(other.any() for other in others)
+
+
+def test_large_results_may_be_written_in_place(host_memory, backend):
+    """They are tensors like any other: not views, saved, shared and moved to other processes."""
+    x = torch.randn(600, 512, requires_grad=True)
+    y = vit.ops.linear(x, torch.ones(1024, 512), backend=backend)
+    y += 1
+    y.relu_().sum().backward()
+    assert x.grad.shape == x.shape
+    want = y.detach().clone()
+    assert pickle.loads(pickle.dumps(y.detach())).equal(want)
+    assert y.detach().share_memory_().equal(want)
 
 
 def test_large_results_from_many_threads(host_memory, backend):

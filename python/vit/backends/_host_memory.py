@@ -83,7 +83,8 @@ class HostMemory:
             block = self._take(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
         finally:
             self.lock.release()
-        return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
+        # Not view(): autograd refuses to write into views that were made inside a Function.
+        return torch.frombuffer(block, dtype=dtype, count=count).resize_(shape)
 
     def free_bytes(self) -> int:
         """Bytes of the pages that are kept for blocks to come."""
