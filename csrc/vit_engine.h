@@ -27,7 +27,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a struct or function of this file, or the format of engine files, changes. */
-#define VIT_ENGINE_VERSION 1
+#define VIT_ENGINE_VERSION 2
 
 typedef struct vit_engine vit_engine;
 
@@ -41,7 +41,14 @@ typedef enum vit_status {
   VIT_FAILED = 6       /* anything else */
 } vit_status;
 
-typedef enum vit_precision { VIT_FLOAT32 = 0, VIT_BFLOAT16 = 1, VIT_INT8 = 2 } vit_precision;
+/* The last two are for weights of blocks in a bfloat16 engine: stored in 8 or 4 bits, for their size alone. */
+typedef enum vit_precision {
+  VIT_FLOAT32 = 0,
+  VIT_BFLOAT16 = 1,
+  VIT_INT8 = 2,
+  VIT_STORED8 = 3,
+  VIT_STORED4 = 4
+} vit_precision;
 typedef enum vit_pool { VIT_POOL_TOKEN = 0, VIT_POOL_AVERAGE = 1, VIT_POOL_NONE = 2 } vit_pool;
 typedef enum vit_activation { VIT_GELU = 1, VIT_GELU_TANH = 2 } vit_activation;
 

@@ -185,6 +185,52 @@ def test_excluded_layers_stay_bfloat16(tmp_path):
         vit.Engine(model, "bfloat16", exclude=["blocks.0.mlp.fc1"])
 
 
+@pytest.mark.parametrize(("weights", "least", "bits"), [("int8", 0.999, 8.5), ("int4", 0.9, 4.5)])
+def test_weights_in_fewer_bits(tmp_path, weights, least, bits):
+    """Close to the float32 logits, as small as promised in the file and in memory, and bits as for every dtype."""
+    model = vit.create("vit_tiny_patch16_224", backend="reference", training=False)
+    model.load_state_dict(seeded_state(model.state_dict()))
+    images = smooth_images(5)
+    with torch.no_grad():
+        truth = model(images)
+    engine = vit.Engine(model, "bfloat16", weights=weights, num_threads=1)
+    got = engine(images)
+    assert cosine(got, truth) > least
+    in_blocks = 12 * 12 * 192**2
+    plain = vit.Engine(model, "bfloat16").memory["weights"]
+    saved = plain - engine.memory["weights"]
+    assert saved == pytest.approx(in_blocks * (16 - bits) / 8, rel=1e-3)
+    engine.save(tmp_path / "model.vit")
+    assert (tmp_path / "model.vit").stat().st_size == engine.memory["weights"]
+    loaded = vit.Engine.load(tmp_path / "model.vit", num_threads=2)
+    assert (loaded.dtype, loaded.weights, engine.weights) == ("bfloat16", weights, weights)
+    assert torch.equal(loaded(images), got)
+    assert torch.equal(loaded(images[3:4]), got[3:4])
+    loaded.num_threads = 5
+    assert torch.equal(loaded(images), got)
+    kept = [f"blocks.{i}.mlp.fc2" for i in range(12)]
+    partly = vit.Engine(model, "bfloat16", weights=weights, exclude=kept)
+    assert engine.memory["weights"] < partly.memory["weights"] < plain
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_weights_in_fewer_bits_run_every_option(option, weights):
+    model = make(**(SMALL | OPTIONS[option]))
+    images = images_for(model)
+    with torch.no_grad():
+        truth = model(images)
+    got = vit.Engine(model, "bfloat16", weights=weights)(images)
+    assert cosine(got.flatten(1), truth.flatten(1)) > {"int8": 0.999, "int4": 0.9}[weights]
+
+
+def test_weights_in_fewer_bits_are_for_bfloat16():
+    with pytest.raises(ValueError, match="weights='int4' belongs to dtype='bfloat16', not 'float32'"):
+        vit.Engine(make(), weights="int4")
+    with pytest.raises(ValueError, match="weights 'int2' is not one of int8, int4"):
+        vit.Engine(make(), "bfloat16", weights="int2")
+
+
 def test_threads_follow_torch():
     engine = vit.Engine(make())
     images = images_for(make(), 1)
@@ -414,7 +460,7 @@ def test_damaged_and_foreign_files_are_errors(tmp_path):
     for size in (9, 100, 8 + header, len(good) // 2, len(good) - 1):
         refused(good[:size], "truncated|JSON|ends inside")
     for old, new, message in (
-        (b'"version":"1"', b'"version":"9"', "format version 9"),
+        (b'"version":"2"', b'"version":"9"', "format version 9"),
         (b'"isa":"', b'"isa":"x', "instruction-set level x"),
         (b'"embed_dim":"64"', b'"embed_dim":"65"', "not a multiple|damaged|embed_dim"),
         (b'"depth":"2"', b'"depth":"x"', 'depth is "x"'),
@@ -485,6 +531,10 @@ for dtype, bound in (("float32", 1e-5), ("bfloat16", 3e-2), ("int8", 1e-1)):
     error = ((got - truth).abs().max() / truth.abs().max()).item()
     assert error < bound, (dtype, error)
     assert torch.equal(got[1:2], engine(images[1:2]))
+for weights, bound in (("int8", 3e-2), ("int4", 0.4)):
+    got = vit.Engine(model, "bfloat16", weights=weights)(images)
+    error = ((got - truth).abs().max() / truth.abs().max()).item()
+    assert error < bound, (weights, error)
 print(engine.isa)
 """
 
@@ -510,6 +560,49 @@ def test_profile_names_where_the_time_goes():
 
 def _small(img_size: int) -> dict:
     return {k: v for k, v in (SMALL | {"img_size": img_size}).items() if k not in ("backend", "training")}
+
+
+OUT_OF_MEMORY = """
+import re, resource, sys, torch, vit
+from vit.engine import native
+model = vit.create("vit_base_patch16_224", backend="reference", depth=2, training=False)
+images = torch.randn(1, 3, 224, 224)
+engine = vit.Engine(model, num_threads=1)
+expected = engine(images)
+
+def refused(what, least, make):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + 24 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    try:
+        make()
+    except MemoryError as error:
+        assert native.library().last_status() == 4  # VIT_MEMORY
+        assert native.library().last_error().decode() == str(error)
+        asked = re.search(f"out of memory: {what} take ([0-9]+) bytes", str(error))
+        assert asked and int(asked[1]) > least, error
+    else:
+        raise AssertionError(f"{what} fitted")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+def with_many_threads():
+    engine.num_threads = 1000
+    engine(images)
+
+refused("packed weights", 4 * 2 * 12 * 768**2, lambda: vit.Engine(model))
+refused("intermediate results", 1000 * 104 * 3072 * 4, with_many_threads)
+engine.num_threads = 1
+assert torch.equal(engine(images), expected)
+assert torch.equal(vit.Engine(model, num_threads=1)(images), expected)
+"""
+
+
+def test_out_of_memory_is_an_error_and_the_engine_stays_usable():
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_model_may_change_afterwards():

@@ -47,6 +47,17 @@ def test_figures_file_and_sensitivity(capsys, weights, tmp_path):
     assert target.exists() == report["recommended"]
 
 
+def test_weights_only_is_for_memory_and_need_not_be_faster(capsys, weights, tmp_path):
+    target = tmp_path / "int4.safetensors"
+    options = ("--weights-only", "int4", "--max-drop", "1", "--min-cosine", "0.9", "--output", str(target))
+    code, report = quantize(capsys, weights, *options)
+    assert (code, report["objections"]) == (0, [])
+    plain, low, stored = report["figures"]
+    assert stored["dtype"] == "int4 weights"
+    assert stored["weight_bytes"] < low["weight_bytes"] < plain["weight_bytes"]
+    assert vit.Engine.load(target).weights == "int4"
+
+
 def test_a_limit_that_cannot_be_met_is_refused_and_nothing_is_saved(capsys, weights, tmp_path):
     target = tmp_path / "int8.safetensors"
     code, report = quantize(capsys, weights, "--min-cosine", "1.1", "--output", str(target))
@@ -62,6 +73,25 @@ def test_excluded_layers_stay_exact(capsys, weights):
     )
     _, report = quantize(capsys, weights, "--exclude", everything)
     assert report["figures"][2]["cosine"] == pytest.approx(report["figures"][1]["cosine"], abs=1e-4)
+
+
+def test_a_run_is_compared_on_its_own_test_split_and_calibrated_on_its_training_images(tmp_path):
+    from argparse import Namespace
+
+    from vit.cli.quantize import _images
+    from vit.training.config import TrainConfig
+    from vit.training.run import Run
+
+    model = vit.create("vit_digits", backend="reference")
+    about = {"name": "vit_digits", "arch": {}, "class_names": [str(i) for i in range(10)], "preprocess": {}}
+    run = Run.create(tmp_path / "run", TrainConfig(split_seed=3, test_fraction=0.3), about)
+    args = Namespace(weights=str(run.path), calibrate="digits", images=10_000, evaluate=10_000)
+    calibration, images, labels = _images(args, model)
+    train, test = run.samples("train", None), run.samples("test", None)
+    assert (len(calibration), len(images)) == (len(train), len(test))
+    assert sorted(labels.tolist()) == sorted(test.labels.tolist())
+    digests = [{image.numpy().tobytes() for image in part} for part in (calibration, images)]
+    assert len(digests[0] & digests[1]) < 3  # the data has a few equal images
 
 
 def test_objections_name_what_is_wrong():

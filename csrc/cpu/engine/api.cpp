@@ -48,10 +48,7 @@ void require(bool given, const char* name) {
   if (!given) throw EngineError(VIT_INVALID, "vit engine: " + std::string(name) + " is null");
 }
 
-const char* const kPhaseNames[] = {"embed", "norm", "quantize", "qkv",  "attention",
-                                   "proj",  "fc1",  "fc2",      "head", "wait"};
-static_assert(sizeof kPhaseNames / sizeof *kPhaseNames == VIT_PHASES);
-static_assert(int{vit::engine::kPhases} == int{VIT_PHASES});
+static_assert(vit::engine::kPhases == VIT_PHASES);
 
 }  // namespace
 
@@ -114,7 +111,7 @@ void vit_engine_profile(vit_engine* engine, int32_t on) { engine->engine->profil
 void vit_engine_profile_read(vit_engine* engine, double seconds[VIT_PHASES]) { engine->engine->profile_read(seconds); }
 
 const char* vit_engine_phase_name(int32_t phase) {
-  return phase >= 0 && phase < VIT_PHASES ? kPhaseNames[phase] : nullptr;
+  return phase >= 0 && phase < VIT_PHASES ? vit::engine::kPhaseNames[phase] : nullptr;
 }
 
 }  // extern "C"

@@ -104,8 +104,25 @@ struct Part {
   bool derived;   // made when the weight is packed
 };
 
-const char* dtype_of(Precision precision) {
-  return precision == Precision::float32 ? "F32" : precision == Precision::bfloat16 ? "BF16" : "I8";
+// The dtypes of packed weights, in the order of Precision; a code of two compressed weights is one integer.
+const char* const kDtypes[] = {"F32", "BF16", "I8", "U16", "U8"};
+
+const char* dtype_of(Precision precision) { return kDtypes[static_cast<int>(precision)]; }
+
+bool in_block(const std::string& name) { return name.compare(0, 7, "blocks.") == 0; }
+
+// Of the layers outside the blocks: the ends of an int8 network stay what its activations are, the head of every
+// network is float32.
+Precision precision_of_end(const std::string& name, Precision engine) {
+  if (name == "head") return Precision::float32;
+  return engine == Precision::int8 ? Precision::bfloat16 : engine;
+}
+
+// Whether a layer may have a precision in an engine of another one.
+bool allowed(const std::string& name, Precision layer, Precision engine) {
+  if (!in_block(name)) return layer == precision_of_end(name, engine);
+  if (engine == Precision::bfloat16 && stored(layer)) return true;
+  return layer == engine || (engine == Precision::int8 && layer == Precision::bfloat16);
 }
 
 // Every linear layer with its sizes, the embedding first and the head last.
@@ -144,6 +161,7 @@ std::vector<Part> parts_of(Network& n) {
   norm("norm", n.norm);
   for_linears(n, [&](const std::string& name, Linear& linear, int64_t N, int64_t K) {
     linear.N = N, linear.K = K;
+    n.shape.unpacks |= stored(linear.precision);
     if (linear.precision == Precision::int8) {
       parts.push_back({name + ".scale", &linear.scale, nullptr, nullptr, N, false, true});
       parts.push_back({name + ".sums", nullptr, nullptr, &linear.sums, N, false, true});
@@ -200,7 +218,7 @@ Precision precision_of(const Sources& sources, const std::string& name, Precisio
   const auto found = sources.find(name + ".weight");
   if (found == sources.end()) invalid("tensor " + name + ".weight is missing");
   const auto precision = static_cast<Precision>(found->second->precision);
-  if (precision != widest && !(widest == Precision::int8 && precision == Precision::bfloat16))
+  if (!allowed(name, precision, widest))
     invalid("tensor " + name + ".weight is to be packed as precision " + std::to_string(int(precision)) +
             ", which the engine's does not allow here");
   return precision;
@@ -235,10 +253,7 @@ std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit
 
   const Precision precision = n.shape.precision;
   for_linears(n, [&](const std::string& name, Linear& linear, int64_t, int64_t) {
-    const bool in_block = name.compare(0, 7, "blocks.") == 0;
-    // The ends of an int8 network stay what its activations are, and the head of every network is float32.
-    const Precision ends = precision == Precision::int8 ? Precision::bfloat16 : precision;
-    linear.precision = in_block ? precision_of(sources, name, precision) : name == "head" ? Precision::float32 : ends;
+    linear.precision = in_block(name) ? precision_of(sources, name, precision) : precision_of_end(name, precision);
   });
   const std::vector<Part> parts = parts_of(n);
   std::vector<Record> records;
@@ -256,7 +271,7 @@ std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit
   for_fields(config, [&](const char* name, auto value) { written[name] = std::to_string(value); });
   const std::string header = write_header(written, records);
 
-  engine->image_ = Mapping::anonymous(header.size() + static_cast<std::size_t>(bytes));
+  engine->image_ = Mapping::anonymous(header.size() + static_cast<std::size_t>(bytes), "packed weights");
   char* data = engine->image_.data() + header.size();
   std::memcpy(engine->image_.data(), header.data(), header.size());
   for (std::size_t i = 0; i < parts.size(); ++i) point(parts[i], data + records[i].begin);
@@ -316,7 +331,12 @@ std::unique_ptr<Engine> Engine::open(const std::string& path, int64_t max_batch)
   };
   for_linears(n, [&](const std::string& name, Linear& linear, int64_t, int64_t) {
     const std::string& dtype = record(name + ".weight").dtype;
-    linear.precision = dtype == "F32" ? Precision::float32 : dtype == "BF16" ? Precision::bfloat16 : Precision::int8;
+    const auto* const end = std::end(kDtypes);
+    const auto* const found = std::find(std::begin(kDtypes), end, dtype);
+    if (found == end) refuse("is damaged: tensor " + name + ".weight is of type " + dtype);
+    linear.precision = static_cast<Precision>(found - std::begin(kDtypes));
+    if (!allowed(name, linear.precision, n.shape.precision))
+      refuse("is damaged: " + name + ".weight is " + dtype + ", which this engine's precision does not allow");
   });
   char* data = image.data() + header.bytes;
   for (const Part& part : parts_of(n)) {
@@ -356,7 +376,7 @@ void Engine::reserve(int64_t batch, int threads) {
   const auto bytes = static_cast<std::size_t>(active_kernels().engine_bytes(network_, batch, threads));
   if (bytes > arena_.size()) {
     arena_ = Mapping();  // first, so that never both are there
-    arena_ = Mapping::anonymous(bytes);
+    arena_ = Mapping::anonymous(bytes, "intermediate results");
   }
   if (barriers_.size() < static_cast<std::size_t>(threads) + 1)
     barriers_ = std::vector<Barrier>(static_cast<std::size_t>(threads) + 1);

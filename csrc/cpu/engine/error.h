@@ -7,7 +7,7 @@
 namespace vit::engine {
 
 inline constexpr vit_status kInvalid = VIT_INVALID, kFile = VIT_FILE, kUnsupported = VIT_UNSUPPORTED,
-                            kNotFinite = VIT_NOT_FINITE;
+                            kMemory = VIT_MEMORY, kNotFinite = VIT_NOT_FINITE;
 
 struct EngineError : Error {
   vit_status status;

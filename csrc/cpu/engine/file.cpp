@@ -143,8 +143,8 @@ Record read_record(Json& json, const std::string& name) {
 
 int64_t element_size(const std::string& dtype) {
   if (dtype == "F32" || dtype == "I32") return 4;
-  if (dtype == "BF16") return 2;
-  return dtype == "I8" ? 1 : 0;
+  if (dtype == "BF16" || dtype == "U16") return 2;
+  return dtype == "I8" || dtype == "U8" ? 1 : 0;
 }
 
 std::string write_header(const Texts& texts, const std::vector<Record>& records) {

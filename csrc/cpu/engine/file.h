@@ -11,7 +11,7 @@
 namespace vit::engine {
 
 struct Record {
-  std::string name, dtype;  // "F32", "BF16", "I8", "I32"
+  std::string name, dtype;  // "F32", "BF16", "I8", "I32", "U16", "U8"
   int64_t begin, end;       // bytes from the end of the header
 };
 

@@ -15,6 +15,7 @@
 #include <time.h>
 
 #include "cpu/attention.h"
+#include "cpu/engine/compressed.h"
 #include "cpu/engine/images.h"
 #include "cpu/engine/int8.h"
 #include "cpu/kernels.h"
@@ -77,6 +78,7 @@ struct Buffers {
     T* normed;            // [kRows, C]
     T* hidden;            // [kRows, hidden]
     T* patches;           // [kRows, padded patch_values]
+    char* panel;          // of a compressed weight, unpacked
     float* row;           // [C]
     Quantized quantized;  // [kRows, the wider of C and hidden], where there are int8 layers
     char* scratch;        // of attention
@@ -106,6 +108,7 @@ struct Buffers {
     own.normed = take<T>(arena, kRows * s.C);
     own.hidden = take<T>(arena, kRows * s.hidden);
     own.patches = take<T>(arena, kRows * padded<T>(s.patch_values()));
+    own.panel = arena.take(s.unpacks ? packed_b_bytes<bf16>(max(s.C, s.hidden), kTileColumns<bf16>) : 0);
     own.row = take<float>(arena, s.C);
     const int64_t quantized_rows = s.precision == Precision::int8 ? kRows : 0;
     own.quantized = {take<uint8_t>(arena, quantized_rows * max(s.C, s.hidden)), take<float>(arena, quantized_rows)};
@@ -132,7 +135,7 @@ struct Clock {
   VIT_INLINE void lap(Phase phase) {
     if (!seconds) return;
     const double time = now();
-    seconds[phase] += time - last;
+    seconds[static_cast<int>(phase)] += time - last;
     last = time;
   }
   static double now() {
@@ -167,14 +170,14 @@ struct Team {
     return team;
   }
 
-  // Into how many parts the rows are divided; what is left of the threads divides the columns. Rows first, as long as a
-  // thread keeps about 48, because each pass over the weights is paid by all rows of a piece.
+  // Into how many parts the rows are divided; what is left of the threads divides the columns. A part of the rows pays
+  // for a pass over the weights (as for 4 rows more), threads that share columns all normalise and quantize the same
+  // rows (as for half a panel more).
   static int64_t row_parts(int members, int64_t M, int64_t panels) {
     int64_t best = 1, best_cost = INT64_MAX;
     for (int64_t rows = 1; rows <= min<int64_t>(members, M); ++rows) {
-      const int64_t share = ceil_div(M, rows), tiles = ceil_div(share, kTileRows);
-      const int64_t cost = tiles * ceil_div(panels, members / rows) * 64 + (share < 48 ? rows : 0);
-      if (cost <= best_cost) best = rows, best_cost = cost;
+      const int64_t share = ceil_div(M, rows) + 4, half_panels = 2 * ceil_div(panels, members / rows) + 1;
+      if (share * half_panels <= best_cost) best = rows, best_cost = share * half_panels;
     }
     return best;
   }
@@ -230,12 +233,12 @@ class Pass {
 
   void meet() {
     if (team.members > 1) team.all->wait(team.members);
-    clock.lap(kWait);
+    clock.lap(Phase::wait);
   }
   void meet_columns() {
     if (team.columns < 2) return;
     team.of_row->wait(static_cast<int>(team.columns));
-    clock.lap(kWait);
+    clock.lap(Phase::wait);
   }
 
   // Calls f(begin, end) for pieces of at most kRows rows of this thread's part of M.
@@ -257,6 +260,22 @@ class Pass {
                          part(panels, team.column + 1, team.columns), epilogue);
   }
 
+  // The same for a compressed weight, panel by panel.
+  template <class E>
+  void compressed_product(const void* a, int64_t rows, const Linear& w, const E& epilogue) const {
+    const int64_t panels = panels_of<bf16>(w.N), steps = steps_of<bf16>(w.K);
+    const Left left{static_cast<const char*>(a), w.K * static_cast<int64_t>(sizeof(bf16)), false};
+    const int64_t end = part(panels, team.column + 1, team.columns);
+    for (int64_t panel = part(panels, team.column, team.columns); panel < end; ++panel) {
+      with_code(w.precision, [&](auto code) { unpack_panel<decltype(code)>(w, panel, own.panel); });
+      const int64_t first = panel * kTileColumns<bf16>, columns = min<int64_t>(w.N - first, kTileColumns<bf16>);
+      gemm_range<bf16, false>(left, own.panel, columns, steps, 0, rows, 0, 1, [&](Tile<float> tile) {
+        tile.column += first;
+        epilogue(tile);
+      });
+    }
+  }
+
   // y = activation(a weight^T + bias) + residual. Where the layer is quantized, a is in own.quantized.
   template <Activation kActivation, class O>
   void linear(const T* a, int64_t rows, const Linear& w, const O* residual, O* y) const {
@@ -266,7 +285,11 @@ class Pass {
             own.quantized.bytes, rows, w,
             QuantizedEpilogue<O, kActivation>{own.quantized.scales, w.scale, w.sums, w.bias, residual, y, w.N});
     }
-    product<T>(a, rows, w, Epilogue<T, O, kActivation, same<T, bf16>>{w.bias, residual, y, nullptr, w.N});
+    const Epilogue<T, O, kActivation, same<T, bf16>> epilogue{w.bias, residual, y, nullptr, w.N};
+    if constexpr (same<T, bf16>) {
+      if (stored(w.precision)) return compressed_product(a, rows, w, epilogue);
+    }
+    product<T>(a, rows, w, epilogue);
   }
 
   // Rows of x, normalised, as the layer `next` takes them: in own.normed or own.quantized.
@@ -280,7 +303,7 @@ class Pass {
         norm_row(row, own.normed + r * s.C, norm.weight, norm.bias, s.C, s.eps);
       }
     }
-    clock.lap(kNorm);
+    clock.lap(Phase::norm);
   }
 
   // Rows of a, quantized where the layer `next` is.
@@ -288,7 +311,7 @@ class Pass {
     if (next.precision != Precision::int8) return;
     for (int64_t r = 0; r < rows; ++r)
       own.quantized.scales[r] = quantize_row(a + r * next.K, next.K, own.quantized.bytes + r * next.K);
-    clock.lap(kQuantize);
+    clock.lap(Phase::quantize);
   }
 
   template <class X>
@@ -313,7 +336,7 @@ class Pass {
     }
     for (int64_t b = team.member; s.prefix > 0 && b < images; b += team.members)
       memcpy(tokens + b * s.N() * s.C, net.prefix, static_cast<size_t>(s.prefix * s.C) * sizeof(float));
-    clock.lap(kEmbed);
+    clock.lap(Phase::embed);
   }
 
   void report_not_finite(int64_t image) {
@@ -331,7 +354,7 @@ class Pass {
     for_rows(M, [&](int64_t i0, int64_t i1) {
       normalize(x + i0 * C, i1 - i0, w.norm1, w.qkv);
       linear<Activation::none, T>(own.normed, i1 - i0, w.qkv, nullptr, qkv + i0 * 3 * C);
-      clock.lap(kQkv);
+      clock.lap(Phase::qkv);
     });
     meet();
     attend(l, b, count);
@@ -341,17 +364,17 @@ class Pass {
       float* y = x + i0 * C;
       quantize(attended + i0 * C, rows, w.proj);
       linear<Activation::none, float>(attended + i0 * C, rows, w.proj, y, y);
-      clock.lap(kProj);
+      clock.lap(Phase::proj);
       meet_columns();
       normalize(y, rows, w.norm2, w.fc1);
       with_activation(s.activation, [&](auto activation) {
         linear<decltype(activation)::value, T>(own.normed, rows, w.fc1, nullptr, shared_hidden);
       });
-      clock.lap(kFc1);
+      clock.lap(Phase::fc1);
       meet_columns();
       quantize(shared_hidden, rows, w.fc2);
       linear<Activation::none, float>(shared_hidden, rows, w.fc2, y, y);
-      clock.lap(kFc2);
+      clock.lap(Phase::fc2);
       meet_columns();
       if (f.tokens[l] && team.column == 0)
         memcpy(f.tokens[l] + ((first + b) * s.N() + i0) * C, y, static_cast<size_t>(rows * C) * sizeof(float));
@@ -367,7 +390,7 @@ class Pass {
     if (f.attention[l])
       for (int64_t unit = team.member; unit < count * s.H; unit += team.members)
         class_attention(p, unit / s.H, unit % s.H, f.attention[l] + ((first + b) * s.H + unit) * s.N());
-    clock.lap(kAttention);
+    clock.lap(Phase::attention);
   }
 
   // softmax(scale q k^T) of the class token, image b of the group, head h.
@@ -414,7 +437,7 @@ class Pass {
       classify(pooled, images, f.logits + first * s.classes, part(panels, team.member, team.members),
                part(panels, team.member + 1, team.members));
     }
-    clock.lap(kHead);
+    clock.lap(Phase::head);
   }
 
   // Without pooling every token has its logits.
@@ -429,7 +452,7 @@ class Pass {
       if (!s.classes) write(f.logits, (base + i) * s.C, normed, n * s.C);
       if (s.classes && f.logits) classify(normed, n, f.logits + (base + i) * s.classes, 0, panels_of<float>(s.classes));
     }
-    clock.lap(kHead);
+    clock.lap(Phase::head);
   }
 
   void classify(const float* features, int64_t rows, float* logits, int64_t panel_begin, int64_t panel_end) const {

@@ -143,33 +143,60 @@ struct QuantizedEpilogue {
   }
 };
 
+// What a row of the weight becomes: its scale, and the sum of its bytes.
+struct QuantizedWeightRow {
+  const float* row;  // null: a column of zeros that fills a vector
+  f32v inverse;
+  i32v total;
+};
+
+// Bytes of the elements from k of a row of K elements; 0 beyond its end.
+VIT_INLINE u32v quantized_words(QuantizedWeightRow& r, int64_t k, int64_t K) {
+  typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  Bytes bytes[4] = {};
+  const f32v magic = broadcast(Layout<float>::magic);
+  for (int i = 0; r.row && i < 4 && k < K; ++i, k += kLanes<float>) {
+    const i32v values = bit_cast<i32v>(fma(load<float>(r.row + k, K - k), r.inverse, magic)) - bit_cast<i32v>(magic);
+    r.total += values;
+    bytes[i] = __builtin_convertvector(values, Bytes);
+  }
+  return load_raw<u32v>(bytes);
+}
+
+VIT_INLINE float largest_of_row(const float* row, int64_t K) {
+  f32v largest{};
+  for (int64_t k = 0; k < K; k += kLanes<float>) largest = vmax(largest, abs<float>(load<float>(row + k, K - k)));
+  return fold<float, kLanes<float>>(largest, Most{});
+}
+
 // weight [N, K] float32, K a multiple of 4, into panels for `tile`; scales and sums of its rows.
 inline void pack_quantized(int threads, const float* weight, int64_t N, int64_t K, char* packed, float* scales,
                            int32_t* sums) {
   constexpr int64_t lanes = kWordLanes<q8>, word = sizeof(uint32_t);
-  const int64_t steps = steps_of<q8>(K);
-  parallel_for(threads, panels_of<q8>(N), [&](int64_t begin, int64_t end, int) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * kTileColumns<q8>, columns = min<int64_t>(N - first, kTileColumns<q8>);
-      const int64_t width = round_up(columns, lanes);
-      char* to = packed + first * steps * word;
-      for (int64_t j = 0; j < width; ++j) {
-        const float* row = weight + (first + j) * K;
-        float largest = 0;
-        for (int64_t k = 0; j < columns && k < K; ++k) largest = max(largest, ::fabsf(row[k]));
-        const float scale = largest > 0 ? largest / 127.0f : 1.0f;
+  const int64_t steps = steps_of<q8>(K), vectors = ceil_div(N, lanes);
+  parallel_for(threads, vectors, [&](int64_t begin, int64_t end, int) {
+    for (int64_t vector = begin; vector < end; ++vector) {
+      const int64_t panel = vector / kTileVectors, first = vector * lanes;
+      const int64_t width = min<int64_t>(vectors - panel * kTileVectors, kTileVectors) * lanes;
+      char* to = packed + (panel * kTileVectors * steps * lanes + vector % kTileVectors * lanes) * word;
+      QuantizedWeightRow rows[lanes] = {};
+      for (int64_t i = 0; i < min(lanes, N - first); ++i) {
+        rows[i].row = weight + (first + i) * K;
+        const float largest = largest_of_row(rows[i].row, K), scale = largest > 0 ? largest / 127.0f : 1.0f;
+        rows[i].inverse = broadcast(1.0f / scale);
+        scales[first + i] = scale;
+      }
+      for (int64_t s = 0; s < steps; s += lanes) {
+        u32v block[lanes];
+        for (int i = 0; i < lanes; ++i) block[i] = quantized_words(rows[i], s * 4, K);
+        transpose(block);
+        for (int64_t i = 0; i < min(lanes, steps - s); ++i)
+          memcpy(to + (s + i) * width * word, &block[i], sizeof(u32v));
+      }
+      for (int64_t i = 0; i < min(lanes, N - first); ++i) {
         int32_t total = 0;
-        for (int64_t s = 0; s < steps; ++s) {
-          int8_t values[4] = {};
-          for (int i = 0; j < columns && i < 4; ++i) {
-            values[i] = static_cast<int8_t>(::lrintf(row[s * 4 + i] / scale));
-            total += values[i];
-          }
-          memcpy(to + (s * width + j) * word, values, word);
-        }
-        if (j >= columns) continue;
-        scales[first + j] = scale;
-        sums[first + j] = kZero * total;
+        for (int64_t lane = 0; lane < lanes; ++lane) total += rows[i].total[lane];
+        sums[first + i] = kZero * total;
       }
     }
   });

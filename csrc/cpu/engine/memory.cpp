@@ -8,7 +8,6 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <utility>
 
 #include "cpu/engine/error.h"
@@ -30,13 +29,16 @@ void Mapping::swap(Mapping& other) noexcept {
   std::swap(mapped_size_, other.mapped_size_);
 }
 
-Mapping Mapping::anonymous(std::size_t bytes) {
+Mapping Mapping::anonymous(std::size_t bytes, const char* what) {
   Mapping m;
-  if (bytes > SIZE_MAX - kHugePage) throw std::bad_alloc();
   m.size_ = bytes;
   m.mapped_size_ = bytes + kHugePage;  // room to start on a huge page
-  void* p = mmap(nullptr, m.mapped_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
+  void* p = bytes > SIZE_MAX - kHugePage
+                ? MAP_FAILED
+                : mmap(nullptr, m.mapped_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED)
+    throw EngineError(kMemory, "vit engine: out of memory: " + std::string(what) + " take " + std::to_string(bytes) +
+                                   " bytes, which this process cannot get");
   m.mapped_ = p;
   const auto address = reinterpret_cast<std::uintptr_t>(p);
   m.data_ = static_cast<char*>(p) + ((address + kHugePage - 1) / kHugePage * kHugePage - address);

@@ -16,8 +16,8 @@ class Mapping {
   }
   ~Mapping();
 
-  // Zeroed memory on a 2 MiB boundary; throws std::bad_alloc.
-  static Mapping anonymous(std::size_t bytes);
+  // Zeroed memory on a 2 MiB boundary; throws EngineError, which says how much `what` needs.
+  static Mapping anonymous(std::size_t bytes, const char* what);
   // A whole file; throws EngineError.
   static Mapping file(const std::string& path);
 

@@ -9,7 +9,10 @@
 
 namespace vit::engine {
 
-enum class Precision : int32_t { float32 = 0, bfloat16 = 1, int8 = 2 };
+enum class Precision : int32_t { float32 = 0, bfloat16 = 1, int8 = 2, stored8 = 3, stored4 = 4 };
+
+// Whether a weight is compressed (compressed.h): it is multiplied as bfloat16.
+inline constexpr bool stored(Precision p) { return p == Precision::stored8 || p == Precision::stored4; }
 enum class Pool : int32_t { token = 0, average = 1, none = 2 };
 enum class Pixels : int32_t { uint8 = 0, float32 = 1 };
 
@@ -20,6 +23,7 @@ struct Shape {
   Activation activation;
   bool dynamic_pad;
   bool norm_first;  // with Pool::average: the last norm stands before it
+  bool unpacks;     // some weight is compressed
   int64_t channels, height, width, patch_height, patch_width;
   int64_t prefix, C, depth, H, hidden, classes;
   double eps;
@@ -64,8 +68,13 @@ struct Network {
   Linear head;        // [classes, C] float32; N = 0: none
 };
 
-// The phases whose times are told apart.
-enum Phase { kEmbed, kNorm, kQuantize, kQkv, kAttention, kProj, kFc1, kFc2, kHead, kWait, kPhases };
+// The phases whose times are told apart, and their names.
+#define VIT_ENGINE_PHASES(F) F(embed) F(norm) F(quantize) F(qkv) F(attention) F(proj) F(fc1) F(fc2) F(head) F(wait)
+#define VIT_PHASE_VALUE(name) name,
+#define VIT_PHASE_NAME(name) #name,
+enum class Phase { VIT_ENGINE_PHASES(VIT_PHASE_VALUE) };
+inline constexpr const char* kPhaseNames[] = {VIT_ENGINE_PHASES(VIT_PHASE_NAME)};
+inline constexpr int kPhases = sizeof kPhaseNames / sizeof *kPhaseNames;
 
 // One forward. Outputs that are not wanted are null.
 struct Forward {

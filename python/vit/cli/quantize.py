@@ -1,21 +1,25 @@
-"""`vit quantize`: an int8 engine, its accuracy and speed beside float32, and whether to use it."""
+"""`vit quantize`: an engine in int8, or with int8 or int4 weights, beside float32, and whether to use it."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .show import Progress, table
 
-HELP = "make an int8 engine and compare its accuracy and speed with float32"
+HELP = "make an int8 engine, or one with int8 or int4 weights, and compare it with float32"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Quantizes a model to int8, smoothed on part of the images, and compares it with float32 and bfloat16 on the "
-        "rest. The engine is saved only where it is recommended: faster than float32 and within both limits. "
+        "Quantizes a model to int8, smoothed on training images, and compares it with float32 and bfloat16 on the test "
+        "split: the run's own, the one the data brings along, or a fifth of it. "
+        "The engine is saved only where it is recommended: within both limits and, where it is for speed, faster than "
+        "float32. --weights-only keeps bfloat16 products and stores the weights in 8 or 4 bits, for memory. "
         "Exit code 0: recommended, 1: not recommended or failed, 2: bad usage."
     )
     add = parser.add_argument
@@ -25,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=128, metavar="N", help="images to calibrate on (default: %(default)s)")
     add("--evaluate", type=int, default=1000, metavar="N", help="images to compare on, at most (default: %(default)s)")
     add("--batch-size", type=int, default=8, metavar="N", help="images per forward (default: %(default)s)")
+    add("--weights-only", choices=("int8", "int4"), help="store weights in so many bits, compute in bfloat16")
     add("--exclude", default="", metavar="A,B", help="layers that stay bfloat16, such as blocks.0.mlp.fc2")
     add("--sensitivity", action="store_true", help="quantize each layer alone and list what that costs")
     add("--max-drop", type=float, default=0.01, help="allowed loss of top-1, as a share (default: %(default)s)")
@@ -45,17 +50,20 @@ def run(args: argparse.Namespace) -> int:
     exclude = [name for name in args.exclude.replace(" ", "").split(",") if name]
     check_layers(exclude, len(model.blocks))
     calibrate, images, labels = _images(args, model)
-    engines = [
-        vit.Engine(model),
-        vit.Engine(model, "bfloat16"),
-        vit.Engine(model, "int8", calibrate=calibrate, exclude=exclude),
-    ]
+
+    def quantized(exclude: Sequence[str]) -> vit.Engine:
+        if args.weights_only:
+            return vit.Engine(model, "bfloat16", exclude=exclude, weights=args.weights_only)
+        return vit.Engine(model, "int8", calibrate=calibrate, exclude=exclude)
+
+    engines = [vit.Engine(model), vit.Engine(model, "bfloat16"), quantized(exclude)]
     found = quantize.figures(engines, images, labels, args.batch_size)
     layers: list[tuple[str, float]] = []
     if args.sensitivity:
         with Progress(len(quantizable(len(model.blocks)))) as progress:
-            layers = quantize.sensitivity(model, images, args.batch_size, calibrate, progress.step)
-    against = quantize.objections(found[0], found[-1], args.max_drop, args.min_cosine)
+            layers = quantize.sensitivity(model, images, args.batch_size, quantized, progress.step)
+    for_speed = not args.weights_only
+    against = quantize.objections(found[0], found[-1], args.max_drop, args.min_cosine, for_speed)
     if args.output and not against:
         engines[-1].save(args.output)
     report = {
@@ -69,26 +77,39 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _images(args: argparse.Namespace, model: Any) -> tuple[Any, Any, Any]:
-    """Images to calibrate on, and others with their labels to compare on, spread evenly over the data."""
+    """Training images to calibrate on, test images and their labels to compare on, each spread over its split."""
     import numpy as np
     import torch
 
-    from ..data import DataError, Samples, open_source
+    from ..data import DataError
     from ..data.loader import Images
 
-    source = open_source(args.calibrate)
-    samples = Samples.concatenate(list(source.splits.values()))
+    source = _source(args)
     if len(source.class_names) != model.num_classes:
         counts = f"{len(source.class_names)} classes, the model {model.num_classes}"
         raise DataError(f"vit: {args.calibrate!r} has {counts}: give data of the model's classes")
-    if len(samples) < 2:
-        raise DataError(f"vit: {args.calibrate!r} holds {len(samples)} images; calibration and comparison need two")
-    order = np.random.default_rng(0).permutation(len(samples))
-    count = min(args.images, len(samples) // 2)
-    dataset = Images(samples, model.preprocess)
-    items = [dataset[(0, int(i))] for i in order[: count + args.evaluate]]
-    pixels, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
-    return pixels[:count], pixels[count:], labels[count:]
+
+    def some(split: str, count: int) -> tuple[Any, Any]:
+        dataset = Images(source.splits[split], model.preprocess)
+        order = np.random.default_rng(0).permutation(len(source.splits[split]))
+        images, labels = zip(*(dataset[(0, int(i))] for i in order[:count]), strict=True)
+        return torch.stack(images), torch.tensor(labels)
+
+    return some("train", args.images)[0], *some("test", args.evaluate)
+
+
+def _source(args: argparse.Namespace) -> Any:
+    """The data in splits; for weights of a run folder those of its training, so that no test image was trained on."""
+    from ..data import open_source
+    from ..training.config import TrainConfig
+    from ..training.run import Run
+
+    if (Path(args.weights) / "config.yaml").is_file():
+        run = Run.open(args.weights)
+        source, config = run.source(args.calibrate), run.config
+    else:
+        source, config = open_source(args.calibrate), TrainConfig()
+    return source.divided(config.val_fraction, config.test_fraction, config.split_seed)
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -100,7 +121,7 @@ def _print(report: dict[str, Any]) -> None:
     table((report["model"], "top-1", "cosine", "images/s", "weights MiB"), rows, sys.stdout)
     if report["sensitivity"]:
         layers = [(entry["layer"], f"{entry['cosine']:.6f}") for entry in report["sensitivity"]]
-        table(("only this layer in int8", "cosine"), layers, sys.stdout)
+        table(("only this layer quantized", "cosine"), layers, sys.stdout)
     for reason in report["objections"]:
         print(f"not recommended: {reason}")
     if report["recommended"]:

@@ -51,7 +51,9 @@ class Engine:
     num_threads  None: what torch.get_num_threads() says at each call, and no more than a container's quota
     calibrate    int8: images as the model takes them, to smooth inputs before quantizing; None: the norms' own weights
                  say how large inputs become
-    exclude      int8: layers that stay bfloat16, such as ("blocks.0.mlp.fc2",)
+    exclude      int8, weights: layers that stay bfloat16, such as ("blocks.0.mlp.fc2",)
+    weights      bfloat16: "int8" or "int4" stores the weights of the blocks in 8 or 4 bits, with a scale for each 32,
+                 for the memory; products stay bfloat16
 
     Results do not depend on the threads or on what else is in the batch. Any number of engines and Python threads may
     run at once; calls of one engine run one after the other. The model is copied: later changes to it have no effect.
@@ -67,13 +69,14 @@ class Engine:
         num_threads: int | None = None,
         calibrate: Tensor | None = None,
         exclude: Collection[str] = (),
+        weights: str | None = None,
     ) -> None:
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in native.PRECISIONS:
             raise ValueError(f"vit.Engine: dtype {dtype!r} is not one of {', '.join(native.PRECISIONS)}")
         library = native.library()
-        frozen = freeze(model, dtype, calibrate, exclude)
-        weights = (native.Weight * len(frozen.tensors))(
+        frozen = freeze(model, dtype, calibrate, exclude, weights)
+        tensors = (native.Weight * len(frozen.tensors))(
             *[
                 native.Weight(name.encode(), t.data_ptr(), t.numel(), frozen.precisions.get(name, 0))
                 for name, t in frozen.tensors.items()
@@ -84,7 +87,7 @@ class Engine:
         )
         config = native.Config(**frozen.config)
         self._adopt(
-            native.made(library.build(config, weights, len(weights), texts, len(texts), _limit(max_batch))),
+            native.made(library.build(config, tensors, len(tensors), texts, len(texts), _limit(max_batch))),
             max_batch,
             num_threads,
         )
@@ -140,6 +143,11 @@ class Engine:
         return next(name for name, code in native.PRECISIONS.items() if code == self._config.precision)
 
     @property
+    def weights(self) -> str | None:
+        """ "int8" or "int4" where the weights of the blocks are stored in fewer bits than `dtype` has, else None."""
+        return self._text("weights")
+
+    @property
     def isa(self) -> str:
         """The instruction-set level the weights are packed for."""
         return self._text("isa") or ""
@@ -175,7 +183,8 @@ class Engine:
     def __repr__(self) -> str:
         c = self._config
         size = f"{c.channels} x {c.image_height} x {c.image_width}"
-        return f"Engine({self.name}, {self.dtype}, {size} -> {c.num_classes or c.embed_dim}, {self.isa})"
+        dtype = f"{self.dtype} from {self.weights} weights" if self.weights else self.dtype
+        return f"Engine({self.name}, {dtype}, {size} -> {c.num_classes or c.embed_dim}, {self.isa})"
 
     # ---- forward ----
 
@@ -344,17 +353,17 @@ class Engine:
     def profile(self, images: Images, calls: int = 5, layout: str = "NCHW") -> list[Phase]:
         """Where the time of a call goes: its phases in order, averaged over `calls` calls after one that warms up."""
         self(images, layout=layout)
+        names = native.phases()
         self._library.profile(self._handle, 1)
         try:
             for _ in range(calls):
                 self(images, layout=layout)
-            seconds = (ctypes.c_double * 10)()
+            seconds = (ctypes.c_double * len(names))()
             self._library.profile_read(self._handle, seconds)
         finally:
             self._library.profile(self._handle, 0)
         flops = self._flops(len(images))
         total = sum(seconds) or 1.0
-        names = [self._library.phase_name(i).decode() for i in range(len(seconds))]
         return [
             Phase(name, spent / calls, spent / total, flops.get(name, 0))
             for name, spent in zip(names, seconds, strict=True)

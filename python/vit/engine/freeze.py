@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ..model.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from . import native
 from .smooth import largest_outputs, smooth
 
-#: The layers of a block that int8 quantizes.
+#: The layers of a block that int8 quantizes and that can be stored in fewer bits.
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
@@ -30,15 +31,21 @@ class Frozen:
     texts: dict[str, str]
 
 
-def freeze(model: nn.Module, dtype: str, calibrate: Tensor | None = None, exclude: Collection[str] = ()) -> Frozen:
+def freeze(
+    model: nn.Module,
+    dtype: str,
+    calibrate: Tensor | None = None,
+    exclude: Collection[str] = (),
+    weights: str | None = None,
+) -> Frozen:
     """The model's sizes and weights; dropout and drop-path do nothing at inference and are left out.
 
-    For int8 the weights are smoothed (with what `calibrate` images show, where given); layers of blocks that `exclude`
-    names stay bfloat16.
+    For int8 the weights are smoothed (with what `calibrate` images show, where given). `weights`: how the linear layers
+    of blocks are stored, where it is not dtype. Layers that `exclude` names stay bfloat16.
 
     Raises BackendError with all reasons why the engine cannot run it, ValueError for unknown names.
     """
-    check_quantization(dtype, calibrate, exclude)
+    check_quantization(dtype, calibrate, exclude, weights)
     if reasons := list(refusals(model)):
         raise BackendError(
             f"vit: the engine cannot run this {type(model).__name__}\n"
@@ -67,7 +74,9 @@ def freeze(model: nn.Module, dtype: str, calibrate: Tensor | None = None, exclud
         if name.startswith(("blocks.", "head.")):
             tensors[name] = parameter
     layers = check_layers(exclude, len(model.blocks))
-    precisions = {f"{layer}.weight": native.PRECISIONS["bfloat16" if layer in exclude else dtype] for layer in layers}
+    precision = native.STORED[weights] if weights else native.PRECISIONS[dtype]
+    kept = native.PRECISIONS["bfloat16"]
+    precisions = {f"{layer}.weight": kept if layer in exclude else precision for layer in layers}
     (height, width), (patch_height, patch_width) = embed.img_size, embed.patch_size
     first: Any = model.blocks[0]
     config = {
@@ -90,6 +99,8 @@ def freeze(model: nn.Module, dtype: str, calibrate: Tensor | None = None, exclud
         "norm_eps": norm.eps,
     }
     texts = {"name": model.name, "preprocess": json.dumps(model.preprocess.to_dict())}
+    if weights:
+        texts["weights"] = weights
     if model.class_names is not None:
         texts["class_names"] = json.dumps(list(model.class_names))
     plain = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
@@ -99,9 +110,15 @@ def freeze(model: nn.Module, dtype: str, calibrate: Tensor | None = None, exclud
     return Frozen(config, plain, precisions, texts)
 
 
-def check_quantization(dtype: str, calibrate: Tensor | None, exclude: Collection[str]) -> None:
-    """Refuses arguments that only int8 has."""
-    if dtype != "int8" and (calibrate is not None or exclude):
+def check_quantization(
+    dtype: str, calibrate: Tensor | None, exclude: Collection[str], weights: str | None = None
+) -> None:
+    """Refuses arguments that belong to another dtype."""
+    if weights is not None and weights not in native.STORED:
+        raise ValueError(f"vit.Engine: weights {weights!r} is not one of {', '.join(native.STORED)} or None")
+    if weights is not None and dtype != "bfloat16":
+        raise ValueError(f"vit.Engine: weights={weights!r} belongs to dtype='bfloat16', not {dtype!r}")
+    if dtype != "int8" and (calibrate is not None or (exclude and weights is None)):
         raise ValueError(f"vit.Engine: calibrate and exclude belong to dtype='int8', not {dtype!r}")
     if isinstance(exclude, str):
         raise ValueError(f"vit.Engine: exclude must be a collection of names, got the text {exclude!r}")
@@ -167,5 +184,6 @@ def refusals(model: nn.Module) -> Iterator[str]:
         if tensor.is_meta:
             yield f"{name} has no values (it is on the meta device)"
             return
-        if not bool(tensor.isfinite().all()):
+        # Its ends are finite only where all of it is; isfinite() would make two copies of the model.
+        if tensor.numel() and not all(math.isfinite(end) for end in tensor.detach().aminmax()):
             yield f"{name} holds NaN or infinity"

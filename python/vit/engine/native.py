@@ -6,6 +6,7 @@ ctypes releases the GIL during each call. Programs in C use the same functions.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 from ..backends import BackendError, NativeBackend, get
 
 PRECISIONS = {"float32": 0, "bfloat16": 1, "int8": 2}
+STORED = {"int8": 3, "int4": 4}  # precisions that only weights have
 POOLS = {"token": 0, "avg": 1, "": 2}
 ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2}
 UINT8, FLOAT32 = 0, 1
@@ -95,6 +97,13 @@ def library() -> Library:
     backend = get("cpu")
     assert isinstance(backend, NativeBackend)
     return Library(backend.lib.__file__)
+
+
+@cache
+def phases() -> tuple[str, ...]:
+    """The names of the phases whose times an engine tells apart, in the library's order."""
+    names = map(library().phase_name, itertools.count())
+    return tuple(name.decode() for name in itertools.takewhile(bool, names))
 
 
 def fail(status: int, text: str) -> NoReturn:

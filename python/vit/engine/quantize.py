@@ -1,4 +1,4 @@
-"""What int8 costs and gains: top-1, logits, speed and memory of an engine beside float32, and which layers matter."""
+"""What quantization costs and gains: top-1, logits, speed and memory beside float32, and which layers matter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def figures(engines: Sequence[Engine], images: Tensor, labels: Tensor, batch: in
     speeds = _speeds(engines, images[:batch], rounds)
     return [
         Figures(
-            engine.dtype,
+            f"{engine.weights} weights" if engine.weights else engine.dtype,
             (found.argmax(-1) == labels).double().mean().item(),
             cosine(found, logits[0]),
             speed,
@@ -54,25 +54,27 @@ def sensitivity(
     model: nn.Module,
     images: Tensor,
     batch: int,
-    calibrate: Tensor | None = None,
+    make: Callable[[Sequence[str]], Engine],
     advance: Callable[[str], None] = lambda layer: None,
 ) -> list[tuple[str, float]]:
-    """(layer, cosine with the float32 logits when it alone is int8), the most sensitive layer first."""
+    """(layer, cosine with the float32 logits when it alone is quantized), the most sensitive layer first; make(exclude)
+    gives the engine in which those layers are not."""
     truth = _logits(Engine(model), images, batch)
     layers = quantizable(len(model.blocks))  # type: ignore[arg-type]
     found = []
     for layer in layers:
         advance(layer)
         others = [other for other in layers if other != layer]
-        engine = Engine(model, "int8", calibrate=calibrate, exclude=others)
-        found.append((layer, cosine(_logits(engine, images, batch), truth)))
+        found.append((layer, cosine(_logits(make(others), images, batch), truth)))
     return sorted(found, key=lambda pair: pair[1])
 
 
-def objections(plain: Figures, quantized: Figures, max_drop: float, min_cosine: float) -> list[str]:
-    """Why int8 should not be used; nothing when it should."""
+def objections(
+    plain: Figures, quantized: Figures, max_drop: float, min_cosine: float, for_speed: bool = True
+) -> list[str]:
+    """Why the quantized engine should not be used; nothing when it should."""
     reasons = []
-    if quantized.images_per_second <= plain.images_per_second:
+    if for_speed and quantized.images_per_second <= plain.images_per_second:
         speeds = f"{quantized.images_per_second:.1f} images/s, float32 {plain.images_per_second:.1f}"
         reasons.append(f"it is not faster: {speeds}")
     if plain.top1 - quantized.top1 > max_drop:
