@@ -10,8 +10,8 @@
 // barriers per block suffice, or five where columns are shared.
 //
 // The residual stream is float32. Rows go through a block in pieces of kRows, so that what norm, fc1 and the activation
-// make stays in L2 until it is used. Nothing here decides the order of a sum: gemm.h and attention_fwd.cpp do, from sizes
-// alone, so that a result depends neither on the threads nor on what else is in the batch.
+// make stays in L2 until it is used. Nothing here decides the order of a sum: gemm.h and attention_fwd.cpp do, from
+// sizes alone, so that a result depends neither on the threads nor on what else is in the batch.
 #include <time.h>
 
 #include "cpu/attention.h"
