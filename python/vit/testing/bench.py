@@ -79,7 +79,7 @@ def time_models(
 
 
 def _race(job: Job, specs: Sequence[Spec], setting: Setting, watch: Watch) -> dict[str, list[Any]]:
-    from .candidates import inference_step, training_step
+    from .candidates import inference_step, libraries, training_step
 
     def told(i: int, what: str) -> None:
         watch(f"{job.text}: {specs[i].runtime}, {what}")
@@ -89,8 +89,7 @@ def _race(job: Job, specs: Sequence[Spec], setting: Setting, watch: Watch) -> di
     workers = [Worker(setting.threads) for _ in specs]  # fresh ones: their memory is measured
     try:
         for worker, spec in zip(workers, specs, strict=True):
-            if spec.runtime in RUNTIMES:
-                worker.ask("call", peers.imports, spec.runtime)
+            worker.ask("call", libraries, spec.runtime, job.mode)
         outcomes = race(workers, make, [(spec, setting.device) for spec in specs], setting.rounds, told)
         for worker, spec, outcome in zip(workers, specs, outcomes, strict=True):
             if isinstance(outcome, Failure):

@@ -12,13 +12,21 @@ from safetensors.torch import load_file
 
 from .cases import Case
 from .parity import backend_ops
-from .peers import RUNTIMES, Arch, Refusal, Spec, load
+from .peers import RUNTIMES, Arch, Refusal, Spec, imports, load
 from .peers import images as exported_images
 from .problems import DEFINITIONS, build, torch_dtype
 from .workers import Candidate
 
 #: Backward over forward work: linear and matmul have two products for one, attention five for two.
 BACKWARD_WORK = {"linear": 2.0, "matmul": 2.0, "attention": 2.5, "layer_norm": 1.5, "gelu": 1.5}
+
+
+def libraries(runtime: str, mode: str) -> None:
+    """Loads what a candidate's libraries load once, so that it is not counted as memory of the model."""
+    if runtime in RUNTIMES:
+        imports(runtime)
+    if mode == "train":
+        torch.optim.AdamW([torch.zeros(1)])  # the first optimizer of a process imports the compiler, 77 MB
 
 
 def inference_step(spec: Spec, device: str) -> Candidate:
