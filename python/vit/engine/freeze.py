@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..backends import BackendError
 from ..model.layers import LayerNorm, Linear, PatchEmbed
 from ..model.vision_transformer import Attention, Block, Mlp, VisionTransformer
+from ..weights.checkpoint import all_finite
 from . import native
 from .smooth import largest_outputs, smooth
 
@@ -184,6 +184,5 @@ def refusals(model: nn.Module) -> Iterator[str]:
         if tensor.is_meta:
             yield f"{name} has no values (it is on the meta device)"
             return
-        # Its ends are finite only where all of it is; isfinite() would make two copies of the model.
-        if tensor.numel() and not all(math.isfinite(end) for end in tensor.detach().aminmax()):
+        if not all_finite(tensor):
             yield f"{name} holds NaN or infinity"

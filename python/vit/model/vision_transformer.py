@@ -226,7 +226,8 @@ class VisionTransformer(Planned):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
         if weight_init == "skip":
-            self.to_empty(device=home.device)
+            # Not to_empty(): empty_like() of a meta tensor imports PyTorch's symbolic shapes, 0.6 s.
+            self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=home.device))
         init.init_weights(self, weight_init, num_classes)
         if pos_embed == "sincos2d":
             self.pos_embed = sincos2d(self.patch_embed.grid_size, embed_dim, self.num_prefix_tokens).to(home)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import jax, torchvision, transformers
-from .checkpoint import Checkpoint, WeightsError, some
+from .checkpoint import Checkpoint, WeightsError, all_finite, some
 
 log = logging.getLogger("vit")
 
@@ -71,7 +71,7 @@ def check_finite(checkpoint: Checkpoint, non_finite: str) -> None:
     if non_finite not in ("error", "warn"):
         raise ValueError(f"vit: non_finite={non_finite!r} is not one of 'error', 'warn'")
     floating = {key: value for key, value in checkpoint.state.items() if value.is_floating_point()}
-    bad = [key for key, value in floating.items() if not torch.isfinite(value).all()]
+    bad = [key for key, value in floating.items() if not all_finite(value)]
     if not bad:
         return
     text = f"{checkpoint.source}: NaN or infinite values in {some(bad)}"
