@@ -63,30 +63,42 @@ def short(model: str) -> str:
     return f"{family}-{size}/{sizes.get('patch_size', match[3])}" + (f" at {image}" if image != "224" else "")
 
 
+PYTORCH = ("reference", "timm", "torch")
+
+
+def natives(report: Report) -> list[str]:
+    """The backends with kernels of our own, in the order of the report."""
+    return list(dict.fromkeys(r["backend"] for r in report["records"] if r["backend"] not in PYTORCH))
+
+
 def models(report: Report) -> list[str]:
     """Backends against the faster of timm and the reference."""
+    found, ours = races(report["records"]), natives(report)
+    names = [name for name in (*PYTORCH, *ours) if any(name in race for race in found.values())]
     rows = []
-    for key, race in races(report["records"]).items():
-        baseline = min(race[name]["ms_median"] for name in ("timm", "reference") if name in race)
-        ours = race["cpu"]
-        times = [f"{race[name]['ms_median']:.0f} ms" if name in race else "" for name in ("reference", "timm", "cpu")]
-        memory = f"{race['timm']['peak_memory_mb']:.0f} / {ours['peak_memory_mb']:.0f} MiB" if "timm" in race else ""
-        rows.append([about(key), *times, f"{baseline / ours['ms_median']:.2f}", memory])
-    return markdown(("model", "reference", "timm", "cpu", "ratio", "peak memory, timm / cpu"), rows)
+    for key, race in found.items():
+        baseline = min(race[name]["ms_median"] for name in PYTORCH if name in race)
+        times = [f"{race[name]['ms_median']:.0f} ms" if name in race else "" for name in names]
+        ratios = [f"{baseline / race[name]['ms_median']:.2f}" if name in race else "" for name in ours]
+        sizes = " / ".join(f"{race[name]['peak_memory_mb']:.0f}" if name in race else "-" for name in ("timm", *ours))
+        rows.append([about(key), *times, *ratios, f"{sizes} MiB"])
+    heads = [f"ratio of {name}" for name in ours]
+    return markdown(("model", *names, *heads, "peak memory, " + " / ".join(("timm", *ours))), rows)
 
 
 def ops(report: Report) -> list[str]:
-    """A row per shape and direction: percent of peak or GB/s of the cpu backend, and its ratio to PyTorch."""
+    """A row per shape and direction: percent of peak or GB/s of each backend, and its ratio to PyTorch."""
     rows: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
     for record in report["records"]:
-        if record["backend"] != "cpu":
+        if record["backend"] in PYTORCH:
             continue
         text = f"{record['percent_of_peak']:.0f} %" if "percent_of_peak" in record else f"{record['rate']:.0f} GB/s"
-        name = record["id"].replace(f"-{record['dtype']}-", "-")
-        rows.setdefault(name, {})[record["dtype"]] = f"{text}, {record['ratio_to_torch']:.2f}"
-    dtypes = list(dict.fromkeys(dtype for cells in rows.values() for dtype in cells))
-    body = [[name, *(cells.get(dtype, "") for dtype in dtypes)] for name, cells in rows.items()]
-    return markdown(("op", *(f"{dtype}: of peak, ratio to PyTorch" for dtype in dtypes)), body)
+        name, column = record["id"].replace(f"-{record['dtype']}-", "-"), f"{record['backend']}, {record['dtype']}"
+        columns[column] = None
+        rows.setdefault(name, {})[column] = f"{text}, {record['ratio_to_torch']:.2f}"
+    body = [[name, *(cells.get(column, "") for column in columns)] for name, cells in rows.items()]
+    return markdown(("op", *(f"{column}: of peak, ratio to PyTorch" for column in columns)), body)
 
 
 def peers(report: Report) -> list[str]:
