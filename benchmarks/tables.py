@@ -1,6 +1,7 @@
 """The tables of docs/benchmarks.md, made from the records below benchmarks/results: python benchmarks/tables.py
 
-A table stands between `<!-- table NAME FILE -->` and `<!-- end -->`; the text around it is written by hand.
+A table stands between `<!-- table NAME FILE -->` and `<!-- end -->`; the text around it is written by hand. A regular
+expression after FILE chooses among the ops.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
-BLOCK = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table (\w+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Record = dict[str, Any]
 Report = dict[str, Any]
@@ -27,7 +28,9 @@ def generate(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         report = json.loads((RESULTS / match[3]).read_text(encoding="utf-8"))
-        return match[1] + "\n".join(TABLES[match[2]](report)) + "\n" + match[4]
+        if match[4]:
+            report["records"] = [record for record in report["records"] if re.search(match[4], record["id"])]
+        return match[1] + "\n".join(TABLES[match[2]](report)) + "\n" + match[5]
 
     return BLOCK.sub(fill, text)
 
@@ -46,8 +49,8 @@ def races(records: Sequence[Record]) -> dict[tuple[Any, ...], dict[str, Record]]
 
 
 def about(key: tuple[Any, ...]) -> str:
-    model, _, dtype, batch = key
-    return f"{short(model)}, {dtype}, batch {batch}"
+    model, mode, dtype, batch = key
+    return f"{short(model)}, {dtype}, batch {batch}" + (", training" if mode == "train" else "")
 
 
 def short(model: str) -> str:
