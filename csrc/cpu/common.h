@@ -53,6 +53,18 @@ VIT_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 inline constexpr int64_t kAlign = 64;  // a cache line; every part of a workspace starts on one
 
+// Hands out parts of a workspace, each on a cache line. From a null base it only counts: `used` is then the size.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  char* take(int64_t bytes) {
+    char* part = base ? base + used : nullptr;
+    used += round_up(bytes, kAlign);
+    return part;
+  }
+};
+
 inline constexpr int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 inline constexpr int64_t acc_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 

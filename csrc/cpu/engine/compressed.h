@@ -53,7 +53,7 @@ struct Codes {
   }
 };
 
-// Panel number `panel` of a compressed weight as `tile` of gemm.h reads it.
+// Panel number `panel` of a compressed weight as `tile` of gemm_tile.h reads it.
 template <class Code>
 void unpack_panel(const engine::Linear& w, int64_t panel, char* out) {
   constexpr int64_t lanes = kWordLanes<bf16>;

@@ -1,4 +1,4 @@
-// Weights into the layout that `tile` of gemm.h reads, once per engine.
+// Weights into the layout that `tile` of gemm_tile.h reads, once per engine.
 #include "cpu/engine/compressed.h"
 #include "cpu/engine/int8.h"
 #include "cpu/kernels.h"
