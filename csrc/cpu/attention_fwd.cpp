@@ -5,7 +5,7 @@
 // Saved for the backward: out and lse. Per head 4 N L D FLOPs and N L exponentials on (2 N + 2 L) D elements.
 //
 // Threads take blocks of queries of a head. Keys come in blocks, packed once per head (or block) into the panels that
-// `tile` of gemm_tile.h reads; each row tile of queries makes its scores, their exponentials and the product with v while
+// `tile` of gemm.h reads; each row tile of queries makes its scores, their exponentials and the product with v while
 // they are in L1. With more than one block of keys the softmax is online: sums and outputs so far are rescaled when a
 // larger score appears. The rows of q, k and v that come next are asked for meanwhile: in a packed projection they lie
 // 3 KB or more apart, where no hardware looks for them (15 % of the time with 8 images).
