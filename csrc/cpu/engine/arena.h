@@ -1,0 +1,103 @@
+// The memory of a forward: how many images go through the network at a time, and where their intermediate results lie.
+#pragma once
+
+#include "cpu/attention.h"
+#include "cpu/engine/compressed.h"
+#include "cpu/engine/int8.h"
+
+namespace vit::VIT_ISA {
+
+using namespace engine;
+
+inline constexpr int64_t kRows = kBlockRows;  // ViT's 197 tokens are two pieces of 98 or 99
+inline constexpr int64_t kImages = 4;         // of a thread at a time: they share what a layer's weights cost to fetch
+inline constexpr int64_t kGroupRows = 2 * kRows;
+
+// Elements from row to row of an operand A whose steps are read in place.
+template <class T>
+int64_t padded(int64_t K) {
+  return round_up(K, Step<T>::kDepth);
+}
+
+inline AttentionFwd attention_of(const Shape& s, int64_t images) {
+  AttentionFwd p{};
+  p.B = images, p.N = p.L = s.N(), p.H = s.H, p.D = s.D();
+  p.q_batch = p.k_batch = p.v_batch = s.N() * 3 * s.C;
+  p.q_token = p.k_token = p.v_token = 3 * s.C;
+  p.q_head = p.k_head = p.v_head = s.D();
+  p.scale = 1.0 / ::sqrt(static_cast<double>(s.D()));
+  p.dtype = s.precision == Precision::float32 ? DType::float32 : DType::bfloat16;
+  return p;
+}
+
+// How many images one thread takes through the network at a time, and of how many the rows go through a block together.
+struct Share {
+  int64_t images, group;
+
+  Share(const Shape& s, int64_t B, int threads) {
+    group = max<int64_t>(kGroupRows / s.N(), 1);
+    images = max<int64_t>(min(max(kImages, group), B / threads), 1);
+    group = min(group, images);
+  }
+};
+
+// The arena. Slices belong to a thread while it has images of its own, and all of a part to the threads together.
+template <class T>
+struct Buffers {
+  int64_t slice_tokens, slice_qkv, slice_attended, slice_pooled;
+  float* tokens;  // [rows, C]
+  T* qkv;         // [rows, 3, H, D]
+  T* attended;    // [rows, H, D]
+  float* pooled;  // [images, C], or a piece of normalised tokens
+  char* threads;  // of each thread: the parts below
+  int64_t bytes_per_thread, bytes;
+
+  struct Own {
+    T* normed;            // [kRows, C]
+    T* hidden;            // [kRows, hidden]
+    T* patches;           // [kRows, padded patch_values]
+    char* panel;          // of a compressed weight, unpacked
+    float* row;           // [C]
+    Quantized quantized;  // [kRows, the wider of C and hidden], where there are int8 layers
+    char* scratch;        // of attention
+  };
+
+  Buffers(const Shape& s, int64_t B, int threads, char* base) {
+    const Share share(s, B, threads);
+    const int64_t N = s.N(), together = min<int64_t>(B, threads - 1);  // images that all threads share
+    slice_tokens = share.images * N * s.C;
+    slice_qkv = share.group * N * 3 * s.C;
+    slice_attended = share.group * N * s.C;
+    slice_pooled = max(share.images, s.pool == Pool::none ? kRows : 0) * s.C;
+    Arena arena{base};
+    tokens = take<float>(arena, max(threads * slice_tokens, together * N * s.C));
+    qkv = take<T>(arena, max(threads * slice_qkv, together * N * 3 * s.C));
+    attended = take<T>(arena, max(threads * slice_attended, together * N * s.C));
+    pooled = take<float>(arena, max(threads * slice_pooled, together * s.C));
+    Arena one{nullptr};
+    own(s, one);
+    bytes_per_thread = one.used;
+    this->threads = arena.take(threads * bytes_per_thread);
+    bytes = arena.used;
+  }
+
+  static Own own(const Shape& s, Arena& arena) {
+    Own own;
+    own.normed = take<T>(arena, kRows * s.C);
+    own.hidden = take<T>(arena, kRows * s.hidden);
+    own.patches = take<T>(arena, kRows * padded<T>(s.patch_values()));
+    own.panel = arena.take(s.unpacks ? packed_b_bytes<bf16>(max(s.C, s.hidden), kTileColumns<bf16>) : 0);
+    own.row = take<float>(arena, s.C);
+    const int64_t quantized_rows = s.precision == Precision::int8 ? kRows : 0;
+    own.quantized = {take<uint8_t>(arena, quantized_rows * max(s.C, s.hidden)), take<float>(arena, quantized_rows)};
+    own.scratch = arena.take(attention_fwd_scratch(attention_of(s, 1)));
+    return own;
+  }
+
+  template <class E>
+  static E* take(Arena& arena, int64_t count) {
+    return reinterpret_cast<E*>(arena.take(count * static_cast<int64_t>(sizeof(E))));
+  }
+};
+
+}  // namespace vit::VIT_ISA
