@@ -15,4 +15,6 @@ struct EngineError : Error {
   EngineError(vit_status status, const std::string& text) : Error(text), status(status) {}
 };
 
+[[noreturn]] inline void invalid(const std::string& text) { throw EngineError(kInvalid, "vit engine: " + text); }
+
 }  // namespace vit::engine

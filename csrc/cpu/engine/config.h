@@ -1,0 +1,37 @@
+// The fields of vit_engine_config: their names in an engine file, the values that are allowed, and the sizes they mean.
+#pragma once
+
+#include "cpu/engine/network.h"
+#include "vit_engine.h"
+
+namespace vit::engine {
+
+inline constexpr const char* kFormat = "vit-engine";  // in the header of every engine file
+
+// The integer fields of a config under the names they have in an engine file.
+template <class C, class F>
+void for_fields(C& config, const F& f) {
+  f("precision", config.precision);
+  f("pool", config.pool);
+  f("activation", config.activation);
+  f("dynamic_pad", config.dynamic_pad);
+  f("norm_first", config.norm_first);
+  f("channels", config.channels);
+  f("image_height", config.image_height);
+  f("image_width", config.image_width);
+  f("patch_height", config.patch_height);
+  f("patch_width", config.patch_width);
+  f("prefix_tokens", config.prefix_tokens);
+  f("embed_dim", config.embed_dim);
+  f("depth", config.depth);
+  f("num_heads", config.num_heads);
+  f("mlp_width", config.mlp_width);
+  f("num_classes", config.num_classes);
+}
+
+// Throws EngineError for a config that no engine has.
+void check_config(const vit_engine_config& config);
+
+Shape shape_of(const vit_engine_config& config);
+
+}  // namespace vit::engine

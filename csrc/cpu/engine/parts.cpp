@@ -1,0 +1,108 @@
+#include "cpu/engine/parts.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "cpu/kernels.h"
+
+namespace vit::engine {
+namespace {
+
+// The dtypes of packed weights, in the order of Precision; a code of two compressed weights is one integer.
+const char* const kDtypes[] = {"F32", "BF16", "I8", "U16", "U8"};
+
+const char* dtype_of(Precision precision) { return kDtypes[static_cast<int>(precision)]; }
+
+int64_t bytes_of(const Part& part) {
+  return part.matrix ? active_kernels().engine_packed_bytes(*part.matrix)
+                     : part.count * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+bool in_block(const std::string& name) { return name.compare(0, 7, "blocks.") == 0; }
+
+Precision precision_of_end(const std::string& name, Precision engine) {
+  if (name == "head") return Precision::float32;
+  return engine == Precision::int8 ? Precision::bfloat16 : engine;
+}
+
+bool allowed(const std::string& name, Precision layer, Precision engine) {
+  if (!in_block(name)) return layer == precision_of_end(name, engine);
+  if (engine == Precision::bfloat16 && stored(layer)) return true;
+  return layer == engine || (engine == Precision::int8 && layer == Precision::bfloat16);
+}
+
+bool precision_of_dtype(const std::string& dtype, Precision& precision) {
+  const auto* const found = std::find(std::begin(kDtypes), std::end(kDtypes), dtype);
+  if (found == std::end(kDtypes)) return false;
+  precision = static_cast<Precision>(found - std::begin(kDtypes));
+  return true;
+}
+
+void for_linears(Network& n, const std::function<void(const std::string&, Linear&, int64_t, int64_t)>& f) {
+  const Shape& s = n.shape;
+  f("patch_embed.proj", n.patch, s.C, s.patch_values());
+  for (int64_t i = 0; i < s.depth; ++i) {
+    const std::string block = "blocks." + std::to_string(i);
+    f(block + ".attn.qkv", n.blocks[i].qkv, 3 * s.C, s.C);
+    f(block + ".attn.proj", n.blocks[i].proj, s.C, s.C);
+    f(block + ".mlp.fc1", n.blocks[i].fc1, s.hidden, s.C);
+    f(block + ".mlp.fc2", n.blocks[i].fc2, s.C, s.hidden);
+  }
+  if (s.classes) f("head", n.head, s.classes, s.C);
+}
+
+std::vector<Part> parts_of(Network& n) {
+  const Shape& s = n.shape;
+  std::vector<Part> parts;
+  const auto vector = [&](const std::string& name, float*& at, int64_t count, bool optional = false) {
+    parts.push_back({name, &at, nullptr, nullptr, count, optional, false});
+  };
+  const auto norm = [&](const std::string& name, Norm& norm) {
+    vector(name + ".weight", norm.weight, s.C);
+    vector(name + ".bias", norm.bias, s.C);
+  };
+  vector("mean", n.mean, s.channels);
+  vector("std", n.std, s.channels);
+  if (s.prefix) vector("prefix", n.prefix, s.prefix * s.C);
+  vector("positions", n.positions, s.patches() * s.C, true);
+  for (int64_t i = 0; i < s.depth; ++i) {
+    norm("blocks." + std::to_string(i) + ".norm1", n.blocks[i].norm1);
+    norm("blocks." + std::to_string(i) + ".norm2", n.blocks[i].norm2);
+  }
+  norm("norm", n.norm);
+  for_linears(n, [&](const std::string& name, Linear& linear, int64_t N, int64_t K) {
+    linear.N = N, linear.K = K;
+    n.shape.unpacks |= stored(linear.precision);
+    if (linear.precision == Precision::int8) {
+      parts.push_back({name + ".scale", &linear.scale, nullptr, nullptr, N, false, true});
+      parts.push_back({name + ".sums", nullptr, nullptr, &linear.sums, N, false, true});
+    }
+    parts.push_back({name + ".weight", nullptr, &linear, nullptr, N * K, false, false});
+    vector(name + ".bias", linear.bias, N, true);
+  });
+  return parts;
+}
+
+Record record_of(const Part& part, int64_t begin) {
+  // Lengths are rounded up to a cache line: safetensors has no gaps between tensors.
+  return {part.name,
+          part.matrix ? dtype_of(part.matrix->precision)
+          : part.sums ? "I32"
+                      : "F32",
+          begin, begin + aligned(bytes_of(part))};
+}
+
+void point(const Part& part, char* at) {
+  if (part.matrix)
+    part.matrix->weight = at;
+  else if (part.sums)
+    *part.sums = reinterpret_cast<int32_t*>(at);
+  else
+    *part.vector = reinterpret_cast<float*>(at);
+}
+
+}  // namespace vit::engine
