@@ -385,6 +385,32 @@ def test_predict_with_plain_weights_needs_their_model(
     assert "nearest: vit_digits" in capsys.readouterr().err
 
 
+def test_predict_takes_the_class_names_of_any_weights_that_have_them(
+    digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file(vit.create("vit_digits", training=False).state_dict(), tmp_path / "model.safetensors")
+    labels = [f"digit {i}" for i in range(10)]
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_digits", "label_names": labels}))
+    for name in ([], ["--model", "vit_digits"]):
+        assert main(["predict", str(tmp_path), str(digit), "--json", *name]) == 0
+        top = json.loads(capsys.readouterr().out)["predictions"][0]["top"]
+        assert all(entry["class"] == labels[entry["index"]] for entry in top)
+
+
+def test_predict_needs_classes(digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    weights = tmp_path / "w.safetensors"
+    model = vit.create("vit_small_patch8_224", training=False, depth=1)
+    save_file(model.state_dict(), weights)
+    (tmp_path / "model.json").write_text(json.dumps({"name": "vit_small_patch8_224", "arch": {"depth": 1}}))
+    weights.rename(tmp_path / "best.safetensors")
+    assert main(["predict", str(tmp_path), str(digit)]) == 1
+    assert "has no classifier head" in capsys.readouterr().err
+
+
 def test_weights_that_would_execute_code_are_refused(
     digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

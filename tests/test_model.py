@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -336,7 +337,15 @@ def test_initial_statistics():
         ({"backend": "gpu"}, "unknown backend 'gpu'; known are auto"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of float32"),
         ({"img_size": 30}, "30 x 30 is no multiple of the patch size 8 x 8; .*dynamic_pad=True"),
-        ({"img_size": 0}, "must be positive|is empty"),
+        ({"img_size": 0}, r"img_size must be a positive whole number or \(height, width\), got 0"),
+        ({"img_size": "32"}, "img_size must be .* got '32'"),
+        ({"img_size": (32,)}, r"img_size must be .* got \(32,\)"),
+        ({"patch_size": 0}, "patch_size must be .* got 0"),
+        ({"patch_size": (8, 8.0)}, r"patch_size must be .* got \(8, 8\.0\)"),
+        ({"mlp_ratio": "4"}, "mlp_ratio must be a number from 0, got '4'"),
+        ({"mlp_ratio": 0.001}, "mlp_width must be a positive whole number, got 0"),
+        ({"norm_eps": -1e-6}, "norm_eps must be a number from 0, got -1e-06"),
+        ({"drop_rate": "0.1"}, "drop_rate must be at least 0 and below 1, got '0.1'"),
         ({"num_heads": 5}, "embed_dim 64 is not a multiple of num_heads 5"),
         ({"depth": 0}, "depth must be a positive whole number, got 0"),
         ({"embed_dim": 64.0}, "embed_dim must be a positive whole number, got 64.0"),
@@ -374,6 +383,20 @@ def test_bad_arguments_say_what_is_allowed(arguments, words):
 def test_bad_images_say_what_is_needed(x, words):
     with pytest.raises(ValueError, match=words):
         small()(x)
+
+
+@pytest.mark.parametrize("x", [np.zeros((1, 3, 32, 32), np.float32), [1.0], None], ids=["array", "list", "None"])
+def test_images_must_be_tensors(x):
+    with pytest.raises(TypeError, match=rf"images must be a tensor, got {type(x).__name__}; .*torch\.from_numpy"):
+        small()(x)
+
+
+@pytest.mark.parametrize("backend_name", ["reference", "auto"])
+def test_heads_wider_than_any_kernel_takes_run_on_the_reference(backend_name):
+    model = small(backend=backend_name, embed_dim=514, num_heads=2)
+    assert model.plan["attention"] == "reference"
+    model(images()).sum().backward()
+    assert torch.isfinite(model.blocks[0].attn.qkv.weight.grad).all()
 
 
 @pytest.mark.parametrize("name", [name for name in records() if name != "reference"])
@@ -533,8 +556,10 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 def test_new_classifier():
     model, x = small(), images()
+    model.class_names = tuple("abcdefg")
     model.reset_classifier(3)
     assert model(x).shape == (3, 3)
+    assert model.class_names is None
     assert model.get_classifier() is model.head
     assert abs(model.head.weight.std() - 0.02) < 5e-3
     model.reset_classifier(0, "avg")

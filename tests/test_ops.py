@@ -269,6 +269,17 @@ def test_wrong_shapes_are_refused_with_the_shapes(backend, device, op, shapes):
         call(op, backend, tensors, options)
 
 
+@pytest.mark.parametrize("name", ["auto", "reference", *NATIVE])
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_no_tensor_is_refused_by_name(name, op):
+    tensors, options = small(op)
+    for argument, x in tensors.items():
+        with pytest.raises(TypeError, match=rf"^vit\.ops\.{op}: {argument} must be a torch\.Tensor, got ndarray$"):
+            call(op, name, tensors | {argument: x.numpy()}, options)
+    with pytest.raises(TypeError, match="got NoneType"):
+        call(op, name, tensors | {next(iter(tensors)): None}, options)
+
+
 @pytest.mark.parametrize("op", [op for op in OPS if op != "gelu"])
 def test_mixed_dtypes_are_refused_or_documented(backend, device, op):
     """Only float32 next to a narrower type has a meaning: parameters of layer_norm, the residual of linear."""
@@ -291,6 +302,9 @@ def test_options_outside_the_contract_are_refused(backend, device):
     wide = torch.randn(1, 2, 1, 257, device=device)
     with pytest.raises((ValueError, BackendError), match="257"):
         vit.ops.attention(wide, wide, wide, backend=backend)
+    assert vit.ops.attention(wide, wide, wide).shape == wide.shape, "the reference takes any"
+    with pytest.raises(ValueError, match="head dimension 0 "):
+        vit.ops.attention(wide[..., :0], wide[..., :0], wide[..., :0], backend=backend)
     with pytest.raises(ValueError, match="known are auto"):
         vit.ops.gelu(x, backend="cpuu")
 

@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"vit: --{name.replace('_', '-')} must be 1 or more", file=sys.stderr)
             return 2
     model = vit.create(args.model, backend=args.backend, weights=args.weights, training=False)
-    names = _class_names(args.weights, model.num_classes)
+    if not model.num_classes:
+        raise ValueError(f"vit: {args.weights} has no classifier head, only features: nothing to choose from")
+    names = model.class_names or [str(i) for i in range(model.num_classes)]
     answers: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     for start in range(0, len(args.images), args.batch_size):
@@ -69,13 +71,3 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         print(f"vit: {len(failed)} of {len(args.images)} images could not be read", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _class_names(weights: str, count: int) -> list[str]:
-    """From the run folder; plain weights have numbers only."""
-    path = Path(weights, "model.json")
-    if path.is_file():
-        names = json.loads(path.read_text(encoding="utf-8")).get("class_names", [])
-        if len(names) == count:
-            return [str(name) for name in names]
-    return [str(i) for i in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -19,11 +20,26 @@ def positive(**sizes: int) -> None:
             raise ValueError(f"vit: {name} must be a positive whole number, got {size!r}")
 
 
+def sides(name: str, size: int | Sequence[int]) -> tuple[int, int]:
+    """One side or (height, width) as (height, width): whole numbers from 1."""
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(_whole(side) and side >= 1 for side in pair):
+        raise ValueError(f"vit: {name} must be a positive whole number or (height, width), got {size!r}")
+    return pair
+
+
+def number(low: float, **values: float) -> None:
+    """Finite numbers from `low`."""
+    for name, value in values.items():
+        if not _number(value) or not low <= value < math.inf:
+            raise ValueError(f"vit: {name} must be a number from {low:g}, got {value!r}")
+
+
 def rate(**rates: float) -> None:
     """Probabilities of dropping something: 0 up to but not 1."""
     for name, value in rates.items():
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"vit: {name} must be at least 0 and below 1, got {value}")
+        if not _number(value) or not 0.0 <= value < 1.0:
+            raise ValueError(f"vit: {name} must be at least 0 and below 1, got {value!r}")
 
 
 def classes(num_classes: int) -> None:
@@ -40,3 +56,7 @@ def pooling(global_pool: str, class_token: bool) -> None:
 
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

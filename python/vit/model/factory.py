@@ -77,7 +77,7 @@ def create(
     model.preprocess = _preprocess(config.preprocess, checkpoint if saved else None, model)
     if checkpoint:
         load_into(model, checkpoint, new_head=num_classes is not None)
-        if saved and len(checkpoint.class_names or ()) == model.num_classes:
+        if len(checkpoint.class_names or ()) == model.num_classes:
             model.class_names = checkpoint.class_names
     return model
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import sides
 from .planned import CallsOps
 
 PATCH_LAYOUTS = ("conv", "linear")
@@ -106,7 +107,7 @@ class PatchEmbed(CallsOps, nn.Module):
                 f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x {patch_w}; "
                 "choose another img_size or patch_size, or dynamic_pad=True to pad the bottom and right edges"
             )
-        if height < 1 or width < 1:
+        if height < 1 or width < 1:  # of images; the model's own size has been checked
             raise ValueError(f"vit: the image size {height} x {width} is empty")
         return -(-height // patch_h), -(-width // patch_w)
 
@@ -145,7 +146,7 @@ def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
 
     Raises ValueError when H or W is not a multiple of the patch.
     """
-    P, Q = pair(patch_size)
+    P, Q = sides("patch_size", patch_size)
     B, C, H, W = images.shape
     if H % P or W % Q:
         raise ValueError(f"vit: patchify: images of {H} x {W} are not a multiple of the patch size {P} x {Q}")
@@ -159,7 +160,7 @@ def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid: tuple[i
 
     Raises ValueError when the patches do not fill the grid.
     """
-    P, Q = pair(patch_size)
+    P, Q = sides("patch_size", patch_size)
     B, N, K = patches.shape
     if grid[0] * grid[1] != N or K % (P * Q):
         raise ValueError(
@@ -168,11 +169,3 @@ def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid: tuple[i
     x = patches.reshape(B, *grid, -1, P, Q)  # [B, gh, gw, C, P, Q]
     x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, gh, P, gw, Q]
     return x.reshape(B, -1, grid[0] * P, grid[1] * Q)
-
-
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """One side or (height, width) as (height, width)."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return int(height), int(width)

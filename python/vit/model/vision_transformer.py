@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..backends import Spec
 from ..data.preprocess import Preprocess
 from . import checks, init
-from .layers import DropPath, LayerNorm, Linear, PatchEmbed, pair
+from .layers import DropPath, LayerNorm, Linear, PatchEmbed
 from .planned import CallsOps, Planned
 from .pos_embed import sincos2d
 
@@ -162,10 +162,12 @@ class VisionTransformer(Planned):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden = int(embed_dim * mlp_ratio)
         checks.choice(global_pool=(global_pool, POOLS), pos_embed=(pos_embed, POSITIONS))
         checks.choice(act_layer=(act_layer, ACTIVATIONS), weight_init=(weight_init, init.SCHEMES))
-        checks.positive(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_width=hidden)
+        checks.positive(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        checks.number(0.0, mlp_ratio=mlp_ratio, norm_eps=norm_eps)
+        hidden = int(embed_dim * mlp_ratio)
+        checks.positive(mlp_width=hidden)
         checks.rate(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate)
         checks.rate(attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         checks.classes(num_classes)
@@ -190,7 +192,8 @@ class VisionTransformer(Planned):
         # Weights that are about to be loaded need room, not values.
         factory: dict[str, Any] = {"device": "meta" if weight_init == "skip" else home.device, "dtype": home.dtype}
         self.patch_embed = PatchEmbed(
-            pair(img_size), pair(patch_size), in_chans, embed_dim, patch_embed, dynamic_pad, **factory
+            checks.sides("img_size", img_size), checks.sides("patch_size", patch_size),
+            in_chans, embed_dim, patch_embed, dynamic_pad, **factory,
         )
         # Now, so that a refusal comes before the large part is built.
         self._plan = self.plan_for(home.device, home.dtype, training)
@@ -328,6 +331,11 @@ class VisionTransformer(Planned):
         return patches, prefix
 
     def _check_input(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"vit: images must be a tensor, got {type(images).__name__}; model.preprocess makes one from a PIL "
+                "image, torch.from_numpy from an array"
+            )
         weight = self.patch_embed.proj.weight
         if images.device != weight.device:
             raise ValueError(
@@ -388,6 +396,7 @@ class VisionTransformer(Planned):
             self.global_pool = global_pool
         checks.classes(num_classes)
         self.num_classes = num_classes
+        self.class_names = None  # they were those of the old head
         self.head = nn.Identity()
         if num_classes:
             self.head = Linear(self.embed_dim, num_classes, device=self.device, dtype=self.dtype)

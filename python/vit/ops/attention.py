@@ -54,6 +54,11 @@ def arguments(
     q: Tensor, k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None
 ) -> tuple[tuple[Any, ...], None]:
     _check(q, k, v)
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"vit.ops.attention: head dimension {q.shape[-1]} is not in 1..{MAX_HEAD_DIM}, got {_shapes(q, k, v)}; "
+            'use backend="reference"'
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if (dtype := autocast_dtype(q)) is not None:
         q, k, v = (None if t is None else t.to(dtype) for t in (q, k, v))  # type: ignore[assignment]
@@ -79,10 +84,6 @@ def _check(q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
             )
         if k.shape[1] == 0 and q.numel() > 0:
             raise ValueError(f"vit.ops.attention: at least one key is needed, got {_shapes(q, k, v)}")
-    if q.shape[-1] > MAX_HEAD_DIM:
-        raise ValueError(
-            f"vit.ops.attention: head dimension {q.shape[-1]} is not in 1..{MAX_HEAD_DIM}, got {_shapes(q, k, v)}"
-        )
 
 
 def _shapes(q: Tensor, k: Tensor | None, v: Tensor | None) -> str:

@@ -72,10 +72,14 @@ class Op:
 
     #: Names of the forward kernel's arguments, the tensors among them first.
     inputs: tuple[str, ...] = field(init=False)
+    #: The tensors among them -> what is allowed for each: a tensor, or None too.
+    tensors: dict[str, tuple[type, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = re.findall(r"(\w+)(?:,|\))", self.fwd_schema.split("->")[0])
-        object.__setattr__(self, "inputs", tuple(names))
+        arguments = self.fwd_schema.split("->")[0]
+        object.__setattr__(self, "inputs", tuple(re.findall(r"(\w+)(?:,|\))", arguments)))
+        kinds = {"": (Tensor,), "?": (Tensor, type(None))}
+        object.__setattr__(self, "tensors", {n: kinds[k] for k, n in re.findall(r"Tensor(\??) (\w+)", arguments)})
 
 
 class BoundOp:
@@ -187,6 +191,9 @@ def spec_of(op: Op, tensors: dict[str, Tensor]) -> Spec:
 
 def call(op: Op, backend: str, *args: Any, **kwargs: Any) -> Tensor:
     """A public op: the named backend, or for "auto" the most preferred one that can run these arguments."""
+    for name, allowed in op.tensors.items():
+        if name in kwargs and not isinstance(kwargs[name], allowed):
+            raise TypeError(f"vit.ops.{op.name}: {name} must be a torch.Tensor, got {type(kwargs[name]).__name__}")
     if backend == "auto":
         tensors = {n: a for n, a in (*zip(op.inputs, args, strict=False), *kwargs.items()) if isinstance(a, Tensor)}
         backend = backends.choose("auto", [spec_of(op, tensors)]).name

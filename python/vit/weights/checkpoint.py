@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..model.layers import pair
+from ..model.checks import sides
 
 PATCHES = "patch_embed.proj.weight"
 POSITIONS = "pos_embed"
@@ -58,7 +58,7 @@ class Checkpoint:
             patch = tuple(patches.shape[2:])
         if image is None or patch is None:
             return None
-        (height, width), (patch_height, patch_width) = pair(image), pair(patch)
+        (height, width), (patch_height, patch_width) = sides("img_size", image), sides("patch_size", patch)
         return -(-height // patch_height), -(-width // patch_width)
 
 
