@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ import pytest
 import torch
 import vit
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from vit.backends import get
+from vit.data import Source
 from vit.training import Evaluation, Interrupted, Run, TrainConfig, TrainError, TrainResult, evaluate, train
 from vit.training import checkpoint as checkpoints
 from vit.training.config import RECIPES, from_mapping
 from vit.training.files import append_line, replacing, write_text
 from vit.training.optim import Average, learning_rate, make_optimizer
 from vit.training.progress import Silent
-from vit.training.run import new_path
+from vit.training.run import new_folder, new_path
 
 # From Python 3.12 on a fork beside other threads warns; PyTorch's DataLoader forks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -186,6 +189,25 @@ def test_the_default_folder_is_the_next_free_number(tmp_path: Path, monkeypatch:
     assert new_path(None, "digits") == Path("runs/digits-2")
 
 
+def test_trainings_that_start_together_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: new_folder(None, "digits"), range(32)))
+    assert len(set(made)) == 32
+    assert all(path.is_dir() for path in made)
+
+
+def test_a_training_asks_only_the_backends_it_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vit.backends() would load and compile every other one at each checkpoint."""
+    monkeypatch.setattr(vit, "backends", crash)
+    monkeypatch.setattr(get("sycl"), "info", crash)
+    monkeypatch.setattr(Source, "fingerprint", lambda self: next(digests))
+    digests = iter(["once"])
+    train(dataclasses.replace(SMALL, epochs=1, checkpoint_seconds=0.0), out=tmp_path / "run")
+
+
 def test_a_refused_training_leaves_no_folder_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown model 'vit_digit'; nearest: vit_digits"):
         train(dataclasses.replace(SMALL, model="vit_digit"), out=tmp_path / "run")
@@ -339,9 +361,16 @@ def test_what_cannot_be_resumed_is_refused(whole: TrainResult, tmp_path: Path) -
         (run / name).write_bytes((whole.run / name).read_bytes())
     with pytest.raises(ValueError, match=r"there is no checkpoint\.safetensors"):
         train(resume=run)
+    (run / "checkpoint.safetensors").write_bytes((whole.run / "checkpoint.safetensors").read_bytes())
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is missing or shorter than"):
+        train(resume=run)
     with pytest.raises(ValueError, match=r"has no best\.safetensors yet: no epoch was finished"):
         Run.open(run).evaluate()
     good = (whole.run / "checkpoint.safetensors").read_bytes()
+    save_file({"model.x": torch.zeros(1)}, run / "checkpoint.safetensors", metadata={"vit": "{}"})
+    with pytest.raises(ValueError, match="has format None; this version of vit reads 1"):
+        train(resume=run)
     for damaged in (good[:1000], b"", pickle.dumps({"model": 1}), b"\xff" * 100):
         (run / "checkpoint.safetensors").write_bytes(damaged)
         with pytest.raises(ValueError, match="is not a checkpoint of vit train, or damaged"):
@@ -376,7 +405,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(
     before = path.read_bytes()
     for size in (0, 1000, len(before) - 1):
         full_disk(size)
-        with pytest.raises(OSError, match="The checkpoint before this one is unchanged"):
+        with pytest.raises(OSError, match="The file before this one is unchanged"):
             checkpoints.save(path, checkpoints.Progress(epoch=4), {}, model, None, optimizer)
         assert path.read_bytes() == before
         assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
@@ -391,6 +420,15 @@ def test_a_training_on_a_full_disk_can_be_resumed(
         train(config, out=tmp_path / "run", display=Hook(6, lambda: full_disk(20_000)))
     full_disk(resource.RLIM_INFINITY)
     same_bits(whole.run, train(resume=tmp_path / "run").run)
+
+
+def test_a_full_disk_leaves_the_weights_before_them(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+    run = Run.create(tmp_path, SMALL, {})
+    run.save_weights({"x": torch.zeros(1000)})
+    full_disk(2000)
+    with pytest.raises(OSError, match=r"cannot write .*best\.safetensors: .*The file before this one is unchanged"):
+        run.save_weights({"x": torch.ones(1000)})
+    assert not load_file(run.weights)["x"].any()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -191,10 +191,8 @@ class VisionTransformer(Planned):
         home = torch.empty(0, device=device, dtype=dtype)  # what None stands for
         # Weights that are about to be loaded need room, not values.
         factory: dict[str, Any] = {"device": "meta" if weight_init == "skip" else home.device, "dtype": home.dtype}
-        self.patch_embed = PatchEmbed(
-            checks.sides("img_size", img_size), checks.sides("patch_size", patch_size),
-            in_chans, embed_dim, patch_embed, dynamic_pad, **factory,
-        )
+        image, patch = checks.sides("img_size", img_size), checks.sides("patch_size", patch_size)
+        self.patch_embed = PatchEmbed(image, patch, in_chans, embed_dim, patch_embed, dynamic_pad, **factory)
         # Now, so that a refusal comes before the large part is built.
         self._plan = self.plan_for(home.device, home.dtype, training)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if class_token else None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import replacing
+from .files import write_tensors
 from .optim import Average
 
 FORMAT = 1
@@ -49,20 +49,13 @@ def save(
 
     facts: what must be the same for the training to go on (see `load`)
     """
-    from safetensors.torch import save_file
-
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if average:
         tensors |= {f"average.{name}": tensor for name, tensor in average.model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
     header = {"format": FORMAT, "progress": asdict(progress), "facts": facts}
-    try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"vit": json.dumps(header)})
-    except Exception as error:
-        # safetensors has an exception of its own for a full disk; for a caller it is one of the system's.
-        raise OSError(f"vit: cannot write {path}: {error}. The checkpoint before this one is unchanged") from error
+    write_tensors(path, tensors, {"vit": json.dumps(header)})
 
 
 def load(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Tensor]]:
@@ -78,8 +71,8 @@ def load(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"vit: there is no {path.name} in {path.parent}; nothing to resume") from None
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"vit: {path} is not a checkpoint of vit train, or damaged: {error}") from error
-    if header["format"] != FORMAT:
-        raise ValueError(f"vit: {path} has format {header['format']}; this version of vit reads {FORMAT}")
+    if header.get("format") != FORMAT:
+        raise ValueError(f"vit: {path} has format {header.get('format')}; this version of vit reads {FORMAT}")
     return Progress(**header["progress"]), header["facts"], tensors
 
 

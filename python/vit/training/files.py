@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -36,6 +38,19 @@ def write_text(path: Path, text: str) -> None:
     """Replaces the content of a text file."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Replaces a safetensors file; OSError when it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        # safetensors has an exception of its own for a full disk; for a caller it is one of the system's.
+        raise OSError(f"vit: cannot write {path}: {error}. The file before this one is unchanged") from error
 
 
 def append_line(path: Path, line: str, offset: int) -> int:

@@ -15,9 +15,10 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import vit
 
-from ..backends import default_device
+from ..backends import default_device, get
 from ..data import Source, kind_of, open_source
 from ..data.augment import Affine, Augment, CropFlip
 from ..data.folder import describe
@@ -39,7 +40,7 @@ from .config import TrainConfig
 from .evaluate import Evaluation, cpu_threads, evaluate
 from .optim import Average, learning_rate, make_optimizer
 from .progress import Display, Silent
-from .run import Run, new_path
+from .run import Run, new_folder, new_path
 
 log = logging.getLogger("vit")
 
@@ -88,15 +89,19 @@ def train(
     if kind != "digits":
         config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
     config = config.resolved(kind)
-    path = run.path if run else new_path(out, "digits" if kind == "digits" else Path(config.data).name)
+    name = "digits" if kind == "digits" else Path(config.data).name
+    if not run:
+        new_path(out, name)  # a folder in use is refused before the data are read
     with cpu_threads(config.threads):
-        return _Training(config, path, run, display or Silent()).fit()
+        return _Training(config, run, lambda: new_folder(out, name), display or Silent()).fit()
 
 
 class _Training:
     """One training: what it is made of, and the steps it goes through."""
 
-    def __init__(self, config: TrainConfig, path: Path, resumed: Run | None, display: Display) -> None:
+    def __init__(
+        self, config: TrainConfig, resumed: Run | None, new_folder: Callable[[], Path], display: Display
+    ) -> None:
         self.config = config
         self.accelerator = accelerator(config)
         self.main = bool(self.accelerator.is_main_process)
@@ -112,7 +117,7 @@ class _Training:
             self.run = resumed
             self._restore()
         else:
-            self.run = self._create_run(path, info)
+            self.run = self._create_run(new_folder, info)
         self.prepared, self.prepared_optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.started = time.monotonic() - self.progress.seconds
         self.last_checkpoint = time.monotonic()
@@ -165,11 +170,13 @@ class _Training:
             return CropFlip(self.model.preprocess.img_size)
         return None
 
-    def _create_run(self, path: Path, info: dict[str, Any]) -> Run:
+    def _create_run(self, new_folder: Callable[[], Path], info: dict[str, Any]) -> Run:
         """The main process chooses and makes the folder, the others learn which."""
+        names = [""]
         if self.main:
+            path = new_folder()
             Run.create(path, self.config, info)
-        names = [str(path)]
+            names = [str(path)]
         if self.accelerator.num_processes > 1:
             require("accelerate.utils", "train").broadcast_object_list(names)
         return Run(Path(names[0]), self.config, info)
@@ -409,10 +416,11 @@ class _Training:
     def _checkpoint(self) -> None:
         self.progress.seconds = time.monotonic() - self.started
         if self.main:
-            checkpoint.save(self.run.checkpoint, self.progress, self._facts(), self.model, self.average, self.optimizer)
+            checkpoint.save(self.run.checkpoint, self.progress, self.facts, self.model, self.average, self.optimizer)
         self.last_checkpoint = time.monotonic()
 
-    def _facts(self) -> dict[str, Any]:
+    @cached_property
+    def facts(self) -> dict[str, Any]:
         """What a resumed training must share with the interrupted one, and what it should for equal bits."""
         return {
             "data": self.source.fingerprint(),
@@ -424,24 +432,27 @@ class _Training:
                 "torch": torch.__version__,
                 "vit": vit.__version__,
                 "cpu": platform.machine(),
-                "isa": vit.backends()["cpu"].get("isa"),
+                "isa": get("cpu").info().get("isa"),  # not vit.backends(): that loads every backend
             },
         }
 
     def _restore(self) -> None:
         self.progress, facts, tensors = checkpoint.load(self.run.checkpoint)
-        now = self._facts()
+        now = self.facts
         if facts["data"] != now["data"]:
             raise ValueError(
-                f"vit: {self.config.data} is not the data {self.run.path} was trained on: images, labels or "
-                "classes "
+                f"vit: {self.config.data} is not the data {self.run.path} was trained on: images, labels or classes "
                 "have changed since; start a new run"
             )
         if facts["processes"] != now["processes"]:
             raise ValueError(
-                f"vit: {self.run.path} was trained by {facts['processes']} process(es), not "
-                f"{now['processes']}; "
+                f"vit: {self.run.path} was trained by {facts['processes']} process(es), not {now['processes']}; "
                 "resume it with the same number"
+            )
+        if self.run.metrics_bytes() < self.progress.metrics_bytes:
+            raise ValueError(
+                f"vit: {self.run.metrics} is missing or shorter than when {self.run.checkpoint.name} was written; "
+                "put it back or start a new run"
             )
         changed = [
             f"{key} {json.dumps(old)} -> {json.dumps(now['machine'].get(key))}"

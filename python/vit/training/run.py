@@ -11,6 +11,7 @@ curves.png, confusion.png   pictures of metrics.jsonl and of the test images
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import vit
 from ..data import DataError, Samples, Source, open_source
 from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
-from .files import append_line, replacing, write_text
+from .files import append_line, write_tensors, write_text
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig, model: dict[str, Any]) -> Run:
-        """Makes the folder and writes config.yaml and model.json."""
+        """Makes the folder, where there is none, and writes config.yaml and model.json."""
         run = cls(path, config, model)
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / "config.yaml", config.to_yaml())
@@ -119,15 +120,16 @@ class Run:
             return evaluate(self.load(backend), samples, batch_size or self.config.batch_size or 1, workers)
 
     def save_weights(self, state: dict[str, Any]) -> None:
-        """Replaces best.safetensors."""
-        from safetensors.torch import save_file
-
-        with replacing(self.weights) as temporary:
-            save_file(state, temporary)
+        """Replaces best.safetensors; OSError when it cannot be written."""
+        write_tensors(self.weights, state)
 
     def log(self, values: dict[str, Any], offset: int) -> int:
         """Writes one line of metrics.jsonl at `offset`; returns the offset behind it."""
         return append_line(self.metrics, json.dumps(values), offset)
+
+    def metrics_bytes(self) -> int:
+        """The length of metrics.jsonl; 0 without the file."""
+        return self.metrics.stat().st_size if self.metrics.is_file() else 0
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
@@ -144,6 +146,17 @@ def new_path(out: str | Path | None, data: str) -> Path:
             )
         return path
     number = 1
-    while (path := Path("runs") / f"{data}-{number}").exists():
+    while os.path.lexists(path := Path("runs") / f"{data}-{number}"):
         number += 1
     return path
+
+
+def new_folder(out: str | Path | None, data: str) -> Path:
+    """Makes the folder that new_path names; of trainings that start at the same time each gets its own."""
+    while True:
+        path = new_path(out, data)
+        try:
+            path.mkdir(parents=True, exist_ok=out is not None)
+            return path
+        except FileExistsError:  # another training has just taken this number
+            continue
