@@ -107,6 +107,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["predict", "run"],
         ["eval", "run", "--split", "none"],
         ["eval", "run", "--batch-size", "0"],
+        ["eval", "run", "--workers", "-1"],
+        ["predict", "run", "image.png", "--top", "0"],
+        ["info", "vit_digits", "--batch", "many"],
+        ["quantize", "run", "--calibrate", "digits", "--output", "no/such/folder/engine.vit"],
     ],
     ids=" ".join,
 )
@@ -157,7 +161,7 @@ def test_only_the_asked_command_is_imported() -> None:
         "'sklearn', 'rich')))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines()[-1] == "['vit.cli.info', 'vit.cli.show']"
+    assert out.splitlines()[-1] == "['vit.cli.arguments', 'vit.cli.info', 'vit.cli.show']"
 
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

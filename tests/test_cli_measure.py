@@ -59,6 +59,9 @@ def test_parity_fails_with_exit_code_1_and_says_where(capsys, monkeypatch):
         (["--backend", "cpuu"], "cpuu"),
         (["--pattern", "("], "unterminated"),
         (["--pattern", "no such case"], "no case matches"),
+        (["--device", "gpu"], "must be like cpu, cuda:0 or xpu, got 'gpu'"),
+        (["--json", "no/such/folder/report.json"], "there is no folder"),
+        (["--json", "."], "cannot be written"),
     ],
 )
 def test_parity_bad_usage(capsys, options, text):
@@ -172,6 +175,7 @@ def test_bench_of_ops(capsys, tmp_path):
         ["--ops", "--pattern", "no such case"], ["--ops", "--pattern", "("],
         ["--against", "tensorflow"], ["--against", "timm", "--ops"], ["--against", "timm", "--models", "vit_digits"],
         ["--models", "vit_digits:img_size"], ["--models", "vit_digits:img_size=big"], ["--merge"],
+        ["--json", "no/such/folder/bench.json"], ["--plot", "no/such/folder/bench.png"], ["--device", "gpu"],
     ],
     ids=" ".join,
 )  # fmt: skip

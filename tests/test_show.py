@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import sys
 
 import pytest
-from vit.cli.show import Progress, aligned, interactive, table
+from vit.cli.show import Progress, aligned, interactive, save_json, table
 
 
 class Terminal(io.StringIO):
@@ -58,6 +60,25 @@ def test_progress_is_silent_in_a_pipe():
     with Progress(2, out) as progress, progress.aside():
         progress.step("case")
     assert out.getvalue() == ""
+
+
+def test_reports_replace_files_and_are_written_to_pipes(tmp_path, capsys):
+    target, link, pipe = tmp_path / "report.json", tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(target)
+    save_json({"a": 1}, str(link))
+    save_json({"a": 2}, str(link))
+    assert json.loads(target.read_text()) == {"a": 2}
+    assert link.is_symlink()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    save_json({"a": 3}, str(pipe))
+    assert json.loads(os.read(reader, 100)) == {"a": 3}
+    os.close(reader)
+    assert pipe.is_fifo()
+    save_json({"a": 4}, "-")
+    assert capsys.readouterr().out == '{"a": 4}\n'
+    save_json({"a": 5}, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "pipe", "report.json"]
 
 
 def test_words_left_figures_right():

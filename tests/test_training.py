@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from vit.backends import get
 from vit.data import Source
+from vit.files import append_line, replacing, write_text
 from vit.training import Evaluation, Interrupted, Run, TrainConfig, TrainError, TrainResult, evaluate, train
 from vit.training import checkpoint as checkpoints
 from vit.training.config import RECIPES, from_mapping
-from vit.training.files import append_line, replacing, write_text
 from vit.training.optim import Average, learning_rate, make_optimizer
 from vit.training.progress import Silent
 from vit.training.run import new_folder, new_path

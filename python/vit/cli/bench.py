@@ -17,7 +17,8 @@ from vit.testing.peers import RUNTIMES, Arch
 from vit.testing.problems import DEFINITIONS
 
 from . import bench_report
-from .show import Progress
+from .arguments import device, json_target, new_file, positive
+from .show import Progress, save_json
 
 HELP = "time models and ops against PyTorch, timm, OpenVINO and ONNX Runtime"
 
@@ -60,16 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time import, construction and first batch in fresh processes (default: yes with --against, else no)",
     )
     add("--exports", metavar="DIR", help="keep the models made for other runtimes (default: made anew each time)")
-    add("--device", help="where reference and timm run (default: that of the first native backend)")
-    add("--threads", type=int, help="CPU threads of every candidate (default: torch's own choice)")
-    add("--rounds", type=int, default=10, help="turns of each candidate " + _DEFAULT)
+    add("--device", type=device, help="where reference and timm run (default: that of the first native backend)")
+    add("--threads", type=positive, help="CPU threads of every candidate (default: torch's own choice)")
+    add("--rounds", type=positive, default=10, help="turns of each candidate " + _DEFAULT)
     add("--ops", action="store_true", help="time the ops of the case list instead of models")
     add("--op", action="append", choices=tuple(DEFINITIONS), help="with --ops: only this op (repeatable)")
     add("--direction", choices=("fwd", "bwd"), help="with --ops: only forward or backward")
     add("--pattern", metavar="REGEX", help="with --ops: only cases whose id matches")
-    add("--json", metavar="FILE", nargs="?", const="-", help="records as JSON, to standard output or FILE")
+    text = "records as JSON, to standard output or FILE"
+    add("--json", type=json_target, metavar="FILE", nargs="?", const="-", help=text)
     add("--merge", action="store_true", help="keep what FILE of --json holds, except for races that are run again")
-    add("--plot", metavar="PNG", help="draw the records as a bar chart")
+    add("--plot", type=new_file, metavar="PNG", help="draw the records as a bar chart")
 
 
 _DEFAULT = "(default: %(default)s)"
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             for name, entries in found.items():
                 report.setdefault(name, []).extend(entries)
     finally:  # what was measured is kept even when the rest is interrupted
-        _save(_merged(old, report), args.json)
+        save_json(_merged(old, report), args.json)
     if args.plot:
         bench_report.plot(report, args.plot)
     return 1 if any(entry["failed"] for entry in report["refused"]) else 0
@@ -121,8 +123,6 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Any], Setting]:
     from vit import testing
     from vit.backends import NativeBackend, get, records
 
-    if args.rounds < 1 or (args.threads is not None and args.threads < 1):
-        raise ValueError("--threads and --rounds must be at least 1")
     if args.ops and args.against:
         raise ValueError("--against compares whole models: leave out --ops")
     usable = [name for name, b in records().items() if isinstance(b, NativeBackend) and b.unavailable() is None]
@@ -135,13 +135,13 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Any], Setting]:
         args.start_up = "yes" if args.against else "no"
     args.first = backends[0] if args.against else None
     native = [name for name in backends if name in usable]
-    device = args.device or (str(get(native[0]).default_device()) if native else "cpu")
+    where = args.device or (str(get(native[0]).default_device()) if native else "cpu")
     candidates = [*backends, *(name for name in args.against or () if name not in backends)]
     if args.ops:
         candidates = [name for name in candidates if name not in RUNTIMES]
     threads = args.threads or torch.get_num_threads()
-    peak = cpu_peak(threads) if device == "cpu" else None
-    setting = Setting(tuple(candidates), device, threads, args.rounds, peak)
+    peak = cpu_peak(threads) if where == "cpu" else None
+    setting = Setting(tuple(candidates), where, threads, args.rounds, peak)
     if not args.ops:
         _check_models(args.models, candidates)
         return [
@@ -152,7 +152,7 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Any], Setting]:
             for batch in args.batch
         ], setting
     cases = testing.cases(
-        torch.device(device).type, ops=args.op, groups=("regular", "large"), dtypes=args.dtype,
+        torch.device(where).type, ops=args.op, groups=("regular", "large"), dtypes=args.dtype,
         directions=[args.direction] if args.direction else None, pattern=args.pattern,
     )  # fmt: skip
     if not cases:
@@ -201,14 +201,6 @@ def _merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
 
 def _race(entry: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(entry.get(key) for key in KEYS)
-
-
-def _save(report: dict[str, Any], target: str | None) -> None:
-    if target == "-":
-        print(json.dumps(report))
-    elif target:
-        with open(target, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
 
 
 def _names(text: str) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from .arguments import count, positive
+
 HELP = "accuracy and loss of a run's kept model, as its training logged them"
 
 
@@ -18,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", help="backend of the ops (default: that of the run)")
     parser.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="images per forward (default: that of the run)"
+        "--batch-size", type=positive, metavar="N", help="images per forward (default: that of the run)"
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that read images (default: that of the run)"
+        "--workers", type=count, metavar="N", help="processes that read images (default: that of the run)"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
@@ -36,10 +38,3 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"accuracy {100 * result.accuracy:.2f} %  loss {result.loss:.4f}  {result.images} images")
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from .arguments import positive
 from .show import interactive, table
 
 HELP = "the backends of this machine and why others are missing; with NAME the size of a model"
@@ -17,15 +18,13 @@ HELP = "the backends of this machine and why others are missing; with NAME the s
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", help="a model, or a wildcard that lists models")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="images per batch (default: %(default)s)")
+    text = "images per batch (default: %(default)s)"
+    parser.add_argument("--batch", type=positive, default=1, metavar="B", help=text)
     parser.add_argument("--backend", default="auto", help="whose memory to count (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.batch < 1:
-        print("vit: --batch must be 1 or more", file=sys.stderr)
-        return 2
     if args.name is None:
         return _machine(args.json)
     if any(letter in args.name for letter in "*?["):

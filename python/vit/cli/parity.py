@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from vit.testing.cases import DTYPES, GPU_DTYPES
 from vit.testing.problems import DEFINITIONS
 
-from .show import Progress, table
+from .arguments import device, json_target
+from .show import Progress, save_json, table
 
 HELP = "check the kernels of a backend against the float64 reference"
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Exit code 0: all passed, 1: a case failed or the backend cannot run here, 2: bad usage."
     )
     parser.add_argument("--backend", default="cpu", help="cpu, cuda, sycl, reference (default: %(default)s)")
-    parser.add_argument("--device", help="torch device of the inputs (default: the backend's own)")
+    parser.add_argument("--device", type=device, help="torch device of the inputs (default: the backend's own)")
     parser.add_argument("--op", action="append", choices=tuple(DEFINITIONS), help="only this op (repeatable)")
     parser.add_argument("--group", action="append", choices=GROUPS, help="only this group (repeatable)")
     dtypes = sorted({*DTYPES, *GPU_DTYPES})
@@ -33,9 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direction", choices=("fwd", "bwd"), help="only outputs, or outputs and gradients")
     parser.add_argument("--pattern", metavar="REGEX", help="only cases whose id matches")
     parser.add_argument("--list", action="store_true", help="print the ids of the selected cases and stop")
-    parser.add_argument(
-        "--json", metavar="FILE", nargs="?", const="-", help="verdicts as JSON, to standard output or FILE"
-    )
+    text = "verdicts as JSON, to standard output or FILE"
+    parser.add_argument("--json", type=json_target, metavar="FILE", nargs="?", const="-", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if why := backend.unavailable():
         print(f"vit parity: backend '{args.backend}' cannot be used: {why}", file=sys.stderr)
         return 1
-    device = torch.device(args.device) if args.device else backend.default_device()
+    where = torch.device(args.device) if args.device else backend.default_device()
     cases = testing.cases(
-        device.type,
+        where.type,
         ops=args.op,
         groups=args.group,
         dtypes=args.dtype,
@@ -70,13 +69,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     ops = testing.backend_ops(args.backend)
-    to_stdout = args.json == "-"
     results = []
-    out = sys.stderr if to_stdout else sys.stdout
+    out = sys.stderr if args.json == "-" else sys.stdout
     with Progress(len(cases)) as progress:
         for case in cases:
             progress.step(case.id, advance=0)
-            result = testing.run(case, ops, device)
+            result = testing.run(case, ops, where)
             progress.step(case.id)
             results.append(result)
             if not result.ok:
@@ -87,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     skipped = sum(r.skipped for r in results)
     report = {
         "backend": args.backend,
-        "device": str(device),
+        "device": str(where),
         "info": backend.info(),
         "passed": len(results) - failed - skipped,
         "failed": failed,
@@ -95,12 +93,8 @@ def run(args: argparse.Namespace) -> int:
         "cases": [r.record() for r in results],
     }
     _print_table(results, out)
-    print(f"{args.backend} on {device}: {report['passed']} passed, {failed} failed, {skipped} skipped", file=out)
-    if to_stdout:
-        print(json.dumps(report))
-    elif args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+    print(f"{args.backend} on {where}: {report['passed']} passed, {failed} failed, {skipped} skipped", file=out)
+    save_json(report, args.json)
     return 1 if failed else 0
 
 

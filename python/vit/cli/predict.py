@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .arguments import positive
+
 HELP = "the most likely classes of image files"
 
 
@@ -17,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file")
     parser.add_argument("--model", metavar="NAME", help="model name, for weights that do not know theirs")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default: %(default)s)")
+    parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes per image (default: %(default)s)")
     parser.add_argument("--backend", default="auto", help="backend of the ops (default: %(default)s)")
     parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="images per forward (default: %(default)s)"
+        "--batch-size", type=positive, default=32, metavar="N", help="images per forward (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -33,10 +35,6 @@ def run(args: argparse.Namespace) -> int:
     from ..data import DataError
     from ..data.samples import read_image
 
-    for name in ("top", "batch_size"):
-        if getattr(args, name) < 1:
-            print(f"vit: --{name.replace('_', '-')} must be 1 or more", file=sys.stderr)
-            return 2
     model = vit.create(args.model, backend=args.backend, weights=args.weights, training=False)
     if not model.num_classes:
         raise ValueError(f"vit: {args.weights} has no classifier head, only features: nothing to choose from")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .arguments import new_file, positive
 from .show import Progress, table
 
 HELP = "make an int8 engine, or one with int8 or int4 weights, and compare it with float32"
@@ -26,15 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("weights", metavar="RUN-or-WEIGHTS", help="run folder of vit train, or any weights vit.create takes")
     add("--calibrate", metavar="DATA", required=True, help="digits, a folder of class folders, or MNIST IDX files")
     add("--model", metavar="NAME", help="model name, for weights that do not know theirs")
-    add("--images", type=int, default=128, metavar="N", help="images to calibrate on (default: %(default)s)")
-    add("--evaluate", type=int, default=1000, metavar="N", help="images to compare on, at most (default: %(default)s)")
-    add("--batch-size", type=int, default=8, metavar="N", help="images per forward (default: %(default)s)")
+    add("--images", type=positive, default=128, metavar="N", help="images to calibrate on (default: %(default)s)")
+    add("--evaluate", type=positive, default=1000, metavar="N", help="most images to compare on (default: %(default)s)")
+    add("--batch-size", type=positive, default=8, metavar="N", help="images per forward (default: %(default)s)")
     add("--weights-only", choices=("int8", "int4"), help="store weights in so many bits, compute in bfloat16")
     add("--exclude", default="", metavar="A,B", help="layers that stay bfloat16, such as blocks.0.mlp.fc2")
     add("--sensitivity", action="store_true", help="quantize each layer alone and list what that costs")
     add("--max-drop", type=float, default=0.01, help="allowed loss of top-1, as a share (default: %(default)s)")
     add("--min-cosine", type=float, default=0.99, help="of the logits with float32's (default: %(default)s)")
-    add("--output", metavar="FILE", help="save the engine there, for vit.Engine.load and the C API, if recommended")
+    add("--output", type=new_file, metavar="FILE", help="where to save the engine, if recommended")
     add("--json", action="store_true", help="print one JSON object")
 
 
@@ -43,9 +44,6 @@ def run(args: argparse.Namespace) -> int:
     from vit.engine import quantize
     from vit.engine.freeze import check_layers, quantizable
 
-    if min(args.images, args.evaluate, args.batch_size) < 1:
-        print("vit: --images, --evaluate and --batch-size must be 1 or more", file=sys.stderr)
-        return 2
     model = vit.create(args.model, backend="reference", weights=args.weights, dtype="float32", training=False)
     exclude = [name for name in args.exclude.replace(" ", "").split(",") if name]
     check_layers(exclude, len(model.blocks))

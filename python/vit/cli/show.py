@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
+
+from ..files import write_text
 
 
 def interactive(stream: TextIO) -> bool:
@@ -54,6 +58,18 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def save_json(report: dict[str, Any], target: str | None) -> None:
+    """Prints the report on one line for "-", else writes it to a file, which is replaced when all of it is there."""
+    if target == "-":
+        print(json.dumps(report))
+    elif target:
+        path, text = Path(target).resolve(), json.dumps(report, indent=1)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")  # a device or a pipe
+        else:
+            write_text(path, text)
 
 
 class Progress:

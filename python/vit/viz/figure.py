@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import require
+from ..files import replacing
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -18,7 +19,5 @@ def new_figure(width: float, height: float) -> Any:
 
 def save(figure: Any, path: Path) -> None:
     """Replaces the picture at `path`."""
-    from ..training.files import replacing
-
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
