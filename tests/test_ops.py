@@ -173,6 +173,21 @@ def test_inputs_are_left_alone(backend, device, op):
     assert dy.equal(kept)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_views_that_are_negated_when_read(backend, device, op):
+    """The imaginary part of a conjugated tensor has the memory of the tensor itself and the other sign."""
+    tensors, options = small(op, device=device)
+    lazy = {name: torch.complex(x, -x).conj().imag for name, x in tensors.items()}
+    assert all(x.is_neg() for x in lazy.values())
+    results = []
+    for inputs in (tensors, lazy):
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        y = call(op, backend, leaves, options)
+        results.append([y, *torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))])
+    for got, want in zip(*results, strict=True):
+        assert got.equal(want)
+
+
 def test_a_changed_input_is_noticed_by_the_backward(backend, device):
     x = torch.randn(4, 8, device=device)
     w = torch.randn(3, 8, device=device, requires_grad=True)

@@ -207,6 +207,8 @@ def _ordinary(args: Sequence[Any]) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
         and all(type(a) in _ORDINARY for a in args)
+        # The imaginary part of a conjugated tensor is a view whose sign only the dispatcher turns.
+        and not any(type(a) is Tensor and a.is_neg() for a in args)
     )
 
 
