@@ -305,6 +305,22 @@ def test_other_outputs(pool):
     assert torch.allclose(got["attention.1"].sum(-1), torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("arch", [{}, {"img_size": 128}, {"embed_dim": 192, "num_heads": 3}], ids=str)
+def test_the_class_token_alone_has_the_bits_it_has_among_all(dtype, batch, arch):
+    """Nobody sees the other tokens of the last block unless they are asked for: without, they are not computed."""
+    model = make(**arch)
+    images = images_for(model, batch)
+    engine = vit.Engine(model, dtype)
+    everything = engine(images, outputs=("tokens.1", "features", "attention.1", "logits"))
+    for threads in (1, 2, 3, 5):
+        engine.num_threads = threads
+        alone = engine(images, outputs=("features", "attention.1", "logits"))
+        for name in alone:
+            assert torch.equal(alone[name], everything[name]), (name, threads)
+
+
 def test_out_is_written_in_place():
     model = make()
     engine, images = vit.Engine(model), images_for(model)
@@ -564,11 +580,16 @@ def test_every_level(level):
 
 
 def test_profile_names_where_the_time_goes():
-    model = make(img_size=112)
+    model = make(img_size=112, global_pool="avg")
     phases = vit.Engine(model).profile(images_for(model, 2), calls=2)
     assert [phase.name for phase in phases][:4] == ["embed", "norm", "quantize", "qkv"]
     assert sum(phase.share for phase in phases) == pytest.approx(1)
-    assert sum(phase.flops for phase in phases) == 2 * measure(model.name, **_small(112)).macs * 2
+    every = sum(phase.flops for phase in phases)
+    assert every == 2 * measure(model.name, **_small(112)).macs * 2
+    # Where the class token is taken, the last block makes only keys and values of 196 others.
+    phases = vit.Engine(make(img_size=112)).profile(images_for(model, 2), calls=2)
+    left_out = 196 * (64 * 64 + 2 * 197 * 64 + 64 * 64 + 2 * 64 * 256)
+    assert every - sum(phase.flops for phase in phases) == 2 * 2 * left_out
 
 
 def _small(img_size: int) -> dict:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import vit
 from conftest import USABLE
+from PIL import Image
 from safetensors.torch import save_file
 from vit.cli import main
 from vit.testing.weights import seeded_state
@@ -114,3 +115,16 @@ def test_bad_usage_and_data_of_other_classes(capsys, weights, tmp_path):
     save_file({name: torch.zeros_like(x) for name, x in other.items()}, tmp_path / "three.safetensors")
     assert main(["quantize", str(tmp_path / "three.safetensors"), *options]) == 1
     assert "10 classes, the model 3" in capsys.readouterr().err
+
+
+def test_four_images_of_a_class_are_enough(capsys, weights, tmp_path):
+    """A tenth of four images is none: the split that is not compared on may be empty."""
+    images = vit.data.open_source("digits").splits["train"]
+    for label in range(10):
+        folder = tmp_path / "few" / f"{label}"
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(images.images[i] * 15).save(folder / f"{i}.png")
+    words = ("--model", "vit_digits", "--calibrate", str(tmp_path / "few"), "--images", "8", "--json")
+    main(["quantize", str(weights), *words])
+    assert json.loads(capsys.readouterr().out)["images"] == 10

@@ -21,11 +21,13 @@ namespace vit::VIT_ISA {
 namespace {
 
 template <class T>
-void run(Pass<T>&& p) {
+void run(Pass<T>& p, Pass<T>& of_tokens) {
   embed(p);
   p.meet();
-  for (int64_t l = 0; l < p.s.depth; ++l)
+  const int64_t whole = p.s.depth - p.ends_with_token();
+  for (int64_t l = 0; l < whole; ++l)
     for (int64_t b = 0; b < p.images; b += p.group) block(p, l, b, min(p.group, p.images - b));
+  if (p.ends_with_token()) last_block(p, of_tokens);
   p.meet();
   head(p);
 }
@@ -47,13 +49,18 @@ void forward(const Forward& f) {
         const int64_t whole = f.B / threads;  // images of each thread alone
         for (int64_t i = 0; i < whole; i += region.share.images) {
           const int64_t images = min(region.share.images, whole - i);
-          run(Pass<T>(f, region.memory, Team(), thread, clock, thread * whole + i, images, region.share.group));
+          const Team alone;
+          Pass<T> pass(f, region.memory, alone, thread, clock, thread * whole + i, images, region.share.group);
+          run(pass, pass);
         }
         const int64_t rest = f.B - threads * whole;
         if (rest == 0) return;
         f.barriers[0].wait(threads);  // slices of other threads become part of the common memory
         const Team team = Team::of<T>(thread, threads, rest * s.N(), s.C, f.barriers);
-        run(Pass<T>(f, region.memory, team, thread, clock, threads * whole, rest, rest));
+        const Team of_rest = Team::of<T>(thread, threads, rest, s.C, f.barriers);
+        Pass<T> pass(f, region.memory, team, thread, clock, threads * whole, rest, rest);
+        Pass<T> of_tokens(f, region.memory, of_rest, thread, clock, threads * whole, rest, rest);
+        run(pass, of_tokens);
       },
       &region);
 }

@@ -68,8 +68,8 @@ void head_of_pooled(Pass<T>& p) {
   const Forward& f = p.f;
   const Team& team = p.team;
   for (int64_t b = team.member; b < p.images; b += team.members) {
-    const float* x = p.tokens + b * s.N() * s.C;
     float* y = p.pooled + b * s.C;
+    const float* x = p.ends_with_token() ? y : p.tokens + b * s.N() * s.C;
     if (s.pool == Pool::average) {
       average(p, x + s.prefix * s.C, y);
       x = y;

@@ -7,45 +7,62 @@
 
 namespace vit::VIT_ISA {
 
-// This thread's columns of a[rows, K] weight^T for an epilogue.
-template <class S, class T, class E>
-void product(const Pass<T>& p, const void* a, int64_t rows, const Linear& w, const E& epilogue) {
-  const int64_t panels = panels_of<S>(w.N);
-  const Left left{static_cast<const char*>(a), w.K * static_cast<int64_t>(sizeof(S)), false};
-  gemm_range<S, false>(left, w.weight, w.N, steps_of<S>(w.K), 0, rows, part(panels, p.team.column, p.team.columns),
-                       part(panels, p.team.column + 1, p.team.columns), epilogue);
+// A part of a product: rows of a and panels of the weight.
+struct Area {
+  int64_t row_begin, row_end, panel_begin, panel_end;
+};
+
+// Panels [begin, end) of a product divided among the threads that share the rows.
+template <class T>
+Area share_of(const Pass<T>& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+  const Team& team = p.team;
+  return {row_begin, row_end, begin + part(end - begin, team.column, team.columns),
+          begin + part(end - begin, team.column + 1, team.columns)};
 }
 
-// The same for a compressed weight, panel by panel.
-template <class T, class E>
-void compressed_product(const Pass<T>& p, const void* a, int64_t rows, const Linear& w, const E& epilogue) {
-  const int64_t panels = panels_of<bf16>(w.N), steps = steps_of<bf16>(w.K);
+// An area of a weight^T, a [rows, K], for an epilogue.
+template <class S, class E>
+void product(const void* a, const Area& area, const Linear& w, const E& epilogue) {
+  const Left left{static_cast<const char*>(a), w.K * static_cast<int64_t>(sizeof(S)), false};
+  gemm_range<S, false>(left, w.weight, w.N, steps_of<S>(w.K), area.row_begin, area.row_end, area.panel_begin,
+                       area.panel_end, epilogue);
+}
+
+// The same for a compressed weight, unpacked panel by panel to `room`.
+template <class E>
+void compressed_product(const void* a, const Area& area, const Linear& w, char* room, const E& epilogue) {
+  const int64_t steps = steps_of<bf16>(w.K);
   const Left left{static_cast<const char*>(a), w.K * static_cast<int64_t>(sizeof(bf16)), false};
-  const int64_t end = part(panels, p.team.column + 1, p.team.columns);
-  for (int64_t panel = part(panels, p.team.column, p.team.columns); panel < end; ++panel) {
-    with_code(w.precision, [&](auto code) { unpack_panel<decltype(code)>(w, panel, p.own.panel); });
+  for (int64_t panel = area.panel_begin; panel < area.panel_end; ++panel) {
+    with_code(w.precision, [&](auto code) { unpack_panel<decltype(code)>(w, panel, room); });
     const int64_t first = panel * kTileColumns<bf16>, columns = min<int64_t>(w.N - first, kTileColumns<bf16>);
-    gemm_range<bf16, false>(left, p.own.panel, columns, steps, 0, rows, 0, 1, [&](Tile<float> tile) {
+    gemm_range<bf16, false>(left, room, columns, steps, area.row_begin, area.row_end, 0, 1, [&](Tile<float> tile) {
       tile.column += first;
       epilogue(tile);
     });
   }
 }
 
-// y = activation(a weight^T + bias) + residual. Where the layer is quantized, a is in p.own.quantized.
+// An area of y = activation(a weight^T + bias) + residual. Where the layer is quantized, a is in p.own.quantized.
 template <Activation kActivation, class T, class O>
-void linear(const Pass<T>& p, const T* a, int64_t rows, const Linear& w, const O* residual, O* y) {
+void linear(const Pass<T>& p, const T* a, const Area& area, const Linear& w, const O* residual, O* y) {
   if constexpr (same<T, bf16>) {
     const Quantized& q = p.own.quantized;
     if (w.precision == Precision::int8)
-      return product<q8>(p, q.bytes, rows, w,
+      return product<q8>(q.bytes, area, w,
                          QuantizedEpilogue<O, kActivation>{q.scales, w.scale, w.sums, w.bias, residual, y, w.N});
   }
   const Epilogue<T, O, kActivation, same<T, bf16>> epilogue{w.bias, residual, y, nullptr, w.N};
   if constexpr (same<T, bf16>) {
-    if (stored(w.precision)) return compressed_product(p, a, rows, w, epilogue);
+    if (stored(w.precision)) return compressed_product(a, area, w, p.own.panel, epilogue);
   }
-  product<T>(p, a, rows, w, epilogue);
+  product<T>(a, area, w, epilogue);
+}
+
+// This thread's columns of all of it.
+template <Activation kActivation, class T, class O>
+void linear(const Pass<T>& p, const T* a, int64_t rows, const Linear& w, const O* residual, O* y) {
+  linear<kActivation>(p, a, share_of(p, 0, rows, 0, panels_of<T>(w.N)), w, residual, y);
 }
 
 // Rows of x, normalised, as the layer `next` takes them: in p.own.normed or p.own.quantized.

@@ -18,7 +18,8 @@ struct Pass {
   const int64_t first, images, group;
   float* tokens;
   T *qkv, *attended;
-  float *pooled, *normed_tokens;
+  float* pooled;  // after a last block that ends with the token: the class tokens
+  float* normed_tokens;
   typename Buffers<T>::Own own;
   T* shared_hidden;  // of the threads that share rows
 
@@ -36,6 +37,9 @@ struct Pass {
     Arena of_leader{memory.threads + (thread - team.column) * memory.bytes_per_thread};
     shared_hidden = Buffers<T>::own(s, of_leader).hidden;
   }
+
+  // Whether of the last block only the class token is wanted.
+  bool ends_with_token() const { return s.pool == Pool::token && !f.tokens[s.depth - 1]; }
 
   void meet() {
     if (team.members > 1) team.all->wait(team.members);

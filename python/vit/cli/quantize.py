@@ -107,7 +107,8 @@ def _source(args: argparse.Namespace) -> Any:
         source, config = run.source(args.calibrate), run.config
     else:
         source, config = open_source(args.calibrate), TrainConfig()
-    return source.divided(config.val_fraction, config.test_fraction, config.split_seed)
+    needed = ("train", "test")  # a run keeps "val" for itself: its images are not compared on
+    return source.divided(config.val_fraction, config.test_fraction, config.split_seed, needed)
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -76,11 +76,17 @@ class Source:
     splits: dict[str, Samples]
     skipped: tuple[Skipped, ...] = field(default=())
 
-    def divided(self, val_fraction: float, test_fraction: float, seed: int) -> Source:
+    def divided(
+        self,
+        val_fraction: float,
+        test_fraction: float,
+        seed: int,
+        needed: Collection[str] = ("train", "val", "test"),
+    ) -> Source:
         """The source with all three splits; those it lacks are drawn from "train", class by class.
 
         Membership depends on the seed and on an image's own key alone, so more images never move the others'
-        order, and no library version changes it. DataError when a split would be empty.
+        order, and no library version changes it. DataError when a split of `needed` would be empty.
         """
         splits = dict(self.splits)
         train = splits["train"]
@@ -98,7 +104,7 @@ class Source:
             parts["train"] += members[start:]
         for name, indices in parts.items():
             splits[name] = train.take(sorted(indices))
-        for name in ("train", "val", "test"):
+        for name in needed:
             if not len(splits[name]):
                 sizes = ", ".join(f"{key} {len(value)}" for key, value in self.splits.items())
                 raise DataError(

@@ -372,15 +372,17 @@ class Engine:
     def _flops(self, batch: int) -> dict[str, int]:
         c, N = self._config, self._tokens
         rows = 2 * batch * N * c.depth
+        # Where pooling takes the class token, the last block computes only that one from its queries on.
+        late = rows - (2 * batch * (N - 1) if c.pool == native.POOLS["token"] else 0)
         heads = N if c.pool == native.POOLS[""] else 1
         values = c.channels * c.patch_height * c.patch_width
         return {
             "embed": 2 * batch * (N - c.prefix_tokens) * values * c.embed_dim,
-            "qkv": rows * 3 * c.embed_dim**2,
-            "attention": 2 * rows * N * c.embed_dim,
-            "proj": rows * c.embed_dim**2,
-            "fc1": rows * c.embed_dim * c.mlp_width,
-            "fc2": rows * c.embed_dim * c.mlp_width,
+            "qkv": (2 * rows + late) * c.embed_dim**2,
+            "attention": 2 * late * N * c.embed_dim,
+            "proj": late * c.embed_dim**2,
+            "fc1": late * c.embed_dim * c.mlp_width,
+            "fc2": late * c.embed_dim * c.mlp_width,
             "head": 2 * batch * heads * c.embed_dim * c.num_classes,
         }
 
