@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import random
@@ -384,6 +385,9 @@ def test_missing_file_and_folder(saved, tmp_path):
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(WeightsError, match=r"model.json' is not JSON"):
         small(weights=tmp_path)
+    (tmp_path / "model.json").write_text("[1]")
+    with pytest.raises(WeightsError, match=r"model.json' holds a list, not an object"):
+        small(weights=tmp_path)
     (tmp_path / "w.onnx").touch()
     with pytest.raises(WeightsError, match=r"the suffix is not one of .safetensors, .npz"):
         small(weights=tmp_path / "w.onnx")
@@ -466,10 +470,31 @@ def test_names_that_do_not_fit_are_listed(saved):
         small(weights=saved, patch_size=4, img_size=16)
 
 
+def test_archives_that_lack_a_part_name_it(tmp_path):
+    arrays = google_arrays(small(), "augreg")
+    np.savez(tmp_path / "w.npz", **{key: value for key, value in arrays.items() if key != "embedding/bias"})
+    with pytest.raises(WeightsError, match=r"w\.npz lacks embedding/bias, which its other names call for"):
+        small(weights=tmp_path / "w.npz")
+    np.savez(tmp_path / "w.npz", **(arrays | {"embedding/kernel": np.zeros((3, 64), np.float32)}))
+    with pytest.raises(WeightsError, match=r"w\.npz holds a tensor of another shape than its name says"):
+        small(weights=tmp_path / "w.npz")
+
+
+def test_weights_in_8_bits():
+    state = {key: value.to(torch.float8_e4m3fn) for key, value in small().state_dict().items()}
+    found = small(1, weights=state).state_dict()
+    assert all(torch.equal(found[key], value.float()) for key, value in state.items())
+    state["head.bias"][0] = math.nan
+    with pytest.raises(WeightsError, match=r"NaN or infinite values in head\.bias\."):
+        small(weights=state)
+
+
 def test_no_tensors_and_no_dictionary(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="holds no tensors that are parameters; its entries: epoch"):
         small(weights=tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="no tensors that are parameters; its entries: 1"):
+        small(weights={1: torch.zeros(3)})
     torch.save([torch.zeros(3)], tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="hold a list, not a state dict"):
         small(weights=tmp_path / "w.pt")

@@ -142,3 +142,7 @@ class HostMemory:
             region.memory.madvise(mmap.MADV_DONTNEED, start, size)
             region.give(start, start + size, False)
             nbytes -= size
+
+
+#: The one of this process: what one backend frees, another may use.
+MEMORY = HostMemory()

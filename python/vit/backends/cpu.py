@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ._base import HostWorkspace, NativeBackend
-from ._host_memory import HostMemory
+from ._host_memory import MEMORY
 
 
 class Cpu(NativeBackend):
@@ -18,7 +18,7 @@ class Cpu(NativeBackend):
 
     _workspace = HostWorkspace()
     #: Where large results live.
-    memory = HostMemory()
+    memory = MEMORY
 
     def context(self, device: torch.device) -> tuple[int, int, int, bool]:
         # Asked at every call: DataLoader workers run with one thread, users change it at run time.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ._base import HostWorkspace, NativeBackend, Spec, constant
-from ._host_memory import HostMemory
+from ._host_memory import MEMORY
 
 #: The library of every 2026 release of the runtime: the compiled module needs one of this name.
 LIBRARY = "libsycl.so.9"
@@ -27,7 +27,7 @@ class Sycl(NativeBackend):
 
     _workspace = HostWorkspace()
     #: Where large results on the CPU live.
-    memory = HostMemory()
+    memory = MEMORY
 
     def unavailable(self) -> str | None:
         return _no_runtime() or super().unavailable()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..model.checks import sides
@@ -64,5 +65,7 @@ class Checkpoint:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite: in one pass, where isfinite() makes copies (a second for ViT-B)."""
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.bfloat16)  # no arithmetic in 8 bits
     # Its ends are finite only where all of it is.
     return tensor.numel() == 0 or all(math.isfinite(end) for end in tensor.detach().aminmax())

@@ -174,9 +174,12 @@ def _read_hub(repository: str) -> Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise WeightsError(f"vit: {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"vit: {str(path)!r} holds a {type(found).__name__}, not an object of names and values")
+    return found
 
 
 def _timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +200,7 @@ def _checkpoint(found: Mapping[str, Any], source: str, **about: Any) -> Checkpoi
         if isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
             break
-    state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    state = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
     for prefix in PREFIXES:
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -206,8 +209,19 @@ def _checkpoint(found: Mapping[str, Any], source: str, **about: Any) -> Checkpoi
         raise WeightsError(f"vit: {source} holds no tensors that are parameters; its entries: {keys}")
     for layout in (jax, transformers, torchvision):
         if layout.recognises(state):
-            state = layout.convert(state)
+            state = _convert(layout.convert, state, source)
     return Checkpoint(state, source, **about)
+
+
+def _convert(
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], state: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    try:
+        return convert(state)
+    except KeyError as error:
+        raise WeightsError(f"vit: {source} lacks {error.args[0]}, which its other names call for") from error
+    except RuntimeError as error:
+        raise WeightsError(f"vit: {source} holds a tensor of another shape than its name says: {error}") from error
 
 
 def _similar_files(path: Path) -> str:
