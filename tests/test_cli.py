@@ -436,8 +436,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_on_a_terminal_and_lines_in_a_pipe() -> None:
+def test_a_bar_on_a_terminal_and_lines_in_a_pipe_or_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(display(io.StringIO()), Lines)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "rich", None)
+        assert isinstance(display(Terminal()), Lines)
     stream = Terminal()
     show = display(stream)
     assert isinstance(show, Bar)

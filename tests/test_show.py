@@ -8,7 +8,8 @@ import os
 import sys
 
 import pytest
-from vit.cli.show import Progress, aligned, interactive, save_json, table
+from vit.cli.show import Progress, aligned, save_json, table
+from vit.extras import interactive
 
 
 class Terminal(io.StringIO):

@@ -4,11 +4,22 @@ them."""
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, TextIO
 
 
 class MissingExtra(ImportError):
     """A package that only some commands need is not installed; the text says how to install it."""
+
+
+def interactive(stream: TextIO) -> bool:
+    """Whether rich may draw on the stream: it is a terminal, and rich is installed."""
+    if not stream.isatty():
+        return False
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def require(module: str, extra: str) -> Any:

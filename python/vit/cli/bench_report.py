@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from ..extras import require
-from .show import interactive, table
+from ..extras import interactive, require
+from .show import table
 
 Record = dict[str, Any]
 

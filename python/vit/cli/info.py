@@ -10,8 +10,9 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from ..extras import interactive
 from .arguments import positive
-from .show import interactive, table
+from .show import table
 
 HELP = "the backends of this machine and why others are missing; with NAME the size of a model"
 

@@ -9,18 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..extras import interactive
 from ..files import write_text
-
-
-def interactive(stream: TextIO) -> bool:
-    """Whether rich may draw on the stream: it is a terminal, and rich is installed."""
-    if not stream.isatty():
-        return False
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def table(

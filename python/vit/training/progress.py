@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Protocol, TextIO
 
-from ..extras import require
+from ..extras import interactive, require
 
 
 class Display(Protocol):
@@ -87,6 +87,6 @@ class Bar:
 
 
 def display(stream: TextIO | None = None) -> Display:
-    """A bar if the stream (default: standard output) is a terminal, else lines."""
+    """A bar if the stream (default: standard output) is a terminal and rich is installed, else lines."""
     stream = stream or sys.stdout
-    return Bar(stream) if stream.isatty() else Lines(stream)
+    return Bar(stream) if interactive(stream) else Lines(stream)
