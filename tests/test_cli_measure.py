@@ -8,6 +8,7 @@ import re
 import pytest
 from conftest import USABLE
 from vit.cli import main
+from vit.cli.bench import _merged
 
 pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the cpu backend is not built")
 
@@ -111,55 +112,57 @@ def test_bench_of_a_model(capsys, tmp_path):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
-def bench(tmp_path, *options: str) -> tuple[int, dict]:
+@pytest.mark.slow
+def test_bench_against_a_peer_and_who_cannot_run(capsys, tmp_path):
     target = tmp_path / "bench.json"
-    code = main(["bench", "--rounds", "1", "--threads", "1", "--json", str(target), *options])
-    return code, json.loads(target.read_text())
-
-
-@pytest.mark.slow
-def test_bench_lists_who_cannot_run_with_the_reason(capsys, tmp_path):
-    code, report = bench(
-        tmp_path, "--models", "vit_tiny_patch16_224:img_size=64", "--batch", "2", "--dtype", "int8",
-        "--backends", "cpu", "--against", "timm",
-    )  # fmt: skip
-    assert code == 0  # nothing failed that should have worked
-    assert report["records"] == []
-    refused = {entry["backend"]: entry["reason"] for entry in report["refused"]}
-    assert "engine's" in refused["cpu"]
-    assert "torchao" in refused["timm"]
-    assert "timm: not timed: PyTorch's own int8" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_bench_against_a_peer_and_merged_with_an_earlier_run(capsys, tmp_path):
-    model = ("--models", "vit_tiny_patch16_224:img_size=64", "--backends", "cpu", "--against", "timm")
-    exports = ("--exports", str(tmp_path / "exports"))
-    code, first = bench(tmp_path, *model, *exports, "--batch", "1")
-    assert code == 0
-    assert [r["backend"] for r in first["records"]] == ["cpu", "timm"]
-    for record in first["records"]:
-        assert record["logits_max_error"] < 1e-4
-    (started,) = first["start_up"]
-    assert started["backend"] == "timm"
+    options = ("--models", "vit_tiny_patch16_224:img_size=64", "--batch", "1", "--dtype", "float32,int8")
+    race = ("--backends", "cpu", "--against", "timm", "--rounds", "1", "--threads", "1")
+    assert main(["bench", *options, *race, "--json", str(target)]) == 0  # nothing failed that should have worked
+    report = json.loads(target.read_text())
+    assert [(r["backend"], r["dtype"]) for r in report["records"]] == [("cpu", "float32"), ("timm", "float32")]
+    assert all(record["logits_max_error"] < 1e-4 for record in report["records"])
+    (started,) = report["start_up"]
+    assert (started["backend"], started["dtype"]) == ("timm", "float32")
     assert min(started[key] for key in ("import_seconds", "construct_seconds", "first_batch_seconds")) > 0
     assert started["process_memory_mb"] > 100
-    assert "first batch of a fresh process" in capsys.readouterr().out
+    refused = {entry["backend"]: entry["reason"] for entry in report["refused"]}
+    assert {entry["dtype"] for entry in report["refused"]} == {"int8"}
+    assert "engine's" in refused["cpu"]
+    assert "torchao" in refused["timm"]
+    out = capsys.readouterr().out
+    assert "timm: not timed: PyTorch's own int8" in out
+    assert "first batch of a fresh process" in out
 
-    other = first["records"][0] | {"batch": 2}
-    (tmp_path / "bench.json").write_text(json.dumps(first | {"records": [other, *first["records"]]}))
-    _, second = bench(tmp_path, *model, *exports, "--batch", "1", "--start-up", "no", "--merge")
-    assert [(r["batch"], r["backend"]) for r in second["records"]] == [(2, "cpu"), (1, "cpu"), (1, "timm")]
-    assert second["records"][0] == other
-    assert second["records"][1]["ms_median"] != first["records"][0]["ms_median"]  # measured again, not kept
-    assert second["start_up"] == first["start_up"]
+
+def test_races_that_were_run_again_replace_the_old_ones():
+    """All candidates of a race go together: they were timed side by side."""
+
+    def entry(batch: int, backend: str, ms: float) -> dict:
+        return {"model": "m", "dtype": "float32", "batch": batch, "backend": backend, "ms_median": ms}
+
+    old = {
+        "environment": "old",
+        "records": [entry(1, "cpu", 1), entry(1, "timm", 1), entry(2, "cpu", 1)],
+        "refused": [entry(1, "onnxruntime", 0), entry(2, "onnxruntime", 0)],
+        "start_up": [entry(1, "timm", 1)],
+    }
+    new = {"environment": "new", "records": [entry(1, "cpu", 2)], "refused": []}
+    merged = _merged(old, new)
+    assert merged["environment"] == "new"
+    assert merged["records"] == [entry(2, "cpu", 1), entry(1, "cpu", 2)]
+    assert merged["refused"] == [entry(2, "onnxruntime", 0)]
+    assert merged["start_up"] == old["start_up"], "fresh processes are no race"
+    assert _merged(None, new) == new
 
 
 @pytest.mark.slow
-def test_bench_of_ops(capsys, tmp_path):
-    options = ["--ops", "--pattern", "linear-fwd-float32-b4m17n192k64", "--rounds", "2", "--threads", "1", "--json"]
-    assert main(["bench", *options]) == 0
-    records = json.loads(capsys.readouterr().out)["records"]
+def test_bench_of_ops_merged_with_an_earlier_run(tmp_path):
+    target, other = tmp_path / "bench.json", {"id": "another case", "backend": "cpu", "ms_median": 1.0}
+    target.write_text(json.dumps({"environment": {}, "records": [other], "refused": []}))
+    options = ["--ops", "--pattern", "linear-fwd-float32-b4m17n192k64", "--rounds", "2", "--threads", "1"]
+    assert main(["bench", *options, "--json", str(target), "--merge"]) == 0
+    first, *records = json.loads(target.read_text())["records"]
+    assert first == other
     assert [r["backend"] for r in records[:2]] == ["torch", USABLE[0]]
     assert records[0]["ratio_to_torch"] == 1
     assert records[1]["unit"] == "GFLOP/s"

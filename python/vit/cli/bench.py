@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, re.error) as error:
         print(f"vit bench: {error}", file=sys.stderr)
         return 2
+    if setting.device == "cpu":
+        setting = dataclasses.replace(setting, peak=cpu_peak(setting.threads))
     out = sys.stderr if args.json == "-" else sys.stdout
     report: dict[str, Any] = {"environment": environment(setting), "against": args.first, "records": [], "refused": []}
     try:
@@ -139,9 +142,7 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Any], Setting]:
     candidates = [*backends, *(name for name in args.against or () if name not in backends)]
     if args.ops:
         candidates = [name for name in candidates if name not in RUNTIMES]
-    threads = args.threads or torch.get_num_threads()
-    peak = cpu_peak(threads) if where == "cpu" else None
-    setting = Setting(tuple(candidates), where, threads, args.rounds, peak)
+    setting = Setting(tuple(candidates), where, args.threads or torch.get_num_threads(), args.rounds)
     if not args.ops:
         _check_models(args.models, candidates)
         return [
@@ -191,8 +192,9 @@ def _merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     if old is None:
         return new
     merged = dict(new)
+    raced = {_race(entry) for entry in new["records"]}
     for name in LISTS:
-        again = {_race(entry) for entry in new.get(name, ())}
+        again = {_race(entry) for entry in new.get(name, ())} | (raced if name == "refused" else set())
         kept = [entry for entry in old.get(name, ()) if _race(entry) not in again]
         if kept or name in new:
             merged[name] = [*kept, *new.get(name, ())]
