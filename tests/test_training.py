@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -594,6 +595,11 @@ def test_class_folders_are_learned(tmp_path: Path) -> None:
         train(dataclasses.replace(config, bad_images="refuse"), out=tmp_path / "refused")
     other = coloured_folders(tmp_path / "other", 5)
     assert Run.open(result.run).evaluate(data=str(other)).images == 10, "other data are evaluated as a whole"
+    for name in ("red", "green"):
+        shutil.copytree(other / name, tmp_path / "untested" / "train" / name)
+        (tmp_path / "untested" / "test" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"the test split of .*untested holds no usable image"):
+        Run.open(result.run).evaluate("test", data=str(tmp_path / "untested"))
     (other / "red").rename(other / "blue")
     with pytest.raises(ValueError, match=r"has the classes \['blue', 'green'\], .* was trained on \['green', 'red'\]"):
         Run.open(result.run).evaluate(data=str(other))

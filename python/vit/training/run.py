@@ -96,6 +96,8 @@ class Run:
         if split == "train" or split not in source.splits:
             config = self.config
             source = source.divided(config.val_fraction, config.test_fraction, config.split_seed)
+        if not len(source.splits[split]):
+            raise DataError(f"vit: the {split} split of {data or self.config.data} holds no usable image")
         return source.splits[split]
 
     def load(self, backend: str | None = None) -> Any:
