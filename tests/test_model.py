@@ -16,6 +16,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from vit.backends import BackendError, records
 from vit.model import VisionTransformer, patchify, pos_embed, unpatchify
+from vit.model.blocks import Block
 from vit.model.configs import CONFIGS
 from vit.model.layers import DropPath
 
@@ -428,7 +429,7 @@ def test_plan_is_said_everywhere():
 def test_a_model_on_its_own_and_a_block_on_its_own():
     model = VisionTransformer(**SMALL)
     assert set(model.plan) == {"linear", "layer_norm", "attention"}
-    block = vit.model.vision_transformer.Block(64, 4)
+    block = Block(64, 4)
     assert block(torch.randn(2, 5, 64)).shape == (2, 5, 64)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BackendError
+from ..model.blocks import Attention, Block, Mlp
 from ..model.layers import LayerNorm, Linear, PatchEmbed
-from ..model.vision_transformer import Attention, Block, Mlp, VisionTransformer
+from ..model.vision_transformer import VisionTransformer
 from ..weights.checkpoint import all_finite
 from . import native
 from .smooth import largest_outputs, smooth
