@@ -35,6 +35,7 @@ from vit.training.config import RECIPES, from_mapping
 from vit.training.optim import Average, learning_rate, make_optimizer
 from vit.training.progress import Silent
 from vit.training.run import new_folder, new_path
+from vit.viz import confusion
 
 # From Python 3.12 on a fork beside other threads warns; PyTorch's DataLoader forks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -603,6 +604,14 @@ def test_class_folders_are_learned(tmp_path: Path) -> None:
     (other / "red").rename(other / "blue")
     with pytest.raises(ValueError, match=r"has the classes \['blue', 'green'\], .* was trained on \['green', 'red'\]"):
         Run.open(result.run).evaluate(data=str(other))
+
+
+def test_class_names_are_no_formulas(tmp_path: Path) -> None:
+    """matplotlib reads what stands between dollar signs as TeX, and fails on what is none."""
+    labels = torch.tensor([0, 1, 1])
+    confusion(labels, labels, ["$_$", r"5$ \frac$"], tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert picture.size[0] > 300
 
 
 def test_fewer_images_than_a_batch_are_refused(tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ def confusion(labels: Tensor, predictions: Tensor, class_names: Sequence[str], p
         ylabel="class",
     )
     if classes <= NUMBERED:
-        axes.set_xticks(range(classes), class_names, rotation=45 if max(map(len, class_names)) > 2 else 0, ha="center")
-        axes.set_yticks(range(classes), class_names)
+        turn = 45 if max(map(len, class_names)) > 2 else 0
+        axes.set_xticks(range(classes), class_names, rotation=turn, ha="center", parse_math=False)
+        axes.set_yticks(range(classes), class_names, parse_math=False)
         for i, j in counts.nonzero().tolist():
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=colour, fontsize=8)
