@@ -11,18 +11,27 @@ using namespace device;
 
 std::string instance(const char* name, DType dtype) { return std::string(name) + "<" + type_name(dtype) + ">"; }
 
-enum ForwardKernel { kForwardWiden, kForwardMain };
+std::string backward_instance(DType dtype, bool whole) {
+  return std::string("attention_bwd<") + type_name(dtype) + (whole ? ", true>" : ", false>");
+}
+
+enum ForwardKernel { kForwardCopy, kForwardMain };
 const Family kForward = {8, "attention.h", [](const std::vector<DType>& d) {
-                           return std::vector<std::string>{instance("widen_heads", d[0]),
+                           return std::vector<std::string>{instance("copy_heads", d[0]),
                                                            instance("attention_fwd", d[0])};
                          }};
 
-enum BackwardKernel { kBackwardWiden, kGradientOfQ, kGradientOfKv };
-const Family kBackward = {9, "attention.h", [](const std::vector<DType>& d) {
-                            return std::vector<std::string>{instance("widen_heads", d[0]),
-                                                            instance("attention_bwd_q", d[0]),
-                                                            instance("attention_bwd_kv", d[0])};
-                          }};
+// Two ways to divide the work, each a family: a process compiles what its device needs.
+enum BackwardKernel { kBackwardCopy, kBackwardMain, kGradientOfQ };
+const Family kWholeHeads = {9, "attention.h", [](const std::vector<DType>& d) {
+                              return std::vector<std::string>{instance("copy_heads", d[0]),
+                                                              backward_instance(d[0], true)};
+                            }};
+const Family kDividedHeads = {10, "attention.h", [](const std::vector<DType>& d) {
+                                return std::vector<std::string>{instance("copy_heads", d[0]),
+                                                                backward_instance(d[0], false),
+                                                                instance("attention_bwd_q", d[0])};
+                              }};
 
 // Rows of one side of the scores: data [B, n, H, D] and its strides in elements.
 struct Heads {
@@ -43,70 +52,98 @@ Sizes sizes(const char* op, const P& p) {
           static_cast<int>(p.D)};
 }
 
-int64_t block_rows(DType dtype, const Context& context) {
-  const int vectors =
-      dtype == DType::float64 ? tiles::AttentionTile<double>::vectors : tiles::AttentionTile<float>::vectors;
-  return int64_t{vectors} * variant_of(context).lanes;
-}
+// What the kernels' scratch memory is made of, in elements: a block of W rows of either side, and the head's D columns
+// in whole vectors.
+struct Block {
+  int64_t W, columns, room;  // room: the rows of scores that a tile may read beyond the last one
+
+  Block(DType dtype, const Context& context, int64_t D) {
+    const int64_t lanes = variant_of(context).lanes;
+    const bool wide = dtype == DType::float64;
+    W = (wide ? tiles::AttentionTile<double>::vectors : tiles::AttentionTile<float>::vectors) * lanes;
+    room = (wide ? tiles::AttentionTile<double>::rows : tiles::AttentionTile<float>::rows) * W;
+    columns = ceil_div(D, lanes) * lanes;
+  }
+  int64_t rows() const { return W * columns; }
+  int64_t scores(int64_t n) const { return n * W + room; }
+};
 
 // Sub-groups that share out the blocks of `n` rows of every head.
 template <class P>
 int64_t units_for(const P& p, int64_t n) {
-  return persistent_units(p.context, p.B * p.H * ceil_div(n, block_rows(p.dtype, p.context)));
+  return persistent_units(p.context, p.B * p.H * ceil_div(n, Block(p.dtype, p.context, p.D).W));
+}
+
+// Whether kernels read the rows where they lie: in the accumulator type, each in whole vectors.
+template <class P>
+bool in_place(const P& p) {
+  return p.dtype == accumulator(p.dtype) && p.D % variant_of(p.context).lanes == 0;
 }
 
 template <class P>
-int64_t widened_bytes(const P& p, int64_t n) {
-  const DType acc = accumulator(p.dtype);
-  return p.dtype == acc ? 0 : p.B * p.H * n * p.D * static_cast<int64_t>(size_of(acc));
+int64_t copied_bytes(const P& p, int64_t n) {
+  const int64_t columns = Block(p.dtype, p.context, p.D).columns;
+  return p.B * p.H * n * columns * static_cast<int64_t>(size_of(accumulator(p.dtype)));
 }
 
-// A copy of the rows in the accumulator type, times `factor`.
+template <class P>
+int64_t readable_bytes(const P& p, int64_t n) {
+  return in_place(p) ? 0 : copied_bytes(p, n);
+}
+
+// A copy of the rows in the accumulator type, times `factor`, filled up to whole vectors.
 template <class P>
 Heads copied(Call& call, const Bundle& bundle, int kernel, const P& p, const Heads& x, int64_t n, char* to,
              double factor) {
-  const int64_t units = p.B * p.H * n;
+  const int64_t units = p.B * p.H * n, columns = Block(p.dtype, p.context, p.D).columns;
   call.launch(bundle, kernel, units, x.data, static_cast<void*>(to), static_cast<int>(p.H), static_cast<int>(n),
               static_cast<int>(p.D), x.batch, x.token, x.head, factor, units);
-  return {to, p.H * n * p.D, p.D, n * p.D};
+  return {to, p.H * n * columns, columns, n * columns};
 }
 
-// The rows in the accumulator type: themselves where they have it.
+// The rows as kernels read them: themselves or a copy.
 template <class P>
-Heads widened(Call& call, const Bundle& bundle, int kernel, const P& p, const Heads& x, int64_t n, char* to) {
-  return p.dtype == accumulator(p.dtype) ? x : copied(call, bundle, kernel, p, x, n, to, 1.0);
+Heads readable(Call& call, const Bundle& bundle, int kernel, const P& p, const Heads& x, int64_t n, char* to) {
+  return in_place(p) ? x : copied(call, bundle, kernel, p, x, n, to, 1.0);
 }
 
 struct Forward {
-  int64_t units;
+  int64_t units, stride;
   char *k, *v, *scratch;
   int64_t bytes;
 
   Forward(const AttentionFwd& p, char* base) : units(units_for(p, p.N)) {
+    const Block block(p.dtype, p.context, p.D);
+    stride = block.W + 2 * block.rows() + block.scores(p.L);
     Arena arena{base};
-    k = arena.take(widened_bytes(p, p.L));
-    v = arena.take(widened_bytes(p, p.L));
-    scratch = arena.take(units * (p.D + p.L) * block_rows(p.dtype, p.context) *
-                         static_cast<int64_t>(size_of(accumulator(p.dtype))));
+    k = arena.take(readable_bytes(p, p.L));
+    v = arena.take(readable_bytes(p, p.L));
+    scratch = arena.take(units * stride * static_cast<int64_t>(size_of(accumulator(p.dtype))));
     bytes = arena.used;
   }
 };
 
 struct Backward {
-  int64_t q_units, k_units;
+  bool whole;
+  int64_t units, stride, q_units, q_stride;
   char *k, *v, *q, *dout, *delta, *scratch;
   int64_t bytes;
 
-  Backward(const AttentionBwd& p, char* base) : q_units(units_for(p, p.N)), k_units(units_for(p, p.L)) {
+  // Whole heads where a few sub-groups fill the device; without keys dq is 0, which attention_bwd_q writes.
+  Backward(const AttentionBwd& p, char* base) : whole(variant_of(p.context).whole_heads && p.L > 0) {
     const int64_t acc = static_cast<int64_t>(size_of(accumulator(p.dtype)));
+    const Block block(p.dtype, p.context, p.D);
+    units = whole ? persistent_units(p.context, p.B * p.H) : units_for(p, p.L);
+    stride = 3 * block.rows() + 2 * block.scores(p.N) + (whole ? p.N * block.columns : 0);
+    q_units = whole ? 0 : units_for(p, p.N);
+    q_stride = 3 * block.rows() + block.scores(p.L);
     Arena arena{base};
-    k = arena.take(widened_bytes(p, p.L));
-    v = arena.take(widened_bytes(p, p.L));
-    q = arena.take(p.B * p.H * p.N * p.D * acc);
-    dout = arena.take(widened_bytes(p, p.N));
+    k = arena.take(readable_bytes(p, p.L));
+    v = arena.take(readable_bytes(p, p.L));
+    q = arena.take(copied_bytes(p, p.N));
+    dout = arena.take(readable_bytes(p, p.N));
     delta = arena.take(p.B * p.H * p.N * acc);
-    scratch = arena.take(std::max(q_units * (2 * p.D + p.L), k_units * (2 * p.D + 2 * p.N)) *
-                         block_rows(p.dtype, p.context) * acc);
+    scratch = arena.take(std::max(units * stride, q_units * q_stride) * acc);
     bytes = arena.used;
   }
 };
@@ -126,17 +163,17 @@ void attention_fwd(const AttentionFwd& p) {
   const Bundle& bundle = call.bundle(kForward, {p.dtype});
   const Forward f(p, static_cast<char*>(call.scratch(p.workspace, attention_fwd_workspace(p))));
   const void* q = call.in(p.q, span(p.B, p.N, p.H, p.D, p.q_batch, p.q_token, p.q_head), size);
-  const Heads k = widened(
-      call, bundle, kForwardWiden, p,
+  const Heads k = readable(
+      call, bundle, kForwardCopy, p,
       {call.in(p.k, span(p.B, p.L, p.H, p.D, p.k_batch, p.k_token, p.k_head), size), p.k_batch, p.k_token, p.k_head},
       p.L, f.k);
-  const Heads v = widened(
-      call, bundle, kForwardWiden, p,
+  const Heads v = readable(
+      call, bundle, kForwardCopy, p,
       {call.in(p.v, span(p.B, p.L, p.H, p.D, p.v_batch, p.v_token, p.v_head), size), p.v_batch, p.v_token, p.v_head},
       p.L, f.v);
   call.launch(bundle, kForwardMain, f.units, q, k.data, v.data, call.out(p.out, p.B * p.N * p.H * p.D, size),
               call.out(p.lse, p.B * p.H * p.N, acc), static_cast<void*>(f.scratch), s.B, s.H, s.N, s.L, s.D, p.q_batch,
-              p.q_token, p.q_head, k.batch, k.token, k.head, v.batch, v.token, v.head, p.scale, f.units);
+              p.q_token, p.q_head, k.batch, k.token, k.head, v.batch, v.token, v.head, p.scale, f.stride, f.units);
   call.finish();
 }
 
@@ -146,7 +183,8 @@ void attention_bwd(const AttentionBwd& p) {
   Call call("attention_bwd", p.context);
   const Sizes s = sizes("attention_bwd", p);
   const std::size_t size = size_of(p.dtype), acc = size_of(accumulator(p.dtype));
-  const Bundle& bundle = call.bundle(kBackward, {p.dtype});
+  const bool whole = Backward(p, nullptr).whole;
+  const Bundle& bundle = call.bundle(whole ? kWholeHeads : kDividedHeads, {p.dtype});
   const Backward b(p, static_cast<char*>(call.scratch(p.workspace, attention_bwd_workspace(p))));
   const int64_t row = p.H * p.D;
   const Heads q{call.in(p.q, span(p.B, p.N, p.H, p.D, p.q_batch, p.q_token, p.q_head), size), p.q_batch, p.q_token,
@@ -163,18 +201,20 @@ void attention_bwd(const AttentionBwd& p) {
   void* dv = call.out(p.dv, span(p.B, p.L, p.H, p.D, p.dv_batch, p.dv_token, p.dv_head), size);
   void *delta = b.delta, *scratch = b.scratch;
 
-  const Heads keys = widened(call, bundle, kBackwardWiden, p, k, p.L, b.k);
-  const Heads values = widened(call, bundle, kBackwardWiden, p, v, p.L, b.v);
-  call.launch(bundle, kGradientOfQ, b.q_units, dout.data, q.data, keys.data, values.data, out, lse, dq, delta, scratch,
-              s.B, s.H, s.N, s.L, s.D, p.q_batch, p.q_token, p.q_head, keys.batch, keys.token, keys.head, values.batch,
-              values.token, values.head, p.dq_batch, p.dq_token, p.dq_head, p.scale, b.q_units);
-  const Heads queries = copied(call, bundle, kBackwardWiden, p, q, p.N, b.q, p.scale);
-  const Heads gradients = widened(call, bundle, kBackwardWiden, p, dout, p.N, b.dout);
-  call.launch(bundle, kGradientOfKv, b.k_units, gradients.data, queries.data, k.data, v.data, lse,
-              static_cast<const void*>(delta), dk, dv, scratch, s.B, s.H, s.N, s.L, s.D, gradients.batch,
-              gradients.token, gradients.head, queries.batch, queries.token, queries.head, p.k_batch, p.k_token,
-              p.k_head, p.v_batch, p.v_token, p.v_head, p.dk_batch, p.dk_token, p.dk_head, p.dv_batch, p.dv_token,
-              p.dv_head, b.k_units);
+  const Heads keys = readable(call, bundle, kBackwardCopy, p, k, p.L, b.k);
+  const Heads values = readable(call, bundle, kBackwardCopy, p, v, p.L, b.v);
+  const Heads gradients = readable(call, bundle, kBackwardCopy, p, dout, p.N, b.dout);
+  if (!whole)
+    call.launch(bundle, kGradientOfQ, b.q_units, gradients.data, q.data, keys.data, values.data, out, lse, dq, delta,
+                scratch, s.B, s.H, s.N, s.L, s.D, gradients.batch, gradients.token, gradients.head, p.q_batch,
+                p.q_token, p.q_head, keys.batch, keys.token, keys.head, values.batch, values.token, values.head,
+                p.dq_batch, p.dq_token, p.dq_head, p.scale, b.q_stride, b.q_units);
+  const Heads queries = copied(call, bundle, kBackwardCopy, p, q, p.N, b.q, p.scale);
+  call.launch(bundle, kBackwardMain, b.units, gradients.data, queries.data, keys.data, values.data, out, lse, delta, dq,
+              dk, dv, scratch, s.B, s.H, s.N, s.L, s.D, gradients.batch, gradients.token, gradients.head, queries.batch,
+              queries.token, queries.head, keys.batch, keys.token, keys.head, values.batch, values.token, values.head,
+              p.dq_batch, p.dq_token, p.dq_head, p.dk_batch, p.dk_token, p.dk_head, p.dv_batch, p.dv_token, p.dv_head,
+              p.scale, b.stride, b.units);
   call.finish();
 }
 

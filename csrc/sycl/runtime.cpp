@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 #include <fstream>
 #include <map>
@@ -41,7 +42,8 @@ namespace {
 std::string library_folder() {
   Dl_info found;
   if (!dladdr(reinterpret_cast<void*>(&sycl::platform::get_platforms), &found) || !found.dli_fname) return "";
-  const std::string file = found.dli_fname;
+  char resolved[PATH_MAX];  // the name it was loaded by may go through "..", as that of a wheel's file does
+  const std::string file = realpath(found.dli_fname, resolved) ? resolved : found.dli_fname;
   const std::size_t slash = file.rfind('/');
   return slash == std::string::npos ? "" : file.substr(0, slash + 1);
 }
@@ -113,6 +115,7 @@ Variant variant_for(const sycl::device& d, bool system_usm) {
     variant.lanes = has_16 || sizes.empty() ? 16 : static_cast<int>(sizes.back());
     variant.sub_groups = 8;
     variant.local = true;
+    variant.whole_heads = false;
   }
   variant.staged = !system_usm;
   return variant;
@@ -339,7 +342,7 @@ extern "C" __attribute__((visibility("default"))) void vit_sycl_variant(int lane
   using namespace vit::device;
   const std::lock_guard<std::mutex> lock(devices().mutex);
   devices().forced.reset();
-  if (lanes) devices().forced = Variant{lanes, sub_groups, local != 0, staged != 0};
+  if (lanes) devices().forced = Variant{lanes, sub_groups, local != 0, staged != 0, sub_groups == 1};
   for (const auto& device : devices().known)
     device->variant = devices().forced.value_or(variant_for(device->device, device->system_usm));
 }

@@ -18,10 +18,11 @@ namespace vit::device {
 
 // What differs between devices without changing any result but its last digits.
 struct Variant {
-  int lanes = 16;       // work-items of a sub-group
-  int sub_groups = 1;   // per work-group
-  bool local = false;   // a work-group's sub-groups share the right operand of products in local memory
-  bool staged = false;  // host memory is copied to the device and back, not used in place
+  int lanes = 16;           // work-items of a sub-group
+  int sub_groups = 1;       // per work-group
+  bool local = false;       // a work-group's sub-groups share the right operand of products in local memory
+  bool staged = false;      // host memory is copied to the device and back, not used in place
+  bool whole_heads = true;  // a few sub-groups fill the device: each takes whole heads of attention in the backward
 };
 
 // A family of kernels that are compiled together: header, and the template instances for its dtypes.

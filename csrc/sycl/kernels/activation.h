@@ -7,7 +7,7 @@
 // Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
 #pragma once
 
-#include "common.h"
+#include "exp.h"
 
 enum Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };  // the codes of vit::Activation
 
@@ -20,7 +20,7 @@ struct Normal {
 VIT_INLINE Normal<float> normal(float x) {
   float a = sycl::fabs(x);
   a = a > 15.0f ? 15.0f : a;  // Phi(-15) is 0 in float; a NaN stays
-  const float bell = sycl::exp(-0.5f * a * a);
+  const float bell = exponential(-0.5f * a * a);
   float p = 0.00399661197f, q = 0.0100178796f;
   p = sycl::fma(p, a, 0.0398490366f), q = sycl::fma(q, a, 0.0998940496f);
   p = sycl::fma(p, a, 0.180943539f), q = sycl::fma(q, a, 0.463410970f);
@@ -32,13 +32,13 @@ VIT_INLINE Normal<float> normal(float x) {
 }
 
 VIT_INLINE Normal<double> normal(double x) {
-  return {0.5 * sycl::erfc(x * -0.70710678118654752440), sycl::exp(-0.5 * x * x)};
+  return {0.5 * sycl::erfc(x * -0.70710678118654752440), exponential(-0.5 * x * x)};
 }
 
 // 1 / (1 + e^-2u)
 template <class A>
 VIT_INLINE A tanh_gate(A x) {
-  return A(1) / (A(1) + sycl::exp(x * -(A(1.5957691216057308) + A(0.071354816272600248) * x * x)));
+  return A(1) / (A(1) + exponential(x * -(A(1.5957691216057308) + A(0.071354816272600248) * x * x)));
 }
 
 template <class A>

@@ -124,10 +124,28 @@ VIT_INLINE A sum_over_lanes(A x) {
   return sycl::reduce_over_group(item.get_sub_group(), x, sycl::plus<A>());
 }
 
+// What the lanes of a sub-group wrote is seen by all of them.
+VIT_INLINE void sub_group_barrier() {
+  sycl::group_barrier(sycl::ext::oneapi::this_work_item::get_nd_item<1>().get_sub_group());
+}
+
 // Calls f(column) for the vectors of a row of n columns; in the last one only for the lanes that have an element.
 template <class F>
 VIT_INLINE void for_columns(int n, int lane, const F& f) {
   int c = 0;
   for (; c + VIT_LANES <= n; c += VIT_LANES) f(c);
   if (c < n && c + lane < n) f(c);
+}
+
+// The sum over a row of n columns of f(column, sum so far), four vectors at a time: one chain of additions would wait
+// for each of them.
+template <class A, class F>
+VIT_INLINE A sum_columns(int n, int lane, const F& f) {
+  constexpr int kChains = 4;
+  A sums[kChains] = {0, 0, 0, 0};
+  int c = 0;
+  for (; c + kChains * VIT_LANES <= n; c += kChains * VIT_LANES)
+    VIT_UNROLL for (int i = 0; i < kChains; ++i) sums[i] = f(c + i * VIT_LANES, sums[i]);
+  for_columns(n - c, lane, [&](int d) VIT_ALWAYS { sums[0] = f(c + d, sums[0]); });
+  return sum_over_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }

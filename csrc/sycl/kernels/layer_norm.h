@@ -20,15 +20,12 @@ VIT_KERNEL layer_norm_fwd(const T* x, const P* weight, const P* bias, T* y, Acc<
   for (int64 row = first; row < stop; ++row) {
     const T* in = x + row * x_stride;
     T* out = y + row * C;
-    A sum = 0;
-    for_columns(C, lane, [&](int c) VIT_ALWAYS { sum += load<A>(in + c + lane); });
-    const A mu = sum_over_lanes(sum) / count;
-    A squares = 0;
-    for_columns(C, lane, [&](int c) VIT_ALWAYS {
+    const A mu = sum_columns<A>(C, lane, [&](int c, A sum) VIT_ALWAYS { return sum + load<A>(in + c + lane); }) / count;
+    const A squares = sum_columns<A>(C, lane, [&](int c, A sum) VIT_ALWAYS {
       const A d = load<A>(in + c + lane) - mu;
-      squares = sycl::fma(d, d, squares);
+      return sycl::fma(d, d, sum);
     });
-    const A scale = A(1) / sycl::sqrt(sum_over_lanes(squares) / count + A(eps));
+    const A scale = A(1) / sycl::sqrt(squares / count + A(eps));
     for_columns(C, lane, [&](int c) VIT_ALWAYS {
       A v = (load<A>(in + c + lane) - mu) * scale;
       if (weight) v *= load<A>(weight + c + lane);

@@ -26,24 +26,28 @@ VIT_INLINE void transpose(A (&x)[VIT_LANES], int lane) {
   }
 }
 
+// to[c][r] = from[r][c] for a whole square, strides in elements.
+template <class A, class T>
+VIT_INLINE void transpose_full(const T* from, int64 from_stride, A* to, int64 to_stride, int lane) {
+  A x[VIT_LANES];
+  VIT_UNROLL for (int r = 0; r < VIT_LANES; ++r) {
+    const T* row = from + r * from_stride;
+    x[r] = load<A>(row + lane);
+  }
+  transpose(x, lane);
+  VIT_UNROLL for (int c = 0; c < VIT_LANES; ++c) {
+    A* row = to + c * to_stride;
+    row[lane] = x[c];
+  }
+}
+
 // to[c * to_stride + r] = from[r * from_stride + c], elements c apart by `step`, for `rows` of r and `columns` of c, at
 // most VIT_LANES of each; zeros for the other r, up to VIT_LANES of them, where kPad.
 template <bool kPad, class T, class A>
 VIT_INLINE void transpose_square(const T* from, int64 from_stride, int64 step, A* to, int64 to_stride, int rows,
                                  int columns, int lane) {
-  A x[VIT_LANES];
-  if (rows >= VIT_LANES && columns >= VIT_LANES && step == 1) {
-    VIT_UNROLL for (int r = 0; r < VIT_LANES; ++r) {
-      const T* row = from + r * from_stride;
-      x[r] = load<A>(row + lane);
-    }
-    transpose(x, lane);
-    VIT_UNROLL for (int c = 0; c < VIT_LANES; ++c) {
-      A* row = to + c * to_stride;
-      row[lane] = x[c];
-    }
-    return;
-  }
+  if (rows >= VIT_LANES && columns >= VIT_LANES && step == 1)
+    return transpose_full<A>(from, from_stride, to, to_stride, lane);
   if (lane >= columns) return;
   const int last = kPad || rows > VIT_LANES ? VIT_LANES : rows;
   for (int r = 0; r < last; ++r) {

@@ -28,21 +28,24 @@ inline constexpr int kLocalDepth = 32;
 // Elements one sub-group of an elementwise kernel walks over: one vector each would cost more to start than to compute.
 inline constexpr int kElements = 4096;
 
-// Attention: a sub-group owns kQueryVectors * lanes queries (keys in the backward of k and v). Scores of kKeyTile keys
-// and sums of kDimTile columns of the head are in registers at a time.
+// Attention: blocks of vectors * lanes queries (keys in the backward). Registers hold scores of `keys` keys at a time,
+// in the backward of `pairs` queries with their gradients, and in products with scores `rows` rows of `columns`
+// vectors.
 template <class A>
 struct AttentionTile {
   static constexpr int vectors = 2;
   static constexpr int keys = 12;
-  static constexpr int pairs = 6;  // backward: scores and their gradients together
-  static constexpr int dims = 8;
+  static constexpr int pairs = 6;
+  static constexpr int rows = 6;
+  static constexpr int columns = 4;
 };
 template <>
 struct AttentionTile<double> {
   static constexpr int vectors = 1;
   static constexpr int keys = 8;
   static constexpr int pairs = 4;
-  static constexpr int dims = 8;
+  static constexpr int rows = 6;
+  static constexpr int columns = 2;
 };
 
 }  // namespace vit::tiles

@@ -1,0 +1,37 @@
+// Copies between the ops of a model: views made contiguous, tokens put together, gradients added up.
+//
+//   out[i0 i1 i2 i3 i4][c] = (i1 < leads ? lead[i0 i1][c] : sum over t < terms of a[t, i0 i1-leads i2 i3 i4][c]) +
+//   b[...][c]
+//
+// out is contiguous; a, b and lead may be null: zeros. A sub-group takes `per_unit` rows of C columns, lanes are
+// columns. Memory bound: each element is read and written once.
+#pragma once
+
+#include "common.h"
+
+template <class T>
+VIT_KERNEL move(const T* a, const T* lead, const T* b, T* out, int n1, int n2, int n3, int n4, int C, int leads,
+                int64 lead_batch, int terms, int64 term, int64 a0, int64 a1, int64 a2, int64 a3, int64 a4, int64 b0,
+                int64 b1, int64 b2, int64 b3, int64 b4, int64 rows, int per_unit) {
+  using A = Acc<T>;
+  const Place at = place();
+  const int lane = at.lane;
+  const int64 first = at.unit * per_unit, stop = first + per_unit < rows ? first + per_unit : rows;
+  for (int64 row = first; row < stop; ++row) {
+    const int64 i3 = row / n4, i2 = i3 / n3, i1 = i2 / n2, i0 = i1 / n1;
+    const int r4 = int(row - i3 * n4), r3 = int(i3 - i2 * n3), r2 = int(i2 - i1 * n2), r1 = int(i1 - i0 * n1);
+    const bool leading = r1 < leads;
+    const T* from = a + i0 * a0 + (r1 - leads) * a1 + r2 * a2 + r3 * a3 + r4 * a4;
+    if (leading) from = lead + i0 * lead_batch + int64(r1) * C;
+    const T* more = b + i0 * b0 + r1 * b1 + r2 * b2 + r3 * b3 + r4 * b4;
+    const int count = leading ? (lead ? 1 : 0) : a ? terms : 0;
+    T* to = out + row * C;
+    for_columns(C, lane, [&](int c) VIT_ALWAYS {
+      A sum = 0;
+      const T* vector = from + c;
+      for (int t = 0; t < count; ++t, vector += term) sum += load<A>(vector + lane);
+      if (b) sum += load<A>(more + c + lane);
+      store(to + c + lane, sum);
+    });
+  }
+}
