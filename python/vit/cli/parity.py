@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from vit.testing.cases import DTYPES, GPU_DTYPES
+from vit.testing.machine import public
 from vit.testing.problems import DEFINITIONS
 
 from .arguments import device, json_target
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "backend": args.backend,
         "device": str(where),
-        "info": backend.info(),
+        "info": public(backend.info()),
         "passed": len(results) - failed - skipped,
         "failed": failed,
         "skipped": skipped,

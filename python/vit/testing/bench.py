@@ -16,7 +16,7 @@ import numpy as np
 
 from . import exports, peers
 from .cases import Case
-from .machine import machine, versions
+from .machine import machine, public, versions
 from .peers import RUNTIMES, Arch, Refusal, Spec
 from .workers import Failure, Timing, Worker, race
 
@@ -250,7 +250,7 @@ def environment(setting: Setting) -> dict[str, Any]:
         "threads": setting.threads,
         "rounds": setting.rounds,
         "device": setting.device,
-        "backends": {name: record for name, record in vit.backends().items() if name in setting.candidates},
+        "backends": {n: public(record) for n, record in vit.backends().items() if n in setting.candidates},
         "peak_gflops": setting.peak,
         "thread_variables": {key: os.environ[key] for key in _THREAD_VARIABLES if key in os.environ},
     }

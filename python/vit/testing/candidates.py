@@ -25,6 +25,10 @@ def libraries(runtime: str, mode: str) -> None:
     """Loads what a candidate's libraries load once, so that it is not counted as memory of the model."""
     if runtime in RUNTIMES:
         imports(runtime)
+    elif runtime != "timm":  # whose libraries are PyTorch itself; SYCL's runtime takes 180 MB
+        from vit.backends import get
+
+        get(runtime).unavailable()
     if mode == "train":
         torch.optim.AdamW([torch.zeros(1)])  # the first optimizer of a process imports the compiler, 77 MB
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ def cpuinfo() -> dict[str, str]:
     text = _read("/proc/cpuinfo")
     pairs = (line.partition(":") for line in text.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs if value}
+
+
+def public(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A backend's record without the paths of this machine, which say nothing to the reader of a published figure."""
+    return {key: value for key, value in record.items() if not (isinstance(value, str) and value.startswith("/"))}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
