@@ -143,10 +143,12 @@ class Plan(Mapping[str, str]):
 
     @cached_property
     def ops(self) -> SimpleNamespace:
-        """The bound ops: `plan.ops.layer_norm(x, weight, bias, eps)` and so on, for all of OPS."""
+        """The bound ops: `plan.ops.layer_norm(x, weight, bias, eps)` and so on, for all of OPS, and the `movement`."""
         from ..ops import OPS, bind
+        from ..ops.movement import of
 
-        return SimpleNamespace(**{op: bind(op, self._choice.get(op, "auto")) for op in OPS})
+        bound = {op: bind(op, self._choice.get(op, "auto")) for op in OPS}
+        return SimpleNamespace(**bound, movement=of(self._choice.get("linear", "auto")))
 
     def explain(self) -> str:
         """A table: op, the backend that runs it, and why each backend preferred to it was refused."""

@@ -118,6 +118,25 @@ class NativeBackend(Backend):
         """Scratch memory for one call; the caller keeps the tensor alive until the kernel has been launched."""
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
+    #: Whether the backend has `move`; the others leave what it does to PyTorch, whose threads are theirs.
+    moves = False
+
+    def move(
+        self,
+        shape: Sequence[int],
+        a: torch.Tensor | None,
+        lead: torch.Tensor | None = None,
+        b: torch.Tensor | None = None,
+        terms: int = 1,
+        term: int = 0,
+    ) -> torch.Tensor:
+        """A new tensor of `shape` (up to 6 dimensions): [lead; a] along dimension 1, plus b.
+
+        a, lead [shape[0], k, shape[-1]] and b are views whose last dimension is dense, None stands for zeros. With
+        `terms` > 1 the views a, `term` elements apart in memory, are added up in order.
+        """
+        raise NotImplementedError
+
     def info(self) -> dict[str, Any]:
         record = super().info() | {"build": build_record(self.name)}
         module, _ = _load(self.name)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ._base import HostWorkspace, NativeBackend, Spec, constant
+from ._base import DTYPE_CODES, HostWorkspace, NativeBackend, Spec, constant
 from ._host_memory import MEMORY
 
 #: The library of every 2026 release of the runtime: the compiled module needs one of this name.
@@ -63,10 +65,66 @@ class Sycl(NativeBackend):
             return super().workspace(nbytes, device)
         return self._workspace.take(nbytes)
 
+    moves = True
+
+    def move(
+        self,
+        shape: Sequence[int],
+        a: torch.Tensor | None,
+        lead: torch.Tensor | None = None,
+        b: torch.Tensor | None = None,
+        terms: int = 1,
+        term: int = 0,
+    ) -> torch.Tensor:
+        given = next(t for t in (a, lead, b) if t is not None)
+        out = self.empty(shape, given.dtype, given.device)
+        fields = _Move()
+        fields.a, fields.lead, fields.b, fields.out = (0 if t is None else t.data_ptr() for t in (a, lead, b, out))
+        fields.n[:], fields.columns = _padded(shape[:-1], 1), shape[-1]
+        if lead is not None:
+            fields.leads, fields.lead_batch = lead.shape[1], lead.stride(0)
+        fields.terms, fields.term = terms, term
+        for strides, view in ((fields.a_strides, a), (fields.b_strides, b)):
+            strides[:] = [0] * 5 if view is None else _padded(view.stride()[:-1], 0)
+        fields.dtype, fields.stream = DTYPE_CODES[given.dtype], self.context(given.device)[0]
+        if error := _function("vit_sycl_move", ctypes.c_char_p)(ctypes.byref(fields)):
+            raise RuntimeError(error.decode(errors="replace"))
+        return out
+
     def info(self) -> dict[str, Any]:
         record = super().info()  # compiles, the first time
+        with contextlib.suppress(PackageNotFoundError):  # oneAPI's own, not a wheel
+            record["runtime version"] = version("intel-sycl-rt")
         log = _compiler_log()
         return record | ({"compiler log": log} if log else {})
+
+
+class _Move(ctypes.Structure):
+    """vit::device::Move of csrc/sycl/move.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "lead", "b", "out")),
+        ("n", ctypes.c_int64 * 5),
+        *((name, ctypes.c_int64) for name in ("columns", "leads", "lead_batch", "terms", "term")),
+        ("a_strides", ctypes.c_int64 * 5),
+        ("b_strides", ctypes.c_int64 * 5),
+        ("dtype", ctypes.c_int64),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+def _padded(sizes: Sequence[int], fill: int) -> list[int]:
+    """The outer sizes or strides of up to five dimensions as five: the new ones follow the second."""
+    sizes = [*sizes[:1], *([fill] if len(sizes) == 1 else []), *sizes[1:]] if sizes else [fill, fill]
+    return [*sizes, *[fill] * (5 - len(sizes))]
+
+
+@functools.cache
+def _function(name: str, result: Any) -> Any:
+    """A C function of the compiled module."""
+    function = getattr(ctypes.CDLL(sys.modules["vit._sycl"].__file__), name)
+    function.restype = result
+    return function
 
 
 @constant
@@ -125,12 +183,9 @@ def _mapped_runtimes() -> set[str]:
 
 def _compiler_log() -> str:
     """What SYCL's run-time compiler said when it last failed, in full; "" when it never did."""
-    module = sys.modules.get("vit._sycl")
-    if module is None or module.__file__ is None:
+    if "vit._sycl" not in sys.modules:
         return ""
-    function = ctypes.CDLL(module.__file__).vit_sycl_log
-    function.restype = ctypes.c_char_p
-    return function().decode(errors="replace")
+    return _function("vit_sycl_log", ctypes.c_char_p)().decode(errors="replace")
 
 
 BACKEND = Sycl()

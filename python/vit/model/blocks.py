@@ -60,7 +60,7 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(x, residual=residual))
 
 
-class Block(nn.Module):
+class Block(CallsOps, nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)): [B, N, C] -> [B, N, C]."""
 
     def __init__(
@@ -90,5 +90,7 @@ class Block(nn.Module):
         if self.training and self.branch_drops:
             x = x + self.drop_path1(self.attn(self.norm1(x)))
             return x + self.drop_path2(self.mlp(self.norm2(x)))
-        x = self.attn(self.norm1(x), residual=x)
-        return self.mlp(self.norm2(x), residual=x)
+        branch, x = self.ops.movement.fork(x)
+        x = self.attn(self.norm1(branch), residual=x)
+        branch, x = self.ops.movement.fork(x)
+        return self.mlp(self.norm2(branch), residual=x)

@@ -7,6 +7,7 @@ per call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class PatchEmbed(CallsOps, nn.Module):
         pad_h, pad_w = -height % self.patch_size[0], -width % self.patch_size[1]
         if pad_h or pad_w:  # only with dynamic_pad: _check refuses the rest
             images = F.pad(images, (0, pad_w, 0, pad_h))
-        patches = patchify(images, self.patch_size)
+        patches = patchify(images, self.patch_size, self.ops.movement.contiguous)
         return self.ops.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
@@ -141,9 +142,12 @@ class PatchEmbed(CallsOps, nn.Module):
         return f"img_size={self.img_size}, patch_size={self.patch_size}, grid_size={self.grid_size}"
 
 
-def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+def patchify(
+    images: Tensor, patch_size: int | tuple[int, int], copy: Callable[[Tensor], Tensor] = Tensor.contiguous
+) -> Tensor:
     """Images [B, C, H, W] -> patches [B, N, C * P * Q] in reading order, each patch in the order [C, P, Q].
 
+    `copy` makes a view contiguous.
     Raises ValueError when H or W is not a multiple of the patch.
     """
     P, Q = sides("patch_size", patch_size)
@@ -152,7 +156,7 @@ def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
         raise ValueError(f"vit: patchify: images of {H} x {W} are not a multiple of the patch size {P} x {Q}")
     x = images.reshape(B, C, H // P, P, W // Q, Q)
     x = x.permute(0, 2, 4, 1, 3, 5)  # [B, H/P, W/Q, C, P, Q]
-    return x.reshape(B, (H // P) * (W // Q), C * P * Q)
+    return copy(x).view(B, (H // P) * (W // Q), C * P * Q)
 
 
 def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid: tuple[int, int]) -> Tensor:

@@ -23,7 +23,7 @@ from ..data.preprocess import Preprocess
 from . import checks, init
 from .blocks import Block
 from .layers import LayerNorm, Linear, PatchEmbed
-from .planned import Planned
+from .planned import CallsOps, Planned
 from .pos_embed import sincos2d
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
@@ -31,7 +31,7 @@ POOLS = ("token", "avg", "")
 POSITIONS = ("learned", "sincos2d", "none")
 
 
-class VisionTransformer(Planned):
+class VisionTransformer(CallsOps, Planned):
     """images [B, in_chans, height, width] -> logits [B, num_classes].
 
     Sizes: img_size and patch_size are one side or (height, width); img_size must be a multiple of patch_size
@@ -174,10 +174,7 @@ class VisionTransformer(Planned):
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them."""
         self._check_input(images)
         tokens = self.patch_embed(images)  # [B, patches, C]
-        if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)  # [B, N, C]
-        if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed
+        tokens = self.ops.movement.tokens(tokens, self.cls_token, self.pos_embed)  # [B, N, C]
         return self.pos_drop(tokens)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -188,7 +185,7 @@ class VisionTransformer(Planned):
     def pool(self, tokens: Tensor) -> Tensor:
         """tokens [B, N, C] -> the class token or the mean of the patch tokens [B, C]; all of them for ""."""
         if self.global_pool == "token":
-            return tokens[:, 0]
+            return self.ops.movement.first(tokens)
         if self.global_pool == "avg":
             return tokens[:, self.num_prefix_tokens :].mean(dim=1)
         return tokens

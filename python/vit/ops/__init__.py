@@ -11,6 +11,7 @@ from . import gelu as _gelu
 from . import layer_norm as _layer_norm
 from . import linear as _linear
 from . import matmul as _matmul
+from . import movement as _movement
 from . import op as _op
 from .op import BoundOp, Op
 
@@ -22,6 +23,7 @@ gelu = _gelu.gelu
 matmul = _matmul.matmul
 linear = _linear.linear
 attention = _attention.attention
+movement = _movement.TORCH  # what modules without a plan use
 
 __all__ = ["OPS", "BoundOp", "Op", "Spec", "attention", "bind", "gelu", "layer_norm", "linear", "matmul"]
 
