@@ -97,7 +97,9 @@ def test_threads_share_the_queue() -> None:
 VIEWS = {
     "alias", "as_strided", "contiguous", "detach", "detach_", "empty", "empty_like", "empty_strided", "expand",
     "flatten", "frombuffer", "is_nonzero", "narrow", "new_empty", "permute", "reshape", "resize_", "_reshape_alias",
-    "select", "slice", "squeeze", "t", "to", "transpose", "unsqueeze", "view", "view_as", "_unsafe_view",
+    "select", "slice", "squeeze", "t", "to", "transpose", "unsqueeze", "unbind", "view",
+    "view_as", "_unsafe_view",
+    "dropout",  # of rate 0: its argument
 }  # fmt: skip
 
 
