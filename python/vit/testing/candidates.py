@@ -17,9 +17,6 @@ from .peers import images as exported_images
 from .problems import DEFINITIONS, build, torch_dtype
 from .workers import Candidate
 
-#: Backward over forward work: linear and matmul have two products for one, attention five for two.
-BACKWARD_WORK = {"linear": 2.0, "matmul": 2.0, "attention": 2.5, "layer_norm": 1.5, "gelu": 1.5}
-
 
 def libraries(runtime: str, mode: str) -> None:
     """Loads what a candidate's libraries load once, so that it is not counted as memory of the model."""
@@ -121,8 +118,9 @@ def op_step(backend: str, case: Case, device: str) -> Candidate:
 
 def work(case: Case) -> tuple[float, str]:
     """FLOPs ("GFLOP/s") or bytes ("GB/s") of one call of a case."""
-    amount, unit = DEFINITIONS[case.op].work(case)
-    return amount * (BACKWARD_WORK[case.op] if case.direction == "bwd" else 1.0), unit
+    definition = DEFINITIONS[case.op]
+    amount, unit = definition.work(case)
+    return amount * (definition.backward_work if case.direction == "bwd" else 1.0), unit
 
 
 def _wait(device: torch.device) -> Any:

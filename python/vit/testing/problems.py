@@ -44,6 +44,8 @@ class Problem:
 
 
 class LayerNorm:
+    backward_work = 1.5
+
     def shapes(self, case: Case) -> dict[str, tuple[int, ...]]:
         c = case["c"]
         shapes = {"x": (*_leading(case, "bm"), c)}
@@ -82,6 +84,8 @@ class LayerNorm:
 
 
 class Gelu:
+    backward_work = 1.5
+
     def shapes(self, case: Case) -> dict[str, tuple[int, ...]]:
         return {"x": (*_leading(case, "bm"), case["c"])}
 
@@ -104,6 +108,8 @@ class Gelu:
 
 
 class Matmul:
+    backward_work = 2.0
+
     def shapes(self, case: Case) -> dict[str, tuple[int, ...]]:
         batch = _leading(case, "bh")
         a, b = (*batch, case["m"], case["k"]), (*batch, case["k"], case["n"])
@@ -131,6 +137,8 @@ class Matmul:
 
 
 class Linear:
+    backward_work = 2.0
+
     def shapes(self, case: Case) -> dict[str, tuple[int, ...]]:
         rows, n, k = _leading(case, "bm"), case["n"], case["k"]
         shapes: dict[str, tuple[int, ...]] = {"x": (*rows, k), "weight": (n, k)}
@@ -184,6 +192,8 @@ class Linear:
 
 
 class Attention:
+    backward_work = 2.5
+
     def shapes(self, case: Case) -> dict[str, tuple[int, ...]]:
         b, n, h, d = (case[letter] for letter in "bnhd")
         length = dict(case.sizes).get("l", n)
@@ -230,6 +240,9 @@ class Attention:
 
 
 class Definition(Protocol):
+    #: Backward over forward work, for benchmarks: a product has two for one, attention five for two.
+    backward_work: float
+
     def shapes(self, case: Case) -> dict[str, tuple[int, ...]]: ...
     def draw(self, case: Case, tensors: Tensors) -> None: ...
     def call(self, ops: Ops, case: Case, t: Tensors) -> Tensor: ...
