@@ -1,6 +1,9 @@
 """The ops of a Vision Transformer, each on every backend: `vit.ops.<op>(..., backend="auto")`.
 
 OPS is the only list of them: tests, benchmarks, `vit info` and the documentation iterate over it.
+
+What is no tensor is a TypeError that names the argument. Sizes and dtypes that do not fit are a ValueError of a native
+backend; the reference is plain PyTorch, whose own errors (most are RuntimeErrors) stand.
 """
 
 from __future__ import annotations
