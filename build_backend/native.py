@@ -161,7 +161,7 @@ def _cmake(
     name: str, target: Path, work: Path, jobs: int, arguments: list[str], environment: dict[str, str]
 ) -> dict[str, str]:
     """Run CMake's configure, build and install steps; return what the build recorded about itself."""
-    # Build isolation puts ninja, pybind11 and the headers elsewhere in each run: an old cache is useless.
+    # Build isolation puts ninja and the headers elsewhere in each run: an old cache is useless.
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     scripts = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])

@@ -1,202 +1,248 @@
 // The only file that knows Python: each function takes the fields of its params struct, in order, as plain numbers
-// (pointers as integers) and releases the GIL while the kernel runs. Compiled once per backend into vit._<backend>.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// (pointers as integers, a Context as its four fields) and releases the GIL while the kernel runs. Compiled once per
+// backend into vit._<backend>.
+//
+// The C interface of Python alone: with a library of bindings this file took a tenth of a CUDA build, and a call twice
+// as long.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <new>
 
 #include "vit.h"
 
-namespace py = pybind11;
 using namespace vit;
 
 namespace {
 
-using Pointer = std::uintptr_t;  // 0 is null
+// A Python error is set.
+struct PythonError {};
 
-void* ptr(Pointer p) { return reinterpret_cast<void*>(p); }
-DType dt(int code) { return static_cast<DType>(code); }
-Activation act(int code) { return static_cast<Activation>(code); }
+// The arguments of a call, read one after the other.
+class Fields {
+ public:
+  Fields(PyObject* const* arguments, Py_ssize_t count) : next_(arguments), count_(count) {}
 
-// A stream is passed as (pointer, device index, CPU threads, TF32 allowed), the fields of Context.
-Context ctx(Pointer stream, int device, int num_threads, bool allow_tf32) {
-  return {ptr(stream), device, num_threads, allow_tf32};
+  // Reads all fields of the params struct of `name`.
+  template <class... Ts>
+  void operator()(const char* name, Ts&... to) {
+    constexpr Py_ssize_t wanted = (kWidth<Ts> + ...);
+    if (count_ != wanted) {
+      PyErr_Format(PyExc_TypeError, "%s takes %zd numbers, %zd were given", name, wanted, count_);
+      throw PythonError();
+    }
+    (read(to), ...);
+  }
+
+ private:
+  template <class T>
+  static constexpr Py_ssize_t kWidth = std::is_same_v<T, Context> ? 4 : 1;
+
+  PyObject* const* next_;
+  Py_ssize_t count_;
+
+  template <class T>
+  static T checked(T value) {
+    if (value == static_cast<T>(-1) && PyErr_Occurred()) throw PythonError();
+    return value;
+  }
+
+  void read(void*& to) {
+    to = PyLong_AsVoidPtr(*next_++);
+    if (!to && PyErr_Occurred()) throw PythonError();
+  }
+  void read(const void*& to) {
+    void* p;
+    read(p);
+    to = p;
+  }
+  void read(int64_t& to) { to = checked<int64_t>(PyLong_AsLongLong(*next_++)); }
+  void read(double& to) { to = checked(PyFloat_AsDouble(*next_++)); }
+  void read(int32_t& to) {
+    int64_t wide;
+    read(wide);
+    to = static_cast<int32_t>(wide);
+    if (to == wide) return;
+    PyErr_Format(PyExc_OverflowError, "%lld does not fit in 32 bits", static_cast<long long>(wide));
+    throw PythonError();
+  }
+  void read(bool& to) { to = checked(PyObject_IsTrue(*next_++)) != 0; }
+  void read(DType& to) { to = static_cast<DType>(integer()); }
+  void read(Activation& to) { to = static_cast<Activation>(integer()); }
+  void read(Context& to) {
+    read(to.stream);
+    read(to.device);
+    read(to.num_threads);
+    read(to.allow_tf32);
+  }
+
+  int32_t integer() {
+    int32_t value;
+    read(value);
+    return value;
+  }
+};
+
+void read(Fields fields, LayerNormFwd& p) {
+  fields("layer_norm_fwd", p.x, p.weight, p.bias, p.y, p.mean, p.rstd, p.M, p.C, p.x_stride, p.eps, p.dtype,
+         p.param_dtype, p.context);
 }
 
-// Runs `f(params)` without the GIL; vit::Error becomes a Python RuntimeError by pybind11's own rule.
-template <class F, class P>
-auto run(F f, const P& params) {
-  py::gil_scoped_release release;
-  return f(params);
+void read(Fields fields, LayerNormBwd& p) {
+  fields("layer_norm_bwd", p.dy, p.x, p.weight, p.mean, p.rstd, p.dx, p.dweight, p.dbias, p.workspace, p.M, p.C,
+         p.x_stride, p.dtype, p.param_dtype, p.context);
 }
 
-LayerNormFwd layer_norm_fwd_params(Pointer x, Pointer weight, Pointer bias, Pointer y, Pointer mean, Pointer rstd,
-                                   int64_t M, int64_t C, int64_t x_stride, double eps, int dtype, int param_dtype,
-                                   Pointer stream, int device, int num_threads, bool allow_tf32) {
-  return {ptr(x),
-          ptr(weight),
-          ptr(bias),
-          ptr(y),
-          ptr(mean),
-          ptr(rstd),
-          M,
-          C,
-          x_stride,
-          eps,
-          dt(dtype),
-          dt(param_dtype),
-          ctx(stream, device, num_threads, allow_tf32)};
+void read(Fields fields, GeluFwd& p) { fields("gelu_fwd", p.x, p.y, p.n, p.activation, p.dtype, p.context); }
+
+void read(Fields fields, GeluBwd& p) { fields("gelu_bwd", p.dy, p.x, p.dx, p.n, p.activation, p.dtype, p.context); }
+
+void read(Fields fields, MatmulFwd& p) {
+  fields("matmul_fwd", p.a, p.b, p.c, p.workspace, p.batch, p.M, p.N, p.K, p.a_batch, p.a_row, p.a_col, p.b_batch,
+         p.b_row, p.b_col, p.dtype, p.context);
 }
 
-LayerNormBwd layer_norm_bwd_params(Pointer dy, Pointer x, Pointer weight, Pointer mean, Pointer rstd, Pointer dx,
-                                   Pointer dweight, Pointer dbias, Pointer workspace, int64_t M, int64_t C,
-                                   int64_t x_stride, int dtype, int param_dtype, Pointer stream, int device,
-                                   int num_threads, bool allow_tf32) {
-  return {ptr(dy), ptr(x),       ptr(weight), ptr(mean),       ptr(rstd),
-          ptr(dx), ptr(dweight), ptr(dbias),  ptr(workspace),  M,
-          C,       x_stride,     dt(dtype),   dt(param_dtype), ctx(stream, device, num_threads, allow_tf32)};
+void read(Fields fields, MatmulBwd& p) {
+  fields("matmul_bwd", p.dc, p.a, p.b, p.da, p.db, p.workspace, p.batch, p.M, p.N, p.K, p.a_batch, p.a_row, p.a_col,
+         p.b_batch, p.b_row, p.b_col, p.dtype, p.context);
 }
 
-MatmulFwd matmul_fwd_params(Pointer a, Pointer b, Pointer c, Pointer workspace, int64_t batch, int64_t M, int64_t N,
-                            int64_t K, int64_t a_batch, int64_t a_row, int64_t a_col, int64_t b_batch, int64_t b_row,
-                            int64_t b_col, int dtype, Pointer stream, int device, int num_threads, bool allow_tf32) {
-  return {
-      ptr(a),  ptr(b), ptr(c), ptr(workspace), batch, M,     N,         K,
-      a_batch, a_row,  a_col,  b_batch,        b_row, b_col, dt(dtype), ctx(stream, device, num_threads, allow_tf32)};
+void read(Fields fields, LinearFwd& p) {
+  fields("linear_fwd", p.x, p.weight, p.bias, p.residual, p.y, p.preact, p.workspace, p.M, p.N, p.K, p.x_stride,
+         p.weight_stride, p.activation, p.dtype, p.param_dtype, p.out_dtype, p.context);
 }
 
-MatmulBwd matmul_bwd_params(Pointer dc, Pointer a, Pointer b, Pointer da, Pointer db, Pointer workspace, int64_t batch,
-                            int64_t M, int64_t N, int64_t K, int64_t a_batch, int64_t a_row, int64_t a_col,
-                            int64_t b_batch, int64_t b_row, int64_t b_col, int dtype, Pointer stream, int device,
-                            int num_threads, bool allow_tf32) {
-  return {ptr(dc), ptr(a),  ptr(b), ptr(da), ptr(db),   ptr(workspace),
-          batch,   M,       N,      K,       a_batch,   a_row,
-          a_col,   b_batch, b_row,  b_col,   dt(dtype), ctx(stream, device, num_threads, allow_tf32)};
+void read(Fields fields, LinearBwd& p) {
+  fields("linear_bwd", p.dy, p.x, p.weight, p.preact, p.dx, p.dweight, p.dbias, p.workspace, p.M, p.N, p.K, p.x_stride,
+         p.weight_stride, p.activation, p.dtype, p.param_dtype, p.out_dtype, p.context);
 }
 
-LinearFwd linear_fwd_params(Pointer x, Pointer weight, Pointer bias, Pointer residual, Pointer y, Pointer preact,
-                            Pointer workspace, int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t weight_stride,
-                            int activation, int dtype, int param_dtype, int out_dtype, Pointer stream, int device,
-                            int num_threads, bool allow_tf32) {
-  return {ptr(x),
-          ptr(weight),
-          ptr(bias),
-          ptr(residual),
-          ptr(y),
-          ptr(preact),
-          ptr(workspace),
-          M,
-          N,
-          K,
-          x_stride,
-          weight_stride,
-          act(activation),
-          dt(dtype),
-          dt(param_dtype),
-          dt(out_dtype),
-          ctx(stream, device, num_threads, allow_tf32)};
+void read(Fields fields, AttentionFwd& p) {
+  fields("attention_fwd", p.q, p.k, p.v, p.out, p.lse, p.workspace, p.B, p.N, p.L, p.H, p.D, p.q_batch, p.q_token,
+         p.q_head, p.k_batch, p.k_token, p.k_head, p.v_batch, p.v_token, p.v_head, p.scale, p.dtype, p.context);
 }
 
-LinearBwd linear_bwd_params(Pointer dy, Pointer x, Pointer weight, Pointer preact, Pointer dx, Pointer dweight,
-                            Pointer dbias, Pointer workspace, int64_t M, int64_t N, int64_t K, int64_t x_stride,
-                            int64_t weight_stride, int activation, int dtype, int param_dtype, int out_dtype,
-                            Pointer stream, int device, int num_threads, bool allow_tf32) {
-  return {ptr(dy),
-          ptr(x),
-          ptr(weight),
-          ptr(preact),
-          ptr(dx),
-          ptr(dweight),
-          ptr(dbias),
-          ptr(workspace),
-          M,
-          N,
-          K,
-          x_stride,
-          weight_stride,
-          act(activation),
-          dt(dtype),
-          dt(param_dtype),
-          dt(out_dtype),
-          ctx(stream, device, num_threads, allow_tf32)};
+void read(Fields fields, AttentionBwd& p) {
+  fields("attention_bwd", p.dout, p.q, p.k, p.v, p.out, p.lse, p.dq, p.dk, p.dv, p.workspace, p.B, p.N, p.L, p.H, p.D,
+         p.q_batch, p.q_token, p.q_head, p.k_batch, p.k_token, p.k_head, p.v_batch, p.v_token, p.v_head, p.dq_batch,
+         p.dq_token, p.dq_head, p.dk_batch, p.dk_token, p.dk_head, p.dv_batch, p.dv_token, p.dv_head, p.scale, p.dtype,
+         p.context);
 }
 
-AttentionFwd attention_fwd_params(Pointer q, Pointer k, Pointer v, Pointer out, Pointer lse, Pointer workspace,
-                                  int64_t B, int64_t N, int64_t L, int64_t H, int64_t D, int64_t q_batch,
-                                  int64_t q_token, int64_t q_head, int64_t k_batch, int64_t k_token, int64_t k_head,
-                                  int64_t v_batch, int64_t v_token, int64_t v_head, double scale, int dtype,
-                                  Pointer stream, int device, int num_threads, bool allow_tf32) {
-  return {ptr(q),
-          ptr(k),
-          ptr(v),
-          ptr(out),
-          ptr(lse),
-          ptr(workspace),
-          B,
-          N,
-          L,
-          H,
-          D,
-          q_batch,
-          q_token,
-          q_head,
-          k_batch,
-          k_token,
-          k_head,
-          v_batch,
-          v_token,
-          v_head,
-          scale,
-          dt(dtype),
-          ctx(stream, device, num_threads, allow_tf32)};
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// f() with C++ exceptions as Python's: vit::Error becomes RuntimeError.
+template <class F>
+PyObject* guarded(F f) noexcept {
+  try {
+    return f();
+  } catch (const PythonError&) {
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
 }
 
-AttentionBwd attention_bwd_params(Pointer dout, Pointer q, Pointer k, Pointer v, Pointer out, Pointer lse, Pointer dq,
-                                  Pointer dk, Pointer dv, Pointer workspace, int64_t B, int64_t N, int64_t L, int64_t H,
-                                  int64_t D, int64_t q_batch, int64_t q_token, int64_t q_head, int64_t k_batch,
-                                  int64_t k_token, int64_t k_head, int64_t v_batch, int64_t v_token, int64_t v_head,
-                                  int64_t dq_batch, int64_t dq_token, int64_t dq_head, int64_t dk_batch,
-                                  int64_t dk_token, int64_t dk_head, int64_t dv_batch, int64_t dv_token,
-                                  int64_t dv_head, double scale, int dtype, Pointer stream, int device, int num_threads,
-                                  bool allow_tf32) {
-  return {ptr(dout), ptr(q),   ptr(k),  ptr(v),         ptr(out),  ptr(lse),
-          ptr(dq),   ptr(dk),  ptr(dv), ptr(workspace), B,         N,
-          L,         H,        D,       q_batch,        q_token,   q_head,
-          k_batch,   k_token,  k_head,  v_batch,        v_token,   v_head,
-          dq_batch,  dq_token, dq_head, dk_batch,       dk_token,  dk_head,
-          dv_batch,  dv_token, dv_head, scale,          dt(dtype), ctx(stream, device, num_threads, allow_tf32)};
+// What Python calls for a kernel, and for <op>_workspace, which returns bytes.
+template <auto function>
+struct Bound;
+
+template <class P, void (*kernel)(const P&)>
+struct Bound<kernel> {
+  static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) noexcept {
+    return guarded([&] {
+      P params = {};
+      read({arguments, count}, params);
+      {
+        const WithoutGil without;
+        kernel(params);
+      }
+      Py_RETURN_NONE;
+    });
+  }
+};
+
+template <class P, std::size_t (*workspace)(const P&)>
+struct Bound<workspace> {
+  static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) noexcept {
+    return guarded([&] {
+      P params = {};
+      read({arguments, count}, params);
+      return PyLong_FromSize_t(workspace(params));
+    });
+  }
+};
+
+template <auto function>
+PyMethodDef method(const char* name) {
+  const auto call = reinterpret_cast<void (*)()>(Bound<function>::call);  // METH_FASTCALL says what it is
+  return {name, reinterpret_cast<PyCFunction>(call), METH_FASTCALL, nullptr};
 }
 
-// Binds name(fields...) and, for kernels that need one, name_workspace(fields...) -> bytes.
-template <class P, class... A>
-void def(py::module_& m, const char* name, P (*params)(A...), void (*kernel)(const P&),
-         std::size_t (*workspace)(const P&) = nullptr) {
-  m.def(name, [=](A... fields) { run(kernel, params(fields...)); });
-  if (workspace)
-    m.def((std::string(name) + "_workspace").c_str(), [=](A... fields) { return workspace(params(fields...)); });
+// [(name, value), ...] of vit::info().
+PyObject* facts(PyObject*, PyObject*) noexcept {
+  return guarded([] {
+    const auto pairs = info();
+    PyObject* list = PyList_New(0);
+    for (const auto& [key, value] : pairs) {
+      PyObject* pair = list ? Py_BuildValue("(ss)", key.c_str(), value.c_str()) : nullptr;
+      if (pair && PyList_Append(list, pair) == 0) {
+        Py_DECREF(pair);
+        continue;
+      }
+      Py_XDECREF(pair);
+      Py_XDECREF(list);
+      throw PythonError();
+    }
+    return list;
+  });
 }
 
-GeluFwd gelu_fwd_params(Pointer x, Pointer y, int64_t n, int activation, int dtype, Pointer stream, int device,
-                        int num_threads, bool allow_tf32) {
-  return {ptr(x), ptr(y), n, act(activation), dt(dtype), ctx(stream, device, num_threads, allow_tf32)};
-}
+PyMethodDef methods[] = {
+    {"info", facts, METH_NOARGS, nullptr},
+    method<layer_norm_fwd>("layer_norm_fwd"),
+    method<layer_norm_bwd>("layer_norm_bwd"),
+    method<layer_norm_bwd_workspace>("layer_norm_bwd_workspace"),
+    method<gelu_fwd>("gelu_fwd"),
+    method<gelu_bwd>("gelu_bwd"),
+    method<matmul_fwd>("matmul_fwd"),
+    method<matmul_fwd_workspace>("matmul_fwd_workspace"),
+    method<matmul_bwd>("matmul_bwd"),
+    method<matmul_bwd_workspace>("matmul_bwd_workspace"),
+    method<linear_fwd>("linear_fwd"),
+    method<linear_fwd_workspace>("linear_fwd_workspace"),
+    method<linear_bwd>("linear_bwd"),
+    method<linear_bwd_workspace>("linear_bwd_workspace"),
+    method<attention_fwd>("attention_fwd"),
+    method<attention_fwd_workspace>("attention_fwd_workspace"),
+    method<attention_bwd>("attention_bwd"),
+    method<attention_bwd_workspace>("attention_bwd_workspace"),
+    {nullptr, nullptr, 0, nullptr},
+};
 
-GeluBwd gelu_bwd_params(Pointer dy, Pointer x, Pointer dx, int64_t n, int activation, int dtype, Pointer stream,
-                        int device, int num_threads, bool allow_tf32) {
-  return {ptr(dy), ptr(x), ptr(dx), n, act(activation), dt(dtype), ctx(stream, device, num_threads, allow_tf32)};
-}
+#define VIT_TEXT(name) #name
+#define VIT_NAME(name) VIT_TEXT(name)
+#define VIT_JOIN(a, b) a##b
+#define VIT_INIT(name) VIT_JOIN(PyInit_, name)
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, VIT_NAME(VIT_MODULE), nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(VIT_MODULE, m) {
-  m.attr("contract") = kContract;
-  m.def("info", &info);
-  def(m, "layer_norm_fwd", layer_norm_fwd_params, layer_norm_fwd);
-  def(m, "layer_norm_bwd", layer_norm_bwd_params, layer_norm_bwd, layer_norm_bwd_workspace);
-  def(m, "gelu_fwd", gelu_fwd_params, gelu_fwd);
-  def(m, "gelu_bwd", gelu_bwd_params, gelu_bwd);
-  def(m, "matmul_fwd", matmul_fwd_params, matmul_fwd, matmul_fwd_workspace);
-  def(m, "matmul_bwd", matmul_bwd_params, matmul_bwd, matmul_bwd_workspace);
-  def(m, "linear_fwd", linear_fwd_params, linear_fwd, linear_fwd_workspace);
-  def(m, "linear_bwd", linear_bwd_params, linear_bwd, linear_bwd_workspace);
-  def(m, "attention_fwd", attention_fwd_params, attention_fwd, attention_fwd_workspace);
-  def(m, "attention_bwd", attention_bwd_params, attention_bwd, attention_bwd_workspace);
+PyMODINIT_FUNC VIT_INIT(VIT_MODULE)() {
+  PyObject* module = PyModule_Create(&definition);
+  if (module && PyModule_AddIntConstant(module, "contract", kContract) != 0) Py_CLEAR(module);
+  return module;
 }

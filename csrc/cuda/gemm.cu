@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kBlock)
 // alignment, N and K, never from M. An a of adjacent rows exists only with a b of adjacent rows (a weight gradient).
 bool hopper_supports(const Gemm& g, const Context& context) {
   const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
-  const auto fits = [](int64_t n) { return n < (int64_t{1} << 31); };
+  const auto fits = [](int64_t n) { return n < (int64_t{1} << 31) - 1024; };  // a tile further is an int, too
   const auto distinct = [](const Operand& o) { return o.row > 0 && o.k > 0 && o.batch >= 0; };
   return path() == Path::automatic && has_hopper_kernels(context.device) && a.vectors && b.vectors &&
          (a.k_adjacent || !b.k_adjacent) && distinct(g.a) && distinct(g.b) && g.N % 8 == 0 && g.K >= 8 && fits(g.M) &&

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "gelu_math.cuh"
+#include "layout.cuh"
 #include "runtime.cuh"
 #include "types.cuh"
 
@@ -54,6 +55,27 @@ struct Access {
   bool vectors;     // 16-byte copies, else element by element
 };
 Access access(const Operand&, DType);
+
+// The part of a product that a block works on: a tile of kTile x kTile at (m, n) and k of [k_begin, k_end) of a plane,
+// numbered split * batches + batch.
+template <class T, int kTile>
+struct BlockPart {
+  int64_t plane, m, n, k_begin, k_end;
+  const T *a, *b;  // of the batch
+
+  __device__ BlockPart(int64_t block, const Operand& operand_a, const Operand& operand_b, int64_t M, int64_t N,
+                       int64_t K, int64_t K_split, int64_t batches) {
+    const int64_t rows = (M + kTile - 1) / kTile, columns = (N + kTile - 1) / kTile;
+    const TileIndex<int64_t> tile = tile_at(block % (rows * columns), rows, columns, 8);
+    plane = block / (rows * columns);
+    m = tile.row * kTile;
+    n = tile.column * kTile;
+    k_begin = plane / batches * K_split;
+    k_end = K < k_begin + K_split ? K : k_begin + K_split;
+    a = static_cast<const T*>(operand_a.data) + plane % batches * operand_a.batch;
+    b = static_cast<const T*>(operand_b.data) + plane % batches * operand_b.batch;
+  }
+};
 
 // What happens to an accumulator z[m, n].
 template <class T>

@@ -27,26 +27,25 @@ struct HopperTile {
   static constexpr int kSharedBytes = kStages * kStageBytes + 1024;  // barriers behind the tiles
 };
 
-// What of a Gemm the kernel needs besides the epilogue. Tiles are numbered (plane, band, column, row).
+// What of a Gemm the kernel needs besides the epilogue. Tiles are numbered (plane, band, column, row), in 32 bits:
+// 2^31 of them would be an output of 16 TB, and registers are what this kernel is short of.
 struct HopperWork {
-  int64_t tiles_m, tiles_n, planes;  // tiles_m counts clusters
-  int64_t batches, K, K_split;
+  int tiles_m, tiles_n, tiles;  // tiles_m counts clusters; all planes in tiles
+  int batches, K, K_split;
   bool a_batched, b_batched;
 };
 
 struct HopperPlace {
-  int64_t plane, m, n;
-  int k_begin, steps;
+  int plane, m, n, k_begin, steps;
 };
 
 template <int kM, int kN, int kCluster>
-__device__ inline HopperPlace hopper_place(const HopperWork& work, int64_t tile, int rank) {
-  const int64_t per_plane = work.tiles_m * work.tiles_n, plane = tile / per_plane;
-  const TileIndex at = tile_at(tile % per_plane, work.tiles_m, work.tiles_n, 16 / kCluster);
-  const int64_t begin = plane / work.batches * work.K_split;
-  const int64_t end = work.K < begin + work.K_split ? work.K : begin + work.K_split;
-  return {plane, (at.row * kCluster + rank) * kM, at.column * kN, static_cast<int>(begin),
-          static_cast<int>((end - begin + kHopperK - 1) / kHopperK)};
+__device__ inline HopperPlace hopper_place(const HopperWork& work, int tile, int rank) {
+  const int per_plane = work.tiles_m * work.tiles_n, plane = tile / per_plane;
+  const auto at = tile_at(tile % per_plane, work.tiles_m, work.tiles_n, 16 / kCluster);
+  const int begin = plane / work.batches * work.K_split;
+  const int length = work.K - begin < work.K_split ? work.K - begin : work.K_split;
+  return {plane, (at.row * kCluster + rank) * kM, at.column * kN, begin, (length + kHopperK - 1) / kHopperK};
 }
 
 #ifdef VIT_CUDA_HOPPER
@@ -94,36 +93,46 @@ __device__ inline void hopper_load_half(unsigned char* to, const TensorMap* map,
 // Writes a warpgroup's tile. A thread holds, for each 64 rows, two rows and the column pairs of every group of 8. Four
 // such groups are exchanged within a quad of lanes, so that each has 8 neighbours: accesses of 16 bytes and whole
 // sectors for one shuffle per element, a twelfth of the tile's time on the shared-memory pipe at K = 768.
+//
+// Half of the columns at a time, the sums of the others moved up in between: 96 moves beside about 6700 instructions at
+// 128 x 192, for half of the code, which else is 100 KB in a straight line and half of the time to compile this file.
 template <class T, int kM, int kN>
-__device__ inline void hopper_epilogue(const Epilogue<T>& e, const HopperPlace& at,
-                                       const float (&sum)[kM / 64][kN / 2]) {
+__device__ inline void hopper_epilogue(const Epilogue<T>& e, const HopperPlace& at, float (&sum)[kM / 64][kN / 2]) {
+  constexpr int kColumns = kN / 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int64_t row = at.m + 16 * warp + lane / 4, column = at.n + 8 * (lane % 4);
+  const int row = at.m + 16 * warp + lane / 4;
+  const int column = at.n + 8 * (lane % 4);
   const int64_t index = (at.plane * e.M + row) * e.N + column;
-  const int rows = static_cast<int>(e.M - row), columns = static_cast<int>(e.N - column);  // that exist from here on
+#pragma unroll 1
+  for (int first = 0; first < kN; first += kColumns) {
 #pragma unroll
-  for (int group = 0; group < kN / 8; group += 4)
+    for (int group = 0; group < kColumns / 8; group += 4)
+#pragma unroll
+      for (int i = 0; i < kM / 64; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float pair[2][4], z[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) pair[j % 2][j / 2] = sum[i][4 * (group + j / 2) + 2 * half + j % 2];
+          transpose_quad(pair[0], lane);
+          transpose_quad(pair[1], lane);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) z[j] = pair[j % 2][j / 2];
+          const int down = 64 * i + 8 * half, right = first + 8 * group;
+          if (row + down >= static_cast<int>(e.M) || column + right >= static_cast<int>(e.N)) continue;
+          if (e.bias && !e.partial) {
+            float bias[8];
+            e.bias.load(column + right, bias);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) z[j] += bias[j];
+          }
+          e.finish(index + down * e.N + right, z);
+        }
 #pragma unroll
     for (int i = 0; i < kM / 64; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float pair[2][4], z[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) pair[j % 2][j / 2] = sum[i][4 * (group + j / 2) + 2 * half + j % 2];
-        transpose_quad(pair[0], lane);
-        transpose_quad(pair[1], lane);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) z[j] = pair[j % 2][j / 2];
-        const int down = 64 * i + 8 * half, right = 8 * group;
-        if (down >= rows || right >= columns) continue;
-        if (e.bias && !e.partial) {
-          float bias[8];
-          e.bias.load(column + right, bias);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) z[j] += bias[j];
-        }
-        e.finish(index + down * e.N + right, z);
-      }
+      for (int j = 0; j < kColumns / 2; ++j) sum[i][j] = sum[i][j + kColumns / 2];
+  }
 }
 
 #endif  // VIT_CUDA_HOPPER
@@ -139,8 +148,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + kStages * Tile::kStageBytes);
   uint64_t* empty = full + kStages;
   const int group = threadIdx.x / 128, rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const int64_t tiles = work.tiles_m * work.tiles_n * work.planes;
-  const int64_t clusters = gridDim.x / kCluster, mine = blockIdx.x / kCluster;
+  const int clusters = gridDim.x / kCluster, mine = blockIdx.x / kCluster;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -161,9 +169,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       prefetch_tensor_map(&map_a);
       prefetch_tensor_map(&map_b);
       Ring ring;
-      for (int64_t tile = mine; tile < tiles; tile += clusters) {
+      for (int tile = mine; tile < work.tiles; tile += clusters) {
         const HopperPlace at = hopper_place<kM, kN, kCluster>(work, tile, rank);
-        const int batch = static_cast<int>(at.plane % work.batches);
+        const int batch = at.plane % work.batches;
         const int batch_a = work.a_batched ? batch : 0, batch_b = work.b_batched ? batch : 0;
         for (int step = 0; step < at.steps; ++step) {
           barrier_wait(empty + ring.stage, ring.parity ^ 1);
@@ -171,12 +179,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
           uint64_t* barrier = full + ring.stage;
           const int k = at.k_begin + step * kHopperK;
           barrier_expect(barrier, Tile::kStageBytes);
-          hopper_load<kM, kAdjacentA>(to, &map_a, barrier, static_cast<int>(at.m), k, batch_a);
+          hopper_load<kM, kAdjacentA>(to, &map_a, barrier, at.m, k, batch_a);
           if constexpr (kCluster > 1)
-            hopper_load_half<kN, kAdjacentB>(to + Tile::kBytesA, &map_b, barrier, static_cast<int>(at.n), k, batch_b,
-                                             rank);
+            hopper_load_half<kN, kAdjacentB>(to + Tile::kBytesA, &map_b, barrier, at.n, k, batch_b, rank);
           else
-            hopper_load<kN, kAdjacentB>(to + Tile::kBytesA, &map_b, barrier, static_cast<int>(at.n), k, batch_b);
+            hopper_load<kN, kAdjacentB>(to + Tile::kBytesA, &map_b, barrier, at.n, k, batch_b);
           ring.template advance<kStages>(1);
         }
       }
@@ -194,7 +201,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     if (group == 2) named_barrier_arrive(other, 256);
     Ring ring;
     int turn = 0;
-    for (int64_t tile = mine; tile < tiles; tile += clusters, ++turn) {
+    for (int tile = mine; tile < work.tiles; tile += clusters, ++turn) {
       const HopperPlace at = hopper_place<kM, kN, kCluster>(work, tile, rank);
       if (turn % 2 != group - 1) {  // the other warpgroup's tile
         ring.template advance<kStages>(at.steps);
@@ -219,7 +226,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         if (step > 0) release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
         ring.template advance<kStages>(1);
       }
-      if (tile + clusters < tiles) named_barrier_arrive(other, 256);
+      if (tile + clusters < work.tiles) named_barrier_arrive(other, 256);
       wgmma_wait<0>();
       release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
       hopper_epilogue<T, kM, kN>(epilogue, at, sum);
@@ -259,16 +266,18 @@ void launch_hopper(const char* op, const Gemm& g, const Context& context) {
   TensorMap map_a, map_b;
   encode(g.a, kAdjacentA, g.M, kM, map_a);
   encode(g.b, kAdjacentB, g.N, kN / kCluster, map_b);
+  const auto small = [](int64_t n) { return static_cast<int>(n); };  // hopper_supports looks at M, N, K and batch
   HopperWork work;
-  work.tiles_m = divide_up(g.M, kM * kCluster);
-  work.tiles_n = divide_up(g.N, kN);
-  work.planes = g.batch * g.splits;
-  work.batches = g.batch;
-  work.K = g.K;
-  work.K_split = divide_up(divide_up(g.K, kHopperK), g.splits) * kHopperK;
+  work.tiles_m = small(divide_up(g.M, kM * kCluster));
+  work.tiles_n = small(divide_up(g.N, kN));
+  const int64_t tiles = int64_t{work.tiles_m} * work.tiles_n * g.batch * g.splits;
+  if (tiles > 0x3fffffff) fail(op, "has more than 2^30 tiles");
+  work.tiles = small(tiles);
+  work.batches = small(g.batch);
+  work.K = small(g.K);
+  work.K_split = small(divide_up(divide_up(g.K, kHopperK), g.splits) * kHopperK);
   work.a_batched = g.a.batch != 0;
   work.b_batched = g.b.batch != 0;
-  const int64_t tiles = work.tiles_m * work.tiles_n * work.planes;
   const int64_t clusters = std::min<int64_t>(tiles, std::max(1, multiprocessors(context.device) / kCluster));
   launch<gemm_hopper_kernel<T, kM, kN, kAdjacentA, kAdjacentB, kCluster>>(
       {op, Shape({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, clusters * kCluster,

@@ -7,7 +7,6 @@
 // Every output element adds its products in steps of 32 bytes of k from k = 0 on, whatever the tile size, so the tile
 // may depend on M (batch invariance).
 #include "gemm.cuh"
-#include "layout.cuh"
 
 namespace vit::cuda {
 namespace {
@@ -111,20 +110,15 @@ __global__ void __launch_bounds__(kGemmThreads)
   T* shared = reinterpret_cast<T*>(shared_memory());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  const int64_t tiles_m = (epilogue.M + kTile - 1) / kTile, tiles_n = (epilogue.N + kTile - 1) / kTile;
-  const int64_t plane = blockIdx.x / (tiles_m * tiles_n);
-  const TileIndex tile = tile_at(blockIdx.x % (tiles_m * tiles_n), tiles_m, tiles_n, 8);
-  const int64_t m0 = tile.row * kTile, n0 = tile.column * kTile;
-  const int64_t k_begin = plane / batches * K_split, k_end = K < k_begin + K_split ? K : k_begin + K_split;
-  const T* a_data = static_cast<const T*>(a.data) + plane % batches * a.batch;
-  const T* b_data = static_cast<const T*>(b.data) + plane % batches * b.batch;
-  const int steps = k_end > k_begin ? static_cast<int>((k_end - k_begin + kTileK<T> - 1) / kTileK<T>) : 0;
+  const BlockPart<T, kTile> part(blockIdx.x, a, b, epilogue.M, epilogue.N, K, K_split, batches);
+  const int64_t length = part.k_end - part.k_begin;
+  const int steps = length > 0 ? static_cast<int>((length + kTileK<T> - 1) / kTileK<T>) : 0;
 
   const auto load = [&](int step) {
     T* stage = shared + step % kStages * (2 * kOperandElements);
-    const int64_t k = k_begin + static_cast<int64_t>(step) * kTileK<T>;
-    TileA::load(stage, a, a_data, a_vectors, m0, epilogue.M, k, k_end);
-    TileB::load(stage + kOperandElements, b, b_data, b_vectors, n0, epilogue.N, k, k_end);
+    const int64_t k = part.k_begin + static_cast<int64_t>(step) * kTileK<T>;
+    TileA::load(stage, a, part.a, a_vectors, part.m, epilogue.M, k, part.k_end);
+    TileB::load(stage + kOperandElements, b, part.b, b_vectors, part.n, epilogue.N, k, part.k_end);
   };
 
   float sum[kMs][kNs][4] = {};
@@ -171,7 +165,7 @@ __global__ void __launch_bounds__(kGemmThreads)
                                              column) = {{sum[i][j][2 * half], sum[i][j][2 * half + 1]}};
       }
   __syncthreads();
-  epilogue.template apply_tile<kTile, kGemmThreads, kPitch>(sums, plane, m0, n0);
+  epilogue.template apply_tile<kTile, kGemmThreads, kPitch>(sums, part.plane, part.m, part.n);
 }
 
 // 128 x 128 tiles when there are enough of them for two blocks on each multiprocessor of a large GPU, else 64 x 64.

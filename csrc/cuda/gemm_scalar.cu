@@ -4,7 +4,6 @@
 // shared memory; the next 8 k are read into registers meanwhile. Bound by FMA: with kPer = 8 a thread does 64 FMA per
 // 16 words from shared memory. Any strides. Each element adds its products one by one from k = 0 on, whatever the tile.
 #include "gemm.cuh"
-#include "layout.cuh"
 
 namespace vit::cuda {
 namespace {
@@ -20,13 +19,7 @@ __global__ void __launch_bounds__(kBlock) gemm_fma(Operand a, Operand b, int64_t
   T* shared = reinterpret_cast<T*>(shared_memory());  // [2 stages][a, b][kStep][kPitch]
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 
-  const int64_t tiles_m = (epilogue.M + kTile - 1) / kTile, tiles_n = (epilogue.N + kTile - 1) / kTile;
-  const int64_t plane = blockIdx.x / (tiles_m * tiles_n);
-  const TileIndex tile = tile_at(blockIdx.x % (tiles_m * tiles_n), tiles_m, tiles_n, 8);
-  const int64_t m0 = tile.row * kTile, n0 = tile.column * kTile;
-  const int64_t k_begin = plane / batches * K_split, k_end = K < k_begin + K_split ? K : k_begin + K_split;
-  const T* a_data = static_cast<const T*>(a.data) + plane % batches * a.batch;
-  const T* b_data = static_cast<const T*>(b.data) + plane % batches * b.batch;
+  const BlockPart<T, kTile> part(blockIdx.x, a, b, epilogue.M, epilogue.N, K, K_split, batches);
 
   // Neighbouring threads read along the stride that is 1.
   const auto place = [](const Operand& o, int i, int& row, int& k) {
@@ -41,9 +34,11 @@ __global__ void __launch_bounds__(kBlock) gemm_fma(Operand a, Operand b, int64_t
     for (int i = 0; i < kLoads; ++i) {
       int row, k;
       place(a, i, row, k);
-      next_a[i] = m0 + row < epilogue.M && k0 + k < k_end ? a_data[(m0 + row) * a.row + (k0 + k) * a.k] : T(0);
+      next_a[i] =
+          part.m + row < epilogue.M && k0 + k < part.k_end ? part.a[(part.m + row) * a.row + (k0 + k) * a.k] : T(0);
       place(b, i, row, k);
-      next_b[i] = n0 + row < epilogue.N && k0 + k < k_end ? b_data[(n0 + row) * b.row + (k0 + k) * b.k] : T(0);
+      next_b[i] =
+          part.n + row < epilogue.N && k0 + k < part.k_end ? part.b[(part.n + row) * b.row + (k0 + k) * b.k] : T(0);
     }
   };
   const auto keep = [&](int stage) {
@@ -59,12 +54,12 @@ __global__ void __launch_bounds__(kBlock) gemm_fma(Operand a, Operand b, int64_t
   };
 
   T sum[kPer][kPer] = {};
-  fetch(k_begin);
+  fetch(part.k_begin);
   int stage = 0;
-  for (int64_t k0 = k_begin; k0 < k_end; k0 += kStep, stage ^= 1) {
+  for (int64_t k0 = part.k_begin; k0 < part.k_end; k0 += kStep, stage ^= 1) {
     keep(stage);
     __syncthreads();  // the other stage is free again after this, too: everybody has left the step before
-    if (k0 + kStep < k_end) fetch(k0 + kStep);
+    if (k0 + kStep < part.k_end) fetch(k0 + kStep);
     const T* from = shared + stage * (2 * kStep * kPitch);
 #pragma unroll
     for (int k = 0; k < kStep; ++k) {
@@ -96,7 +91,7 @@ __global__ void __launch_bounds__(kBlock) gemm_fma(Operand a, Operand b, int64_t
     for (int j = 0; j < kPer; ++j)
       shared[((i / n * 16 + ty) * n + i % n) * kSums + (j / n * 16 + tx) * n + j % n] = sum[i][j];
   __syncthreads();
-  epilogue.template apply_tile<kTile, kBlock, kSums>(shared, plane, m0, n0);
+  epilogue.template apply_tile<kTile, kBlock, kSums>(shared, part.plane, part.m, part.n);
 }
 
 template <class T, int kPer>

@@ -55,13 +55,15 @@ __device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
                : "memory");
 }
 
-// Arrives at the barrier of the same place in block `rank` of the cluster.
+// Arrives at the barrier of the same place in block `rank` of the cluster. No data of ordinary writes travels between
+// blocks: it says that wgmma is done with a stage. With the scope of a cluster it costs a fence of the whole GPU's memory
+// in every step, and the wait below throws away the L1 cache.
 __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
@@ -73,7 +75,7 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)

@@ -108,14 +108,16 @@ VIT_HOST_DEVICE constexpr uint64_t columns_descriptor(uint32_t tile, int rows, i
 
 // Tiles of a [rows, columns] grid of tiles, numbered so that neighbours in time share operands in the L2 cache: bands
 // of `band` rows, column after column inside a band.
+template <class I>
 struct TileIndex {
-  int64_t row, column;
+  I row, column;
 };
 
-VIT_HOST_DEVICE constexpr TileIndex tile_at(int64_t index, int64_t rows, int64_t columns, int64_t band) {
-  const int64_t first = index / (band * columns) * band;
-  const int64_t height = rows - first < band ? rows - first : band;
-  const int64_t rest = index % (band * columns);
+template <class I>
+VIT_HOST_DEVICE constexpr TileIndex<I> tile_at(I index, I rows, I columns, int band) {
+  const I first = index / (band * columns) * band;
+  const I height = rows - first < band ? rows - first : band;
+  const I rest = index % (band * columns);
   return {first + rest % height, rest / height};
 }
 

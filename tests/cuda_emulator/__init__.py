@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pybind11
 import torch
 from vit.backends import NativeBackend
 from vit.ops import OPS
@@ -52,12 +51,7 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     work.mkdir(parents=True)
     command = [compiler() or "g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"]
     command += ["-Wno-unknown-pragmas", f"-DVIT_MODULE={NAME}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
-    command += [
-        '-DVIT_CUDA_ARCHITECTURES="emulated"',
-        '-DVIT_CUDA_COMPILER="emulated"',
-        "-DVIT_CUDA_WITH_HOPPER=1",
-        f"-I{pybind11.get_include()}",
-    ]
+    command += ['-DVIT_CUDA_ARCHITECTURES="emulated"', '-DVIT_CUDA_COMPILER="emulated"', "-DVIT_CUDA_WITH_HOPPER=1"]
     command += [f"-I{sysconfig.get_path('include')}", "-include", str(HERE / "hopper_instructions.cuh")]
 
     if sanitize:

@@ -66,7 +66,7 @@ static void words_on_all_banks(const char* what, int rows, int columns, F place)
 static void tiles_cover(int64_t rows, int64_t columns, int64_t band) {
   std::set<int64_t> seen;
   for (int64_t i = 0; i < rows * columns; ++i) {
-    const TileIndex t = tile_at(i, rows, columns, band);
+    const TileIndex<int64_t> t = tile_at(i, rows, columns, static_cast<int>(band));
     check(t.row >= 0 && t.row < rows && t.column >= 0 && t.column < columns, "tile outside the grid");
     check(seen.insert(t.row * columns + t.column).second, "tile twice");
   }
