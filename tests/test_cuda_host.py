@@ -187,6 +187,20 @@ def test_bad_arguments_are_errors(emulated, change, text):
         emulated.module.linear_fwd(*(fields | change).values())
 
 
+@pytest.mark.parametrize(
+    ("numbers", "error", "text"),
+    [
+        ((1,) * 8, TypeError, "gelu_fwd takes 9 numbers, 8 were given"),
+        ((0, 0, 0.5, 1, 0, 0, 0, 1, False), TypeError, "integer"),
+        ((0, 0, 0, 1, 0, 0, 1 << 40, 1, False), OverflowError, "1099511627776 does not fit in 32 bits"),
+        ((0, 0, 1 << 64, 1, 0, 0, 0, 1, False), OverflowError, "too"),
+    ],
+)
+def test_numbers_that_are_no_fields_are_errors(emulated, numbers, error, text):
+    with pytest.raises(error, match=text):
+        emulated.module.gelu_fwd(*numbers)
+
+
 def attention(emulated: Emulated, n: int, d: int = 64, stream: int = 0, device: int = 0) -> None:
     """Runs and checks attention_fwd in bfloat16 on n tokens and one head, by the contract of vit.h."""
     q, k, v = torch.randn(3, n, d, dtype=torch.bfloat16)

@@ -141,3 +141,57 @@ def test_a_failed_training_fails_the_report(gpu, tmp_path, monkeypatch):
     gpu.models.part_train(report)
     assert report.failed
     assert rows(tmp_path / "gpu.json", "train")["train cpu"] == {"name": "train cpu", "failed": "exit code 1: "}
+
+
+@pytest.fixture
+def session(monkeypatch) -> ModuleType:
+    """benchmarks/gpu/session.py with a build and steps that take no time: the last argument is a program."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = importlib.import_module("benchmarks.gpu.session")
+    monkeypatch.setattr(module, "GRACE", 0)
+    run = module.run
+    monkeypatch.setattr(module, "run", lambda c, seconds: run([c[0], "-c", c[2 if c[1] == "-c" else 3]], seconds))
+    monkeypatch.setattr(module, "ROOT", ROOT / "tests")  # nothing is built there
+    return module
+
+
+def test_a_session_goes_on_after_a_step_that_fails_or_hangs(session, tmp_path, monkeypatch):
+    out = tmp_path / "h200" / "gpu.json"
+    wrote = f"import pathlib, json; p = pathlib.Path({str(out)!r}); c = json.loads(p.read_text()) | {{'ops': 1}}"
+    programs = {
+        "build": "import os; assert os.environ['VIT_BACKENDS'] == 'cpu,cuda'",
+        "fails": "import sys; sys.exit('illegal memory access')",
+        "hangs": "import subprocess; subprocess.run(['sleep', '60'])",
+        "works": f"{wrote}; p.write_text(json.dumps(c))",
+    }
+    monkeypatch.setattr(session, "BUILD", programs.pop("build"))
+    monkeypatch.setattr(session, "STEPS", [session.Step(name, 2, (text,)) for name, text in programs.items()])
+    assert session.session(out, minutes=1) == 1
+    content = json.loads(out.read_text())
+    assert content["ops"] == 1
+    codes = {name: row["code"] for name, row in content["session"].items()}
+    assert codes == {"build": 0, "fails": 1, "hangs": -9, "works": 0}
+    assert "illegal memory access" in content["session"]["fails"]["tail"]
+    assert "ended after 2 s" in content["session"]["hangs"]["tail"]
+    monkeypatch.setattr(session, "STEPS", [*session.STEPS, session.Step("new", 2, ("pass",))])
+    assert session.session(out, minutes=1) == 0  # only what is new
+    assert "new" in json.loads(out.read_text())["session"]
+
+
+def test_a_session_ends_with_a_failed_build_and_starts_nothing_it_has_no_time_for(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "STEPS", [session.Step("long", 100, ("pass",))])
+    monkeypatch.setattr(session, "BUILD", "raise SystemExit('no nvcc')")
+    assert session.session(tmp_path / "a.json", minutes=5) == 1
+    assert "long" not in json.loads((tmp_path / "a.json").read_text())["session"]
+    monkeypatch.setattr(session, "BUILD", "")
+    assert session.session(tmp_path / "b.json", minutes=0.5) == 0
+    assert list(json.loads((tmp_path / "b.json").read_text())["session"]) == ["build"]
+
+
+def test_the_steps_of_a_session_are_known_and_fit(session, gpu):
+    main = importlib.import_module("benchmarks.gpu.__main__")
+    for step in session.STEPS:
+        options = dict(zip(step.arguments[::2], step.arguments[1::2], strict=True))
+        assert options["--part"] in ("parity", *main.PARTS)
+    assert sum(step.seconds for step in session.STEPS) + 60 * 2 <= 30 * 60
+    assert sum(step.seconds for step in session.STEPS[:5]) + 60 <= 9 * 60

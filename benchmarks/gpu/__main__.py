@@ -14,21 +14,10 @@ Candidates run in turn, round after round, on random data and on enough buffers 
 the median over rounds. Forwards of ops are timed as replays of a CUDA graph, which leaves out the time of their
 launches. Every figure is in the file given to --out as soon as it is known; the file keeps the other parts it has.
 
-From a checkout to figures, on a machine without a network and perhaps without git (python3 is the one that has torch;
-2 cores build for a minute):
+From a checkout to figures, on a machine without a network and perhaps without git, one command builds, runs all parts
+in the order of what is least certain, and goes on where it stopped:
 
-    VIT_BACKENDS=cpu,cuda python3 -m pip install --no-build-isolation --no-deps .
-    python3 -m vit info
-    python3 -m benchmarks.gpu --part parity --commit HASH --out benchmarks/results/h200/DATE.json
-    python3 -m benchmarks.gpu --part ops    --commit HASH --out benchmarks/results/h200/DATE.json
-    python3 -m benchmarks.gpu --part model  --commit HASH --out ... --only ' B'    # then ' S', ' L', ' H'
-    python3 -m benchmarks.gpu --part train  --commit HASH --out ...
-    python3 -m benchmarks.gpu --part sanitizer --commit HASH --out ...
-
-Where pip refuses (its setuptools must know SPDX licenses, 77 and newer), CMake alone will do, with PYTHONPATH=python:
-
-    cmake -S . -B build/cuda -G Ninja -DVIT_BACKEND=cuda -DPython_EXECUTABLE=$(which python3)
-    cmake --build build/cuda && cmake --install build/cuda --prefix python/vit
+    python3 -m benchmarks.gpu.session --minutes 9 --commit HASH --out benchmarks/results/h200/DATE.json
 """
 
 from __future__ import annotations

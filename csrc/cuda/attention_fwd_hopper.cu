@@ -225,7 +225,7 @@ bool attention_fwd_hopper_supports(const AttentionFwd& p) {
 
 void attention_fwd_hopper(const AttentionFwd& p) {
   const int64_t heads = p.B * p.H, tiles = divide_up(p.N, kQueries);
-  const int64_t parts = std::min(tiles, divide_up(int64_t{2} * multiprocessors(p.context.device), heads));
+  const int64_t parts = smaller(tiles, divide_up(int64_t{2} * multiprocessors(p.context.device), heads));
   dispatch_16_bit(p.dtype, [&](auto element) {
     dispatch_sizes(p.D, p.L, [&](auto kD, auto kKeys, auto kLeast) {
       launch<attention_fwd_hopper_kernel<decltype(element), decltype(kD)::value, decltype(kKeys)::value,

@@ -48,7 +48,7 @@ bool hopper_supports(const Gemm& g, const Context& context) {
 int gemm_splits(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t wave = 132;
   const int64_t tiles = divide_up(M, 128) * divide_up(N, 128);
-  const int64_t most = std::min<int64_t>(16, K / 1024);
+  const int64_t most = smaller<int64_t>(16, K / 1024);
   int best = 1;
   double fullest = 0;
   for (int splits = 1; splits <= most; ++splits) {

@@ -278,7 +278,7 @@ void launch_hopper(const char* op, const Gemm& g, const Context& context) {
   work.K_split = small(divide_up(divide_up(g.K, kHopperK), g.splits) * kHopperK);
   work.a_batched = g.a.batch != 0;
   work.b_batched = g.b.batch != 0;
-  const int64_t clusters = std::min<int64_t>(tiles, std::max(1, multiprocessors(context.device) / kCluster));
+  const int64_t clusters = smaller<int64_t>(tiles, larger(1, multiprocessors(context.device) / kCluster));
   launch<gemm_hopper_kernel<T, kM, kN, kAdjacentA, kAdjacentB, kCluster>>(
       {op, Shape({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, clusters * kCluster,
        kHopperThreads, static_cast<std::size_t>(Tile::kSharedBytes), kCluster},

@@ -100,7 +100,7 @@ void run(const char* op, const Gemm& g, const Context& context) {
   const int64_t blocks = divide_up(g.M, kTile) * divide_up(g.N, kTile) * g.batch * g.splits;
   const int64_t K_split = divide_up(divide_up(g.K, kStep), g.splits) * kStep;
   launch<gemm_fma<T, kPer>>({op, Shape({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, blocks,
-                             kBlock, std::max(4 * kStep * kPitch, kTile * (kTile + 4)) * sizeof(T)},
+                             kBlock, larger(4 * kStep * kPitch, kTile * (kTile + 4)) * sizeof(T)},
                             g.a, g.b, g.batch, g.K, K_split, Epilogue<T>(g));
 }
 

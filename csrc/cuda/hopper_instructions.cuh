@@ -56,8 +56,8 @@ __device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
 }
 
 // Arrives at the barrier of the same place in block `rank` of the cluster. No data of ordinary writes travels between
-// blocks: it says that wgmma is done with a stage. With the scope of a cluster it costs a fence of the whole GPU's memory
-// in every step, and the wait below throws away the L1 cache.
+// blocks: it says that wgmma is done with a stage. With the scope of a cluster it costs a fence of the whole GPU's
+// memory in every step, and the wait below throws away the L1 cache.
 __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n"

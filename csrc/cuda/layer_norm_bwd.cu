@@ -163,7 +163,7 @@ bool fits_in_registers(const LayerNormBwd& p) {
 template <class T>
 void run_in_registers(const LayerNormBwd& p, Launch shape, bool want_parameters) {
   // dx alone needs no partials: as many blocks as there are rows for
-  shape.blocks = want_parameters ? partial_count(p.M) : std::min<int64_t>(divide_up(p.M, kWarps), 1 << 30);
+  shape.blocks = want_parameters ? partial_count(p.M) : smaller<int64_t>(divide_up(p.M, kWarps), 1 << 30);
   shape.threads = kBlock;
   shape.shared_bytes = want_parameters ? 2 * p.C * sizeof(float) : 0;
   const int64_t chunks = divide_up(p.C, 32 * kVector<T>);
@@ -189,8 +189,8 @@ void run(const LayerNormBwd& p, Launch shape) {
     }
   if (!done) {
     if (p.dx && p.M > 0)
-      launch<dx_by_block<T>>(
-          {shape.op, shape.shape, p.context, std::min<int64_t>(p.M, 1 << 30), kBlock, kBlockSumBytes}, p);
+      launch<dx_by_block<T>>({shape.op, shape.shape, p.context, smaller<int64_t>(p.M, 1 << 30), kBlock, kBlockSumBytes},
+                             p);
     if (want_parameters)
       launch<columns_by_block<T>>(
           {shape.op, shape.shape, p.context, divide_up(p.C, 32) * partials, kBlock, 2 * kBlock * sizeof(A)}, p,

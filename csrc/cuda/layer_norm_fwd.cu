@@ -132,10 +132,10 @@ void layer_norm_fwd(const LayerNormFwd& p) {
     using T = decltype(element);
     if constexpr (sizeof(T) < 8)
       if (fits_in_registers<T>(p)) {
-        const int64_t blocks = std::min<int64_t>(divide_up(p.M, kWarps), 1 << 30);
+        const int64_t blocks = smaller<int64_t>(divide_up(p.M, kWarps), 1 << 30);
         return launch_row_in_registers<T>(p, {op, shape, p.context, blocks, kWarps * 32});
       }
-    launch<row_by_block<T>>({op, shape, p.context, std::min<int64_t>(p.M, 1 << 30), kBlock, kBlockSumBytes}, p);
+    launch<row_by_block<T>>({op, shape, p.context, smaller<int64_t>(p.M, 1 << 30), kBlock, kBlockSumBytes}, p);
   });
 }
 

@@ -87,7 +87,7 @@ Weight cast_weight(const Launch& like, const void* weight, int64_t stride, int64
   if (dtype == param_dtype || N * K == 0) return {weight, stride};
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t blocks = std::min<int64_t>(divide_up(N * K, kBlock), 1 << 16);
+    const int64_t blocks = smaller<int64_t>(divide_up(N * K, kBlock), 1 << 16);
     launch<cast_rows<T>>({like.op, like.shape, like.context, blocks, kBlock}, static_cast<const float*>(weight), stride,
                          static_cast<T*>(workspace), N, K);
   });

@@ -13,7 +13,7 @@ int attribute(cudaDeviceAttr which, int device, std::atomic<int> (&cache)[kMaxDe
   int value = cache[device].load(std::memory_order_relaxed) - 1;
   if (value < 0 && cudaDeviceGetAttribute(&value, which, device) == cudaSuccess)
     cache[device].store(value + 1, std::memory_order_relaxed);
-  return std::max(value, 0);
+  return larger(value, 0);
 }
 
 std::string version_text(int version) {
@@ -51,7 +51,7 @@ bool has_hopper_kernels(int device) { return VIT_CUDA_WITH_HOPPER && capability(
 
 int multiprocessors(int device) {
   static std::atomic<int> count[kMaxDevices];
-  return std::max(1, attribute(cudaDevAttrMultiProcessorCount, device, count));
+  return larger(1, attribute(cudaDevAttrMultiProcessorCount, device, count));
 }
 
 int shared_limit(int device) {

@@ -1,0 +1,126 @@
+"""One command for a GPU that is at hand for minutes, from the root of a checkout, with nothing installed:
+
+    python3 -m benchmarks.gpu.session --minutes 9 --commit HASH --out benchmarks/results/h200/DATE.json
+
+It builds the cpu and cuda backends into python/vit, then runs the parts of benchmarks.gpu, what is least certain and
+matters most first. Every step is a process of its own with a limit: a kernel that faults or hangs costs its own step,
+and the next one begins. What came of each is under "session" in the file; a step that is there is not run again, so the
+same command goes on where the last one stopped, on another machine too. The exit code is 1 when a step failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+BUILD = "import native, pathlib; native.build(pathlib.Path('python/vit'), pathlib.Path('build/session').absolute())"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run of one part, for at most so many seconds."""
+
+    name: str
+    seconds: int
+    arguments: tuple[str, ...]
+
+
+#: 9 minutes hold the first five and the build; 27 minutes hold all.
+STEPS = (
+    Step(
+        "promises", 40, ("--part", "parity", "--only", "^(deterministic|batch_invariant|same_in|on_another|on_every)")
+    ),
+    Step("parity of wgmma", 80, ("--part", "parity", "--only", "^(attention|linear|matmul)-.*float16", "--every", "3")),
+    Step("ops of B", 130, ("--part", "ops", "--only", "^(copy|matmul|layer_norm|attention .*N=(197|257)|linear B)")),
+    Step("latency and training of B", 110, ("--part", "model", "--only", "(latency|training) B")),
+    Step("inference of B", 120, ("--part", "model", "--only", "inference B")),
+    Step("parity", 400, ("--part", "parity")),
+    Step("sanitizer", 120, ("--part", "sanitizer")),
+    Step("other ops", 240, ("--part", "ops", "--only", "^(gelu|attention .*N=(50|577|1025)|linear [SLH])")),
+    Step("other models", 180, ("--part", "model", "--only", " [SLH]")),
+    Step("train", 100, ("--part", "train")),
+)
+
+#: What a step gets beyond the time its part knows of: importing torch, and the candidate that is being timed.
+GRACE = 20
+
+
+def run(command: list[str], seconds: float) -> dict[str, Any]:
+    """Exit code and seconds of a process; the end of its text when it fails. Ended with all it started when late."""
+    start = time.monotonic()
+    search = os.pathsep.join([str(ROOT / "python"), str(ROOT / "build_backend"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        text = process.communicate()[0] + f"\nended after {seconds:.0f} s"
+    print(text, flush=True)
+    row: dict[str, Any] = {"code": process.returncode, "seconds": round(time.monotonic() - start, 1)}
+    return row if process.returncode == 0 else row | {"tail": text[-1000:]}
+
+
+def load(out: Path) -> dict[str, Any]:
+    return json.loads(out.read_text()) if out.exists() else {}
+
+
+def keep(out: Path, name: str, row: dict[str, Any]) -> None:
+    """Adds a row to what the parts have written meanwhile."""
+    content = load(out)
+    content.setdefault("session", {})[name] = row
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"==== {name}: {row}", flush=True)
+
+
+def session(out: Path, minutes: float, commit: str | None = None) -> int:
+    """Builds where nothing is built yet, then runs the steps that the file lacks and the time allows."""
+    end = time.monotonic() + 60 * minutes
+    if not list((ROOT / "python/vit").glob("_cuda*.so")):
+        os.environ.setdefault("VIT_BACKENDS", "cpu,cuda")
+        row = run([sys.executable, "-c", BUILD], 60 * minutes)
+        keep(out, "build", row)
+        if row["code"] != 0:
+            return 1
+    failed = False
+    for step in STEPS:
+        left = end - time.monotonic()
+        if step.name in load(out).get("session", {}) or left < step.seconds / 2 + GRACE:
+            continue
+        seconds = min(step.seconds, left - GRACE)
+        command = [sys.executable, "-m", "benchmarks.gpu", *step.arguments, "--out", str(out.absolute())]
+        command += ["--seconds", f"{seconds:.0f}", *(["--commit", commit] if commit else [])]
+        row = run(command, seconds + GRACE)
+        keep(out, step.name, row)
+        failed |= row["code"] != 0
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.session",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON file that gets all figures")
+    parser.add_argument("--minutes", type=float, default=9, help="when to stop (default: %(default)s)")
+    parser.add_argument("--commit", help="what is measured, where git cannot say")
+    args = parser.parse_args()
+    return session(args.out, args.minutes, args.commit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
