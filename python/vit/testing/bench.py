@@ -261,4 +261,7 @@ def environment(setting: Setting) -> dict[str, Any]:
     return found
 
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY", "VIT_CPU_ISA")
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_AFFINITY", "GOMP_CPU_AFFINITY",
+    "VIT_CPU_ISA",
+)  # fmt: skip
