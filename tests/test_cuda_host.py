@@ -3,10 +3,12 @@ same case list as every backend; their index functions and launch plans by brute
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import cuda_emulator
 import pytest
@@ -21,6 +23,9 @@ pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++
 
 #: Every shape appears in some dtype and direction; all of them would take minutes. "large" is for real GPUs.
 EMULATED = [case for case in cases("cuda") if case.group != "large"][::9]
+#: The list of a GPU has float16 in the place of float64; the kernels have both.
+FLOAT64 = [case for case in cases("cpu", dtypes=["float64"]) if case.group != "large"]
+FLOAT64 = [case for case in FLOAT64 if case.op == "gelu"] + FLOAT64[::9]
 PRODUCTS = [case for case in EMULATED if case.op in ("matmul", "linear") and case.dtype != "float32"][::2]
 
 
@@ -45,6 +50,11 @@ def check(case: Case) -> None:
 
 @pytest.mark.parametrize("case", EMULATED, ids=lambda case: case.id)
 def test_parity_of_the_hopper_path(emulated, case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", FLOAT64, ids=lambda case: case.id)
+def test_parity_in_float64(emulated, case):
     check(case)
 
 
@@ -237,6 +247,37 @@ def test_every_device_gets_its_own_permission_for_shared_memory(emulated):
     """More than 48 KiB must be asked for on each device; a call leaves the current device as it found it."""
     for device in (0, 1, 2, 0):
         attention(emulated, 197, device=device)
+
+
+@pytest.mark.parametrize(
+    ("facts", "torch_cuda", "text"),
+    [
+        ({}, None, "is built without CUDA: install a CUDA build of torch"),
+        ({"driver": "none"}, "13.0", "no NVIDIA driver is installed"),
+        (
+            {"driver": "12.8"},
+            "12.8",
+            "the driver supports CUDA 12.8, these kernels were built with 13.0: update the driver, or",
+        ),
+        ({"devices": "0", "error": "no CUDA-capable device"}, "13.0", "no CUDA device is visible"),
+    ],
+)
+def test_what_a_machine_lacks_is_a_reason(monkeypatch, facts, torch_cuda, text):
+    """As info() of the compiled module would tell it: no driver, an old one, no device."""
+    module = importlib.import_module("vit.backends.cuda")
+    found = {"driver": "13.0", "runtime": "13.0", "devices": "1"} | facts
+    monkeypatch.setattr(module.Cuda, "lib", SimpleNamespace(info=lambda: list(found.items())))
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    assert text in module._look_for_gpu()
+
+
+def test_a_gpu_that_is_too_old_is_a_reason(monkeypatch):
+    module = importlib.import_module("vit.backends.cuda")
+    monkeypatch.setattr(module.Cuda, "unavailable", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    spec = vit.ops.Spec("gelu", torch.float32, device_type="cuda")
+    assert "compute capability 7.5 of Tesla T4 is below 8.0" in module.BACKEND.reasons(spec)
 
 
 @pytest.mark.sanitizer

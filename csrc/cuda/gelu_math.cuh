@@ -49,10 +49,15 @@ __device__ inline A gelu_derivative(A x) {
   }
 }
 
-// 1 / (1 + exp(-2 u)) of the tanh form.
+// 2 u of the tanh form, and 1 / (1 + exp(-2 u)).
+template <class A>
+__device__ inline A gelu_tanh_exponent(A x) {
+  return x * (A(1.5957691216057308) + A(0.071354816272600248) * x * x);
+}
+
 template <class T, class A = Acc<T>>
 __device__ inline A gelu_tanh_gate(A x) {
-  const A u2 = x * (A(1.5957691216057308) + A(0.071354816272600248) * x * x);  // 2 u
+  const A u2 = gelu_tanh_exponent(x);
   if constexpr (sizeof(T) == 2)
     return fast_reciprocal(1.0f + fast_exp2(-kLog2E * u2));
   else
@@ -66,9 +71,15 @@ __device__ inline A gelu_tanh(A x) {
 
 template <class T, class A = Acc<T>>
 __device__ inline A gelu_tanh_derivative(A x) {
-  const A gate = gelu_tanh_gate<T>(x);
   const A du2 = A(1.5957691216057308) + A(3 * 0.071354816272600248) * x * x;
-  return gate + x * gate * (1 - gate) * du2;
+  if constexpr (sizeof(T) == 2) {
+    const A gate = gelu_tanh_gate<T>(x);
+    return gate + x * gate * (1 - gate) * du2;
+  } else {  // the gate and what it lacks of 1, each to its last bits: 1 - gate loses those of float64
+    const A u2 = gelu_tanh_exponent(x), e = exp(-fabs(u2));
+    const A large = A(1) / (A(1) + e), small = e * large;
+    return (u2 < 0 ? small : large) + x * (large * small) * du2;
+  }
 }
 
 template <class T, class A = Acc<T>>
