@@ -79,7 +79,7 @@ VIT_INLINE Normal<Acc<T>> normal(Vec<Acc<T>> x) {
     const Vec<A> half = A(-0.5) * a, exponent = half * a;
     bell = exp_of_sum<A>(exponent, product_error(half, a, exponent));
   }
-  const Vec<A> tail = bell * polynomial(C::p, a) / polynomial(C::q, a);
+  const Vec<A> tail = quotient<T>(bell * polynomial(C::p, a), polynomial(C::q, a));
   return {x < zero ? tail : A(1) - tail, bell};
 }
 

@@ -1,28 +1,20 @@
 // The matrix product shared by matmul, linear and the inference engine:  C[M, N] = A[M, K] B[K, N].
 //
 // gemm runs the tiles of gemm_tile.h on the operands of gemm_pack.h over a grid of threads and hands each finished one
-// to an epilogue. Three layers, three files: the tile in registers, the operands in memory, the loops around both.
+// to an epilogue. Three layers, three files: the tile in registers, the operands in memory, the loops around both. A
+// few rows take the short way of gemm_direct.h.
 //
 // An element of C is the sum of blocks of kBlockSteps steps, each block a sum over k in order, whatever the layout of A
 // and B and whatever tile the element falls into: neither M nor the number of threads can change it.
 #pragma once
 
-#include "cpu/gemm_pack.h"
+#include "cpu/gemm_direct.h"
 
 namespace vit::VIT_ISA {
 
 inline constexpr int64_t kBlockRows = 104;         // rows of A per pass over the panels, at least
 inline constexpr int64_t kBlockBytes = 640 << 10;  // and at most as many as these hold: 197 rows of K = 768, one pass
 inline constexpr int64_t kColumnBlockRows = 192;   // the same where columns of A are adjacent
-
-// A finished tile: rows x columns of C from (row, column), `stride` elements from row to row. Where the steps are
-// blocked it holds one block's sum; first and last say which.
-template <class A>
-struct Tile {
-  const A* data;
-  int64_t stride, row, rows, column, columns;
-  bool first, last;
-};
 
 // How many threads share the rows; the others share the panels. Panels alone where there are enough of them: each is
 // then packed by the thread that needs it. Else rows first, as long as a thread keeps about 48, because each pass over
@@ -112,6 +104,10 @@ VIT_INLINE void gemm_range(const Left& a, const char* packed_b, int64_t N, int64
 template <class T, class P, class E>
 void gemm(int threads, const Left& a, Right<T, P> b, int64_t M, const E& epilogue) {
   if (M == 0 || b.N == 0) return;
+  if constexpr (!same<P, Packed>) {
+    if (M <= kDirectRows && b.packs() && b.matrix.row == 1 && !a.columns)
+      return gemm_direct(threads, a, b, M, epilogue);
+  }
   const int64_t panels = panels_of<T>(b.N), row_parts = min(row_threads<T>(threads, M, panels), M);
   const int64_t column_parts = min(max<int64_t>(threads / row_parts, 1), panels);
   if (b.packs() && row_parts > 1) {  // several threads read each panel: it must be there before

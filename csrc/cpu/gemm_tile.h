@@ -127,4 +127,13 @@ VIT_INLINE TileFunction<T> tile_for(int64_t rows, int64_t vectors) {
   return tile<T, R, V, kColumns>;
 }
 
+// A finished tile: rows x columns of C from (row, column), `stride` elements from row to row. Where the steps are
+// blocked it holds one block's sum; first and last say which.
+template <class A>
+struct Tile {
+  const A* data;
+  int64_t stride, row, rows, column, columns;
+  bool first, last;
+};
+
 }  // namespace vit::VIT_ISA

@@ -16,25 +16,28 @@
 namespace vit::VIT_ISA {
 namespace {
 
-template <class T, class P>
-void forward(const LayerNormFwd& p) {
+constexpr int kGroup = 4;  // rows that share one load of weight and bias, or of the partial sums of their gradients
+
+template <class T, class P, int rows>
+VIT_INLINE void forward_rows(const LayerNormFwd& p, int64_t row) {
   using A = Acc<T>;
-  A* mean = static_cast<A*>(p.mean);
-  A* rstd = static_cast<A*>(p.rstd);
-  parallel_for(p.context.num_threads, p.M, [&](int64_t begin, int64_t end, int) {
-    for (int64_t row = begin; row < end; ++row) {
-      const Moments<A> moments =
-          norm_row(static_cast<const T*>(p.x) + row * p.x_stride, static_cast<T*>(p.y) + row * p.C,
-                   static_cast<const P*>(p.weight), static_cast<const P*>(p.bias), p.C, p.eps);
-      if (mean) {
-        mean[row] = moments.mean;
-        rstd[row] = moments.rstd;
-      }
-    }
-  });
+  Moments<A> moments[rows];
+  norm_rows<rows>(static_cast<const T*>(p.x) + row * p.x_stride, p.x_stride, static_cast<T*>(p.y) + row * p.C, p.C,
+                  static_cast<const P*>(p.weight), static_cast<const P*>(p.bias), p.C, p.eps, moments);
+  for (int r = 0; p.mean && r < rows; ++r) {
+    static_cast<A*>(p.mean)[row + r] = moments[r].mean;
+    static_cast<A*>(p.rstd)[row + r] = moments[r].rstd;
+  }
 }
 
-constexpr int kGroup = 4;  // rows that share one load and store of the partial sums of dweight and dbias
+template <class T, class P>
+void forward(const LayerNormFwd& p) {
+  parallel_for(p.context.num_threads, p.M, [&](int64_t begin, int64_t end, int) {
+    int64_t row = begin;
+    for (; row + kGroup <= end; row += kGroup) forward_rows<T, P, kGroup>(p, row);
+    for (; row < end; ++row) forward_rows<T, P, 1>(p, row);
+  });
+}
 
 // Rows of one partial sum: at most 128 blocks, enough for as many threads and few enough that adding them stays below
 // 5 % of the time (M 1576, C 768).

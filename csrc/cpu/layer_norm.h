@@ -34,26 +34,45 @@ struct Moments {
   A mean, rstd;
 };
 
-// y = (x - mean) rstd weight + bias for one row of C elements. The variance is computed in a second pass over the row
-// (it is in L1), because E[x^2] - E[x]^2 cancels where |mean| is large.
-template <class X, class Y, class P>
-VIT_INLINE Moments<Acc<X>> norm_row(const X* x, Y* y, const P* weight, const P* bias, int64_t C, double eps) {
+// The moments of a row of C elements. The variance is computed in a second pass over the row (it is in L1), because
+// E[x^2] - E[x]^2 cancels where |mean| is large.
+template <class X>
+VIT_INLINE Moments<Acc<X>> moments_of(const X* x, int64_t C, double eps) {
   using A = Acc<X>;
-  using V = Vec<A>;
   RowSum<A> total, squares;
   for_row<A>(C, [&](int64_t j, int64_t n, int chain) { total.chains[chain] += load<A>(x + j, n); });
   const A mean = total.total() / static_cast<A>(C);
   for_row<A>(C, [&](int64_t j, int64_t n, int chain) {
-    V d = load<A>(x + j, n) - mean;
+    Vec<A> d = load<A>(x + j, n) - mean;
     if (n < kLanes<A>) d = keep(d, n, A(0));
     squares.chains[chain] = fma(d, d, squares.chains[chain]);
   });
-  const A rstd = A(1) / static_cast<A>(::sqrt(squares.total() / static_cast<A>(C) + static_cast<A>(eps)));
+  return {mean, A(1) / static_cast<A>(::sqrt(squares.total() / static_cast<A>(C) + static_cast<A>(eps)))};
+}
+
+// y = (x - mean) rstd weight + bias for `rows` rows of C elements, which share each load of weight and bias. x and y
+// point to the first of them, rows are x_stride and y_stride elements apart.
+template <int rows, class X, class Y, class P>
+VIT_INLINE void norm_rows(const X* x, int64_t x_stride, Y* y, int64_t y_stride, const P* weight, const P* bias,
+                          int64_t C, double eps, Moments<Acc<X>> (&moments)[rows]) {
+  using A = Acc<X>;
+  for (int r = 0; r < rows; ++r) moments[r] = moments_of(x + r * x_stride, C, eps);
   for_row<A>(C, [&](int64_t j, int64_t n, int) {
-    const V xhat = (load<A>(x + j, n) - mean) * rstd;
-    store<A>(y + j, fma(xhat, load_or(weight, j, n, A(1)), load_or(bias, j, n, A(0))), n);
+    const Vec<A> w = load_or(weight, j, n, A(1)), b = load_or(bias, j, n, A(0));
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Vec<A> xhat = (load<A>(x + r * x_stride + j, n) - moments[r].mean) * moments[r].rstd;
+      store<A>(y + r * y_stride + j, fma(xhat, w, b), n);
+    }
   });
-  return {mean, rstd};
+}
+
+// The same for one row.
+template <class X, class Y, class P>
+VIT_INLINE Moments<Acc<X>> norm_row(const X* x, Y* y, const P* weight, const P* bias, int64_t C, double eps) {
+  Moments<Acc<X>> moments[1];
+  norm_rows<1>(x, 0, y, 0, weight, bias, C, eps, moments);
+  return moments[0];
 }
 
 }  // namespace vit::VIT_ISA

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import DTYPE_CODES, NativeBackend, Spec
-from .op import Op, acc_dtype, call, launch, ptr, rows
+from .op import Op, acc_dtype, call, launch, ptrs, rows
 
 
 def layer_norm(
@@ -40,19 +40,20 @@ def limits(spec: Spec) -> list[str]:
 def arguments(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[tuple[Any, ...], None]:
-    if x.dim() == 0:
+    shape, dtype = x.shape, x.dtype
+    if not shape:
         raise ValueError("vit.ops.layer_norm: x must have at least one dimension, got a scalar")
     for name, p in (("weight", weight), ("bias", bias)):
         if p is None:
             continue
-        if p.shape != x.shape[-1:]:
+        if p.shape != shape[-1:]:
             raise ValueError(
-                f"vit.ops.layer_norm: {name} must have shape [{x.shape[-1]}], the last dimension of x "
-                f"{list(x.shape)}, got {list(p.shape)}"
+                f"vit.ops.layer_norm: {name} must have shape [{shape[-1]}], the last dimension of x "
+                f"{list(shape)}, got {list(p.shape)}"
             )
-        if p.dtype != x.dtype and p.dtype != torch.float32:
-            raise ValueError(f"vit.ops.layer_norm: {name} must be {x.dtype} like x, or torch.float32, got {p.dtype}")
-    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.bfloat16, torch.float16):
+        if p.dtype != dtype and p.dtype != torch.float32:
+            raise ValueError(f"vit.ops.layer_norm: {name} must be {dtype} like x, or torch.float32, got {p.dtype}")
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and dtype in (torch.bfloat16, torch.float16):
         x = x.float()  # torch's autocast list for CUDA has layer_norm under float32; the one for the CPU leaves it
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         weight, bias = weight.float(), bias.float()
@@ -94,7 +95,7 @@ def fwd(
     rstd = torch.empty_like(mean) if mean is not None else None
     c = x.shape[-1]
     b.lib.layer_norm_fwd(
-        ptr(x), ptr(weight), ptr(bias), ptr(y), ptr(mean), ptr(rstd),
+        *ptrs(x, weight, bias, y, mean, rstd),
         x.numel() // c if c else 0, c, stride, eps,
         DTYPE_CODES[x.dtype], DTYPE_CODES[_param_dtype(x, weight, bias)], *b.context(x.device),
     )  # fmt: skip
@@ -136,7 +137,7 @@ def bwd(
     dbias = dy.new_empty(c, dtype=param_dtype) if mask[2] else None
     context = b.context(x.device)
 
-    pointers = (ptr(dy), ptr(x), ptr(weight), ptr(mean), ptr(rstd), ptr(dx), ptr(dweight), ptr(dbias))
+    pointers = ptrs(dy, x, weight, mean, rstd, dx, dweight, dbias)
     values = (x.numel() // c if c else 0, c, stride, DTYPE_CODES[x.dtype], DTYPE_CODES[param_dtype], *context)
     launch(b, b.lib.layer_norm_bwd, b.lib.layer_norm_bwd_workspace, pointers, values, x.device)
     return dx, dweight, dbias

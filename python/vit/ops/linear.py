@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import DTYPE_CODES, NativeBackend, Spec
-from .op import Op, autocast_dtype, call, launch, ptr, rows
+from .op import Op, autocast_dtype, call, launch, ptrs, rows
 
 #: Codes of vit::Activation.
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
@@ -65,30 +66,31 @@ def arguments(
     residual: Tensor | None = None,
 ) -> tuple[tuple[Any, ...], None]:
     code = _activation_code(activation)
-    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+    shape, weight_shape, dtype, param_dtype = x.shape, weight.shape, x.dtype, weight.dtype
+    if not shape or len(weight_shape) != 2 or shape[-1] != weight_shape[1]:
         raise ValueError(
-            f"vit.ops.linear: x [..., K] and weight [N, K] differ in K: {list(x.shape)} and {list(weight.shape)}"
+            f"vit.ops.linear: x [..., K] and weight [N, K] differ in K: {list(shape)} and {list(weight_shape)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"vit.ops.linear: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-    if (dtype := autocast_dtype(x)) is not None and weight.dtype != torch.float64:
-        x = x.to(dtype)
-        if weight.dtype != torch.float32:
-            weight = weight.to(dtype)
-    elif weight.dtype != x.dtype:
-        raise ValueError(f"vit.ops.linear: x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
-    if bias is not None and bias.dtype != weight.dtype:
-        bias = bias.to(weight.dtype)
+    if bias is not None and bias.shape != weight_shape[:1]:
+        raise ValueError(f"vit.ops.linear: bias must have shape [{weight_shape[0]}], got {list(bias.shape)}")
+    if (wanted := autocast_dtype(x)) is not None and param_dtype != torch.float64:
+        x, dtype = x.to(wanted), wanted
+        if param_dtype != torch.float32:
+            weight, param_dtype = weight.to(wanted), wanted
+    elif param_dtype != dtype:
+        raise ValueError(f"vit.ops.linear: x and weight must have one dtype, got {dtype} and {param_dtype}")
+    if bias is not None and bias.dtype != param_dtype:
+        bias = bias.to(param_dtype)
     if residual is not None:
-        if residual.shape != (*x.shape[:-1], weight.shape[0]):
+        if residual.shape != (*shape[:-1], weight_shape[0]):
             raise ValueError(
-                f"vit.ops.linear: residual must have the shape of the result {[*x.shape[:-1], weight.shape[0]]}, "
+                f"vit.ops.linear: residual must have the shape of the result {[*shape[:-1], weight_shape[0]]}, "
                 f"got {list(residual.shape)}"
             )
-        if residual.dtype != x.dtype:  # the sum is in the wider type, as torch promotes
-            out = torch.promote_types(x.dtype, residual.dtype)
-            if out not in (x.dtype, torch.float32):
-                raise ValueError(f"vit.ops.linear: residual {residual.dtype} does not go with x {x.dtype}")
+        if residual.dtype != dtype:  # the sum is in the wider type, as torch promotes
+            out = torch.promote_types(dtype, residual.dtype)
+            if out not in (dtype, torch.float32):
+                raise ValueError(f"vit.ops.linear: residual {residual.dtype} does not go with x {dtype}")
             residual = residual.to(out)
     return (x, weight, bias, residual, code), None
 
@@ -130,23 +132,16 @@ def fwd(
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     n, k = weight.shape
-    shape = (*x.shape[:-1], n)
-    y = b.empty(shape, x.dtype if residual is None else residual.dtype, x.device)
-    preact = b.empty(shape, x.dtype, x.device) if save and activation else None
-    context = b.context(x.device)
+    leading, dtype, device, lib = x.shape[:-1], x.dtype, x.device, b.lib
+    out_dtype = dtype if residual is None else residual.dtype
+    y = b.empty((*leading, n), out_dtype, device)
+    preact = b.empty((*leading, n), dtype, device) if save and activation else None
 
-    pointers = (ptr(x), ptr(weight), ptr(bias), ptr(residual), ptr(y), ptr(preact))
-    sizes = (_rows_of(x), n, k, x_stride, weight_stride, activation)
-    dtypes = (DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], DTYPE_CODES[y.dtype])
-    launch(b, b.lib.linear_fwd, b.lib.linear_fwd_workspace, pointers, (*sizes, *dtypes, *context), x.device)
+    pointers = ptrs(x, weight, bias, residual, y, preact)
+    sizes = (math.prod(leading), n, k, x_stride, weight_stride, activation)
+    dtypes = (DTYPE_CODES[dtype], DTYPE_CODES[weight.dtype], DTYPE_CODES[out_dtype])
+    launch(b, lib.linear_fwd, lib.linear_fwd_workspace, pointers, (*sizes, *dtypes, *b.context(device)), device)
     return y, preact
-
-
-def _rows_of(x: Tensor) -> int:
-    count = 1
-    for n in x.shape[:-1]:
-        count *= n
-    return count
 
 
 def bwd_fake(
@@ -184,12 +179,12 @@ def bwd(
     dbias = dy.new_empty(n, dtype=param_dtype) if mask[2] else None
     x, x_stride = (None, k) if x is None else rows(x)
     weight, weight_stride = (None, k) if weight is None else rows(weight)
-    context = b.context(dy.device)
+    device, lib = dy.device, b.lib
 
-    pointers = (ptr(dy), ptr(x), ptr(weight), ptr(preact), ptr(dx), ptr(dweight), ptr(dbias))
-    sizes = (_rows_of(dy), n, k, x_stride, weight_stride, activation)
+    pointers = ptrs(dy, x, weight, preact, dx, dweight, dbias)
+    sizes = (math.prod(dy.shape[:-1]), n, k, x_stride, weight_stride, activation)
     dtypes = (DTYPE_CODES[dtype], DTYPE_CODES[param_dtype], DTYPE_CODES[dy.dtype])
-    launch(b, b.lib.linear_bwd, b.lib.linear_bwd_workspace, pointers, (*sizes, *dtypes, *context), dy.device)
+    launch(b, lib.linear_bwd, lib.linear_bwd_workspace, pointers, (*sizes, *dtypes, *b.context(device)), device)
     return dx, dweight, dbias
 
 

@@ -130,11 +130,12 @@ class NativeOp(BoundOp):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         inputs, finish = self.op.arguments(*args, **kwargs)
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self.check_transforms(inputs)
         self.check(inputs)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
-            y = self.function.apply(*(_distinct(inputs) if torch.compiler.is_compiling() else inputs))
+            y = self.function.apply(*(_distinct(inputs) if compiling else inputs))
         else:
             y = self.forward(*inputs, False)[0]
         return y if finish is None else finish(y)
@@ -160,11 +161,11 @@ class NativeOp(BoundOp):
     def check(self, inputs: Sequence[Any]) -> None:
         """The guard of every call: one device of ours, a dtype of ours. The kernels check sizes themselves."""
         device = inputs[0].device
-        if (
-            device.type in self.record.device_types
-            and inputs[0].dtype in self.record.dtypes
-            and all(a.device == device for a in inputs if isinstance(a, Tensor))
-        ):
+        fits = device.type in self.record.device_types and inputs[0].dtype in self.record.dtypes
+        for a in inputs:  # all(...) over a generator would be a fifth of a small call
+            if isinstance(a, Tensor) and a.device != device:
+                fits = False
+        if fits:
             return
         tensors = {name: a for name, a in zip(self.op.inputs, inputs, strict=False) if isinstance(a, Tensor)}
         if len({t.device for t in tensors.values()}) > 1:
@@ -206,7 +207,7 @@ def _ordinary(args: Sequence[Any]) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
-        and all(type(a) in _ORDINARY for a in args)
+        and _ORDINARY.issuperset(map(type, args))
         # The imaginary part of a conjugated tensor is a view whose sign only the dispatcher turns.
         and not any(type(a) is Tensor and a.is_neg() for a in args)
     )
@@ -328,6 +329,11 @@ def ptr(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def ptrs(*tensors: Tensor | None) -> tuple[int, ...]:
+    """`ptr` of each."""
+    return tuple([0 if t is None else t.data_ptr() for t in tensors])
+
+
 def launch(
     b: NativeBackend,
     kernel: Callable[..., None],
@@ -350,8 +356,8 @@ def _workspace_bytes(workspace: Callable[..., int], pointers: int, values: tuple
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
     """`x` [..., C] as rows of adjacent elements and the distance between rows; copies only when it must."""
-    if x.is_contiguous() or x.dim() < 2:
-        return x.contiguous(), x.shape[-1]
+    if x.is_contiguous():
+        return x, x.shape[-1]
     if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
         return x, x.stride(0)
     return x.contiguous(), x.shape[-1]
