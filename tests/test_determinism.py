@@ -43,7 +43,7 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(backend, device, o
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(192, 192), (384, 1536), (1000, 384), (10, 64), (53, 37), (1, 768)])
+@pytest.mark.parametrize(("n", "k"), [(192, 192), (384, 1536), (1000, 384), (10, 64), (53, 37), (1, 768), (24, 2500)])
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_a_row_of_linear_does_not_depend_on_the_batch(backend, device, n, k, dtype, activation):
     x = torch.randn(400, k, device=device).to(dtype)
