@@ -2,8 +2,7 @@
 // (pointers as integers, a Context as its four fields) and releases the GIL while the kernel runs. Compiled once per
 // backend into vit._<backend>.
 //
-// The C interface of Python alone: with a library of bindings this file took a tenth of a CUDA build, and a call twice
-// as long.
+// The C interface of Python alone: with a library of bindings this file took 10 s to compile instead of 0.7.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

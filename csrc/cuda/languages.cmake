@@ -8,7 +8,6 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_EXTENSIONS OFF)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
-set(CMAKE_INTERPROCEDURAL_OPTIMIZATION OFF)  # of the bindings alone: 4 s at the end of the build, with nothing beside it
 enable_language(CUDA)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.5)
   message(FATAL_ERROR "the CUDA backend needs nvcc 12.5 or newer (tensor maps through the runtime), found "
