@@ -4,11 +4,11 @@
 //
 // Saved for the backward: out and lse. Per head 4 N L D FLOPs and N L exponentials on (2 N + 2 L) D elements.
 //
-// Threads take blocks of queries of a head. Keys come in blocks, packed once per head (or block) into the panels that
-// `tile` of gemm.h reads; each row tile of queries makes its scores, their exponentials and the product with v while
-// they are in L1. With more than one block of keys the softmax is online: sums and outputs so far are rescaled when a
-// larger score appears. The rows of q, k and v that come next are asked for meanwhile: in a packed projection they lie
-// 3 KB or more apart, where no hardware looks for them (15 % of the time with 8 images).
+// Threads take blocks of queries of a head. Keys come in blocks, those of a head packed once where all of them fit L2,
+// into the panels that `tile` of gemm_tile.h reads; each row tile of queries makes its scores, their exponentials and
+// the product with v while they are in L1. With more than one block of keys the softmax is online: sums and outputs so
+// far are rescaled when a larger score appears. The rows of q, k and v that come next are asked for meanwhile: in a
+// packed projection they lie 3 KB or more apart, where no hardware looks for them (15 % of the time with 8 images).
 //
 // Sources: Dao et al., "FlashAttention", arXiv:2205.14135; Milakov and Gimelshein, "Online normalizer calculation for
 // softmax", arXiv:1805.02867.
@@ -22,22 +22,37 @@ namespace {
 // --- sizes ----------------------------------------------------------------------------------------------------------
 // All of them follow from N, L, D and the dtype, never from the batch or the threads: they decide the order of sums.
 
-constexpr int64_t kForwardKeys = 640;         // per block: K and V packed take 320 KB of L2 (D 64, float32)
-constexpr int64_t kForwardQueries = 64;       // per unit of work: B 1, H 3 still gives 12 units
-constexpr int64_t kLongForwardQueries = 256;  // with several key blocks: packing them is 2 % of the work
+constexpr int64_t kForwardKeys = 640;  // per block: K and V packed take 320 KB of L2 (D 64, float32)
+constexpr int64_t kKeyUnit = 16;       // blocks begin at multiples of it: only the last one has columns of padding
+constexpr int64_t kResidentBytes = 768 << 10;  // of L2, for all packed keys and values of a head: 1370 of them, float32
+constexpr int64_t kForwardQueries = 64;        // per unit of work: B 1, H 3 still gives 12 units
+constexpr int64_t kLongForwardQueries = 256;   // where each unit packs all keys again: 2 to 5 % of the work
 
 template <class T>
 struct Sizes {
-  Blocks keys, queries;
+  int64_t L;
+  Blocks key_units;  // kKeyUnit keys each
   Panels<T> key_panels, head_panels;
+  int64_t keys_bytes, values_bytes;  // of a packed block
+  bool resident;                     // all blocks of a head stay packed
+  Blocks queries;
   int64_t steps;  // of a product over the head
 
   explicit Sizes(const AttentionFwd& p)
-      : keys(Blocks::of(p.L, kForwardKeys)),
-        queries(Blocks::of(p.N, keys.count == 1 ? kForwardQueries : kLongForwardQueries)),
-        key_panels(keys.largest()),
+      : L(p.L),
+        key_units(Blocks::of(ceil_div(p.L, kKeyUnit), kForwardKeys / kKeyUnit)),
+        key_panels(min(key_units.largest() * kKeyUnit, p.L)),
         head_panels(p.D),
+        keys_bytes(packed_bytes<T>(p.D, key_panels.width())),
+        values_bytes(packed_bytes<T>(key_panels.width(), p.D)),
+        resident(key_blocks() == 1 || key_blocks() * (keys_bytes + values_bytes) <= kResidentBytes),
+        queries(Blocks::of(p.N, resident ? kForwardQueries : kLongForwardQueries)),
         steps(steps_of<T>(p.D)) {}
+
+  int64_t key_blocks() const { return key_units.count; }
+  int64_t packed_blocks() const { return resident ? key_blocks() : 1; }
+  int64_t key_begin(int64_t block) const { return key_units.begin(block) * kKeyUnit; }
+  int64_t key_end(int64_t block) const { return min(key_units.end(block) * kKeyUnit, L); }
 };
 
 // Scratch memory of one thread.
@@ -51,10 +66,10 @@ struct Scratch {
   A* outputs;           // [queries, head_panels.width()], not yet divided by their totals
   A *largest, *totals;  // of each query of the block
 
-  Scratch(const Sizes<T>& s, int64_t D, Arena& arena) {
+  Scratch(const Sizes<T>& s, Arena& arena) {
     const auto take = [&](int64_t count, int64_t size) { return arena.take(count * size); };
-    keys = take(packed_bytes<T>(D, s.keys.largest()), 1);
-    values = take(packed_bytes<T>(s.keys.largest(), D), 1);
+    keys = take(s.packed_blocks(), s.keys_bytes);
+    values = take(s.packed_blocks(), s.values_bytes);
     queries = take(kTileRows * s.steps, sizeof(Word<T>));
     scores = reinterpret_cast<A*>(take(kTileRows * s.key_panels.width(), sizeof(A)));
     if constexpr (same<T, A>)
@@ -154,9 +169,9 @@ struct Worker {
   const Sizes<T> s;
   const Scratch<T> scratch;
   const int64_t end;    // of the units of this thread
-  int64_t packed = -1;  // the block of keys that scratch holds: head * keys.count + block
+  int64_t packed = -1;  // the keys that scratch holds: see `packing`
 
-  Worker(const AttentionFwd& p, Arena arena, int64_t end) : p(p), s(p), scratch(s, p.D, arena), end(end) {}
+  Worker(const AttentionFwd& p, Arena arena, int64_t end) : p(p), s(p), scratch(s, arena), end(end) {}
 
   const T* of_head(const void* tensor, int64_t head, int64_t batch_stride, int64_t head_stride) const {
     return static_cast<const T*>(tensor) + head / p.H * batch_stride + head % p.H * head_stride;
@@ -175,14 +190,17 @@ struct Worker {
   const T* key(int64_t head, int64_t j) const { return of_head(p.k, head, p.k_batch, p.k_head) + j * p.k_token; }
   const T* value(int64_t head, int64_t j) const { return of_head(p.v, head, p.v_batch, p.v_head) + j * p.v_token; }
 
-  // What is read after this block of keys: the next one, and the queries of the next unit.
-  Upcoming after(int64_t unit, int64_t key_block) const {
+  // A number for what is packed together: the keys of a head, or a block of them.
+  int64_t packing(int64_t head, int64_t block) const { return s.resident ? head : head * s.key_blocks() + block; }
+
+  // What is read after this block of keys: what is packed next, and the queries of the next unit.
+  Upcoming after(int64_t unit, int64_t block) const {
     Upcoming upcoming;
-    const bool last = key_block + 1 == s.keys.count;
-    const int64_t next_unit = unit + last, next_block = last ? 0 : key_block + 1, head = next_unit / s.queries.count;
+    const bool last = block + 1 == s.key_blocks();
+    const int64_t next_unit = unit + last, next_block = last ? 0 : block + 1, head = next_unit / s.queries.count;
     if (next_unit == end) return upcoming;
-    if (packed != head * s.keys.count + next_block) {
-      const int64_t j = s.keys.begin(next_block), keys = s.keys.end(next_block) - j;
+    if (packed != packing(head, next_block)) {
+      const int64_t j = s.resident ? 0 : s.key_begin(next_block), keys = (s.resident ? s.L : s.key_end(next_block)) - j;
       upcoming.add(key(head, j), p.k_token, keys, p.D);
       upcoming.add(value(head, j), p.v_token, keys, p.D);
     }
@@ -193,18 +211,23 @@ struct Worker {
     return upcoming;
   }
 
-  void pack_keys(int64_t head, int64_t key_block) {
-    if (packed == head * s.keys.count + key_block) return;
-    const int64_t j = s.keys.begin(key_block), keys = s.keys.end(key_block) - j;
-    pack(Matrix<T>{key(head, j), 1, p.k_token}, p.D, keys, scratch.keys);
-    pack(Matrix<T>{value(head, j), p.v_token, 1}, keys, p.D, scratch.values);
-    packed = head * s.keys.count + key_block;
+  char* keys_of(int64_t block) const { return scratch.keys + (s.resident ? block * s.keys_bytes : 0); }
+  char* values_of(int64_t block) const { return scratch.values + (s.resident ? block * s.values_bytes : 0); }
+
+  void pack_keys(int64_t head, int64_t block) {
+    if (packed == packing(head, block)) return;
+    packed = packing(head, block);
+    for (int64_t b = s.resident ? 0 : block; b < (s.resident ? s.key_blocks() : block + 1); ++b) {
+      const int64_t j = s.key_begin(b), keys = s.key_end(b) - j;
+      pack(Matrix<T>{key(head, j), 1, p.k_token}, p.D, keys, keys_of(b));
+      pack(Matrix<T>{value(head, j), p.v_token, 1}, keys, p.D, values_of(b));
+    }
   }
 
   void run(int64_t unit) {
     const int64_t head = unit / s.queries.count;
     const Blocks tiles = Blocks::of(queries(unit), kTileRows);
-    for (int64_t block = 0; block < s.keys.count; ++block) {
+    for (int64_t block = 0; block < s.key_blocks(); ++block) {
       pack_keys(head, block);
       Upcoming upcoming = after(unit, block);
       for (int64_t t = 0; t < tiles.count; ++t)
@@ -214,12 +237,12 @@ struct Worker {
 
   // Rows [i, i + rows) of a unit against one block of keys.
   VIT_INLINE void row_tile(int64_t unit, int64_t i, int64_t rows, int64_t block, Upcoming& upcoming) const {
-    const int64_t keys = s.keys.end(block) - s.keys.begin(block), key_width = s.key_panels.width();
+    const int64_t keys = s.key_end(block) - s.key_begin(block), key_width = s.key_panels.width();
     const A scale = static_cast<A>(p.scale * 1.44269504088896340736);
     const RowTile<A> scores{scratch.scores, key_width, rows};
     const RowTile<A> outputs{scratch.outputs + i * s.head_panels.width(), s.head_panels.width(), rows};
     const Left left = prepare_a(1, Matrix<T>{query(unit) + i * p.q_token, p.q_token, 1}, rows, p.D, scratch.queries);
-    multiply(left.data, left.stride, scratch.keys, s.steps, Panels<T>(keys), false, scores, upcoming);
+    multiply(left.data, left.stride, keys_of(block), s.steps, Panels<T>(keys), false, scores, upcoming);
     softmax<T, kNegative>(scores, keys, scale, scratch.probabilities, block == 0, scratch.largest + i,
                           scratch.totals + i, [&](int64_t r, A factor) {
                             A* row = outputs.data + r * outputs.stride;
@@ -227,8 +250,8 @@ struct Worker {
                               store<A>(row + d, factor * load<A>(row + d));
                           });
     multiply(reinterpret_cast<const char*>(scratch.probabilities), key_width * static_cast<int64_t>(sizeof(T)),
-             scratch.values, steps_of<T>(keys), s.head_panels, block > 0, outputs, upcoming);
-    if (block + 1 == s.keys.count) store_rows(unit, i, outputs);
+             values_of(block), steps_of<T>(keys), s.head_panels, block > 0, outputs, upcoming);
+    if (block + 1 == s.key_blocks()) store_rows(unit, i, outputs);
   }
 
   VIT_INLINE void store_rows(int64_t unit, int64_t i, const RowTile<A>& outputs) const {
@@ -253,7 +276,7 @@ void run_units(const AttentionFwd& p, char* memory, int64_t begin, int64_t end) 
 template <class T>
 int64_t scratch_bytes(const AttentionFwd& p) {
   Arena arena{nullptr};
-  const Scratch<T> counted(Sizes<T>(p), p.D, arena);
+  const Scratch<T> counted(Sizes<T>(p), arena);
   return arena.used;
 }
 
