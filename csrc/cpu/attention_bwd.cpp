@@ -174,24 +174,45 @@ struct Head {
     }
   }
 
+  // The rows that are read first of a block of queries, and of a block of keys.
+  void ask_queries(int64_t block, Upcoming& upcoming) const {
+    const int64_t i = s.queries.begin(block), n = s.queries.end(block) - i, token = p.H * p.D;
+    upcoming.add(q + i * p.q_token, p.q_token, n, p.D);
+    upcoming.add(dout + i * token, token, n, p.D);
+    upcoming.add(out + i * token, token, n, p.D);
+  }
+  void ask_keys(int64_t j, int64_t n, Upcoming& upcoming) const {
+    upcoming.add(k + j * p.k_token, p.k_token, n, p.D);
+    upcoming.add(v + j * p.v_token, p.v_token, n, p.D);
+    upcoming.add(dk + j * p.dk_token, p.dk_token, n, p.D);
+    upcoming.add(dv + j * p.dv_token, p.dv_token, n, p.D);
+  }
+
   // A block of queries with the groups of keys [begin, end): dk and dv, and each group's sum of dq to dqueries,
-  // `stride` elements apart.
-  void run(int64_t block, int64_t begin, int64_t end, A* dqueries, int64_t stride) const {
+  // `stride` elements apart. `next` asks for what follows.
+  template <class F>
+  void run(int64_t block, int64_t begin, int64_t end, A* dqueries, int64_t stride, const F& next) const {
     const int64_t i = s.queries.begin(block), n = s.queries.end(block) - i;
     take_queries(i, n);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = s.groups.begin(group);
       const Blocks blocks = Blocks::of(s.groups.end(group) - first, kBackwardKeys);
-      for (int64_t c = 0; c < blocks.count; ++c)
-        key_block(block, n, first + blocks.begin(c), blocks.end(c) - blocks.begin(c), c > 0, dqueries + group * stride);
+      for (int64_t c = 0; c < blocks.count; ++c) {
+        const int64_t j = first + blocks.begin(c), keys = blocks.end(c) - blocks.begin(c);
+        Upcoming upcoming;
+        if (group + 1 < end || c + 1 < blocks.count)
+          ask_keys(j + keys, min(s.keys, p.L - j - keys), upcoming);
+        else
+          next(upcoming);
+        key_block(block, n, j, keys, c > 0, dqueries + group * stride, upcoming);
+      }
     }
   }
 
-  void key_block(int64_t block, int64_t n, int64_t j, int64_t keys, bool add, A* dqueries) const {
+  void key_block(int64_t block, int64_t n, int64_t j, int64_t keys, bool add, A* dqueries, Upcoming& upcoming) const {
     constexpr int64_t depth = Step<T>::kDepth, size = sizeof(T);
     const int64_t width = s.query_panels.width(), head_width = s.head_panels.width();
     const Panels<T> panels(n);
-    Upcoming upcoming;
     pack(Matrix<T>{k + j * p.k_token, p.k_token, 1}, keys, p.D, scratch.keys);
     const Blocks tiles{steps_of<T>(keys), ceil_div(keys, kTileRows)};  // whole steps: pairs of keys share a word
     for (int64_t t = 0; t < tiles.count; ++t) {
@@ -254,17 +275,21 @@ void backward(const AttentionBwd& p) {
     const Scratch<T> scratch(s, p.D, arena);
     for (int64_t unit = begin; unit < end; ++unit) {
       const Head<T> head(p, s, scratch, unit / s.parts);
-      if (s.parts > 1) {
-        A* of_head = shared + unit / s.parts * s.groups.count * shared_group;
-        const Blocks parts{s.groups.count, s.parts};
-        for (int64_t block = 0; block < s.queries.count; ++block)
-          head.run(block, parts.begin(unit % s.parts), parts.end(unit % s.parts),
-                   of_head + s.queries.begin(block) * width, shared_group);
-      } else {
-        for (int64_t block = 0; block < s.queries.count; ++block) {
-          head.run(block, 0, s.groups.count, scratch.dqueries, local_group);
-          head.store_queries(block, scratch.dqueries, local_group);
-        }
+      const Blocks parts{s.groups.count, s.parts};
+      const auto first_key = [&](int64_t unit) { return s.groups.begin(parts.begin(unit % s.parts)); };
+      A* of_head = s.parts > 1 ? shared + unit / s.parts * s.groups.count * shared_group : nullptr;
+      for (int64_t block = 0; block < s.queries.count; ++block) {
+        const auto next = [&](Upcoming& upcoming) {  // the next block of queries, of this head or the next unit
+          const bool last = block + 1 == s.queries.count;
+          if (last && unit + 1 == end) return;
+          const Head<T> after(p, s, scratch, (unit + last) / s.parts);
+          after.ask_queries(last ? 0 : block + 1, upcoming);
+          if (last) upcoming.add(after.k + first_key(unit + 1) * p.k_token, p.k_token, s.keys, p.D);
+        };
+        A* dqueries = of_head ? of_head + s.queries.begin(block) * width : scratch.dqueries;
+        const int64_t group_stride = of_head ? shared_group : local_group;
+        head.run(block, parts.begin(unit % s.parts), parts.end(unit % s.parts), dqueries, group_stride, next);
+        if (!of_head) head.store_queries(block, dqueries, group_stride);
       }
     }
   });

@@ -86,8 +86,9 @@ VIT_INLINE void multiply(const char* a, int64_t stride, const char* b, int64_t s
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t v0 = panels.begin(panel), v1 = panels.begin(panel + 1);
     const char* panel_b = b + v0 * steps * kVectorBytes;
-    tile_for<T, kColumns>(out.rows, v1 - v0)(a, stride, panel_b, steps, upcoming.next(steps, panel_b), add,
-                                             out.data + v0 * panels.lanes, out.stride);
+    const Ahead ahead = kColumns ? Ahead{} : upcoming.next(steps, panel_b);  // columns ask for themselves
+    tile_for<T, kColumns>(out.rows, v1 - v0)(a, stride, panel_b, steps, ahead, add, out.data + v0 * panels.lanes,
+                                             out.stride);
   }
 }
 
