@@ -22,7 +22,7 @@ def libraries(runtime: str, mode: str) -> None:
     """Loads what a candidate's libraries load once, so that it is not counted as memory of the model."""
     if runtime in RUNTIMES:
         imports(runtime)
-    elif runtime != "timm":  # whose libraries are PyTorch itself; SYCL's runtime takes 180 MB
+    elif runtime != "timm":  # whose libraries are PyTorch itself; SYCL's runtime takes 209 MiB
         from vit.backends import get
 
         get(runtime).unavailable()
