@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -385,50 +386,48 @@ def test_what_cannot_be_resumed_is_refused(whole: TrainResult, tmp_path: Path) -
 # ---- files ----
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[int], None]]:
-    """Lets no file of this process grow beyond a number of bytes: the kernel's own error, as on a full disk."""
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Lets no file of this process grow beyond `size` bytes: the kernel's own error, as on a full disk.
+
+    Only for the write in question: pytest's own output may be such a file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    def limit(size: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_it(
-    whole: TrainResult, tmp_path: Path, full_disk: Callable[[int], None]
-) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
     model = vit.create("vit_digits", backend="reference")
     optimizer = make_optimizer(model, 1e-3, 0.05, 0.999)
     path = tmp_path / "checkpoint.safetensors"
     checkpoints.save(path, checkpoints.Progress(epoch=3), {}, model, None, optimizer)
     before = path.read_bytes()
     for size in (0, 1000, len(before) - 1):
-        full_disk(size)
-        with pytest.raises(OSError, match="The file before this one is unchanged"):
+        with full_disk(size), pytest.raises(OSError, match="The file before this one is unchanged"):
             checkpoints.save(path, checkpoints.Progress(epoch=4), {}, model, None, optimizer)
         assert path.read_bytes() == before
         assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert checkpoints.load(path)[0].epoch == 3
 
 
-def test_a_training_on_a_full_disk_can_be_resumed(
-    whole: TrainResult, tmp_path: Path, full_disk: Callable[[int], None]
-) -> None:
+def test_a_training_on_a_full_disk_can_be_resumed(whole: TrainResult, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, checkpoint_seconds=0.0)
-    with pytest.raises(OSError, match=r"cannot write .*checkpoint\.safetensors"):
-        train(config, out=tmp_path / "run", display=Hook(6, lambda: full_disk(20_000)))
-    full_disk(resource.RLIM_INFINITY)
+    with contextlib.ExitStack() as disk, pytest.raises(OSError, match=r"cannot write .*checkpoint\.safetensors"):
+        train(config, out=tmp_path / "run", display=Hook(6, lambda: disk.enter_context(full_disk(20_000))))
     same_bits(whole.run, train(resume=tmp_path / "run").run)
 
 
-def test_a_full_disk_leaves_the_weights_before_them(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+def test_a_full_disk_leaves_the_weights_before_them(tmp_path: Path) -> None:
     run = Run.create(tmp_path, SMALL, {})
     run.save_weights({"x": torch.zeros(1000)})
-    full_disk(2000)
-    with pytest.raises(OSError, match=r"cannot write .*best\.safetensors: .*The file before this one is unchanged"):
+    with (
+        full_disk(2000),
+        pytest.raises(OSError, match=r"cannot write .*best\.safetensors: .*The file before this one is unchanged"),
+    ):
         run.save_weights({"x": torch.ones(1000)})
     assert not load_file(run.weights)["x"].any()
 
