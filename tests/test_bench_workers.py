@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 from vit.testing.bench import distance
+from vit.testing.machine import public
 from vit.testing.peers import Refusal
 from vit.testing.workers import Candidate, Failure, Timing, Worker, race
 
@@ -61,3 +62,18 @@ def test_distance_sees_scale_direction_and_extra_images():
     }
     assert distance(1.5 * reference, reference) == {"logits_max_error": 0.5, "logits_cosine": pytest.approx(1)}
     assert distance(-reference, reference)["logits_cosine"] == pytest.approx(-1)
+
+
+def test_published_records_name_files_without_their_folders():
+    record = {
+        "threads": "OpenMP of the process (/home/me/lib/libgomp.so.1)",
+        "runtime": "/opt/sycl/libsycl.so.8",
+        "isa": "avx512bf16, of v3/v4",
+        "memory": 3,
+    }
+    assert public(record) == {
+        "threads": "OpenMP of the process (libgomp.so.1)",
+        "runtime": "libsycl.so.8",
+        "isa": "avx512bf16, of v3/v4",
+        "memory": 3,
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -54,8 +55,11 @@ def cpuinfo() -> dict[str, str]:
 
 
 def public(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A backend's record without the paths of this machine, which say nothing to the reader of a published figure."""
-    return {key: value for key, value in record.items() if not (isinstance(value, str) and value.startswith("/"))}
+    """A backend's record with files by their names alone: a published figure needs no folders of the machine."""
+    return {key: _FOLDERS.sub("", value) if isinstance(value, str) else value for key, value in record.items()}
+
+
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/()]+/)*")
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
