@@ -144,10 +144,10 @@ def test_a_failed_training_fails_the_report(gpu, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def session(monkeypatch) -> ModuleType:
-    """benchmarks/gpu/session.py with a build and steps that take no time: the last argument is a program."""
+def steps(monkeypatch) -> ModuleType:
+    """benchmarks/gpu/steps.py with a build and steps that take no time: the last argument is a program."""
     monkeypatch.syspath_prepend(str(ROOT))
-    module = importlib.import_module("benchmarks.gpu.session")
+    module = importlib.import_module("benchmarks.gpu.steps")
     monkeypatch.setattr(module, "GRACE", 0)
     run = module.run
     monkeypatch.setattr(module, "run", lambda c, seconds: run([c[0], "-c", c[2 if c[1] == "-c" else 3]], seconds))
@@ -155,7 +155,7 @@ def session(monkeypatch) -> ModuleType:
     return module
 
 
-def test_a_session_goes_on_after_a_step_that_fails_or_hangs(session, tmp_path, monkeypatch):
+def test_the_run_goes_on_after_a_step_that_fails_or_hangs(steps, tmp_path, monkeypatch):
     out = tmp_path / "h200" / "gpu.json"
     wrote = f"import pathlib, json; p = pathlib.Path({str(out)!r}); c = json.loads(p.read_text()) | {{'ops': 1}}"
     programs = {
@@ -164,34 +164,34 @@ def test_a_session_goes_on_after_a_step_that_fails_or_hangs(session, tmp_path, m
         "hangs": "import subprocess; subprocess.run(['sleep', '60'])",
         "works": f"{wrote}; p.write_text(json.dumps(c))",
     }
-    monkeypatch.setattr(session, "BUILD", programs.pop("build"))
-    monkeypatch.setattr(session, "STEPS", [session.Step(name, 2, (text,)) for name, text in programs.items()])
-    assert session.session(out, minutes=1) == 1
+    monkeypatch.setattr(steps, "BUILD", programs.pop("build"))
+    monkeypatch.setattr(steps, "STEPS", [steps.Step(name, 2, (text,)) for name, text in programs.items()])
+    assert steps.run_steps(out, minutes=1) == 1
     content = json.loads(out.read_text())
     assert content["ops"] == 1
-    codes = {name: row["code"] for name, row in content["session"].items()}
+    codes = {name: row["code"] for name, row in content["steps"].items()}
     assert codes == {"build": 0, "fails": 1, "hangs": -9, "works": 0}
-    assert "illegal memory access" in content["session"]["fails"]["tail"]
-    assert "ended after 2 s" in content["session"]["hangs"]["tail"]
-    monkeypatch.setattr(session, "STEPS", [*session.STEPS, session.Step("new", 2, ("pass",))])
-    assert session.session(out, minutes=1) == 0  # only what is new
-    assert "new" in json.loads(out.read_text())["session"]
+    assert "illegal memory access" in content["steps"]["fails"]["tail"]
+    assert "ended after 2 s" in content["steps"]["hangs"]["tail"]
+    monkeypatch.setattr(steps, "STEPS", [*steps.STEPS, steps.Step("new", 2, ("pass",))])
+    assert steps.run_steps(out, minutes=1) == 0  # only what is new
+    assert "new" in json.loads(out.read_text())["steps"]
 
 
-def test_a_session_ends_with_a_failed_build_and_starts_nothing_it_has_no_time_for(session, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "STEPS", [session.Step("long", 100, ("pass",))])
-    monkeypatch.setattr(session, "BUILD", "raise SystemExit('no nvcc')")
-    assert session.session(tmp_path / "a.json", minutes=5) == 1
-    assert "long" not in json.loads((tmp_path / "a.json").read_text())["session"]
-    monkeypatch.setattr(session, "BUILD", "")
-    assert session.session(tmp_path / "b.json", minutes=0.5) == 0
-    assert list(json.loads((tmp_path / "b.json").read_text())["session"]) == ["build"]
+def test_the_run_ends_with_a_failed_build_and_starts_nothing_it_has_no_time_for(steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "STEPS", [steps.Step("long", 100, ("pass",))])
+    monkeypatch.setattr(steps, "BUILD", "raise SystemExit('no nvcc')")
+    assert steps.run_steps(tmp_path / "a.json", minutes=5) == 1
+    assert "long" not in json.loads((tmp_path / "a.json").read_text())["steps"]
+    monkeypatch.setattr(steps, "BUILD", "")
+    assert steps.run_steps(tmp_path / "b.json", minutes=0.5) == 0
+    assert list(json.loads((tmp_path / "b.json").read_text())["steps"]) == ["build"]
 
 
-def test_the_steps_of_a_session_are_known_and_fit(session, gpu):
+def test_the_steps_are_known_and_fit(steps, gpu):
     main = importlib.import_module("benchmarks.gpu.__main__")
-    for step in session.STEPS:
+    for step in steps.STEPS:
         options = dict(zip(step.arguments[::2], step.arguments[1::2], strict=True))
         assert options["--part"] in ("parity", *main.PARTS)
-    assert sum(step.seconds for step in session.STEPS) + 60 * 2 <= 30 * 60
-    assert sum(step.seconds for step in session.STEPS[:5]) + 60 <= 9 * 60
+    assert sum(step.seconds for step in steps.STEPS) + 60 * 2 <= 30 * 60
+    assert sum(step.seconds for step in steps.STEPS[:5]) + 60 <= 9 * 60

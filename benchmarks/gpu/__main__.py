@@ -17,7 +17,7 @@ launches. Every figure is in the file given to --out as soon as it is known; the
 From a checkout to figures, on a machine without a network and perhaps without git, one command builds, runs all parts
 in the order of what is least certain, and goes on where it stopped:
 
-    python3 -m benchmarks.gpu.session --minutes 9 --commit HASH --out benchmarks/results/h200/DATE.json
+    python3 -m benchmarks.gpu.steps --minutes 9 --commit HASH --out benchmarks/results/h200/DATE.json
 """
 
 from __future__ import annotations

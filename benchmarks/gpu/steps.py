@@ -1,10 +1,10 @@
 """One command for a GPU that is at hand for minutes, from the root of a checkout, with nothing installed:
 
-    python3 -m benchmarks.gpu.session --minutes 9 --commit HASH --out benchmarks/results/h200/DATE.json
+    python3 -m benchmarks.gpu.steps --minutes 9 --commit HASH --out benchmarks/results/h200/DATE.json
 
 It builds the cpu and cuda backends into python/vit, then runs the parts of benchmarks.gpu, what is least certain and
 matters most first. Every step is a process of its own with a limit: a kernel that faults or hangs costs its own step,
-and the next one begins. What came of each is under "session" in the file; a step that is there is not run again, so the
+and the next one begins. What came of each is under "steps" in the file; a step that is there is not run again, so the
 same command goes on where the last one stopped, on another machine too. The exit code is 1 when a step failed.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-BUILD = "import native, pathlib; native.build(pathlib.Path('python/vit'), pathlib.Path('build/session').absolute())"
+BUILD = "import native, pathlib; native.build(pathlib.Path('python/vit'), pathlib.Path('build/gpu').absolute())"
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ def load(out: Path) -> dict[str, Any]:
 def keep(out: Path, name: str, row: dict[str, Any]) -> None:
     """Adds a row to what the parts have written meanwhile."""
     content = load(out)
-    content.setdefault("session", {})[name] = row
+    content.setdefault("steps", {})[name] = row
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
     print(f"==== {name}: {row}", flush=True)
 
 
-def session(out: Path, minutes: float, commit: str | None = None) -> int:
+def run_steps(out: Path, minutes: float, commit: str | None = None) -> int:
     """Builds where nothing is built yet, then runs the steps that the file lacks and the time allows."""
     end = time.monotonic() + 60 * minutes
     if not list((ROOT / "python/vit").glob("_cuda*.so")):
@@ -98,7 +98,7 @@ def session(out: Path, minutes: float, commit: str | None = None) -> int:
     failed = False
     for step in STEPS:
         left = end - time.monotonic()
-        if step.name in load(out).get("session", {}) or left < step.seconds / 2 + GRACE:
+        if step.name in load(out).get("steps", {}) or left < step.seconds / 2 + GRACE:
             continue
         seconds = min(step.seconds, left - GRACE)
         command = [sys.executable, "-m", "benchmarks.gpu", *step.arguments, "--out", str(out.absolute())]
@@ -111,7 +111,7 @@ def session(out: Path, minutes: float, commit: str | None = None) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu.session",
+        prog="python -m benchmarks.gpu.steps",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -119,7 +119,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9, help="when to stop (default: %(default)s)")
     parser.add_argument("--commit", help="what is measured, where git cannot say")
     args = parser.parse_args()
-    return session(args.out, args.minutes, args.commit)
+    return run_steps(args.out, args.minutes, args.commit)
 
 
 if __name__ == "__main__":
