@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
 import pickle
 import re
 import struct
@@ -158,6 +160,33 @@ def test_unusable_files_are_refused_with_every_name(tmp_path: Path) -> None:
     for text in texts:
         assert re.search(text, str(caught.value)), text
     assert "hidden" not in str(caught.value)
+
+
+def test_each_folder_is_read_once_however_links_run(tmp_path: Path) -> None:
+    write_images(tmp_path, {"a": 3, "a/more": 2, "b": 3})
+    write_images(tmp_path.parent / "elsewhere", {"c": 1})
+    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "twice").symlink_to(tmp_path / "a" / "more")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path.parent / "elsewhere")
+    source = folder(tmp_path)
+    assert np.bincount(source.splits["train"].labels).tolist() == [6, 3]
+    assert {item.path.name for item in source.skipped} == {"loop", "up", "twice"}
+    assert all("the same folder as" in item.reason for item in source.skipped)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, {"a": 3, "a/closed": 2, "b": 3})
+    listed = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"1 unusable file: a/closed \(no permission to read it\)"):
+        folder(tmp_path, bad_images="refuse")
 
 
 def test_header_validation_still_names_files_that_are_no_images(tmp_path: Path) -> None:

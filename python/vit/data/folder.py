@@ -96,9 +96,23 @@ def _folders(base: Path) -> list[Path]:
 
 
 def _files(base: Path, skipped: list[Skipped]) -> list[Path]:
+    """The images below a class folder, in order. Links are followed, but no folder is read twice or from within."""
     found = []
-    for parent, folders, files in os.walk(base, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    real = base.resolve()
+    seen = {folder: folder for folder in (real, *real.parents)}
+
+    def unreadable(error: OSError) -> None:
+        skipped.append(Skipped(Path(error.filename), explain(Path(error.filename), error)))
+
+    for parent, folders, files in os.walk(base, onerror=unreadable, followlinks=True):
+        names = sorted(name for name in folders if not name.startswith("."))
+        folders.clear()
+        for name in names:
+            path = Path(parent, name)
+            if (first := seen.setdefault(path.resolve(), path)) is path:
+                folders.append(name)
+            else:
+                skipped.append(Skipped(path, f"the same folder as {first}"))
         for name in sorted(files):
             if name.startswith("."):
                 continue
