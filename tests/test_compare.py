@@ -227,3 +227,21 @@ def test_a_refusal_is_skipped_and_never_a_pass():
     result = run(CASE["matmul-fwd-float32-m7n13k11"], kernels(matmul=refuse))
     assert (result.ok, result.skipped, result.text) == (False, True, "not on this machine")
     assert dataclasses.replace(result, skipped=False).record()["ok"] is False
+
+
+def test_only_what_pytorch_itself_gets_wrong_is_skipped_for_the_reference(monkeypatch):
+    """PyTorch's float32 GELU of infinity is NaN on some processors: here on every one."""
+    own = F.gelu
+
+    def gelu(x, approximate="none"):
+        y = own(x, approximate=approximate)
+        return y.masked_fill(x.isinf(), torch.nan) if x.dtype == torch.float32 else y
+
+    monkeypatch.setattr(F, "gelu", gelu)
+    case = CASE["gelu-fwd-float32-m7c61-inf_x"]
+    result = run(case, backend_ops("reference"), plain=True)
+    assert (result.ok, result.skipped) == (False, True)
+    assert "PyTorch's own op gives this, too: out: NaN or Inf differ" in result.text
+    assert not run(case, backend_ops("reference")).skipped
+    wrong = run(case, kernels(gelu=lambda x, approximate: gelu(x) * 1.01), plain=True)
+    assert (wrong.ok, wrong.skipped) == (False, False)

@@ -84,6 +84,18 @@ def test_gelu_is_accurate_in_its_tails(backend, device, approximate):
     assert (error <= bound).all(), f"x = {x[worst]:.6g}: error {error[worst]:.3g}, bound {bound[worst]:.3g}"
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_gelu_of_infinities_is_what_the_formula_says(backend, device, dtype, approximate):
+    if dtype not in NATIVE[backend].dtypes:
+        pytest.skip(f"no {dtype}")
+    x = torch.tensor([torch.inf, -torch.inf] * 20, dtype=dtype, device=device)
+    for n in (40, 2):
+        y = vit.ops.gelu(x[:n], approximate, backend=backend)
+        assert y[::2].isposinf().all()
+        assert y[1::2].isnan().all()
+
+
 # ---- gradients in unusual circumstances ----
 
 

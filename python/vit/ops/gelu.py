@@ -22,7 +22,7 @@ def gelu(x: Tensor, approximate: str = "none", backend: str = "auto") -> Tensor:
     y = x Phi(x) = x (1 + erf(x / sqrt(2))) / 2 for approximate="none";
     y = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 for approximate="tanh".
 
-    x of any shape; y like x, contiguous.
+    x of any shape; y like x, contiguous. As the formula says, gelu(inf) = inf, and gelu(-inf) = -inf * 0 is NaN.
     Raises ValueError for another approximation, BackendError when the named backend cannot run it.
     """
     return call(OP, backend, x=x, approximate=approximate)
