@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kD, kKeys)
   const auto load = [&](Vector<T, 8>* tile, const Head<T>& head) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < kKeys * (kD / 8); i += kThreads) {
-      const int row = i / (kD / 8), group = i % (kD / 8);
+      const auto [row, group] = by_group_copy(i, kD / 8);
       const bool valid = row < keys && 8 * group < D;
       copy_async_16(tile + by_group(kKeys, row, group), valid ? head.data + row * head.token + 8 * group : head.data,
                     valid ? 16 : 0);
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kD, kKeys)
       __syncthreads();
     }
     Scores<kKeys> s;
-    wgmma_fence();
+    wgmma_fence(queries);
 #pragma unroll
     for (int d = 0; d < kD / 16; ++d)
 #pragma unroll
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kD, kKeys)
         WgmmaRegisters<T, s.kColumns, false>::issue(
             s.part[i], queries[d], rows_descriptor(shared_address(k_tile), kKeys, s.kColumns * i, d), d > 0);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(s.part);
 
     uint32_t weights[kKeys / 16][4];
     float m[2], l[2];
@@ -160,13 +160,13 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kD, kKeys)
       __syncthreads();
     }
     float sum[kD / 2];
-    wgmma_fence();
+    wgmma_fence(weights);
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i)
       WgmmaRegisters<T, kD, true>::issue(sum, weights[i], columns_descriptor(shared_address(v_tile), kKeys, 16 * i),
                                          i > 0);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(sum);
     const float factor[2] = {1.0f / l[0], 1.0f / l[1]};
     store_vectors<T, kD>(out, sum, row, N, D, factor, lane);
     if (p.lse && lane % 4 == 0) {

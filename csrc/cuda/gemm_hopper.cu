@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         ring.template advance<kStages>(1);
       }
       if (tile + clusters < work.tiles) named_barrier_arrive(other, 256);
-      wgmma_wait<0>();
+      wgmma_wait<0>(sum);
       release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
       hopper_epilogue<T, kM, kN>(epilogue, at, sum);
     }

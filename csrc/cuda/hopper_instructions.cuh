@@ -135,11 +135,28 @@ __device__ inline void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// The compiler may move neither a write of these registers behind this place nor a read before it: it takes a product
+// for finished where it is issued (CUTLASS, cute/arch/mma_sm90_gmma.hpp, warpgroup_fence_operand).
+__device__ inline void keep_in_place(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ inline void keep_in_place(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+template <class R, int n>
+__device__ inline void keep_in_place(R (&registers)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) keep_in_place(registers[i]);
+}
+
+// Before the first product of a group: what was written to `registers` (operands a) is what the products read.
+template <class... R>
+__device__ inline void wgmma_fence(R&... registers) {
+  (keep_in_place(registers), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int pending>
-__device__ inline void wgmma_wait() {
+// Until at most `pending` groups are unfinished. `registers` are the sums that may be read from here on.
+template <int pending, class... R>
+__device__ inline void wgmma_wait(R&... registers) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+  (keep_in_place(registers), ...);
 }
 
 // Makes this thread's ordinary writes to shared memory (cp.async among them) visible to wgmma and the accelerator; a

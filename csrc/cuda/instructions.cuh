@@ -62,7 +62,7 @@ __device__ inline float fast_reciprocal(float x) {
   return y;
 }
 
-// The dynamic shared memory of the block, 1024-byte aligned by the launch (see align_shared).
+// The dynamic shared memory of the block, 1024-byte aligned, as the 128-byte swizzle wants it.
 __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char memory[];
   return memory;

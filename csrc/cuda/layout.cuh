@@ -88,22 +88,30 @@ VIT_HOST_DEVICE constexpr uint64_t operand_descriptor(uint32_t address, int row,
   return wgmma_descriptor(address + row * 128 + k * 2, 16, 1024);
 }
 
-// A tile of `rows` rows as columns of 16-byte groups: the group of 8 elements at `group` of every row, one below the
-// other, and 16 bytes of padding, so that 8 groups of a row are 8 different columns of the banks. 8 rows of a group are
-// 128 bytes in a row: a core matrix of wgmma without swizzle, whichever of its two sides is k, at any head dimension.
-VIT_HOST_DEVICE constexpr int by_group(int rows, int row, int group) { return group * (rows + 1) + row; }
+// A tile of `rows` rows (a multiple of 8) as columns of 16-byte groups: the group of 8 elements at `group` of every
+// row, one below the other. 8 rows of a group are 128 aligned bytes: a core matrix of wgmma without swizzle, whichever
+// of its two sides is k, at any head dimension. (The PTX ISA asks for 16 bytes of alignment alone; every kernel we know
+// of keeps 128, and so does this one.)
+VIT_HOST_DEVICE constexpr int by_group(int rows, int row, int group) { return group * rows + row; }
+
+// The row and the group of copy i of such a tile: 8 neighbours fill a core matrix, which is all 32 banks once, and 32
+// of them read whole sectors of 8 rows.
+VIT_HOST_DEVICE constexpr MatrixAddress by_group_copy(int i, int groups) {
+  return {i / (8 * groups) * 8 + i % 8, i / 8 % groups};
+}
 
 VIT_HOST_DEVICE constexpr uint64_t plain_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
   return wgmma_descriptor(address, leading_bytes, stride_bytes) & ~(uint64_t{3} << 62);
 }
 
 // The descriptors of such a tile: 16 elements (k) from group 2 `step` on of the rows (n) from `row` on; and 16 rows (k)
-// from `row` on of all elements (n). The leading distance is along k, the other along n.
+// from `row` on of all elements (n). The leading distance is along k, the other along n, for both: CUTLASS,
+// cute/atom/mma_traits_sm90_gmma.hpp, LayoutType::INTERLEAVE of Major::K and Major::MN.
 VIT_HOST_DEVICE constexpr uint64_t rows_descriptor(uint32_t tile, int rows, int row, int step) {
-  return plain_descriptor(tile + 16 * by_group(rows, row, 2 * step), 16 * (rows + 1), 128);
+  return plain_descriptor(tile + 16 * by_group(rows, row, 2 * step), 16 * rows, 128);
 }
 VIT_HOST_DEVICE constexpr uint64_t columns_descriptor(uint32_t tile, int rows, int row) {
-  return plain_descriptor(tile + 16 * by_group(rows, row, 0), 128, 16 * (rows + 1));
+  return plain_descriptor(tile + 16 * by_group(rows, row, 0), 128, 16 * rows);
 }
 
 // Tiles of a [rows, columns] grid of tiles, numbered so that neighbours in time share operands in the L2 cache: bands

@@ -202,7 +202,7 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
         thread.lane = static_cast<int>(i % 32);
         thread.warp = static_cast<int>(i / 32);
         thread.done = false;
-        thread.unfenced = false;
+        thread.unfenced = thread.registers_fenced = false;
         thread.open.clear();
         thread.groups.clear();
         thread.wgmma_open.clear();
@@ -225,6 +225,15 @@ static float operand_element(const Product& p, uint64_t descriptor, bool columns
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+  const auto require = [](bool ok, const char* what) {
+    if (!ok) throw std::runtime_error(std::string("cuda emulator: a wgmma descriptor of ") + what);
+  };
+  if (swizzle) {  // base offset 0: the pattern begins at 1024 bytes. 16 further along k, or the next 64 of m or n
+    require(start % 1024 < 128, "rows that do not begin with the pattern of the swizzle");
+    require(stride % 1024 == 0 && (!columns || leading % 1024 == 0), "blocks that cut the pattern of the swizzle");
+  } else {  // the ISA wants 16; whether a core matrix may cross a line of 128 bytes no source says
+    require((start | leading | stride) % 128 == 0, "core matrices that are not aligned to 128 bytes");
+  }
   uint32_t address = start;
   if (!swizzle)
     address += row / 8 * stride + k / 8 * leading + (columns ? k % 8 * 16 + row % 8 * 2 : row % 8 * 16 + k % 8 * 2);
@@ -278,6 +287,7 @@ void wgmma_issue(const emulator::Product& product) {
   emulator::meet_warpgroup(&mine, [&](void** slots) {
     for (const auto& thread : product.block->threads)
       if (thread.unfenced) emulator::stop("wgmma after copies to shared memory without a fence between the proxies");
+    if (!first.registers_fenced) emulator::stop("wgmma without wgmma.fence since its registers could be written");
     emulator::Product all = product;
     for (int i = 0; i < 128; ++i) {
       const auto& other = *static_cast<emulator::Product*>(slots[i]);

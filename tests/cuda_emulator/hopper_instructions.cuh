@@ -177,15 +177,18 @@ void take_registers() {}
 
 inline void fence_for_wgmma() { emulator::current->unfenced = false; }
 
-inline void wgmma_fence() {
+template <class... R>
+void wgmma_fence(R&...) {
   emulator::meet_warpgroup(nullptr, [](void**) {});
+  emulator::current->registers_fenced = true;
 }
 void wgmma_issue(const emulator::Product& product);
 void wgmma_commit();
 void wgmma_wait_for(std::size_t pending);
-template <int pending>
-void wgmma_wait() {
+template <int pending, class... R>
+void wgmma_wait(R&...) {
   wgmma_wait_for(pending);
+  emulator::current->registers_fenced = false;  // from here on the program may touch them
 }
 
 template <class T, int kN, bool kColumnsB>

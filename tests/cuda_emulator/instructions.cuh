@@ -133,6 +133,7 @@ struct Thread {
   int lane = 0, warp = 0;
   bool done = false;
   bool unfenced = false;                  // has copied to shared memory what the tensor cores may not see yet
+  bool registers_fenced = false;          // wgmma may take registers as they are
   std::vector<Copy> open;                 // cp.async not committed yet
   std::vector<std::vector<Copy>> groups;  // committed, not waited for
   std::vector<std::function<void()>> wgmma_open;

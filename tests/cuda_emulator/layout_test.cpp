@@ -103,8 +103,8 @@ static void descriptors_agree() {
     }
 }
 
-// A tile by groups, read through its two descriptors (no swizzle: PTX ISA, "Strides"); and the 8 copies that write one
-// row go to different columns of the banks.
+// A tile by groups, read through its two descriptors (no swizzle: PTX ISA, "Strides"); its copies reach every group
+// once, 8 neighbours of them in different columns of the banks, 4 times 8 in whole sectors of device memory.
 template <int rows, int groups>
 static void tiles_by_group() {
   std::set<int> used;
@@ -113,18 +113,25 @@ static void tiles_by_group() {
       check(used.insert(by_group(rows, row, group)).second, "by_group", row, group);
       check(by_group(rows, row, group) < by_group(rows, 0, groups), "by_group beyond its tile", row, group);
     }
-  for (int row = 0; row < rows; ++row)
-    for (int group = 0; group + 8 <= groups; group += 8) {
-      std::set<int> columns;
-      for (int i = 0; i < 8; ++i) columns.insert(by_group(rows, row, group + i) % 8);
-      check(columns.size() == 8, "by_group: bank conflict", row, group);
+  std::set<int> copied;
+  for (int first = 0; first < rows * groups; first += 8) {
+    std::set<int> columns;
+    for (int i = first; i < first + 8; ++i) {
+      const auto [row, group] = by_group_copy(i, groups);
+      check(copied.insert(by_group(rows, row, group)).second, "copied twice", row, group);
+      columns.insert(by_group(rows, row, group) % 8);
+      const auto pair = by_group_copy(i ^ 8, groups);
+      check(pair.row == row && pair.group == (group ^ 1), "half of a sector", row, group);
     }
+    check(columns.size() == 8, "by_group: bank conflict", first);
+  }
+  check(copied.size() == used.size(), "not all copied");
   const auto place = [](uint64_t d, int along_n, int along_k) {
     const uint32_t start = static_cast<uint32_t>(d & 0x3fff) << 4, leading = static_cast<uint32_t>(d >> 16 & 0x3fff)
                                                                              << 4;
     return start + along_n * (static_cast<uint32_t>(d >> 32 & 0x3fff) << 4) + along_k * leading;
   };
-  constexpr uint32_t tile = 1040;  // 16-byte aligned
+  constexpr uint32_t tile = 1152;  // 128-byte aligned
   const auto written = [](int row, int element) {
     return tile + 16 * static_cast<uint32_t>(by_group(rows, row, element / 8)) + element % 8 * 2;
   };
@@ -132,6 +139,7 @@ static void tiles_by_group() {
     for (int step = 0; step < groups / 2; ++step) {
       const uint64_t d = rows_descriptor(tile, rows, row, step);
       check(d >> 62 == 0, "descriptor with swizzle");
+      check((d & 7) == 0 && (d >> 16 & 7) == 0 && (d >> 32 & 7) == 0, "core matrices across lines", row, step);
       for (int n = 0; n < rows - row; ++n)
         for (int k = 0; k < 16; ++k)
           check(place(d, n / 8, k / 8) + n % 8 * 16 + k % 8 * 2 == written(row + n, 16 * step + k), "rows", row, n);
