@@ -364,6 +364,21 @@ def test_fixed_positions_follow_the_grid():
     assert torch.equal(found.pos_embed, small(pos_embed="sincos2d", img_size=64).pos_embed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_fixed_positions_are_known_in_every_dtype(dtype):
+    model = small(pos_embed="sincos2d", img_size=(16, 64))
+    found = small(1, weights={key: value.to(dtype) for key, value in model.state_dict().items()}, pos_embed="sincos2d")
+    assert torch.equal(found.pos_embed, small(pos_embed="sincos2d").pos_embed)
+
+
+def test_fixed_positions_do_not_silently_replace_learned_ones():
+    state = small().state_dict()
+    with pytest.raises(WeightsError, match=r"pos_embed holds positions that were learned.* pass pos_embed='learned'"):
+        small(1, weights=state, pos_embed="sincos2d")
+    del state["pos_embed"]
+    assert torch.equal(small(1, weights=state, pos_embed="sincos2d").head.weight, state["head.weight"])
+
+
 def test_average_pooling_takes_the_norm_along(saved):
     found = small(1, weights=saved, global_pool="avg")
     assert torch.equal(found.fc_norm.weight, small().norm.weight)

@@ -6,10 +6,11 @@ import difflib
 import logging
 import math
 
+import torch
 from torch import Tensor, nn
 
 from ..model import VisionTransformer
-from ..model.pos_embed import resample
+from ..model.pos_embed import resample, sincos2d
 from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError, some
 
 log = logging.getLogger("vit")
@@ -91,6 +92,12 @@ def _fit_positions(
     """Resamples learned positions to the model's patch grid. A fixed table is the model's own, right for its grid."""
     table, own = state.get(POSITIONS), wanted.get(POSITIONS)
     if own is not None and not isinstance(model.pos_embed, nn.Parameter):
+        if table is not None and not _is_sincos2d(table, model):
+            raise WeightsError(
+                f"vit: {checkpoint.source}: {POSITIONS} holds positions that were learned, and the model's are fixed "
+                "(pos_embed='sincos2d'), so that they would be lost; pass pos_embed='learned' to keep them, or take "
+                f"{POSITIONS} out of the state dict"
+            )
         state[POSITIONS] = own
         return
     if table is None or own is None or table.ndim != 3 or table.shape[2] != own.shape[2]:
@@ -103,6 +110,24 @@ def _fit_positions(
     except ValueError as error:
         raise WeightsError(f"vit: {checkpoint.source}: {POSITIONS} does not fit: {error}") from error
     log.info("position embedding resampled from %s to %s patches", old_grid or "a square of", grid)
+
+
+def _is_sincos2d(table: Tensor, model: VisionTransformer) -> bool:
+    """Whether positions are the fixed table of some grid, as exactly as their dtype keeps it."""
+    prefix, dim = model.num_prefix_tokens, model.embed_dim
+    if table.shape[-1:] != (dim,):
+        return True  # of another model altogether: _check_names says so
+    if table.ndim != 3 or not table.is_floating_point():
+        return False
+    rows, near = table.shape[1] - prefix, max(1e-4, torch.finfo(table.dtype).eps)
+    table = table.detach().cpu().float()
+
+    def agrees(grid: tuple[int, int]) -> bool:
+        fixed = sincos2d(grid, dim, prefix)
+        return bool((table[:, : fixed.shape[1]] - fixed).abs().max() <= near)
+
+    # The first patch is the same in every grid: learned positions are found out by it.
+    return rows > 0 and agrees((1, 1)) and any(agrees((h, rows // h)) for h in range(1, rows + 1) if rows % h == 0)
 
 
 def _check_names(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> None:
