@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -18,8 +20,11 @@ import vit
 from PIL import Image
 from vit.cli import COMMANDS, main
 from vit.data import open_source
+from vit.files import to_json
 from vit.training.config import FIELDS, RECIPES, flag
 from vit.training.progress import Bar, Lines, display
+from vit.training.run import Run
+from vit.viz import curves
 
 TINY = [
     "--arch",
@@ -273,6 +278,46 @@ def test_train_and_eval_agree_to_the_bit(tmp_path: Path, capsys: pytest.CaptureF
 def test_eval_in_words_and_of_other_splits(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(run), "--split", "val"]) == 0
     assert re.fullmatch(r"accuracy \d+\.\d\d %  loss \d\.\d{4}  179 images\n", capsys.readouterr().out)
+
+
+def strict(text: str) -> object:
+    """The value of JSON by the letter of its definition."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_figure_that_is_no_number_is_null_in_json(run, capsys, caplog, monkeypatch):
+    evaluation = dataclasses.replace(Run.open(run).evaluate(), loss=math.nan)
+    monkeypatch.setattr(Run, "evaluate", lambda *_: evaluation)
+    assert main(["eval", str(run), "--json"]) == 0
+    assert strict(capsys.readouterr().out) == {
+        "accuracy": evaluation.accuracy, "loss": None, "images": evaluation.images
+    }  # fmt: skip
+    assert "no finite number: loss (nan)" in caplog.text
+
+
+def test_json_names_what_it_cannot_hold(caplog):
+    value = {"a": [1.0, {"b": -math.inf}], "c": (math.nan, "NaN"), "d": 2, "e": None}
+    assert strict(to_json(value)) == {"a": [1.0, {"b": None}], "c": [None, "NaN"], "d": 2, "e": None}
+    assert "a[1].b (-inf), c[0] (nan)" in caplog.text
+    caplog.clear()
+    assert to_json([0.1, "x"]) == '[0.1, "x"]'
+    assert not caplog.text
+
+
+def test_metrics_of_a_diverged_epoch_are_json_and_can_be_drawn(run, tmp_path):
+    lines = Run.open(run).read_metrics()
+    diverged = Run(tmp_path, Run.open(run).config, {})
+    end = diverged.log(lines[0] | {"val_loss": math.nan, "grad_norm": math.inf}, 0)
+    diverged.log(lines[-1] | {"test_loss": math.nan}, end)
+    text = diverged.metrics.read_text()
+    assert [strict(line) for line in text.splitlines()] == diverged.read_metrics()
+    assert diverged.read_metrics()[0]["val_loss"] is None
+    curves(diverged.read_metrics(), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size
 
 
 def test_flags_override_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vit.files import to_json
+
 
 class Report:
     """The figures of one part, printed and kept as they come, and the clock that ends it."""
@@ -38,7 +40,7 @@ class Report:
         self.record["failed"] = self.failed
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(self.content, indent=1) + "\n")
+            self.out.write_text(to_json(self.content, indent=1) + "\n")
         print(f"{name:<46} " + "  ".join(f"{k}={v}" for k, v in rounded.items()), flush=True)
 
     def fail(self, name: str, text: str) -> None:

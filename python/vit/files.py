@@ -1,14 +1,20 @@
 """Files that are either the old version or the new one, never a part of it, whatever happens while
-writing."""
+writing; and JSON that every parser reads."""
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+
+log = logging.getLogger("vit")
 
 
 @contextmanager
@@ -38,6 +44,28 @@ def write_text(path: Path, text: str) -> None:
     """Replaces the content of a text file."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """The value as JSON. NaN and infinities, which JSON does not have, become null, and a warning names them."""
+    lost: list[str] = []
+    text = json.dumps(_finite(value, "", lost), indent=indent, default=default, allow_nan=False)
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        log.warning("null in the JSON, being no finite number: %s%s", ", ".join(lost[:5]), more)
+    return text
+
+
+def _finite(value: Any, name: str, lost: list[str]) -> Any:
+    """The value with None for each float that is not finite; `lost` gets its name and what it was."""
+    if isinstance(value, dict):
+        return {key: _finite(item, f"{name}.{key}" if name else str(key), lost) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item, f"{name}[{i}]", lost) for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append(f"{name or 'the value'} ({value})")
+        return None
+    return value
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 
+from ..files import to_json
 from .arguments import count, positive
 
 HELP = "accuracy and loss of a run's kept model, as its training logged them"
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     run = Run.open(args.run)
     result = run.evaluate(args.split, args.data, args.backend, args.batch_size, args.workers)
     if args.json:
-        print(json.dumps({"accuracy": result.accuracy, "loss": result.loss, "images": result.images}))
+        print(to_json({"accuracy": result.accuracy, "loss": result.loss, "images": result.images}))
     else:
         print(f"accuracy {100 * result.accuracy:.2f} %  loss {result.loss:.4f}  {result.images} images")
     return 0

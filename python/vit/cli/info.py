@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -11,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..extras import interactive
+from ..files import to_json
 from .arguments import positive
 from .show import table
 
@@ -38,7 +38,7 @@ def _machine(as_json: bool) -> int:
 
     environment, backends = versions(), vit.backends()
     if as_json:
-        print(json.dumps({"environment": environment, "backends": backends}, default=str))
+        print(to_json({"environment": environment, "backends": backends}, default=str))
         return 0
     if interactive(sys.stdout):
         table(("this machine", ""), list(environment.items()), sys.stdout, left=2)
@@ -73,7 +73,7 @@ def _models(pattern: str, as_json: bool) -> int:
     if not names:
         print(f"vit: no model is called {pattern!r}; there are {', '.join(vit.list_models())}", file=sys.stderr)
         return 1
-    print(json.dumps(names) if as_json else "\n".join(names))
+    print(to_json(names) if as_json else "\n".join(names))
     return 0
 
 
@@ -82,7 +82,7 @@ def _model(name: str, batch: int, backend: str, as_json: bool) -> int:
 
     size = measure(name, batch, backend)
     if as_json:
-        print(json.dumps(asdict(size)))
+        print(to_json(asdict(size)))
         return 0
     print(f"{size.name}: {size.parameters:,} parameters, {size.macs / 1e9:,.3f} G multiply-adds per image\n")
     rows = [(x.name, str(x.count), f"{x.parameters:,}", f"{x.macs / 1e9:,.3f}") for x in size.layers]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from ..files import to_json
 from .arguments import positive
 
 HELP = "the most likely classes of image files"
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             top = [{"class": names[i], "index": i, "probability": p} for p, i in zip(values, indices, strict=True)]
             answers.append({"image": path, "top": top})
     if args.json:
-        print(json.dumps({"predictions": answers, "failed": failed}))
+        print(to_json({"predictions": answers, "failed": failed}))
     else:
         for answer in answers:
             print(answer["image"])

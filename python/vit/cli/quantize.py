@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import to_json
 from .arguments import new_file, positive
 from .show import Progress, table
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         "sensitivity": [{"layer": layer, "cosine": value} for layer, value in layers],
         "file": args.output if args.output and not against else None,
     }  # fmt: skip
-    print(json.dumps(report)) if args.json else _print(report)
+    print(to_json(report)) if args.json else _print(report)
     return 1 if against else 0
 
 

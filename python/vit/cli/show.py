@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..extras import interactive
-from ..files import write_text
+from ..files import to_json, write_text
 
 
 def table(
@@ -53,9 +52,9 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 def save_json(report: dict[str, Any], target: str | None) -> None:
     """Prints the report on one line for "-", else writes it to a file, which is replaced when all of it is there."""
     if target == "-":
-        print(json.dumps(report))
+        print(to_json(report))
     elif target:
-        path, text = Path(target).resolve(), json.dumps(report, indent=1)
+        path, text = Path(target).resolve(), to_json(report, indent=1)
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")  # a device or a pipe
         else:

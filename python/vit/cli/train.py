@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
+from ..files import to_json
 from ..training.config import FIELDS, flag, from_arguments
 from ..training.config import add_arguments as add_options
 
@@ -54,5 +54,5 @@ def run(args: argparse.Namespace) -> int:
             "seconds": round(result.seconds, 3),
             "backend": result.backend,
         }
-        print(json.dumps(figures))
+        print(to_json(figures))
     return 0

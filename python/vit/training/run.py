@@ -19,7 +19,7 @@ from typing import Any
 import vit
 
 from ..data import DataError, Samples, Source, open_source
-from ..files import append_line, write_tensors, write_text
+from ..files import append_line, to_json, write_tensors, write_text
 from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
 
@@ -50,7 +50,7 @@ class Run:
         run = cls(path, config, model)
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / "config.yaml", config.to_yaml())
-        write_text(path / "model.json", json.dumps(model, indent=2) + "\n")
+        write_text(path / "model.json", to_json(model, indent=2) + "\n")
         write_text(run.metrics, "")
         return run
 
@@ -127,7 +127,7 @@ class Run:
 
     def log(self, values: dict[str, Any], offset: int) -> int:
         """Writes one line of metrics.jsonl at `offset`; returns the offset behind it."""
-        return append_line(self.metrics, json.dumps(values), offset)
+        return append_line(self.metrics, to_json(values), offset)
 
     def metrics_bytes(self) -> int:
         """The length of metrics.jsonl; 0 without the file."""
