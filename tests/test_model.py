@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -572,6 +573,60 @@ def test_new_classifier():
 @pytest.mark.parametrize("batch", [0, 1])
 def test_empty_and_single_batches(batch):
     assert small(backend="auto")(images(batch, 3, 32, 32)).shape == (batch, 7)
+
+
+def tokens_of_last_block(model):
+    """How many tokens the MLP of the last block is given, by a wrapper that no hook announces."""
+    seen, fc1 = [], model.blocks[-1].mlp.fc1
+    real = fc1.ops
+    fc1.ops = SimpleNamespace(linear=lambda x, *args: seen.append(x.shape[1]) or real.linear(x, *args))
+    try:
+        logits = model(images())
+    finally:
+        fc1.ops = real
+    return seen, logits
+
+
+def test_the_last_block_computes_what_the_logits_need():
+    model = small(backend="auto")
+    seen, logits = tokens_of_last_block(model)
+    assert seen == [1]
+    torch.testing.assert_close(logits, model.forward_head(model.forward_features(images())))
+    assert model.forward_features(images()).shape[1] == 17
+    assert tokens_of_last_block(small(backend="auto", global_pool="avg"))[0] == [17]
+
+
+class OwnFeatures(VisionTransformer):
+    def forward_features(self, images):
+        return super().forward_features(images) * 0
+
+
+@pytest.mark.parametrize("place", ["norm", "blocks.1", "blocks.1.norm2", "blocks.1.mlp.fc2"])
+@pytest.mark.parametrize(
+    "register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_hooks_see_all_tokens(place, register):
+    model = small(backend="auto")
+    handle = getattr(model.get_submodule(place), f"register_{register}")(lambda *args: None)
+    assert tokens_of_last_block(model)[0] == [17]
+    handle.remove()
+    assert tokens_of_last_block(model)[0] == [1]
+
+
+def test_global_hooks_and_foreign_blocks_see_all_tokens():
+    model = small(backend="auto")
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert tokens_of_last_block(model)[0] == [17]
+    handle.remove()
+
+    class Foreign(nn.Module):
+        def forward(self, x):
+            return x.flip(1)
+
+    model.blocks[1] = Foreign()
+    torch.testing.assert_close(model(images()), model.forward_head(model.forward_features(images())))
+    own = OwnFeatures(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=7)
+    assert own(images()).equal(own.head.bias.expand(3, -1))
 
 
 def test_hooks_and_frozen_parameters():

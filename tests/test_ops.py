@@ -148,6 +148,28 @@ def test_a_packed_projection_is_attention_of_its_parts(backend, device, dtype):
     assert grad.equal(torch.autograd.grad(z, parts, dy)[0])
 
 
+@pytest.mark.parametrize("queries", [1, 4, 9])
+def test_only_the_first_tokens_ask(backend, device, queries):
+    """`queries` gives the bits of the first rows; tokens that do not ask have no gradient as queries."""
+    packed = torch.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
+    whole = vit.ops.attention(packed, backend=backend)
+    y = vit.ops.attention(packed, queries=queries, backend=backend)
+    assert y.equal(whole[:, :queries])
+    q, k, v = (t.detach() for t in packed.unbind(2))
+    assert y.detach().equal(vit.ops.attention(q, k, v, queries=queries, backend=backend))
+    dy = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, packed, dy)
+    padded = F.pad(dy, (0, 0, 0, 0, 0, 9 - queries))
+    torch.testing.assert_close(grad, torch.autograd.grad(whole, packed, padded)[0])
+    assert not grad[:, queries:, 0].any()
+
+
+@pytest.mark.parametrize("queries", [0, 10, -1])
+def test_queries_that_are_not_there_are_refused(backend, device, queries):
+    with pytest.raises(ValueError, match=rf"^vit\.ops\.attention: queries must be within 1\.\.9.*got {queries}"):
+        vit.ops.attention(torch.randn(2, 9, 3, 2, 16, device=device), queries=queries, backend=backend)
+
+
 def test_a_packed_projection_is_cast_by_autocast(backend, device):
     packed = torch.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
     with torch.autocast(device.type, torch.bfloat16):

@@ -148,7 +148,8 @@ def moved(movement: Movement, dtype: torch.dtype) -> list[torch.Tensor]:
         movement.tokens(patches, prefix, position),
         movement.tokens(patches, None, position[:, 2:]),
         movement.tokens(patches, prefix, None),
-        movement.first(y * 3),
+        movement.first(y * 3, 1),
+        movement.first(y * 5, 4),
         (first * first.detach() + second).sum(1),
     ]
     leaves = [image, patches, prefix, position, y]

@@ -114,6 +114,10 @@ class NativeBackend(Backend):
         """Memory for a result: a contiguous tensor of any content."""
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A contiguous tensor of zeros."""
+        return self.empty(shape, dtype, device).zero_()
+
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Scratch memory for one call; the caller keeps the tensor alive until the kernel has been launched."""
         return torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -77,16 +77,29 @@ class Sycl(NativeBackend):
         term: int = 0,
     ) -> torch.Tensor:
         given = next(t for t in (a, lead, b) if t is not None)
-        out = self.empty(shape, given.dtype, given.device)
+        return self._move(self.empty(shape, given.dtype, given.device), a, lead, b, terms, term)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return self._move(self.empty(shape, dtype, device), None, None, None, 1, 0)
+
+    def _move(
+        self,
+        out: torch.Tensor,
+        a: torch.Tensor | None,
+        lead: torch.Tensor | None,
+        b: torch.Tensor | None,
+        terms: int,
+        term: int,
+    ) -> torch.Tensor:
         fields = _Move()
         fields.a, fields.lead, fields.b, fields.out = (0 if t is None else t.data_ptr() for t in (a, lead, b, out))
-        fields.n[:], fields.columns = _padded(shape[:-1], 1), shape[-1]
+        fields.n[:], fields.columns = _padded(out.shape[:-1], 1), out.shape[-1]
         if lead is not None:
             fields.leads, fields.lead_batch = lead.shape[1], lead.stride(0)
         fields.terms, fields.term = terms, term
         for strides, view in ((fields.a_strides, a), (fields.b_strides, b)):
             strides[:] = [0] * 5 if view is None else _padded(view.stride()[:-1], 0)
-        fields.dtype, fields.stream = DTYPE_CODES[given.dtype], self.context(given.device)[0]
+        fields.dtype, fields.stream = DTYPE_CODES[out.dtype], self.context(out.device)[0]
         if error := _function("vit_sycl_move", ctypes.c_char_p)(ctypes.byref(fields)):
             raise RuntimeError(error.decode(errors="replace"))
         return out

@@ -28,20 +28,20 @@ class Attention(CallsOps, nn.Module):
         self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        B, N, C = x.shape
+    def forward(self, x: Tensor, residual: Tensor | None = None, queries: int | None = None) -> Tensor:
+        B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
         if self.training and self.attn_drop > 0.0:
-            x = _attention_with_dropout(qkv, self.attn_drop)
+            x = _attention_with_dropout(qkv, self.attn_drop, queries)
         else:
-            x = self.ops.attention(qkv)  # [B, N, H, D]
-        return self.proj_drop(self.proj(x.reshape(B, N, C), residual=residual))
+            x = self.ops.attention(qkv, queries=queries)  # [B, queries or N, H, D]
+        return self.proj_drop(self.proj(x.flatten(2), residual=residual))
 
 
-def _attention_with_dropout(qkv: Tensor, rate: float) -> Tensor:
+def _attention_with_dropout(qkv: Tensor, rate: float, queries: int | None) -> Tensor:
     """Attention with dropped probabilities, [B, N, H, D]: plain PyTorch, since no native backend has it."""
     q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, N, D]
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2)
+    return F.scaled_dot_product_attention(q[:, :, :queries], k, v, dropout_p=rate).transpose(1, 2)
 
 
 class Mlp(nn.Module):
@@ -61,7 +61,10 @@ class Mlp(nn.Module):
 
 
 class Block(CallsOps, nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)): [B, N, C] -> [B, N, C]."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)): [B, N, C] -> [B, N, C].
+
+    With `queries` only the first so many tokens are computed, [B, queries, C]: the others are read as keys and values.
+    """
 
     def __init__(
         self,
@@ -86,11 +89,17 @@ class Block(CallsOps, nn.Module):
         # In training something random stands between a branch and its addition: the two cannot be one op.
         self.branch_drops = proj_drop > 0.0 or drop_path > 0.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.branch_drops:
-            x = x + self.drop_path1(self.attn(self.norm1(x)))
-            return x + self.drop_path2(self.mlp(self.norm2(x)))
+    def is_as_built(self) -> bool:
+        """Whether its parts are still those of this file, which know `queries`."""
+        return type(self) is Block and type(self.attn) is Attention and type(self.mlp) is Mlp
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         branch, x = self.ops.movement.fork(x)
-        x = self.attn(self.norm1(branch), residual=x)
+        if queries is not None:
+            x = self.ops.movement.first(x, queries)
+        if self.training and self.branch_drops:
+            x = x + self.drop_path1(self.attn(self.norm1(branch), queries=queries))
+            return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = self.attn(self.norm1(branch), residual=x, queries=queries)
         branch, x = self.ops.movement.fork(x)
         return self.mlp(self.norm2(branch), residual=x)

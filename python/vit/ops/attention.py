@@ -17,7 +17,12 @@ MAX_HEAD_DIM = 256
 
 
 def attention(
-    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    scale: float | None = None,
+    queries: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Replaces each query by the mean of the values, weighted by the softmax of its scaled products with the keys.
 
@@ -25,15 +30,22 @@ def attention(
 
     q [B, N, H, D]; k, v [B, L, H, D], L >= 1, any strides on B, N (L) and H, so that views of a packed projection
     are read in place; out [B, N, H, D], contiguous. Under autocast all three are cast to its dtype. Without k and v, q
-    is the packed projection [B, N, 3, H, D] itself, and so is its gradient, which then needs no copy.
+    is the packed projection [B, N, 3, H, D] itself, and so is its gradient, which then needs no copy. `queries`: only
+    so many tokens ask, the first ones: out [B, queries, H, D].
     Raises ValueError for sizes or dtypes that do not fit, BackendError when the named backend cannot run it.
     """
-    return call(OP, backend, q=q, k=k, v=v, scale=scale)
+    return call(OP, backend, q=q, k=k, v=v, scale=scale, queries=queries)
 
 
-def reference(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None) -> Tensor:
-    _check(q, k, v)
-    q, k, v = (t.transpose(1, 2) for t in _unpacked(q, k, v))  # [B, H, N, D]
+def reference(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    scale: float | None = None,
+    queries: int | None = None,
+) -> Tensor:
+    _check(q, k, v, queries)
+    q, k, v = (t.transpose(1, 2) for t in _unpacked(q, k, v, queries))  # [B, H, N, D]
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
@@ -51,9 +63,13 @@ def limits(spec: Spec) -> list[str]:
 
 
 def arguments(
-    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    scale: float | None = None,
+    queries: int | None = None,
 ) -> tuple[tuple[Any, ...], None]:
-    _check(q, k, v)
+    _check(q, k, v, queries)
     if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(
             f"vit.ops.attention: head dimension {q.shape[-1]} is not in 1..{MAX_HEAD_DIM}, got {_shapes(q, k, v)}; "
@@ -64,11 +80,11 @@ def arguments(
         q, k, v = (None if t is None else t.to(dtype) for t in (q, k, v))  # type: ignore[assignment]
     if k is not None and v is not None and not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"vit.ops.attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    return (q, k, v, scale), None
+    return (q, k, v, scale, queries), None
 
 
-def _check(q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
-    """ValueError unless it is q, k, v of sizes that go together, or a packed q alone."""
+def _check(q: Tensor, k: Tensor | None, v: Tensor | None, queries: int | None) -> None:
+    """ValueError unless it is q, k, v of sizes that go together, or a packed q alone, and that many tokens."""
     packed = k is None and v is None and q.dim() == 5 and q.shape[2] == 3
     if not packed and (k is None or v is None):
         raise ValueError(
@@ -84,26 +100,35 @@ def _check(q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
             )
         if k.shape[1] == 0 and q.numel() > 0:
             raise ValueError(f"vit.ops.attention: at least one key is needed, got {_shapes(q, k, v)}")
+    if queries is not None and not 1 <= queries <= q.shape[1]:
+        raise ValueError(
+            f"vit.ops.attention: queries must be within 1..{q.shape[1]}, the tokens of q, got {queries}; "
+            "None stands for all"
+        )
 
 
 def _shapes(q: Tensor, k: Tensor | None, v: Tensor | None) -> str:
     return ", ".join(f"{name} {list(t.shape)}" for name, t in (("q", q), ("k", k), ("v", v)) if t is not None)
 
 
-def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, N, H, D]: as given, or views of a packed q [B, N, 3, H, D]."""
-    return (q, k, v) if k is not None and v is not None else q.unbind(2)  # type: ignore[return-value]
+def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None, queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, queries, H, D] and k, v [B, N, H, D]: as given, or views of a packed q [B, N, 3, H, D]."""
+    if k is None or v is None:
+        q, k, v = q.unbind(2)
+    return (q if queries is None else q[:, :queries]), k, v
 
 
-FWD = "(Tensor q, Tensor? k, Tensor? v, float scale, bool save) -> (Tensor out, Tensor lse)"
+FWD = "(Tensor q, Tensor? k, Tensor? v, float scale, int? queries, bool save) -> (Tensor out, Tensor lse)"
 BWD = (
     "(Tensor dout, Tensor q, Tensor? k, Tensor? v, Tensor out, Tensor lse, float scale)"
     " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
-def fwd_fake(q: Tensor, k: Tensor | None, v: Tensor | None, scale: float, save: bool) -> tuple[Tensor, Tensor]:
-    q, _, _ = _unpacked(q, k, v)
+def fwd_fake(
+    q: Tensor, k: Tensor | None, v: Tensor | None, scale: float, queries: int | None, save: bool
+) -> tuple[Tensor, Tensor]:
+    q, _, _ = _unpacked(q, k, v, queries)
     return q.new_empty(q.shape), _new_lse(q) if save else q.new_empty(0)
 
 
@@ -113,9 +138,9 @@ def _new_lse(q: Tensor) -> Tensor:
 
 
 def fwd(
-    backend: NativeBackend, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float, save: bool
+    backend: NativeBackend, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float, queries: int | None, save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    q, k, v = map(_heads, _unpacked(q, k, v))
+    q, k, v = map(_heads, _unpacked(q, k, v, queries))
     out, lse = backend.empty(q.shape, q.dtype, q.device), _new_lse(q) if save else None
     sizes = _sizes(q, k, v)
     code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
@@ -144,17 +169,19 @@ def bwd(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    given = [t for t in (q, k, v) if t is not None]
-    grads = [backend.empty(t.shape, t.dtype, t.device) for t in given]
-    dq, dk, dv = _unpacked(*grads, *[None] * (3 - len(grads)))
-    q, k, v = map(_heads, _unpacked(q, k, v))
+    queries = dout.shape[1]
+    # Tokens that did not ask have gradients of zero, which no kernel writes.
+    new = backend.empty if queries == q.shape[1] else backend.zeros
+    grads = tuple(None if t is None else new(t.shape, t.dtype, t.device) for t in (q, k, v))
+    dq, dk, dv = _unpacked(*grads, queries)  # type: ignore[arg-type, call-arg]
+    q, k, v = map(_heads, _unpacked(q, k, v, queries))
     sizes = *_sizes(q, k, v), *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3]
     code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
 
     pointers = (ptr(dout), ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse), ptr(dq), ptr(dk), ptr(dv))
     values = (*sizes, scale, code, *context)
     launch(backend, backend.lib.attention_bwd, backend.lib.attention_bwd_workspace, pointers, values, q.device)
-    return *grads, *[None] * (3 - len(grads))
+    return grads
 
 
 def _heads(t: Tensor) -> Tensor:
@@ -168,14 +195,14 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 
 def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    q, k, v, ctx.scale = args
+    q, k, v, ctx.scale, _ = args
     ctx.save_for_backward(q, k, v, *outputs)
 
 
 def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse = ctx.saved_tensors
     dq, dk, dv = kernel(dy, q, k, v, out, lse, ctx.scale)
-    return dq, None if k is None else dk, None if v is None else dv, None
+    return dq, None if k is None else dk, None if v is None else dv, None, None
 
 
 OP = Op("attention", reference, arguments, FWD, fwd_fake, fwd, BWD, bwd_fake, bwd, save, backward, limits)

@@ -44,9 +44,9 @@ class Movement:
             patches = torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1)
         return patches if position is None else patches + position
 
-    def first(self, tokens: Tensor) -> Tensor:
-        """The first token of each sample: [B, N, C] -> [B, C]."""
-        return tokens[:, 0]
+    def first(self, tokens: Tensor, count: int) -> Tensor:
+        """The first `count` tokens of each sample: [B, N, C] -> [B, count, C]."""
+        return tokens[:, :count]
 
 
 class KernelMovement(Movement):
@@ -70,10 +70,10 @@ class KernelMovement(Movement):
             return super().tokens(patches, prefix, position)
         return _Tokens.apply(self.record, patches, prefix, position)
 
-    def first(self, tokens: Tensor) -> Tensor:
-        if not (self._movable(tokens) and torch.is_grad_enabled() and tokens.requires_grad):
-            return super().first(tokens)
-        return _First.apply(self.record, tokens)
+    def first(self, tokens: Tensor, count: int) -> Tensor:
+        if tokens.shape[1] <= count or not self._movable(tokens):
+            return super().first(tokens, count)
+        return _First.apply(self.record, tokens, count)
 
     def _movable(self, *tensors: Tensor | None) -> bool:
         """Whether a kernel may be given these: ordinary tensors of one dtype that the backend has, not empty."""
@@ -149,11 +149,12 @@ class _Tokens(torch.autograd.Function):
 
 class _First(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, record: NativeBackend, tokens: Tensor) -> Tensor:
+    def forward(ctx: Any, record: NativeBackend, tokens: Tensor, count: int) -> Tensor:
         ctx.record, ctx.shape = record, tokens.shape
-        return tokens[:, 0]
+        first = tokens[:, :count]
+        return record.move(first.shape, first)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return None, ctx.record.move(ctx.shape, None, dy.contiguous()[:, None])
+        return None, ctx.record.move(ctx.shape, None, dy.contiguous()), None

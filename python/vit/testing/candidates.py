@@ -80,7 +80,7 @@ def _model(backend: str, name: str, arch: Arch, device: torch.device, dtype: tor
 
 
 def _training(model: Any, images: torch.Tensor, dtype: torch.dtype) -> Any:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # as `vit train` has it
     labels = torch.randint(model.num_classes, (len(images),), device=images.device)
 
     def step() -> None:
