@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import cuda_emulator
@@ -30,8 +31,15 @@ PRODUCTS = [case for case in EMULATED if case.op in ("matmul", "linear") and cas
 
 
 @pytest.fixture(scope="module")
-def emulated(request: pytest.FixtureRequest) -> Iterator[Emulated]:
-    with cuda_emulator.registered(cuda_emulator.build(request.config.cache.mkdir("cuda_emulator"))) as record:
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the emulator is compiled: kept between runs, unless pytest is to keep nothing (-p no:cacheprovider)."""
+    cache = getattr(request.config, "cache", None)
+    return cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
+
+
+@pytest.fixture(scope="module")
+def emulated(built: Path) -> Iterator[Emulated]:
+    with cuda_emulator.registered(cuda_emulator.build(built)) as record:
         yield record
 
 
@@ -283,12 +291,11 @@ def test_a_gpu_that_is_too_old_is_a_reason(monkeypatch):
 @pytest.mark.sanitizer
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
-def test_no_kernel_reads_or_writes_out_of_bounds(request, path):
+def test_no_kernel_reads_or_writes_out_of_bounds(built, path):
     """Device memory, shared memory and the alignment of vectors, by AddressSanitizer and UndefinedBehaviorSanitizer."""
     if cuda_emulator.sanitizer_environment() is None:
         pytest.skip("the compiler has no AddressSanitizer library")
-    folder = request.config.cache.mkdir("cuda_emulator")
-    options = ["--folder", str(folder), "--sanitize", "--path", path, "--every", "20"]
+    options = ["--folder", str(built), "--sanitize", "--path", path, "--every", "20"]
     search = os.pathsep.join([str(cuda_emulator.HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": search}
     done = subprocess.run(
