@@ -95,9 +95,9 @@ int64_t readable_bytes(const P& p, int64_t n) {
 template <class P>
 Heads copied(Call& call, const Bundle& bundle, int kernel, const P& p, const Heads& x, int64_t n, char* to,
              double factor) {
-  const int64_t units = p.B * p.H * n, columns = Block(p.dtype, p.context, p.D).columns;
-  call.launch(bundle, kernel, units, x.data, static_cast<void*>(to), static_cast<int>(p.H), static_cast<int>(n),
-              static_cast<int>(p.D), x.batch, x.token, x.head, factor, units);
+  const int64_t rows = p.B * p.H * n, columns = Block(p.dtype, p.context, p.D).columns;
+  call.launch(bundle, kernel, ceil_div(rows, tiles::kCopiedRows), x.data, static_cast<void*>(to), static_cast<int>(p.H),
+              static_cast<int>(n), static_cast<int>(p.D), x.batch, x.token, x.head, factor, rows);
   return {to, p.H * n * columns, columns, n * columns};
 }
 

@@ -29,16 +29,18 @@ VIT_INLINE void copy_row(const T* from, int D, int lane, A factor, A* to) {
   to[d + lane] = value;
 }
 
-// [B, N, H, D] of any strides -> [B, H, N, padded(D)] in the accumulator type, times `factor`; a sub-group copies one
-// row.
+// [B, N, H, D] of any strides -> [B, H, N, padded(D)] in the accumulator type, times `factor`.
 template <class T>
 VIT_KERNEL copy_heads(const T* x, Acc<T>* out, int H, int N, int D, int64 batch, int64 token, int64 head, double factor,
-                      int64 units) {
+                      int64 rows) {
   using A = Acc<T>;
   const Place at = place();
-  if (at.unit >= units) return;
-  const int64 n = at.unit % N, h = at.unit / N % H, b = at.unit / N / H;
-  copy_row(x + b * batch + n * token + h * head, D, at.lane, A(factor), out + at.unit * padded(D));
+  const int64 first = at.unit * vit::tiles::kCopiedRows;
+  const int64 stop = first + vit::tiles::kCopiedRows < rows ? first + vit::tiles::kCopiedRows : rows;
+  for (int64 row = first; row < stop; ++row) {
+    const int64 h = row / N, n = row - h * N, b = h / H;
+    copy_row(x + b * batch + n * token + (h - b * H) * head, D, at.lane, A(factor), out + row * padded(D));
+  }
 }
 
 template <class A>

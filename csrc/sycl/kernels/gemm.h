@@ -1,9 +1,9 @@
 // The product of rows with a packed right operand (pack.h), tile by tile.
 //
-// A sub-group takes one panel of the right operand and kTilesPerGroup row tiles; a tile of R x V vectors of results
-// stays in registers while k runs once from 0 to K: every result is one sum in the order of k, whatever M, N or the
-// batch. Per k a tile costs V vector loads, R scalar loads (of rows that lie where the caller has them, adjacent in k)
-// and R V fused multiply-adds.
+// A sub-group takes one panel of the right operand and kTilesPerGroup row tiles of the left one; a tile of R x V
+// vectors of results stays in registers while k runs once from 0 to K: every result is one sum in the order of k,
+// whatever M, N or the batch. Per k a tile costs V vector loads, R scalar loads (of rows that lie where the caller has
+// them, adjacent in k) and R V fused multiply-adds.
 #pragma once
 
 #include "common.h"
@@ -73,11 +73,15 @@ VIT_INLINE void multiply(const A* a, const A* packed, const Sizes& s, int64 unit
 #if !VIT_LOCAL
   if (at.unit >= units) return;
 #endif
-  // The sub-groups of a work-group share a panel: row blocks are rounded up to whole work-groups.
+  // The sub-groups of a work-group share a panel. The units that follow each other on a core have the same rows, which
+  // then come from its L2 cache, or where these are too long the same panel.
   const int lane = at.lane, panels = (s.N + width - 1) / width;
-  const int blocks = ((s.M + block - 1) / block + VIT_SUB_GROUPS - 1) / VIT_SUB_GROUPS * VIT_SUB_GROUPS;
-  const int row_block = int(at.unit % blocks), panel = int(at.unit / blocks % panels);
-  const int64 pair = at.unit / blocks / panels;
+  const int blocks = ((s.M + block - 1) / block + VIT_SUB_GROUPS - 1) / VIT_SUB_GROUPS;  // of a work-group
+  const bool same_rows = int64(s.K) * block * int(sizeof(A)) <= vit::tiles::kSameRowsBytes;
+  const int inner = same_rows ? panels : blocks, outer = same_rows ? blocks : panels;
+  const int64 group = at.unit / VIT_SUB_GROUPS, pair = group / inner / outer;
+  const int in = int(group % inner), out = int(group / inner % outer), panel = same_rows ? in : out;
+  const int row_block = (same_rows ? out : in) * VIT_SUB_GROUPS + int(at.unit % VIT_SUB_GROUPS);
   const A* right = packed + pair * s.b_batch + int64(panel) * s.K * width;
   const A* left = a + pair * s.a_batch;
   for (int tile = 0; tile < vit::tiles::kTilesPerGroup; ++tile) {

@@ -22,8 +22,15 @@ struct Tile<double> {
 // Row tiles one sub-group computes against the same panel of the right-hand side, which stays in the L2 cache.
 inline constexpr int kTilesPerGroup = 12;
 
+// Rows of one sub-group of at most so many bytes are multiplied with all panels, one after the other, as they stay in
+// the L2 cache (of 1 MB): 5 to 8 % faster than all rows with one panel.
+inline constexpr int kSameRowsBytes = 640 << 10;
+
 // Values of k that the work-group keeps in local memory at a time (variants with local memory only).
 inline constexpr int kLocalDepth = 32;
+
+// Rows of a head that one sub-group copies: one each would cost more to start than to copy.
+inline constexpr int kCopiedRows = 32;
 
 // Elements one sub-group of an elementwise kernel walks over: one vector each would cost more to start than to compute.
 inline constexpr int kElements = 4096;
