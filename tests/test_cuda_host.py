@@ -190,6 +190,37 @@ def test_layouts(tmp_path):
     assert cuda_emulator.run([str(program)]) == "ok\n"
 
 
+def compile_probes(program: Path, *include: Path) -> list[str]:
+    """benchmarks/gpu/probe.cu on the emulator, with headers from `include` first; the names of the probes."""
+    root = cuda_emulator.CSRC.parent
+    search = [*include, cuda_emulator.CSRC, cuda_emulator.CSRC / "cuda"]
+    command = [cuda_emulator.compiler(), "-std=c++17", "-O1", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+    command += [*(f"-I{folder}" for folder in search), "-include", str(cuda_emulator.HERE / "hopper_instructions.cuh")]
+    command += ["-x", "c++", str(root / "benchmarks/gpu/probe.cu"), str(cuda_emulator.HERE / "emulator.cpp")]
+    cuda_emulator.run([*command, "-o", str(program)])
+    return cuda_emulator.run([str(program)]).splitlines()
+
+
+def test_probes_of_the_gpu(tmp_path):
+    names = compile_probes(tmp_path / "probe")
+    assert len(names) >= 10
+    for name in names:
+        cuda_emulator.run([str(tmp_path / "probe"), name])
+
+
+def test_a_probe_says_what_is_wrong(tmp_path):
+    """The two distances of the descriptors without a swizzle, exchanged."""
+    text = (cuda_emulator.CSRC / "cuda/layout.cuh").read_text()
+    wrong = text.replace("row, 0), 128, 16 * rows)", "row, 0), 16 * rows, 128)")
+    assert wrong != text
+    (tmp_path / "layout.cuh").write_text(wrong)
+    compile_probes(tmp_path / "probe", tmp_path)
+    done = subprocess.run([tmp_path / "probe", "wgmma, plain columns, a in registers"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert " wrong, the first at " in done.stdout
+    assert done.stdout.endswith("; right with the two distances exchanged\n")
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [({"M": -1}, "M is -1; a size is 0 or more"), ({"dtype": 7}, "unknown dtype 7"), ({"y": 0}, "y is null")],

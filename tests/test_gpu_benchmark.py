@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -135,6 +136,38 @@ def test_without_a_gpu_it_says_so(gpu, capsys, monkeypatch):
     assert "backend 'reference' cannot be used: no GPU" in capsys.readouterr().err
 
 
+def test_an_error_of_the_gpu_ends_a_part_and_is_kept(gpu, tmp_path, monkeypatch):
+    main = importlib.import_module("benchmarks.gpu.__main__")
+
+    def part(report):
+        report.add("first", ok=True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(main.PARTS, "ops", part)
+    monkeypatch.setattr(main, "environment", lambda commit: {})
+    monkeypatch.setattr(sys, "argv", ["gpu", "--part", "ops", "--out", str(tmp_path / "a.json"), "--path", "no_wgmma"])
+    try:
+        assert main.main() == main.CRASHED
+        assert gpu.timing.chosen() == "no_wgmma"
+        with gpu.timing.path("portable"):
+            assert gpu.timing.chosen() == "portable"
+        assert gpu.timing.chosen() == "no_wgmma"
+    finally:
+        gpu.timing.choose("automatic")
+    found = rows(tmp_path / "a.json")
+    assert found["first"]["ok"]
+    assert "illegal memory access" in found["crash"]["failed"]
+
+
+def test_figures_are_kept_before_the_next_compilation(gpu, tmp_path):
+    report = make_report(gpu, tmp_path / "gpu.json", part="model")
+    report.end = 0
+    gpu.models.inference(report, "B")
+    (row,) = rows(tmp_path / "gpu.json", "model").values()
+    assert {"ours_images_s", "eager_images_s", "speedup"} <= set(row)
+    assert "compiled_images_s" not in row
+
+
 def test_a_failed_training_fails_the_report(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     report = make_report(gpu, tmp_path / "gpu.json", part="train")
@@ -191,7 +224,74 @@ def test_the_run_ends_with_a_failed_build_and_starts_nothing_it_has_no_time_for(
 def test_the_steps_are_known_and_fit(steps, gpu):
     main = importlib.import_module("benchmarks.gpu.__main__")
     for step in steps.STEPS:
+        assert importlib.util.find_spec(step.module)
+        if step.module != steps.Step.module:
+            continue
         options = dict(zip(step.arguments[::2], step.arguments[1::2], strict=True))
         assert options["--part"] in ("parity", *main.PARTS)
     assert sum(step.seconds for step in steps.STEPS) + 60 * 2 <= 30 * 60
-    assert sum(step.seconds for step in steps.STEPS[:5]) + 60 <= 9 * 60
+    assert sum(step.seconds for step in steps.STEPS[:6]) + 60 <= 9 * 60
+    assert set(steps.TRUSTED) <= {step.name for step in steps.STEPS}
+
+
+@pytest.mark.parametrize(
+    ("done", "path"),
+    [
+        ({}, []),
+        ({"probe": 0, "promises": 1, "parity of wgmma": 1}, []),
+        ({"probe": 2}, []),  # not compiled
+        ({"probe": 1}, ["--path", "no_wgmma"]),
+        ({"probe": 0, "parity of wgmma": 3}, ["--path", "no_wgmma"]),
+        ({"probe": 0, "promises": -9}, ["--path", "no_wgmma"]),
+        ({"probe": 0, "ops of B": 3}, []),
+    ],
+)
+def test_doubtful_kernels_are_left_out(steps, tmp_path, monkeypatch, done, path):
+    out, commands = tmp_path / "a.json", []
+    out.write_text(json.dumps({"steps": {name: {"code": code} for name, code in done.items()}}))
+    monkeypatch.setattr(steps, "STEPS", [steps.Step("next", 10, ("--part", "ops")), steps.STEPS[0]])
+    monkeypatch.setattr(steps, "BUILD", "")
+    monkeypatch.setattr(steps, "run", lambda command, seconds: commands.append(command) or {"code": 0})
+    assert steps.run_steps(out, minutes=1) == 0
+    assert commands[1][7:] == ["--seconds", "10", *path]
+    assert all("--path" not in command for command in commands[2:])  # the probe knows no paths
+
+
+#: A program in the place of the probes: "good", "bad", "hangs".
+PROBES = """#!/bin/sh
+case "$1" in
+  "") echo good; echo hangs; echo bad ;;
+  good) ;;
+  hangs) sleep 60 ;;
+  bad) echo "3 of 64 wrong"; exit 1 ;;
+esac
+"""
+
+
+def test_each_probe_is_on_its_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    probe = importlib.import_module("benchmarks.gpu.probe")
+
+    def compile_probes(program):
+        program.write_text(PROBES)
+        program.chmod(0o755)
+        return ""
+
+    monkeypatch.setattr(probe, "compile_probes", compile_probes)
+    monkeypatch.setattr(probe, "SECONDS_EACH", 0.5)
+    out = tmp_path / "a.json"
+    monkeypatch.setattr(sys, "argv", ["probe", "--out", str(out)])
+    assert probe.main() == 1
+    found = rows(out, "probe")
+    assert found["good"]["ok"]
+    assert found["hangs"]["failed"] == "hangs: ended after 0.5 s"
+    assert found["bad"]["failed"] == "exit code 1: 3 of 64 wrong"
+
+
+def test_probes_that_do_not_compile_say_nothing_of_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    probe = importlib.import_module("benchmarks.gpu.probe")
+    monkeypatch.setattr(probe, "compile_probes", lambda program: "no nvcc")
+    monkeypatch.setattr(sys, "argv", ["probe", "--out", str(tmp_path / "a.json")])
+    assert probe.main() == 2
+    assert rows(tmp_path / "a.json", "probe")["compile"]["not_run"] == "no nvcc"

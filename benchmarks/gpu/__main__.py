@@ -27,6 +27,7 @@ import datetime
 import platform
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ PARTS: dict[str, Callable[[Report], None]] = {
 }
 
 
+#: The exit code of a part that an error has ended; 1 is that of wrong results.
+CRASHED = 3
+
+
 def head() -> str:
     """The commit that is checked out, "unknown" without git."""
     try:
@@ -67,6 +72,7 @@ def environment(commit: str | None) -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
+        "path": timing.chosen(),
         "vit": vit.backends()[timing.BACKEND],
     }
 
@@ -84,16 +90,28 @@ def main() -> int:
     parser.add_argument("--commit", help="what is measured, where git cannot say (default: git rev-parse HEAD)")
     parser.add_argument("--every", type=int, default=1, help="parity: every n-th case (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="parity: starting with this one (default: %(default)s)")
+    parser.add_argument(
+        "--path",
+        choices=tuple(timing.PATHS),
+        default="automatic",
+        help="kernels that may run: no_wgmma where Hopper's own are in doubt (default: %(default)s)",
+    )
     args = parser.parse_args()
     if why := get(timing.BACKEND).unavailable():
         print(f"benchmarks.gpu: backend '{timing.BACKEND}' cannot be used: {why}", file=sys.stderr)
         return 1
     torch.manual_seed(0)
+    timing.choose(args.path)
     report = Report(args.part, args.seconds, args.only, args.out, environment(args.commit))
-    if args.part == "parity":
-        part_parity(report, args.every, args.first)
-    else:
-        PARTS[args.part](report)
+    try:
+        if args.part == "parity":
+            part_parity(report, args.every, args.first)
+        else:
+            PARTS[args.part](report)
+    except Exception as error:  # a fault of the GPU, most likely: nothing after it would mean anything
+        traceback.print_exc()
+        report.fail("crash", f"{type(error).__name__}: {str(error)[:300]}")
+        return CRASHED
     return 1 if report.failed else 0
 
 

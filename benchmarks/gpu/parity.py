@@ -26,6 +26,8 @@ def part_parity(report: Report, every: int, first: int) -> None:
             report.fail(check.__name__, problem) if problem else report.add(check.__name__, ok=True)
     ops = backend_ops(timing.BACKEND)
     for label in PATHS:
+        if label == "automatic" and timing.chosen() != label:
+            continue
         products = ("matmul", "linear", "attention") if label == "portable" else ("attention",)
         wanted = [c for c in cases("cuda") if label == "automatic" or c.op in products][first::every]
         passed = failed = skipped = 0
@@ -134,7 +136,16 @@ def part_sanitizer(report: Report) -> None:
     for name in ("memcheck", "racecheck"):
         seconds = max(30.0, (report.end - time.monotonic()) / (2 if name == "memcheck" else 1))
         command = [tool, "--tool", name, "--error-exitcode", "7", sys.executable, "-m", "benchmarks.gpu"]
-        command += ["--part", "parity", "--every", "40", "--seconds", str(int(seconds * 0.8))]
+        command += [
+            "--part",
+            "parity",
+            "--every",
+            "40",
+            "--seconds",
+            str(int(seconds * 0.8)),
+            "--path",
+            timing.chosen(),
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30, cwd=ROOT)
         except subprocess.TimeoutExpired:

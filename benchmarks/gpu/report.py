@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vit.files import to_json
+from vit.files import to_json, write_text
 
 
 class Report:
@@ -40,7 +40,7 @@ class Report:
         self.record["failed"] = self.failed
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(to_json(self.content, indent=1) + "\n")
+            write_text(self.out, to_json(self.content, indent=1) + "\n")
         print(f"{name:<46} " + "  ".join(f"{k}={v}" for k, v in rounded.items()), flush=True)
 
     def fail(self, name: str, text: str) -> None:

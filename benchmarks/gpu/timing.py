@@ -28,14 +28,29 @@ BF16 = torch.bfloat16
 Candidate = Callable[[int], Any]
 
 
+_chosen = "automatic"
+
+
+def choose(name: str) -> None:
+    """From here on the kernels of one of PATHS, by the entry point of csrc/cuda/runtime.cu."""
+    global _chosen
+    _set_path(name)
+    _chosen = name
+
+
 @contextmanager
 def path(name: str) -> Iterator[None]:
-    """The kernels of one of PATHS, by the entry point of csrc/cuda/runtime.cu."""
-    _set_path(name)
+    """The kernels of one of PATHS for a while."""
+    before = _chosen
+    choose(name)
     try:
         yield
     finally:
-        _set_path("automatic")
+        choose(before)
+
+
+def chosen() -> str:
+    return _chosen
 
 
 def _set_path(name: str) -> None:

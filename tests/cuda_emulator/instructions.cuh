@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -36,7 +37,7 @@ struct dim3 {
 };
 inline thread_local dim3 gridDim, blockDim;
 
-// ---- the part of the CUDA runtime that csrc/cuda uses ----
+// ---- the part of the CUDA runtime that csrc/cuda and benchmarks/gpu/probe.cu use ----
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -112,6 +113,18 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
   emulated_limits[{emulated_device, kernel}] = static_cast<std::size_t>(bytes);
   return cudaSuccess;
 }
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+template <class T>
+cudaError_t cudaMalloc(T** data, std::size_t bytes) {
+  *data = static_cast<T*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  return *data ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline void cudaFree(void* data) { std::free(data); }
+inline cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 namespace vit::emulator {
 
