@@ -624,6 +624,24 @@ def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
         train(dataclasses.replace(SMALL, arch={"num_classes": 7}), out=tmp_path / "run")
 
 
+def test_weights_bring_their_own_sizes_and_preprocessing(whole: TrainResult, tmp_path: Path) -> None:
+    """The new run is one that can be loaded and resumed, though its options name neither."""
+    start = tmp_path / "start"
+    shutil.copytree(whole.run, start)
+    info = json.loads((start / "model.json").read_text())
+    info["preprocess"] |= {"mean": [0.4], "std": [0.3]}
+    (start / "model.json").write_text(json.dumps(info))
+    config = dataclasses.replace(SMALL, arch={}, weights=str(start))
+    done = train(config, out=tmp_path / "done")
+    model = vit.create(weights=done.run)
+    assert (model.embed_dim, len(model.blocks), model.preprocess.mean) == (16, 2, (0.4,))
+    with pytest.raises(Interrupted):
+        train(config, out=tmp_path / "resumed", display=Hook(STEPS + 2, terminate))
+    shutil.rmtree(start)
+    train(resume=tmp_path / "resumed")
+    same_bits(tmp_path / "resumed", done.run)
+
+
 def test_training_starts_from_given_weights(whole: TrainResult, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, weights=str(whole.run), lr=0.0, min_lr=0.0, ema=0.0, epochs=1)
     result = train(config, out=tmp_path / "run")

@@ -23,7 +23,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 def create(
     name: str | None = None,
     backend: str = "auto",
-    weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    weights: str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
     img_size: int | tuple[int, int] | None = None,
@@ -52,15 +52,10 @@ def create(
     """
     _check_backend(backend)
     checkpoint = None if weights is None else read(weights)
-    settings: dict[str, Any] = {}
     saved = checkpoint is not None and name in (None, checkpoint.name)  # the weights' own model, not just its tensors
-    if checkpoint:
-        name = name or checkpoint.name
-        settings = checkpoint.sizes() | (dict(checkpoint.arch) if saved else {})
-    name = name or DEFAULT_NAME
-    config = get_config(name)
     given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
-    settings = dict(config.arch) | settings | arch | {k: v for k, v in given.items() if v is not None}
+    name, settings = settle(name, checkpoint, arch | {k: v for k, v in given.items() if v is not None})
+    config = get_config(name)
     _check_arch(settings)
     scheme = settings.pop("weight_init", "")
 
@@ -80,6 +75,16 @@ def create(
         if len(checkpoint.class_names or ()) == model.num_classes:
             model.class_names = checkpoint.class_names
     return model
+
+
+def settle(name: str | None, checkpoint: Checkpoint | None, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of a model and its arguments: those of the named model, over them the weights', over them `given`."""
+    settings: dict[str, Any] = {}
+    if checkpoint:
+        settings = checkpoint.sizes() | (dict(checkpoint.arch) if name in (None, checkpoint.name) else {})
+        name = name or checkpoint.name
+    name = name or DEFAULT_NAME
+    return name, {**get_config(name).arch, **settings, **given}
 
 
 def _check_backend(backend: str) -> None:

@@ -33,7 +33,11 @@ from ..data import Source, kind_of, open_source
 from ..data.augment import Affine, Augment, CropFlip
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
+from ..data.preprocess import Preprocess
 from ..extras import require
+from ..model.configs import get_config
+from ..model.factory import settle
+from ..weights import read
 from . import checkpoint
 from .checkpoint import Progress
 from .config import TrainConfig
@@ -107,7 +111,7 @@ class _Training:
         self.main = bool(self.accelerator.is_main_process)
         self.display: Display = display if self.main else Silent()
         self.source = self._open_source()
-        self.model, info = self._create_model(None if resumed else config.weights)
+        self.model, info = self._resumed_model(resumed) if resumed else self._create_model()
         self.batches, self.loader = self._make_loader()
         self.steps = len(self.batches) // config.accumulate  # optimizer steps per epoch
         self.average = Average(self.model, config.ema) if config.ema else None
@@ -132,7 +136,8 @@ class _Training:
             self.display.line(f"skipped {describe(source.skipped, Path(config.data))}")
         return source.divided(config.val_fraction, config.test_fraction, config.split_seed)
 
-    def _create_model(self, weights: str | None) -> tuple[Any, dict[str, Any]]:
+    def _create_model(self) -> tuple[Any, dict[str, Any]]:
+        """The model, and what is written of it: whatever the options and the weights change of the named one."""
         config = self.config
         torch.manual_seed(config.seed)
         arch = {"num_classes": len(self.source.class_names), "drop_path_rate": config.drop_path} | config.arch
@@ -141,13 +146,24 @@ class _Training:
                 f"vit: --arch num_classes={arch['num_classes']}, but {config.data} has "
                 f"{len(self.source.class_names)} classes; leave it out"
             )
-        model = vit.create(config.model, config.backend, weights=weights, device=self.accelerator.device, **arch)
+        start = None if config.weights is None else read(config.weights)
+        model = vit.create(config.model, config.backend, weights=start, device=self.accelerator.device, **arch)
+        name, settings = settle(config.model, start, arch)
+        named = get_config(name).arch
         info = {
-            "name": config.model,
-            "arch": arch,
+            "name": name,
+            "arch": {k: v for k, v in settings.items() if k in arch or k not in named or v != named[k]},
             "class_names": list(self.source.class_names),
             "preprocess": model.preprocess.to_dict(),
         }
+        return model, info
+
+    def _resumed_model(self, run: Run) -> tuple[Any, dict[str, Any]]:
+        """The model that a run folder describes; _restore loads its weights."""
+        info = run.model
+        torch.manual_seed(self.config.seed)
+        model = vit.create(info["name"], self.config.backend, device=self.accelerator.device, **info["arch"])
+        model.preprocess = Preprocess.from_dict(info["preprocess"])
         return model, info
 
     def _make_loader(self) -> tuple[EpochBatches, Any]:
