@@ -173,7 +173,7 @@ def test_bench_of_ops_merged_with_an_earlier_run(tmp_path):
     "options",
     [
         ["--models", "vit_nano"], ["--batch", "0"], ["--batch", "x"], ["--dtype", "int3"], ["--mode", "fast"],
-        ["--rounds", "0"], ["--threads", "0"], ["--backends", "cpuu"],
+        ["--rounds", "0"], ["--threads", "0"], ["--backends", "cpuu"], ["--backends", ""], ["--models", ","],
         ["--backends", "timm,cpu", "--models", "vit_digits"],
         ["--ops", "--pattern", "no such case"], ["--ops", "--pattern", "("],
         ["--against", "tensorflow"], ["--against", "timm", "--ops"], ["--against", "timm", "--models", "vit_digits"],
@@ -184,4 +184,7 @@ def test_bench_of_ops_merged_with_an_earlier_run(tmp_path):
 )  # fmt: skip
 def test_bench_bad_usage(capsys, options):
     assert main(["bench", *options]) == 2
-    assert capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "vit bench: " in text
+    assert "_numbers" not in text
+    assert "vit: " not in text.replace("vit bench: ", "")

@@ -48,7 +48,7 @@ def _run(words: list[str]) -> int:
     name = words[0]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean vit {near[0]}?" if near else ""
+        hint = f"; did you mean vit {near[0]}?" if near else "."
         print(f"vit: there is no command {name!r}{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command = _command(name)

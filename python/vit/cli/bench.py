@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", type=_modes, default=["inference"], metavar="A,B", help="inference, train " + _DEFAULT)
     add(
         "--backends",
-        type=_names,
+        type=_backends,
         metavar="A,B",
         help=f"backends, {', '.join(RUNTIMES)} (default: reference and every usable backend; --against: engine)",
     )
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         jobs, setting = _prepare(args)
         old = _old(args)
     except (ValueError, re.error) as error:
-        print(f"vit bench: {error}", file=sys.stderr)
+        print(f"vit bench: {str(error).removeprefix('vit: ')}", file=sys.stderr)
         return 2
     if setting.device == "cpu":
         setting = dataclasses.replace(setting, peak=cpu_peak(setting.threads))
@@ -218,12 +218,21 @@ def _models(text: str) -> list[tuple[str, Arch]]:
         if not all(key.isidentifier() and value.isdigit() for key, value in pairs):
             raise argparse.ArgumentTypeError(f"must be like vit_base_patch16_224:img_size=518, got {word!r}")
         models.append((name, tuple((key, int(value)) for key, value in pairs)))
+    if not models:
+        raise argparse.ArgumentTypeError("must name a model, got none")
     return models
 
 
+def _backends(text: str) -> list[str]:
+    if not (names := _names(text)):
+        raise argparse.ArgumentTypeError("must name a backend, got none")
+    return names
+
+
 def _numbers(text: str) -> list[int]:
-    numbers = [int(word) for word in _names(text)]
-    if not numbers or min(numbers) < 1:
+    words = _names(text)
+    numbers = [int(word) for word in words if word.isdecimal()]
+    if not numbers or len(numbers) < len(words) or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"must be positive numbers separated by commas, got {text!r}")
     return numbers
 

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         backend = get(args.backend)
         pattern = re.compile(args.pattern) if args.pattern else None
     except (ValueError, re.error) as error:
-        print(f"vit parity: {error}", file=sys.stderr)
+        print(f"vit parity: {str(error).removeprefix('vit: ')}", file=sys.stderr)
         return 2
     if why := backend.unavailable():
         print(f"vit parity: backend '{args.backend}' cannot be used: {why}", file=sys.stderr)

@@ -121,8 +121,8 @@ class TrainConfig:
             "checkpoint_seconds": (0.0, math.inf),
         }.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"vit: {flag(name)} is {value}; allowed is {low} to {high}")
+            if value is not None and (not low <= value <= high or math.isinf(value)):
+                raise ValueError(f"vit: {flag(name)} is {value}; allowed is " + _span(low, high))
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
@@ -142,6 +142,10 @@ class TrainConfig:
         """The text of config.yaml, in the order of the fields."""
         text: str = require("yaml", "train").safe_dump(dataclasses.asdict(self), sort_keys=False)
         return text
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low} to {high}" if math.isfinite(high) else f"any number from {low}"
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
