@@ -185,6 +185,9 @@ def steps(monkeypatch) -> ModuleType:
     run = module.run
     monkeypatch.setattr(module, "run", lambda c, seconds: run([c[0], "-c", c[2 if c[1] == "-c" else 3]], seconds))
     monkeypatch.setattr(module, "ROOT", ROOT / "tests")  # nothing is built there
+    monkeypatch.setattr(module, "START", "")
+    built = iter([False])
+    monkeypatch.setattr(module, "built", lambda: next(built, True))
     return module
 
 
@@ -203,7 +206,7 @@ def test_the_run_goes_on_after_a_step_that_fails_or_hangs(steps, tmp_path, monke
     content = json.loads(out.read_text())
     assert content["ops"] == 1
     codes = {name: row["code"] for name, row in content["steps"].items()}
-    assert codes == {"build": 0, "fails": 1, "hangs": -9, "works": 0}
+    assert codes == {"start": 0, "build": 0, "fails": 1, "hangs": -9, "works": 0}
     assert "illegal memory access" in content["steps"]["fails"]["tail"]
     assert "ended after 2 s" in content["steps"]["hangs"]["tail"]
     monkeypatch.setattr(steps, "STEPS", [*steps.STEPS, steps.Step("new", 2, ("pass",))])
@@ -213,12 +216,19 @@ def test_the_run_goes_on_after_a_step_that_fails_or_hangs(steps, tmp_path, monke
 
 def test_the_run_ends_with_a_failed_build_and_starts_nothing_it_has_no_time_for(steps, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "STEPS", [steps.Step("long", 100, ("pass",))])
-    monkeypatch.setattr(steps, "BUILD", "raise SystemExit('no nvcc')")
+    monkeypatch.setattr(steps, "BUILD", "raise SystemExit('cpu: no g++')")
+    assert steps.run_steps(tmp_path / "a.json", minutes=0.5) == 0  # cuda was built
+    assert list(json.loads((tmp_path / "a.json").read_text())["steps"]) == ["start", "build"]
+    monkeypatch.setattr(steps, "built", lambda: False)
+    assert steps.run_steps(tmp_path / "b.json", minutes=5) == 1
+    assert list(json.loads((tmp_path / "b.json").read_text())["steps"]) == ["start", "build"]
+
+
+def test_the_run_ends_where_torch_has_no_gpu(steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "START", "raise SystemExit('no GPU')")
     assert steps.run_steps(tmp_path / "a.json", minutes=5) == 1
-    assert "long" not in json.loads((tmp_path / "a.json").read_text())["steps"]
-    monkeypatch.setattr(steps, "BUILD", "")
-    assert steps.run_steps(tmp_path / "b.json", minutes=0.5) == 0
-    assert list(json.loads((tmp_path / "b.json").read_text())["steps"]) == ["build"]
+    (row,) = json.loads((tmp_path / "a.json").read_text())["steps"].values()
+    assert row["tail"] == "no GPU\n"
 
 
 def test_the_steps_are_known_and_fit(steps, gpu):
@@ -253,8 +263,8 @@ def test_doubtful_kernels_are_left_out(steps, tmp_path, monkeypatch, done, path)
     monkeypatch.setattr(steps, "BUILD", "")
     monkeypatch.setattr(steps, "run", lambda command, seconds: commands.append(command) or {"code": 0})
     assert steps.run_steps(out, minutes=1) == 0
-    assert commands[1][7:] == ["--seconds", "10", *path]
-    assert all("--path" not in command for command in commands[2:])  # the probe knows no paths
+    assert commands[2][7:] == ["--seconds", "10", *path]
+    assert all("--path" not in command for command in commands[3:])  # the probe knows no paths
 
 
 #: A program in the place of the probes: "good", "bad", "hangs".
