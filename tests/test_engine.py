@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -442,6 +443,14 @@ def test_what_the_engine_cannot_run_is_a_reason():
         vit.Engine(make(embed_dim=18, num_heads=2, mlp_ratio=1.5), "bfloat16")
     with pytest.raises(vit.BackendError, match="has no values"):
         vit.Engine(make().to("meta"))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_engine_is_not_copied(duplicate):
+    """Two objects with one native memory: the first to go would leave the other without it."""
+    engine = vit.Engine(make())
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled; engine.save\(path\)"):
+        duplicate(engine)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import numpy as np
 import torch
@@ -112,6 +112,13 @@ class Engine:
         It runs on processors with the instruction-set level of this one (`isa`), in Python and from C.
         """
         native.check(native.library().save(self._handle, os.fsencode(path)))
+
+    def __reduce__(self) -> NoReturn:
+        """A copy would share the native memory and use it after the original has gone."""
+        raise TypeError(
+            "vit.Engine: an engine cannot be copied or pickled; engine.save(path) writes it, vit.Engine.load(path) "
+            "makes another one"
+        )
 
     def _adopt(self, handle: int, max_batch: int | None, num_threads: int | None) -> None:
         library = native.library()
