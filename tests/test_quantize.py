@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -104,6 +105,8 @@ def test_objections_name_what_is_wrong():
     slow, wrong = dataclasses.replace(good, images_per_second=90.0), dataclasses.replace(good, top1=0.88)
     assert "not faster" in objections(plain, slow, 0.01, 0.99)[0]
     assert "90.00 % to 88.00 %" in objections(plain, wrong, 0.01, 0.99)[0]
+    assert "is nan, below" in objections(plain, dataclasses.replace(good, cosine=math.nan), 0.01, 0.99)[0]
+    assert objections(plain, good, math.nan, 0.99)
 
 
 def test_bad_usage_and_data_of_other_classes(capsys, weights, tmp_path):

@@ -77,10 +77,10 @@ def objections(
     if for_speed and quantized.images_per_second <= plain.images_per_second:
         speeds = f"{quantized.images_per_second:.1f} images/s, float32 {plain.images_per_second:.1f}"
         reasons.append(f"it is not faster: {speeds}")
-    if plain.top1 - quantized.top1 > max_drop:
+    if not plain.top1 - quantized.top1 <= max_drop:  # so that NaN, here and below, is an objection
         drop = f"{100 * plain.top1:.2f} % to {100 * quantized.top1:.2f} %"
         reasons.append(f"top-1 falls from {drop}, more than the limit of {100 * max_drop:.2f} points")
-    if quantized.cosine < min_cosine:
+    if not quantized.cosine >= min_cosine:
         reasons.append(f"the cosine of its logits is {quantized.cosine:.5f}, below the limit of {min_cosine:g}")
     return reasons
 
