@@ -389,6 +389,16 @@ def test_average_pooling_takes_the_norm_along(saved):
 # ---- errors ----
 
 
+@pytest.mark.parametrize("change", [{"name": 3}, {"arch": []}, {"preprocess": "x"}, {"class_names": 3}], ids=str)
+def test_a_damaged_model_json_is_named(saved, tmp_path, change):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(saved, folder / "best.safetensors")
+    (folder / "model.json").write_text(json.dumps({"name": NAME, "arch": SMALL} | change))
+    with pytest.raises(WeightsError, match=rf"model.json' is damaged: {next(iter(change))} is"):
+        vit.create(weights=folder)
+
+
 def test_missing_file_and_folder(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"weight.safetensors' do not exist; nearest .* weights.safetensors"):
         small(weights=tmp_path / "weight.safetensors")

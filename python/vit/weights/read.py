@@ -133,6 +133,11 @@ def _read_folder(folder: Path) -> Checkpoint:
     config.json."""
     if (folder / "model.json").exists():
         record = _read_json(folder / "model.json")
+        for key, kind in (("name", str), ("arch", dict), ("preprocess", dict), ("class_names", list)):
+            if not isinstance(record.get(key), (kind, type(None))):
+                raise WeightsError(
+                    f"vit: {str(folder / 'model.json')!r} is damaged: {key} is {record[key]!r}, not a {kind.__name__}"
+                )
         weights = folder / "best.safetensors"
         if not weights.exists():
             raise FileNotFoundError(
