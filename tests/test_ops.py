@@ -12,6 +12,7 @@ import vit
 from conftest import NATIVE, USABLE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit.backends import BackendError
 from vit.ops import OPS
 from vit.testing import Case, backend_ops, cases, run
@@ -232,6 +233,17 @@ def test_a_changed_input_is_noticed_by_the_backward(backend, device):
 
 
 # ---- what is not offered, and wrong arguments ----
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_reference_can_be_differentiated_twice(op):
+    tensors, options = small(op, grad=True)
+    first = next(iter(tensors))
+    with sdpa_kernel(SDPBackend.MATH):
+        y = call(op, "reference", tensors, options)
+        (grad,) = torch.autograd.grad(y.square().sum(), tensors[first], create_graph=True)
+    grad.sum().backward()
+    assert tensors[first].grad.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch.func.jvp's own

@@ -34,7 +34,8 @@ _ORDINARY = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float,
 
 _NO_TRANSFORMS = (
     "vit: {what} is not offered by the native kernel of '{op}' on backend '{backend}': its backward is a kernel, not a "
-    'differentiable function. Use backend="reference", which supports it.'
+    'differentiable function. Use backend="reference"; where PyTorch\'s fused attention cannot do it either, '
+    "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
 )
 
 
