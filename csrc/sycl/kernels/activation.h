@@ -19,8 +19,9 @@ struct Normal {
 
 VIT_INLINE Normal<float> normal(float x) {
   float a = sycl::fabs(x);
-  a = a > 15.0f ? 15.0f : a;  // Phi(-15) is 0 in float; a NaN stays
-  const float bell = exponential(-0.5f * a * a);
+  const bool far = a >= 13.0f;  // there Phi(-a) is 6e-39 and less; a NaN is not
+  a = far ? 13.0f : a;
+  const float bell = far ? 0.0f : exponential_of_negative(-0.5f * a * a);
   float p = 0.00399661197f, q = 0.0100178796f;
   p = sycl::fma(p, a, 0.0398490366f), q = sycl::fma(q, a, 0.0998940496f);
   p = sycl::fma(p, a, 0.180943539f), q = sycl::fma(q, a, 0.463410970f);

@@ -165,7 +165,8 @@ VIT_KERNEL attention_fwd(const T* q, const Acc<T>* k, const Acc<T>* v, T* out, A
   A* query = rows + padded(D) * W;
   A* p = query + padded(D) * W;
   const int64 tasks = int64(B) * H * blocks, token = int64(H) * D;
-  for (int64 task = at.unit; task < tasks; task += units) {
+  // Tasks that follow each other: all blocks of a head with its keys in the L2 cache.
+  for (int64 task = tasks * at.unit / units; task < tasks * (at.unit + 1) / units; ++task) {
     const int first = int(task % blocks) * W, count = N - first < W ? N - first : W;
     const int64 h = task / blocks % H, b = task / blocks / H;
     const A* keys = k + b * k_batch + h * k_head;
@@ -192,7 +193,7 @@ VIT_KERNEL attention_fwd(const T* q, const Acc<T>* k, const Acc<T>* v, T* out, A
     for (int j = 0; j < L; ++j) {
       A* row = p + int64(j) * W;
       VIT_UNROLL for (int u = 0; u < V; ++u) {
-        const A e = exponential(row[u * VIT_LANES + lane] - largest[u]);
+        const A e = exponential_of_negative(row[u * VIT_LANES + lane] - largest[u]);
         total[u] += e;
         row[u * VIT_LANES + lane] = e;
       }
@@ -269,7 +270,7 @@ VIT_KERNEL attention_bwd_q(const Acc<T>* dout, const T* q, const Acc<T>* k, cons
         if (j + i < L) {
           A* row = ds + int64(j + i) * W;
           VIT_UNROLL for (int u = 0; u < V; ++u) row[u * VIT_LANES + lane] =
-              exponential(s[i][u] - log_sum[u]) * (dp[i][u] - sum[u]);
+              exponential_of_negative(s[i][u] - log_sum[u]) * (dp[i][u] - sum[u]);
         }
       }
     }
@@ -297,7 +298,7 @@ VIT_INLINE void block_gradients(const A* queries, int64 q_token, const A* gradie
         const A log_sum = log_sums[i + r], correction = deltas[i + r];
         A *p_row = p + int64(i + r) * W, *ds_row = ds + int64(i + r) * W;
         VIT_UNROLL for (int u = 0; u < V; ++u) {
-          const A weight = exponential(s[r][u] - log_sum);
+          const A weight = exponential_of_negative(s[r][u] - log_sum);
           p_row[u * VIT_LANES + lane] = weight;
           ds_row[u * VIT_LANES + lane] = weight * (dp[r][u] - correction);
         }

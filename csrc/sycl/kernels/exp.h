@@ -6,11 +6,15 @@
 
 #include "common.h"
 
-VIT_INLINE float exponential(float x) {
-  const float bounded = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;
-  const float shifted = sycl::fma(bounded, 1.44269504f, 12582912.0f);  // 1.5 * 2^23: n in the low bits
+// What both functions below have in common, for an x of moderate size.
+struct Exponential {
+  float e, shifted;  // e^r, and 1.5 * 2^23 + n: n in the low bits
+};
+
+VIT_INLINE Exponential exponential_parts(float x) {
+  const float shifted = sycl::fma(x, 1.44269504f, 12582912.0f);
   const float n = shifted - 12582912.0f;
-  const float r = sycl::fma(n, 2.12194440e-4f, sycl::fma(n, -0.693359375f, bounded));
+  const float r = sycl::fma(n, 2.12194440e-4f, sycl::fma(n, -0.693359375f, x));
   float e = 0.00138368464f;
   e = sycl::fma(e, r, 0.00837481584f);
   e = sycl::fma(e, r, 0.0416682256f);
@@ -18,9 +22,21 @@ VIT_INLINE float exponential(float x) {
   e = sycl::fma(e, r, 0.499999921f);
   e = sycl::fma(e, r, 1.00000004f);
   e = sycl::fma(e, r, 1.0f);
+  return {e, shifted};
+}
+
+VIT_INLINE float exponential(float x) {
+  const Exponential parts = exponential_parts(x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x);
   // In two steps: 2^n alone may be no normal number.
-  const int whole = sycl::bit_cast<int>(shifted) - 0x4b400000, half = whole >> 1;
-  return e * sycl::bit_cast<float>((half + 127) << 23) * sycl::bit_cast<float>((whole - half + 127) << 23);
+  const int whole = sycl::bit_cast<int>(parts.shifted) - 0x4b400000, half = whole >> 1;
+  return parts.e * sycl::bit_cast<float>((half + 127) << 23) * sycl::bit_cast<float>((whole - half + 127) << 23);
+}
+
+// The same for x <= 0, or above it by no more than rounding: 15 instructions instead of 24. Below -87 it is e^-87.
+VIT_INLINE float exponential_of_negative(float x) {
+  const Exponential parts = exponential_parts(x < -87.0f ? -87.0f : x);
+  return parts.e * sycl::bit_cast<float>((sycl::bit_cast<int>(parts.shifted) << 23) + (127 << 23));
 }
 
 VIT_INLINE double exponential(double x) { return sycl::exp(x); }
+VIT_INLINE double exponential_of_negative(double x) { return sycl::exp(x); }

@@ -43,8 +43,8 @@ struct AttentionTile {
   static constexpr int vectors = 2;
   static constexpr int keys = 12;
   static constexpr int pairs = 6;
-  static constexpr int rows = 6;
-  static constexpr int columns = 4;
+  static constexpr int rows = 8;
+  static constexpr int columns = 2;
 };
 template <>
 struct AttentionTile<double> {
