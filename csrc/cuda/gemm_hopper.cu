@@ -19,6 +19,11 @@ constexpr int kHopperK = 64;  // 128 bytes, the width of the swizzle
 constexpr int kHopperThreads = 384;
 constexpr int kHopperShared = 227 * 1024;
 
+// Of the registers the block starts with (65536, in steps of 8 per thread), the producer gives the consumers theirs.
+// One more, and the consumers would wait for it for ever.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536 / kHopperThreads / 8 * 8 * kHopperThreads);
+
 template <int kM, int kN>
 struct HopperTile {
   static constexpr int kBytesA = kM * kHopperK * 2, kBytesB = kN * kHopperK * 2;
@@ -164,7 +169,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     __syncthreads();
 
   if (group == 0) {
-    give_registers<40>();
+    give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) {
       prefetch_tensor_map(&map_a);
       prefetch_tensor_map(&map_b);
@@ -190,7 +195,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     }
     __syncwarp();  // the barrier below wants whole warps
   } else {
-    take_registers<232>();
+    take_registers<kConsumerRegisters>();
     const int lane = threadIdx.x % 32;
     const auto release = [&](int stage) {
       if (lane < kCluster) barrier_arrive(empty + stage, static_cast<uint32_t>(lane));
