@@ -187,7 +187,7 @@ def steps(monkeypatch) -> ModuleType:
     monkeypatch.setattr(module, "ROOT", ROOT / "tests")  # nothing is built there
     monkeypatch.setattr(module, "START", "")
     built = iter([False])
-    monkeypatch.setattr(module, "built", lambda: next(built, True))
+    monkeypatch.setattr(module, "built", lambda: next(built, True))  # by then it is
     return module
 
 
@@ -215,13 +215,13 @@ def test_the_run_goes_on_after_a_step_that_fails_or_hangs(steps, tmp_path, monke
 
 
 def test_the_run_ends_with_a_failed_build_and_starts_nothing_it_has_no_time_for(steps, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "STEPS", [steps.Step("long", 100, ("pass",))])
+    monkeypatch.setattr(steps, "STEPS", [steps.Step("long", 100, ("pass",)), steps.Step("probe", 2, ("",), "sys")])
     monkeypatch.setattr(steps, "BUILD", "raise SystemExit('cpu: no g++')")
     assert steps.run_steps(tmp_path / "a.json", minutes=0.5) == 0  # cuda was built
-    assert list(json.loads((tmp_path / "a.json").read_text())["steps"]) == ["start", "build"]
+    assert list(json.loads((tmp_path / "a.json").read_text())["steps"]) == ["start", "build", "probe"]
     monkeypatch.setattr(steps, "built", lambda: False)
     assert steps.run_steps(tmp_path / "b.json", minutes=5) == 1
-    assert list(json.loads((tmp_path / "b.json").read_text())["steps"]) == ["start", "build"]
+    assert list(json.loads((tmp_path / "b.json").read_text())["steps"]) == ["start", "build", "probe"]
 
 
 def test_the_run_ends_where_torch_has_no_gpu(steps, tmp_path, monkeypatch):
