@@ -25,14 +25,14 @@ const Family kForward = {6, "linear.h", [](const std::vector<DType>& d) {
                            return names;
                          }};
 
-enum BackwardKernel { kMakeDz, kColumnSums, kPackWeightRows, kProductDx, kPackDzColumns, kPackX, kProductDweight };
+enum BackwardKernel { kMakeDz, kColumnSums, kPackWeightRows, kProductDx, kTransposeDz, kPackX, kProductDweight };
 const Family kBackward = {7, "linear.h", [](const std::vector<DType>& d) {
                             const DType acc = accumulator(d[0]);
                             return std::vector<std::string>{instance("linear_dz", {d[0], d[2]}),
                                                             instance("column_sums", {acc, d[1]}),
                                                             pack_right_name(d[1], acc, true),
                                                             product_name(d[0], acc),
-                                                            pack_left_name(acc, acc, true),
+                                                            instance("linear_transpose", {acc}),
                                                             pack_right_name(d[0], acc, true),
                                                             product_name(d[1], acc)};
                           }};
@@ -54,16 +54,20 @@ struct Forward {
   }
 };
 
-// Rows of one partial sum of dbias: from M alone, so that the order of the sum never changes.
-int64_t partial_rows(int64_t M) { return std::max<int64_t>(32, ceil_div(M, 512)); }
+// Rows of one partial sum of dbias: from M alone, so that the order of the sum never changes, and whole squares of the
+// transposition.
+int64_t partial_rows(int64_t M) { return ceil_div(std::max<int64_t>(32, ceil_div(M, 512)), 32) * 32; }
+
+// Partial sums that one sub-group of linear_transpose makes.
+constexpr int kChunks = 4;
 
 struct Backward {
   DType acc;
   int64_t rows, units;
   bool dz_is_dy;
-  Operand dz_columns, weight, x;
+  Operand weight, x;
   Shape dx, dweight;
-  char *dz, *partial, *packed, *left;
+  char *dz, *partial, *packed, *transposed;
   int64_t bytes;
 
   Backward(const LinearBwd& p, char* base)
@@ -71,7 +75,6 @@ struct Backward {
         rows(partial_rows(p.M)),
         units(ceil_div(p.M, rows)),
         dz_is_dy(p.activation == Activation::none && p.out_dtype == acc),
-        dz_columns{nullptr, 0, 1, p.N, acc},
         weight{p.weight, 0, p.weight_stride, 1, p.param_dtype},
         x{p.x, 0, p.x_stride, 1, p.dtype},
         dx{1, p.M, p.K, p.N, acc},
@@ -81,7 +84,7 @@ struct Backward {
     dz = arena.take(dz_is_dy ? 0 : p.M * p.N * size);
     partial = arena.take(units * p.N * size);
     packed = arena.take(std::max(packed_right_bytes(p.context, weight, dx), packed_right_bytes(p.context, x, dweight)));
-    left = arena.take(packed_left_bytes(dz_columns, dweight));
+    transposed = arena.take(p.M * p.N * size);
     bytes = arena.used;
   }
 };
@@ -114,25 +117,32 @@ void linear_bwd(const LinearBwd& p) {
   const Bundle& bundle = call.bundle(kBackward, {p.dtype, p.param_dtype, p.out_dtype});
   Backward b(p, static_cast<char*>(call.scratch(p.workspace, linear_bwd_workspace(p))));
   const void* dy = call.in(p.dy, p.M * p.N, result);
-  void* dz = b.dz_is_dy ? nullptr : b.dz;
-  void* partial = p.dbias ? b.partial : nullptr;
-  if ((dz || partial) && p.N)
-    call.launch(bundle, kMakeDz, b.units, dy, call.in(p.preact, p.M * p.N, size), dz, partial, static_cast<int>(p.M),
-                static_cast<int>(p.N), static_cast<int>(p.activation), static_cast<int>(b.rows), b.units);
-  if (p.dbias)
-    call.launch(bundle, kColumnSums, ceil_div(p.N, call.variant().lanes), static_cast<const void*>(partial),
-                call.out(p.dbias, p.N, param), b.units, static_cast<int>(p.N));
-  b.dz_columns.data = dz ? dz : dy;
+  void* made = b.dz_is_dy ? nullptr : b.dz;
+  const void* dz = made ? made : dy;
+  void *partial = p.dbias ? b.partial : nullptr, *transposed = b.transposed;
+  const bool transposes = p.dweight && p.N && p.K && p.M, sums_later = transposes && b.dz_is_dy;
+  const int rows = static_cast<int>(b.rows);
+  if (p.N && (made || (partial && !sums_later)))
+    call.launch(bundle, kMakeDz, b.units, dy, call.in(p.preact, p.M * p.N, size), made, partial, static_cast<int>(p.M),
+                static_cast<int>(p.N), static_cast<int>(p.activation), rows, b.units);
   if (p.dx && p.M && p.K) {
     b.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), param);
     const Packed weight = pack_right(call, bundle, kPackWeightRows, b.weight, b.dx, b.packed);
-    run_product(call, bundle, kProductDx, {b.dz_columns.data, p.N, 0}, weight, call.out(p.dx, p.M * p.K, size), b.dx);
+    run_product(call, bundle, kProductDx, {dz, p.N, 0}, weight, call.out(p.dx, p.M * p.K, size), b.dx);
   }
+  if (transposes) {
+    const int64_t units = ceil_div(p.N, call.variant().lanes) * ceil_div(p.M, b.rows * kChunks);
+    call.launch(bundle, kTransposeDz, units, dz, transposed, sums_later ? partial : nullptr, static_cast<int>(p.M),
+                static_cast<int>(p.N), rows, kChunks, units);
+  }
+  if (p.dbias)
+    call.launch(bundle, kColumnSums, ceil_div(p.N, call.variant().lanes), static_cast<const void*>(partial),
+                call.out(p.dbias, p.N, param), b.units, static_cast<int>(p.N));
   if (p.dweight && p.N && p.K) {
     b.x.data = call.in(p.x, extent(p.M, p.x_stride, p.K, 1), size);
     const Packed x = pack_right(call, bundle, kPackX, b.x, b.dweight, b.packed);
-    const Packed left = pack_left(call, bundle, kPackDzColumns, b.dz_columns, b.dweight, b.left);
-    run_product(call, bundle, kProductDweight, left, x, call.out(p.dweight, p.N * p.K, param), b.dweight);
+    run_product(call, bundle, kProductDweight, {transposed, p.M, 0}, x, call.out(p.dweight, p.N * p.K, param),
+                b.dweight);
   }
   call.finish();
 }

@@ -4,7 +4,8 @@
 //
 // Saved for the backward: preact = x weight^T + bias, where there is an activation. Bias, activation and residual are
 // applied to a tile as it leaves the registers. The backward makes dz and the partial sums of dbias in one pass over
-// dy; column_sums adds the partial sums in order. Its two products are those of matmul.h.
+// dy (where dz is dy: while it is transposed for dweight); column_sums adds the partial sums in order. Its two products
+// are those of matmul.h.
 #pragma once
 
 #include "activation.h"
@@ -55,5 +56,43 @@ VIT_KERNEL linear_dz(const O* dy, const T* preact, Acc<T>* dz, Acc<T>* partial, 
       if (dz) out[n + lane] = v;
       if (partial) total[n + lane] += v;
     });
+  }
+}
+
+// dz^T [N, M], the left operand of dweight, and the sums of linear_dz where that had nothing else to do (partial may be
+// null): both see the same rows in the same order. A sub-group takes VIT_LANES columns and `chunks` times `rows` rows,
+// a multiple of VIT_LANES.
+template <class A>
+VIT_KERNEL linear_transpose(const A* dz, A* transposed, A* partial, int M, int N, int rows, int chunks, int64 units) {
+  const Place at = place();
+  if (at.unit >= units) return;
+  const int lane = at.lane, depth = rows * chunks, runs = (M + depth - 1) / depth;
+  const int first = int(at.unit / runs) * VIT_LANES, begin = int(at.unit % runs) * depth;
+  const int end = begin + depth < M ? begin + depth : M, columns = N - first;
+  for (int chunk = begin; chunk < end; chunk += rows) {
+    const int stop = chunk + rows < end ? chunk + rows : end;
+    A sum = 0;
+    for (int m = chunk; m < stop; m += VIT_LANES) {
+      const A* from = dz + int64(m) * N + first;
+      A* to = transposed + int64(first) * M + m;
+      const int count = stop - m < VIT_LANES ? stop - m : VIT_LANES;
+      if (columns >= VIT_LANES && count == VIT_LANES) {
+        VIT_UNROLL for (int r = 0; r < VIT_LANES; ++r) {
+          const A* row = from + int64(r) * N;
+          sum += row[lane];
+        }
+        transpose_full<A>(from, N, to, M, lane);
+      } else if (lane < columns) {
+        for (int r = 0; r < count; ++r) {
+          const A value = from[int64(r) * N + lane];
+          sum += value;
+          to[int64(lane) * M + r] = value;
+        }
+      }
+    }
+    if (partial && lane < columns) {
+      A* sums = partial + int64(chunk / rows) * N + first;
+      sums[lane] = sum;
+    }
   }
 }
