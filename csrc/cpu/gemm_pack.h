@@ -175,9 +175,10 @@ struct Right {
   char* at(int64_t panel) const {
     return packed + panel * steps() * kTileColumns<T> * static_cast<int64_t>(sizeof(Word<T>));
   }
-  void pack(int64_t panel, int64_t begin, int64_t end) const {
+  // Steps [begin, end) of a panel that starts at `to`.
+  void pack(int64_t panel, int64_t begin, int64_t end, char* to) const {
     if constexpr (!same<P, Packed>)
-      pack_panel<T>(matrix, panel * kTileColumns<T>, vectors(panel), begin, end, K, N, at(panel));
+      pack_panel<T>(matrix, panel * kTileColumns<T>, vectors(panel), begin, end, K, N, to);
   }
 
   // The lines of a panel that tile number t of the panel before asks for: all steps of one line of its rows, or, where
