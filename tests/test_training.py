@@ -32,7 +32,7 @@ from vit.data import Source
 from vit.files import append_line, replacing, write_text
 from vit.training import Evaluation, Interrupted, Run, TrainConfig, TrainError, TrainResult, evaluate, train
 from vit.training import checkpoint as checkpoints
-from vit.training.config import RECIPES, from_mapping
+from vit.training.config import RECIPES, from_mapping, read_yaml
 from vit.training.optim import Average, learning_rate, make_optimizer
 from vit.training.progress import Silent
 from vit.training.run import new_folder, new_path
@@ -701,6 +701,11 @@ def test_bad_options_are_named(values: dict[str, Any], text: str) -> None:
 def test_numbers_may_be_written_as_yaml_reads_them() -> None:
     config = from_mapping({"lr": "1e-3", "warmup-epochs": 2, "seed": 3.0, "model": None}, "file.yaml")
     assert (config.lr, config.warmup_epochs, config.seed, config.model) == (1e-3, 2.0, 3, None)
+
+
+def test_an_unquoted_no_of_a_yaml_file_is_no(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("amp: no\nepochs: 3\n")
+    assert from_mapping(read_yaml(tmp_path / "recipe.yaml"), "recipe.yaml") == TrainConfig(amp="no", epochs=3)
 
 
 def test_recipes_fill_only_what_is_open() -> None:

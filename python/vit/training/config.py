@@ -192,6 +192,8 @@ def _convert(name: str, value: Any, where: str) -> Any:
     if value is None and type(None) in kinds:
         return None
     kind = next(k for k in kinds if k is not type(None))
+    if value is False and "no" in CHOICES.get(name, ()):
+        return "no"  # what YAML makes of an unquoted no
     if name == "arch":
         if isinstance(value, dict) and all(isinstance(k, str) for k in value):
             return dict(value)
