@@ -17,9 +17,10 @@ VIT_KERNEL move(const T* a, const T* lead, const T* b, T* out, int n1, int n2, i
   const Place at = place();
   const int lane = at.lane;
   const int64 first = at.unit * per_unit, stop = first + per_unit < rows ? first + per_unit : rows;
+  const int64 i3 = first / n4, i2 = i3 / n3, i1 = i2 / n2;
+  int64 i0 = i1 / n1;
+  int r4 = int(first - i3 * n4), r3 = int(i3 - i2 * n3), r2 = int(i2 - i1 * n2), r1 = int(i1 - i0 * n1);
   for (int64 row = first; row < stop; ++row) {
-    const int64 i3 = row / n4, i2 = i3 / n3, i1 = i2 / n2, i0 = i1 / n1;
-    const int r4 = int(row - i3 * n4), r3 = int(i3 - i2 * n3), r2 = int(i2 - i1 * n2), r1 = int(i1 - i0 * n1);
     const bool leading = r1 < leads;
     const T* from = a + i0 * a0 + (r1 - leads) * a1 + r2 * a2 + r3 * a3 + r4 * a4;
     if (leading) from = lead + i0 * lead_batch + int64(r1) * C;
@@ -33,5 +34,14 @@ VIT_KERNEL move(const T* a, const T* lead, const T* b, T* out, int n1, int n2, i
       if (b) sum += load<A>(more + c + lane);
       store(to + c + lane, sum);
     });
+    // Counted on: divisions for each row take longer than a row of 16 columns.
+    if (++r4 < n4) continue;
+    r4 = 0;
+    if (++r3 < n3) continue;
+    r3 = 0;
+    if (++r2 < n2) continue;
+    r2 = 0;
+    if (++r1 < n1) continue;
+    r1 = 0, ++i0;
   }
 }
