@@ -324,27 +324,6 @@ def test_resuming_with_workers_from_the_middle_of_an_epoch(tmp_path: Path) -> No
     same_bits(first.run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_processes_leaves_a_checkpoint(tmp_path: Path, number: int) -> None:
-    """As a service manager or a terminal sends it: to the workers that read images, too."""
-    words = ["--arch", "embed_dim=16", "depth=2", "num_heads=2", "--epochs", "1000", "--workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vit", "train", *words, "--out", str(tmp_path / "run")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith("epoch"):
-        assert process.poll() is None
-    os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
-    assert "go on with: vit train --resume" in errors
-    assert "Traceback" not in errors
-    assert process.returncode == 1
-    assert checkpoints.load(tmp_path / "run" / "checkpoint.safetensors")[0].epoch >= 1
-    with pytest.raises(ProcessLookupError):  # none of them is left
-        os.killpg(process.pid, 0)
-
-
 def test_changed_data_are_refused(tmp_path: Path) -> None:
     folder = coloured_folders(tmp_path / "data", 40)
     with pytest.raises(Interrupted):

@@ -107,13 +107,6 @@ def loader(images: Images, batches: EpochBatches | InOrder, workers: int, pin_me
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, a service manager's SIGTERM all of a service: the main one decides.
-
-    It ends its workers by message, and with SIGTERM where that takes too long: the second one works.
-    """
-
-    def once(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
+    """Ctrl-C reaches all processes of a terminal; the main one decides, and ends its workers with SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, once)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
