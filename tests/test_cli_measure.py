@@ -155,6 +155,13 @@ def test_races_that_were_run_again_replace_the_old_ones():
     assert _merged(None, new) == new
 
 
+def test_bench_of_a_model_with_fixed_positions(tmp_path):
+    target = tmp_path / "bench.json"
+    options = ["--models", "vit_digits", "--backends", "reference", "--batch", "1", "--rounds", "1"]
+    assert main(["bench", *options, "--json", str(target)]) == 0
+    assert json.loads(target.read_text())["records"][0]["logits_cosine"] > 0.999
+
+
 @pytest.mark.slow
 def test_bench_of_ops_merged_with_an_earlier_run(tmp_path):
     target, other = tmp_path / "bench.json", {"id": "another case", "backend": "cpu", "ms_median": 1.0}

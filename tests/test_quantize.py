@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the cpu backend is 
 
 @pytest.fixture
 def weights(tmp_path):
-    state = seeded_state(vit.create("vit_digits", backend="reference").state_dict())
+    state = seeded_state(dict(vit.create("vit_digits", backend="reference").named_parameters()))
     path = tmp_path / "digits.safetensors"
     save_file(state, path)
     return path
@@ -114,7 +114,7 @@ def test_bad_usage_and_data_of_other_classes(capsys, weights, tmp_path):
     options = ("--model", "vit_digits", "--calibrate", "digits")
     assert main(["quantize", str(weights), *options, "--exclude", "blocks.9.mlp"]) == 1
     assert "blocks.9.mlp cannot be excluded" in capsys.readouterr().err
-    other = vit.create("vit_digits", backend="reference", num_classes=3).state_dict()
+    other = dict(vit.create("vit_digits", backend="reference", num_classes=3).named_parameters())
     save_file({name: torch.zeros_like(x) for name, x in other.items()}, tmp_path / "three.safetensors")
     assert main(["quantize", str(tmp_path / "three.safetensors"), *options]) == 1
     assert "10 classes, the model 3" in capsys.readouterr().err
