@@ -13,7 +13,7 @@
 namespace vit::VIT_ISA {
 
 inline constexpr int64_t kBlockRows = 104;         // rows of A per pass over the panels, at least
-inline constexpr int64_t kBlockBytes = 640 << 10;  // and at most as many as these hold: 197 rows of K = 768, one pass
+inline constexpr int64_t kBlockBytes = 800 << 10;  // or as many as these hold: 197 rows of K = 1024, one pass
 inline constexpr int64_t kColumnBlockRows = 192;   // the same where columns of A are adjacent
 
 // How many threads share the rows; the others share the panels. Panels alone where there are enough of them: each is
