@@ -52,7 +52,8 @@ def export_base(model: str, arch: Arch, where: str, images: int) -> None:
     with _once(where, file.name) as target:
         if target:
             drawn = vit.create(model, backend="reference", training=False, **dict(arch))
-            save_file(weights.seeded_state(dict(drawn.named_parameters())), target)  # fixed positions stay
+            seeded = weights.seeded_state(dict(drawn.named_parameters()))
+            save_file(drawn.state_dict() | seeded, target)  # fixed positions stay what they are
     if Path(where, "images.npy").exists() and len(np.load(Path(where, "images.npy"), mmap_mode="r")) >= images:
         return
     net = vit.create(model, backend="reference", weights=file, training=False, **dict(arch))
