@@ -324,6 +324,13 @@ def test_resuming_with_workers_from_the_middle_of_an_epoch(tmp_path: Path) -> No
     same_bits(first.run, tmp_path / "run")
 
 
+def test_a_training_with_workers_ends(tmp_path: Path) -> None:
+    """The process, too: whoever reads images must be gone when the interpreter exits."""
+    words = ["--arch", "embed_dim=16", "depth=1", "num_heads=2", "--epochs", "1", "--workers", "2"]
+    command = [sys.executable, "-m", "vit", "train", *words, "--out", str(tmp_path / "run")]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+
 def test_changed_data_are_refused(tmp_path: Path) -> None:
     folder = coloured_folders(tmp_path / "data", 40)
     with pytest.raises(Interrupted):
