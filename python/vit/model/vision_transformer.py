@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as hooks
 
 from ..backends import Spec
 from ..data.preprocess import Preprocess
@@ -351,7 +351,9 @@ class VisionTransformer(CallsOps, Planned):
 
 def _hooked(*modules: nn.Module) -> bool:
     """Whether a hook looks at the inputs or outputs of one of the modules or what they consist of."""
-    return _has_any_global_hook() or any(
+    everywhere = [hooks._global_forward_hooks, hooks._global_forward_pre_hooks]
+    everywhere += [hooks._global_backward_hooks, hooks._global_backward_pre_hooks]
+    return any(everywhere) or any(
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
         for module in modules
         for part in module.modules()
