@@ -136,16 +136,8 @@ def part_sanitizer(report: Report) -> None:
     for name in ("memcheck", "racecheck"):
         seconds = max(30.0, (report.end - time.monotonic()) / (2 if name == "memcheck" else 1))
         command = [tool, "--tool", name, "--error-exitcode", "7", sys.executable, "-m", "benchmarks.gpu"]
-        command += [
-            "--part",
-            "parity",
-            "--every",
-            "40",
-            "--seconds",
-            str(int(seconds * 0.8)),
-            "--path",
-            timing.chosen(),
-        ]
+        command += ["--part", "parity", "--every", "40", "--path", timing.chosen()]
+        command += ["--seconds", str(int(seconds * 0.8))]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30, cwd=ROOT)
         except subprocess.TimeoutExpired:
