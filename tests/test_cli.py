@@ -20,7 +20,7 @@ import vit
 from PIL import Image
 from vit.cli import COMMANDS, main
 from vit.data import open_source
-from vit.files import to_json
+from vit.support.files import to_json
 from vit.training.config import FIELDS, RECIPES, flag
 from vit.training.progress import Bar, Lines, display
 from vit.training.run import Run

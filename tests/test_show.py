@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from vit.cli.show import Progress, aligned, save_json, table
-from vit.extras import interactive
+from vit.support.extras import interactive
 
 
 class Terminal(io.StringIO):

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from vit.backends import get
 from vit.data import Source
-from vit.files import append_line, replacing, write_text
+from vit.support.files import append_line, replacing, write_text
 from vit.training import Evaluation, Interrupted, Run, TrainConfig, TrainError, TrainResult, evaluate, train
 from vit.training import checkpoint as checkpoints
 from vit.training.config import RECIPES, from_mapping, read_yaml

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vit.files import to_json, write_text
+from vit.support.files import to_json, write_text
 
 
 class Report:

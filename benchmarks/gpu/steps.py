@@ -103,7 +103,7 @@ def keep(out: Path, name: str, row: dict[str, Any]) -> None:
     content = load(out)
     content.setdefault("steps", {})[name] = row
     out.parent.mkdir(parents=True, exist_ok=True)
-    whole = out.with_name(f".{out.name}.steps")  # what vit.files does, which this process cannot import
+    whole = out.with_name(f".{out.name}.steps")  # what vit.support.files does, which this process cannot import
     whole.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(whole, out)
     print(f"==== {name}: {row}", flush=True)

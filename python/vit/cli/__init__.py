@@ -71,7 +71,7 @@ def _run(words: list[str]) -> int:
 def _expected() -> tuple[type[BaseException], ...]:
     """Errors that say all there is to say. Others are defects of vit, and their traceback is wanted."""
     from vit.backends import BackendError
-    from vit.extras import MissingExtra
+    from vit.support.extras import MissingExtra
     from vit.weights import WeightsError
 
     return (BackendError, MissingExtra, WeightsError, ValueError, OSError)

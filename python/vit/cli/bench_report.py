@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from ..extras import interactive, require
+from ..support.extras import interactive, require
 from .show import table
 
 Record = dict[str, Any]

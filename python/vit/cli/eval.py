@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..files import to_json
+from ..support.files import to_json
 from .arguments import count, positive
 
 HELP = "accuracy and loss of a run's kept model, as its training logged them"

@@ -9,8 +9,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from ..extras import interactive
-from ..files import to_json
+from ..support.extras import interactive
+from ..support.files import to_json
 from .arguments import positive
 from .show import table
 

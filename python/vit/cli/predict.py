@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..files import to_json
+from ..support.files import to_json
 from .arguments import positive
 
 HELP = "the most likely classes of image files"

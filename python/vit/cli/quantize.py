@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import to_json
+from ..support.files import to_json
 from .arguments import new_file, positive
 from .show import Progress, table
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..extras import interactive
-from ..files import to_json, write_text
+from ..support.extras import interactive
+from ..support.files import to_json, write_text
 
 
 def table(

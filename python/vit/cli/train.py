@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..files import to_json
+from ..support.files import to_json
 from ..training.config import FIELDS, flag, from_arguments
 from ..training.config import add_arguments as add_options
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..extras import require
+from ..support.extras import require
 from .samples import Samples, Source
 
 

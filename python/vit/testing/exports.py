@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import MissingExtra, require
+from ..support.extras import MissingExtra, require
 from . import weights
 from .machine import versions
 from .peers import Arch, Refusal, Spec, engine_file

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import write_tensors
+from ..support.files import write_tensors
 from .optim import Average
 
 FORMAT = 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ..extras import require
+from ..support.extras import require
 
 #: The values of the options that are None in TrainConfig, by kind of data.
 RECIPES: dict[str, dict[str, Any]] = {

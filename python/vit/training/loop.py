@@ -34,7 +34,7 @@ from ..data.augment import Affine, Augment, CropFlip
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
 from ..data.preprocess import Preprocess
-from ..extras import require
+from ..support.extras import require
 from ..model.configs import get_config
 from ..model.factory import settle
 from ..weights import read

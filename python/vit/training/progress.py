@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Protocol, TextIO
 
-from ..extras import interactive, require
+from ..support.extras import interactive, require
 
 
 class Display(Protocol):

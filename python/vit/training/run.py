@@ -19,7 +19,7 @@ from typing import Any
 import vit
 
 from ..data import DataError, Samples, Source, open_source
-from ..files import append_line, to_json, write_tensors, write_text
+from ..support.files import append_line, to_json, write_tensors, write_text
 from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..extras import require
-from ..files import replacing
+from ..support.extras import require
+from ..support.files import replacing
 
 
 def new_figure(width: float, height: float) -> Any:
