@@ -107,6 +107,8 @@ def loader(images: Images, batches: EpochBatches | InOrder, workers: int, pin_me
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one decides, and ends its workers with SIGTERM."""
+    """Ctrl-C reaches all processes of a terminal; the main one decides, and ends its workers with SIGTERM.
+
+    PyTorch's own handler of SIGTERM stays: for it the parent's is a regular end, and nobody else's is.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
