@@ -167,7 +167,9 @@ def _training_batches(
         )
     images = Images(samples, model.preprocess, _augment(config, model), config.seed)
     on_gpu = accelerator.device.type == "cuda"
-    return batches, WatchedLoader(loader(images, batches, config.workers, pin_memory=on_gpu))
+    made = loader(images, batches, config.workers, pin_memory=on_gpu)
+    made.timeout = 0  # WatchedLoader finds stopped readers; without a timeout PyTorch looks for dead ones every 5 s
+    return batches, WatchedLoader(made)
 
 
 def _augment(config: TrainConfig, model: VisionTransformer) -> Augment | None:

@@ -53,6 +53,7 @@ def evaluate(
     model.eval()
     measured: list[tuple[Tensor, ...]] = []
     batches = loader(Images(samples, model.preprocess), InOrder(len(samples), batch_size, rank, world), workers)
+    batches.timeout = 0  # see vit.training.assembly
     for images, labels in WatchedLoader(batches):
         measured.append(task.measure(model(images.to(model.device)), labels))
         if advance:

@@ -12,7 +12,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from ..data import DataError
 
 STOPPED_SECONDS = 10.0  # that a reading process may be stopped (SIGSTOP) while the training is not
 
@@ -67,20 +66,18 @@ class WatchedLoader:
         self.stopped: set[int] = set()  # readers that were killed for being stopped
 
     def __iter__(self) -> Iterator[Any]:
-        # At once, not with the first batch: it draws from PyTorch's generator, which a training step seeds.
-        with self._named_deaths():
-            others = set(multiprocessing.active_children())
-            with _child_signals_as_before():
-                passes = iter(self.loader)
-            # None are new where the loader keeps its processes from one epoch to the next.
-            self.readers = [p for p in multiprocessing.active_children() if p not in others] or self.readers
-        return self._batches(passes)
+        others = set(multiprocessing.active_children())
+        with self._named_deaths(), _child_signals_as_before():
+            passes = iter(self.loader)
+        return self._batches(passes, others)
 
-    def _batches(self, passes: Iterator[Any]) -> Iterator[Any]:
-        with self._watched():
+    def _batches(self, passes: Iterator[Any], others: set[BaseProcess]) -> Iterator[Any]:
+        with self._watched(others):
             while True:
-                with self._named_deaths():
+                with self._named_deaths(), _child_signals_as_before():
                     batch = next(passes, None)
+                    # None are new where the loader keeps its processes from one epoch to the next.
+                    self.readers = [p for p in multiprocessing.active_children() if p not in others] or self.readers
                 if batch is None:
                     return
                 yield batch
@@ -90,21 +87,19 @@ class WatchedLoader:
         """ReaderError in the place of what a dead reader makes PyTorch raise."""
         try:
             yield
-        except DataError:
-            raise
         except Exception as error:
             if (text := self._death(error)) is None:
                 raise
             raise ReaderError(text) from error
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Kills readers that stay stopped, so that they are missed like any dead one; nobody waits for them for ever."""
-        if not self.readers:
+    def _watched(self, others: set[BaseProcess]) -> Iterator[None]:
+        """Kills readers that stay stopped, so that they are missed like any dead one, and nobody waits for ever."""
+        if not getattr(self.loader, "num_workers", 0):
             yield
             return
         done = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(done,), name="vit-readers", daemon=True)
+        thread = threading.Thread(target=self._watch, args=(others, done), name="vit-readers", daemon=True)
         thread.start()
         try:
             yield
@@ -112,10 +107,10 @@ class WatchedLoader:
             done.set()
             thread.join()
 
-    def _watch(self, done: threading.Event) -> None:
+    def _watch(self, others: set[BaseProcess], done: threading.Event) -> None:
         since: dict[BaseProcess, float] = {}
         while not done.wait(1.0):
-            for reader in self.readers:
+            for reader in [p for p in multiprocessing.active_children() if p not in others] + self.readers:
                 if not _is_stopped(reader.pid):
                     since.pop(reader, None)
                 elif time.monotonic() - since.setdefault(reader, time.monotonic()) >= STOPPED_SECONDS:
@@ -124,29 +119,34 @@ class WatchedLoader:
 
     def _death(self, error: Exception) -> str | None:
         """What happened to the readers, if `error` comes from their death."""
-        names_itself = type(error).__name__ == "ReaderError" or str(error).startswith("DataLoader ")
-        if not names_itself and not isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
+        named = type(error).__name__ == "ReaderError"  # the loader's own, which has ended all of its processes
+        certain = named or str(error).startswith("DataLoader ")
+        if not certain and not isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
             return None
+        if self.stopped:
+            numbers = ", ".join(map(str, sorted(self.stopped)))
+            return f"vit: of the processes that read images (--workers), {numbers} was stopped for {STOPPED_SECONDS:.0f} s"
+        if named:
+            return str(error)
         deadline = time.monotonic() + 1.0  # the pipe breaks a moment before the process is gone
-        while not (dead := [r for r in self.readers if r.exitcode]) and time.monotonic() < deadline:
+        while not (dead := [r for r in self.readers if r.exitcode is not None]) and time.monotonic() < deadline:
             time.sleep(0.02)
         if not dead:
-            return f"vit: the processes that read images failed: {str(error).splitlines()[0]}" if names_itself else None
-        causes = ", ".join(f"process {reader.pid} {self._cause(reader)}" for reader in dead[:4])
+            return f"vit: the processes that read images failed: {str(error).splitlines()[0]}" if certain else None
+        causes = ", ".join(f"process {reader.pid} {_cause(reader)}" for reader in dead[:4])
         return f"vit: of the processes that read images (--workers), {causes}"
 
-    def _cause(self, reader: BaseProcess) -> str:
-        if reader.pid in self.stopped:
-            return f"was stopped for {STOPPED_SECONDS:.0f} s"
-        code = reader.exitcode or 0
-        if code > 0:
-            return f"ended with exit code {code}"
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        hint = {"SIGKILL": " (often: out of memory)", "SIGBUS": " (often: /dev/shm is full)"}.get(name, "")
-        return f"was ended by {name}{hint}"
+
+def _cause(reader: BaseProcess) -> str:
+    code = reader.exitcode or 0
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = {"SIGKILL": " (often: out of memory)", "SIGBUS": " (often: /dev/shm is full)"}.get(name, "")
+    return f"was ended by {name}{hint}"
 
 
 @contextmanager

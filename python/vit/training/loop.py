@@ -342,15 +342,15 @@ class Training:
         config, progress, accelerator = self.config, self.progress, self.accelerator
         step = self.done
         rank, world = accelerator.process_index, accelerator.num_processes
+        batch = next(passes)  # before the seed: the first one starts a loader, which draws a number of PyTorch's
         torch.manual_seed((config.seed + 1) * 0x9E3779B97F4A7C15 + step * world + rank & 0x7FFF_FFFF_FFFF_FFFF)
         rate = self._learning_rate(progress.step)
         for group in self.parts.optimizer.param_groups:
             group["lr"] = rate
         total, monitored = 0.0, [0.0] * len(self.task.monitored)
-        for _ in range(config.accumulate):
+        for number in range(config.accumulate):
             with accelerator.accumulate(self.prepared):
-                images, labels = next(passes)
-                figures = self._forward_backward(images, labels)
+                figures = self._forward_backward(*(next(passes) if number else batch))
                 total += figures[0] / config.accumulate
                 monitored = [a + b / config.accumulate for a, b in zip(monitored, figures[1:], strict=True)]
         norm = self._clip()
