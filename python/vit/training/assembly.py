@@ -14,10 +14,10 @@ from ..data import Source, open_source
 from ..data.augment import Affine, Augment, CropFlip
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
-from ..data.preprocess import Preprocess
+from ..preprocess import Preprocess
 from ..model import VisionTransformer, list_models
 from ..model.configs import get_config
-from ..model.factory import create, settle
+from ..factory import create, settle
 from ..support.text import printable
 from ..weights import WeightsError, read
 from .config import AUTO, TrainConfig

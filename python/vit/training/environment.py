@@ -110,7 +110,7 @@ def description(plan: dict[str, str]) -> dict[str, Any]:
     import accelerate
     import safetensors
 
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "versions": {

@@ -53,7 +53,7 @@ def changed(run: Run, given: Mapping[str, Any]) -> TrainConfig:
 def facts(config: TrainConfig, fingerprint: str, model: Any, info: dict[str, Any], accelerator: Any) -> dict[str, Any]:
     """What a checkpoint says of its training: `data`, `processes`, `options` and `model` must be the same for it to go on,
     `machine` should for equal bits."""
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "data": fingerprint,

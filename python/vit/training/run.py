@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import DataError, Samples, Source, open_source
-from ..model.factory import create
+from ..factory import create
 from ..support.files import append_line, refuse_link, remove_leftovers, to_json, write_text
 from ..support.lock import NAME as LOCK
 from ..support.lock import FolderLock
