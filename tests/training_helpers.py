@@ -78,7 +78,9 @@ def vit_process(*words: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 120.0) -> None:
+def wait_for(
+    condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 120.0
+) -> None:
     """Until the condition holds; fails when the process ends before, or after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():

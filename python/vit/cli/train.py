@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with this run folder, with the options it has; auto: go on with --out if it holds a run, else start it",
+        help="go on with this run folder, with the options it has; auto: with --out, if it holds a run, else start it",
     )
     parser.add_argument(
         "--json", action="store_true", help="end with one line of JSON; progress goes to standard error"

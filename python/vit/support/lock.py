@@ -9,7 +9,6 @@ import socket
 import stat
 import threading
 from pathlib import Path
-from types import TracebackType
 
 from .files import refuse_link
 
@@ -27,8 +26,8 @@ class FolderInUse(ValueError):
 class FolderLock:
     """Owns a folder until `close`, or until the process ends in any way. FolderInUse names who has it.
 
-    A POSIX record lock on the file `.lock`: unlike flock it is not inherited by forked readers of images, which outlive a
-    killed training by seconds, and it works on NFS.
+    A POSIX record lock on the file `.lock`: unlike flock it is not inherited by forked readers of images, which outlive
+    a killed training by seconds, and it works on NFS.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -87,9 +86,7 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -71,13 +71,11 @@ def _verify(path: Path, about: Mapping[str, str], tensors: Mapping[str, Tensor])
         expected = parse_json(about.get(CHECKSUMS, ""), f"the checksums of {path}")
     except RecordError as error:
         raise DamagedFile(f"vit: {path} is damaged: {error}") from error
+    other = [name for name, tensor in tensors.items() if _checksum(name, tensor) != expected.get(name)]
     for problem, names in (
         ("lacks", sorted(expected.keys() - tensors.keys())),
         ("also holds", sorted(tensors.keys() - expected.keys())),
-        (
-            "holds other bits than were written of",
-            [n for n, t in tensors.items() if _checksum(n, t) != expected.get(n)],
-        ),
+        ("holds other bits than were written of", other),
     ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""

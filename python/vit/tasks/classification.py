@@ -71,7 +71,8 @@ class Classification:
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """The interval that holds a probability of which `share` of `count` trials came true, 95 % for z = 1.96.
 
-    Wilson 1927, Journal of the American Statistical Association 22: (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n).
+    (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n); Wilson 1927, Journal of the American Statistical
+    Association 22.
     """
     if count < 1:
         return 0.0, 1.0

@@ -42,7 +42,7 @@ class Task(Protocol):
         """The evaluation of all images, whose measures are joined in `columns`; exact, whatever their order."""
 
     def figures(self, evaluation: Evaluation) -> dict[str, float]:
-        """The evaluation's figures by name, for metrics.jsonl, which a validation prefixes with val_, a test with test_."""
+        """The evaluation's figures by name; metrics.jsonl has them with val_ or test_ before the name."""
 
     def better(self, new: Figures, old: Figures) -> bool:
         """Whether weights with the validation figures `new` are kept in place of those with `old`."""

@@ -14,10 +14,10 @@ from ..data import Source, open_source
 from ..data.augment import Affine, Augment, CropFlip
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
-from ..preprocess import Preprocess
+from ..factory import create, settle
 from ..model import VisionTransformer, list_models
 from ..model.configs import get_config
-from ..factory import create, settle
+from ..preprocess import Preprocess
 from ..support.text import printable
 from ..weights import WeightsError, read
 from .config import AUTO, TrainConfig
@@ -125,7 +125,7 @@ def _with_fitting_models(text: str, config: TrainConfig, start: Any) -> str:
 
 
 def fitting_models(state: dict[str, Any]) -> list[str]:
-    """The named models with the width, depth, MLP and patch size of these weights; those of the same positions first."""
+    """The named models with the width, depth, MLP and patch size of these weights; of their image size, if any is."""
     patches = state.get("patch_embed.proj.weight")
     hidden = state.get("blocks.0.mlp.fc1.weight")
     if patches is None or patches.ndim != 4:

@@ -80,8 +80,8 @@ class TrainConfig:
     drop_path: float | None = _option(None, "stochastic depth of the last block")
     ema: float = _option(
         0.995,
-        "decay of the averaged weights, which are the ones kept; step t uses min(this, (1 + t) / (10 + t)), so that 0.995 "
-        "holds from step 1,790 and 0.9 from step 80; 0 keeps the plain weights",
+        "decay of the averaged weights, which are the ones kept; step t uses min(this, (1 + t) / (10 + t)), so that "
+        "0.995 holds from step 1,790 and 0.9 from step 80; 0 keeps the plain weights",
     )
     augment: str | None = _option(None, "affine: small shifts and rotations; crop: random crops and mirror images")
     amp: str = _option("no", "bf16 runs matmul, linear and attention in bfloat16 (autocast)")
@@ -99,8 +99,8 @@ class TrainConfig:
     validate: str = _option("decode", "how each file of a folder is checked before training")
     checkpoint_seconds: float = _option(
         60.0,
-        "time between checkpoints, or 20 times as long as writing one takes, if that is more; 0: after every step. There is "
-        "always one after the first step, at the end, at an error and at a signal",
+        "time between checkpoints, or 20 times as long as writing one takes, if that is more; 0: after every step. "
+        "There is always one after the first step, at the end, at an error and at a signal",
     )
     log_seconds: float = _option(30.0, "time between the lines about steps in a pipe or a log")
     figures: str = _option("png", "format of the curves and the confusion matrix; pdf and svg come beside png")
@@ -212,8 +212,8 @@ def _plain_arch(value: Any, where: str) -> dict[str, Any]:
         items = item if isinstance(item, (list, tuple)) else [item]
         if not all(isinstance(one, plain) for one in items):
             raise ValueError(
-                f"vit: arch in {where}: {key} is {shown(item)}; it must be a number, a text, true, false, null or a list "
-                "of them"
+                f"vit: arch in {where}: {key} is {shown(item)}; it must be a number, a text, true, false, null or a "
+                "list of them"
             )
     return dict(value)
 

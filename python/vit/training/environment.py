@@ -55,8 +55,8 @@ _OFF = ("", "0", "no", "false", "off", "n", "f")
 
 #: Beginnings of the variables that a run record keeps: they choose threads, kernels and devices.
 _RECORDED = (
-    "ACCELERATE_", "ATEN_", "CUBLAS_", "CUDA_", "FSDP_", "GOMP_", "KMP_", "MKL_", "NVIDIA_TF32_OVERRIDE", "OMP_", "ONEAPI_",
-    "SYCL_", "TORCH_", "VIT_", "WORLD_SIZE", "ZE_",
+    "ACCELERATE_", "ATEN_", "CUBLAS_", "CUDA_", "FSDP_", "GOMP_", "KMP_", "MKL_", "NVIDIA_TF32_OVERRIDE", "OMP_",
+    "ONEAPI_", "SYCL_", "TORCH_", "VIT_", "WORLD_SIZE", "ZE_",
 )  # fmt: skip
 
 

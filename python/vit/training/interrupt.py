@@ -12,7 +12,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-
 STOPPED_SECONDS = 10.0  # that a reading process may be stopped (SIGSTOP) while the training is not
 
 
@@ -24,8 +23,8 @@ class Signals:
     """SIGINT and SIGTERM ask for a checkpoint and the end; a second SIGINT does not wait for it (KeyboardInterrupt).
 
     As a context manager, in the main thread; elsewhere it does nothing. SIGCHLD is left without a handler meanwhile:
-    PyTorch's raises an error wherever the program stands, in the middle of an optimizer step, too. WatchedLoader finds a dead
-    reader when its images are missing.
+    PyTorch's raises an error wherever the program stands, in the middle of an optimizer step, too. WatchedLoader finds
+    a dead reader when its images are missing.
     """
 
     def __init__(self) -> None:
@@ -57,8 +56,8 @@ class Signals:
 
 
 class WatchedLoader:
-    """The batches of a DataLoader, once per iteration. Raises ReaderError when one of the loader's processes dies, or is
-    stopped for STOPPED_SECONDS; what a process itself raised comes as it is."""
+    """The batches of a DataLoader, once per iteration. Raises ReaderError when one of the loader's processes dies, or
+    is stopped for STOPPED_SECONDS; what a process itself raised comes as it is."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
@@ -125,7 +124,8 @@ class WatchedLoader:
             return None
         if self.stopped:
             numbers = ", ".join(map(str, sorted(self.stopped)))
-            return f"vit: of the processes that read images (--workers), {numbers} was stopped for {STOPPED_SECONDS:.0f} s"
+            seconds = f"{STOPPED_SECONDS:.0f} s"
+            return f"vit: of the processes that read images (--workers), process {numbers} was stopped for {seconds}"
         if named:
             return str(error)
         deadline = time.monotonic() + 1.0  # the pipe breaks a moment before the process is gone

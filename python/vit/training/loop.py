@@ -78,9 +78,9 @@ def train(
     resumed run by name that are to have other values from here on (see vit.training.resume.FREE).
 
     The kept weights are those of the epoch with the best validation accuracy (of equal ones the smaller
-    loss), or the last ones without validation images; the test images are looked at once, at the end. Raises ValueError
-    for options and data that do not fit and for a folder in use, Interrupted after a signal, TrainError when the gradients
-    stop being finite or a process that reads images dies, OSError when a checkpoint cannot be written.
+    loss), or the last ones without validation images; the test images are looked at once, at the end. Raises
+    ValueError for options and data that do not fit and for a folder in use, Interrupted after a signal, TrainError when
+    the gradients stop being finite or a process that reads images dies, OSError when a checkpoint cannot be written.
     """
     for module in ("accelerate", "yaml", "matplotlib"):  # missing at the end would cost the whole training
         require(module, "train")
@@ -256,8 +256,8 @@ class Training:
             reached = used_decay(config.ema, total)
             if reached < config.ema:
                 say(
-                    f"averaged weights: the decay rises as (1 + t) / (10 + t) and reaches {reached:.4f} in these {total:,} "
-                    f"steps, not the {config.ema} of --ema"
+                    f"averaged weights: the decay rises as (1 + t) / (10 + t) and reaches {reached:.4f} in these "
+                    f"{total:,} steps, not the {config.ema} of --ema"
                 )
 
     def _stop_for(self, error: Exception) -> None:

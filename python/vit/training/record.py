@@ -17,15 +17,18 @@ NAME = "run.json"
 
 
 class RunRecord:
-    """The sessions of a run: one for its start and one for each time it went on. Written at the beginning and at the end
-    of a session, so that a killed one has no end."""
+    """The sessions of a run: one for its start and one for each time it went on. Written at the beginning and at the
+    end of a session, so that a killed one has no end."""
 
     def __init__(self, run: Run, plan: dict[str, str], step: int) -> None:
         self.run = run
         path = run.path / NAME
         self.sessions: list[Any] = []
         if path.is_file():
-            self.sessions = list(Record.read(path).raw("sessions", []))[:1000]
+            record = Record.read(path)
+            if not isinstance(sessions := record.raw("sessions", []), list):
+                record.refuse("sessions", "a list")
+            self.sessions = sessions
         self.session: dict[str, Any] = {
             "command": sys.argv,
             "folder": os.getcwd(),

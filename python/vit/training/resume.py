@@ -44,15 +44,16 @@ def changed(run: Run, given: Mapping[str, Any]) -> TrainConfig:
             for name in refused
         )
         raise RefusedChange(
-            f"vit: {values} would change what {run.path} has already done; leave out {', '.join(map(flag, sorted(refused)))}, "
-            f"or start a new run. A run that goes on takes {', '.join(map(flag, FREE))}"
+            f"vit: {values} would change what {run.path} has already done; leave out "
+            f"{', '.join(map(flag, sorted(refused)))}, or start a new run. "
+            f"A run that goes on takes {', '.join(map(flag, FREE))}"
         )
     return dataclasses.replace(run.config, **different)
 
 
 def facts(config: TrainConfig, fingerprint: str, model: Any, info: dict[str, Any], accelerator: Any) -> dict[str, Any]:
-    """What a checkpoint says of its training: `data`, `processes`, `options` and `model` must be the same for it to go on,
-    `machine` should for equal bits."""
+    """What a checkpoint says of its training: `data`, `processes`, `options` and `model` must be the same for it to go
+    on, `machine` should for equal bits."""
     from ..version import __version__
 
     return {
@@ -94,7 +95,7 @@ def check(run: Run, config: TrainConfig, progress: Progress, steps: int, saved: 
             )
     if progress.epoch > (config.epochs or 0):
         raise RefusedChange(
-            f"vit: {run.path} has done {progress.epoch} epochs, more than --epochs {config.epochs}; give at least as many"
+            f"vit: {run.path} has done {progress.epoch} epochs, more than --epochs {config.epochs}; give that many"
         )
     for name, most in (("step", steps), ("skipped", progress.step)):
         if getattr(progress, name) > most:

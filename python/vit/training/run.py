@@ -55,8 +55,8 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig, model: dict[str, Any]) -> Run:
-        """Makes the folder, where there is none, and writes config.yaml and model.json. Where that fails, on a full disk,
-        nothing of them is left."""
+        """Makes the folder, where there is none, and writes config.yaml and model.json. Where that fails, on a full
+        disk, nothing of them is left."""
         run = cls(path, config, model)
         path.mkdir(parents=True, exist_ok=True)
         texts = {"config.yaml": config.to_yaml(), "model.json": to_json(model, indent=2) + "\n", run.metrics.name: ""}
@@ -93,7 +93,7 @@ class Run:
         return cls(path, config, model)
 
     def lock(self) -> FolderLock:
-        """Owns the folder for a training: FolderInUse if another one does, OSError for a link in the place of a file."""
+        """Owns the folder for a training. FolderInUse if another one does, OSError for a link in place of a file."""
         lock = FolderLock(self.path)
         try:
             for entry in self.path.iterdir():
@@ -184,7 +184,7 @@ class Run:
 
 
 def is_free(path: Path) -> bool:
-    """Whether a new run may go to `path`: there is nothing, or an empty folder (but for a training that just starts)."""
+    """Whether a new run may go to `path`: there is nothing, or an empty folder (a lock in it does not count)."""
     return not os.path.lexists(path) or (path.is_dir() and all(entry.name == LOCK for entry in path.iterdir()))
 
 
