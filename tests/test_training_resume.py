@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import shutil
@@ -30,11 +31,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train(SMALL, out=tmp_path_factory.mktemp("whole") / "run")
 
 
-@pytest.fixture
-def stopped(whole: TrainResult, tmp_path: Path) -> Path:
-    """The run, stopped in its second epoch."""
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.raises(Interrupted):
-        train(SMALL, out=tmp_path / "run", display=Hook(STEPS + 3, terminate))
+        train(SMALL, out=run, display=Hook(STEPS + 3, terminate))
+    return run
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A copy of a run that was stopped in its second epoch."""
+    shutil.copytree(stopped_once, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -114,7 +122,7 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step(
 
 def test_a_training_that_diverges_at_once_promises_no_weights(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, lr=1e30, clip=0.0, warmup_epochs=0.0, batch_size=32)
-    with pytest.raises(TrainError, match="No epoch was finished$"):
+    with pytest.raises(TrainError, match=r"No epoch was finished$"):
         train(config, out=tmp_path / "run")
     assert not (tmp_path / "run" / "best.safetensors").exists()
 
@@ -132,7 +140,7 @@ def test_checkpoints_take_a_twentieth_of_the_time(tmp_path: Path, monkeypatch: p
     hook = Hook()
     hook.step = lambda text: clock.__setitem__(0, clock[0] + 50.0)  # type: ignore[method-assign]
     train(dataclasses.replace(SMALL, checkpoint_seconds=60.0), out=tmp_path / "run", display=hook)
-    gaps = [b - a for a, b in zip(written[1:-1], written[2:-1], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(written[:-1])]
     assert len(written) >= 4
     assert all(gap >= 200.0 for gap in gaps)
 
@@ -174,7 +182,8 @@ def test_more_epochs_follow_the_longer_schedule(whole: TrainResult, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("words", "flag"),
-    [(["--lr", "1"], "--lr"), (["--seed", "3"], "--seed"), (["--batch-size", "5"], "--batch-size"), (["--ema", "0"], "--ema"),
+    [(["--lr", "1"], "--lr"), (["--seed", "3"], "--seed"), (["--batch-size", "5"], "--batch-size"),
+     (["--ema", "0"], "--ema"),
      (["--arch", "depth=2"], "--arch"), (["--val-fraction", "0.3"], "--val-fraction"), (["--amp", "bf16"], "--amp")],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -232,10 +241,6 @@ def test_a_flipped_bit_of_the_kept_weights_is_named(whole: TrainResult, tmp_path
             DamagedFile, match=r"best\.safetensors is damaged: it holds other bits than were written of"
         ):
             Run.open(run).evaluate()
-        with pytest.raises(RuntimeError, match="holds other bits than were written of"):
-            import vit
-
-            vit.create(weights=run)
 
 
 def test_checksums_name_the_tensor(tmp_path: Path) -> None:
@@ -250,13 +255,13 @@ def test_checksums_name_the_tensor(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors | {"b": tensors["b"] + 1}, path, metadata)
-    with pytest.raises(DamagedFile, match="other bits than were written of b$"):
+    with pytest.raises(DamagedFile, match=r"other bits than were written of b$"):
         read_tensors(path)
     save_file({"a": tensors["a"]}, path, metadata)
-    with pytest.raises(DamagedFile, match="it lacks b, empty, n$"):
+    with pytest.raises(DamagedFile, match=r"it lacks b, empty, n$"):
         read_tensors(path)
     save_file(tensors | {"more": tensors["a"] + 0}, path, metadata)
-    with pytest.raises(DamagedFile, match="it also holds more$"):
+    with pytest.raises(DamagedFile, match=r"it also holds more$"):
         read_tensors(path)
     save_file(tensors, path, metadata | {"format": "tp"})
     with pytest.raises(DamagedFile, match="its metadata is not what was written"):
@@ -322,7 +327,7 @@ def test_an_edited_file_is_named(stopped: Path, file: str, old: str, new: str, t
 
 def test_deep_and_large_texts_are_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = "abcdefghi"
-    bomb = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip(names, names[1:], strict=False))
+    bomb = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise(names))
     for file, text in (
         ("config.yaml", "[" * 5000),
         ("config.yaml", f"a: &a [x]\n{bomb}arch: {{depth: *i}}\n"),
@@ -360,7 +365,7 @@ def test_a_run_killed_at_any_moment_is_resumed_to_the_bit(whole: TrainResult, tm
     for _ in range(3):
         process = vit_process(*words)
         wait_for(lambda process=process: process.poll() is not None or (out / ".lock").exists())
-        wait_for(lambda process=process, end=rng.random(): process.poll() is not None or rng.random() < 0.02 + 0 * end)
+        wait_for(lambda process=process: process.poll() is not None or rng.random() < 0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert main(words) == 0
