@@ -133,7 +133,7 @@ def fitting_models(state: dict[str, Any]) -> list[str]:
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     positions = state.get("pos_embed")
     found: dict[str, bool] = {}
-    for name in list_models():
+    for name in sorted(list_models(), key=lambda name: (not name.startswith("vit_"), name)):  # DeiT has ViT's sizes
         arch = get_config(name).arch
         sizes = (arch.get("embed_dim", 768), arch.get("depth", 12), arch.get("patch_size", 16))
         if sizes != (patches.shape[0], depth, patches.shape[-1]):

@@ -75,6 +75,13 @@ def facts(config: TrainConfig, fingerprint: str, model: Any, info: dict[str, Any
 
 def check(run: Run, config: TrainConfig, progress: Progress, steps: int, saved: Record, now: dict[str, Any]) -> None:
     """ValueError where the run folder, the data or the processes are not those of the checkpoint."""
+    for key, file in (("options", "config.yaml"), ("model", "model.json")):
+        before, after = saved.record(key).values, json.loads(to_json(now[key]))
+        if names := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
+            raise ValueError(
+                f"vit: {run.path / file} is not what {run.checkpoint.name} was written with: {names[0]} was "
+                f"{shown(before.get(names[0]))}, now it is {shown(after.get(names[0]))}; put it back or start a new run"
+            )
     saved.text("data")
     if saved.raw("data") != now["data"]:
         raise ValueError(
@@ -86,13 +93,6 @@ def check(run: Run, config: TrainConfig, progress: Progress, steps: int, saved: 
             f"vit: {run.path} was trained by {saved.raw('processes')} process(es), not {now['processes']}; "
             "resume it with the same number"
         )
-    for key, file in (("options", "config.yaml"), ("model", "model.json")):
-        before, after = saved.record(key).values, json.loads(to_json(now[key]))
-        if names := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
-            raise ValueError(
-                f"vit: {run.path / file} is not what {run.checkpoint.name} was written with: {names[0]} was "
-                f"{shown(before.get(names[0]))}, now it is {shown(after.get(names[0]))}; put it back or start a new run"
-            )
     if progress.epoch > (config.epochs or 0):
         raise RefusedChange(
             f"vit: {run.path} has done {progress.epoch} epochs, more than --epochs {config.epochs}; give that many"
@@ -105,6 +105,7 @@ def check(run: Run, config: TrainConfig, progress: Progress, steps: int, saved: 
             f"vit: {run.metrics} is missing or shorter than when {run.checkpoint.name} was written; "
             "put it back or start a new run"
         )
+    run.read_metrics(progress.metrics_bytes)  # a damaged line is named now, not when the curves are drawn
     if progress.best_epoch and not run.weights.is_file():
         raise ValueError(f"vit: {run.weights} is missing, the weights of epoch {progress.best_epoch}; put it back")
 

@@ -174,9 +174,9 @@ class Run:
         """The length of metrics.jsonl; 0 without the file."""
         return self.metrics.stat().st_size if self.metrics.is_file() else 0
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        lines = self.metrics.read_bytes().splitlines()
+    def read_metrics(self, size: int | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, or those in its first `size` bytes."""
+        lines = self.metrics.read_bytes()[:size].splitlines()
         return [
             dict(Record(parse_json(line, where := f"{self.metrics}, line {number}"), where).values)
             for number, line in enumerate(lines, 1)

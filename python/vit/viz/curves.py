@@ -27,8 +27,9 @@ def curves(metrics: Sequence[dict[str, Any]], *paths: str | Path) -> None:
     rate.set(title="learning rate", xlabel="epoch")
     for axes in (losses, errors, rate):
         axes.grid(alpha=0.3, which="both")
-    losses.legend()
-    errors.legend()
+    for axes in (losses, errors):
+        if axes.get_legend_handles_labels()[0]:  # there may be nothing to draw
+            axes.legend()
     if "test_accuracy" in final:
         figure.suptitle(
             f"test error {100 - 100 * final['test_accuracy']:.2f} %, loss {final['test_loss']:.4f} "
