@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import tasks
 from ..data import kind_of
@@ -32,20 +30,17 @@ from .config import TrainConfig
 from .environment import accelerator, without_options
 from .evaluate import cpu_threads, evaluate
 from .interrupt import ReaderError, Signals
-from .optim import learning_rate, used_decay
+from .optim import used_decay
 from .progress import Display, Silent
 from .record import RunRecord
+from .report import announce, write_final
 from .run import Run, is_free, new_folder, new_path
 from .state import Progress
+from .step import Stepper, TrainError
 
 log = logging.getLogger("vit")
 
-BAD_STEPS = 10  # steps in a row without a finite gradient before the training gives up
 CHECKPOINT_SHARE = 0.05  # of the time that checkpoints may take: one of ViT-B (1.39 GB) took 5.7 s on two Zen 5 cores
-
-
-class TrainError(RuntimeError):
-    """The training cannot go on; the text says why and what is left."""
 
 
 class Interrupted(Exception):
@@ -144,12 +139,11 @@ class Training:
         else:
             self.run = self._create_run(out, name)
         with without_options():
-            self.prepared, self.prepared_optimizer = self.accelerator.prepare(self.parts.model, self.parts.optimizer)
+            self.stepper = Stepper(self.parts, self.progress, self.task, self.accelerator, self.display, self.run.path)
         self.started = time.monotonic() - self.progress.seconds
         self.last_checkpoint = time.monotonic()
         self.checkpoint_cost = 0.0  # seconds that the last one took
         self.checkpoints = 0  # of this session
-        self.consistent = True  # whether model, optimizer, average and progress are of the same step
 
     def _create_run(self, out: str | Path | None, name: str) -> Run:
         """The main process chooses and makes the folder, the others learn which."""
@@ -227,7 +221,7 @@ class Training:
 
     def _fit(self) -> TrainResult:
         epochs = self.config.epochs or 0
-        self._announce()
+        announce(self)
         self.display.start(self.done, epochs * self.steps, self.images, self.config.log_seconds)
         try:
             with self.signals:
@@ -241,30 +235,11 @@ class Training:
             self.display.stop()
         return self._finish()
 
-    def _announce(self) -> None:
-        config, source, say = self.config, self.parts.source, self.display.line
-        sizes = ", ".join(f"{len(source.splits[name]):,} {name}" for name in ("train", "val", "test"))
-        say(
-            f"run {self.run.path}: {self.parts.info['name']} on {source.name} "
-            f"({len(source.class_names):,} classes; {sizes} images)"
-        )
-        threads = f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
-        on_cpu = self.accelerator.device.type == "cpu"
-        say(f"backend {self.backend} on {self.accelerator.device}{threads * on_cpu}, {self.steps} steps per epoch")
-        if config.ema:
-            total = (config.epochs or 0) * self.steps
-            reached = used_decay(config.ema, total)
-            if reached < config.ema:
-                say(
-                    f"averaged weights: the decay rises as (1 + t) / (10 + t) and reaches {reached:.4f} in these "
-                    f"{total:,} steps, not the {config.ema} of --ema"
-                )
-
     def _stop_for(self, error: Exception) -> None:
         """Leaves a checkpoint of the last whole step, and raises the error in words that say how to go on."""
         if isinstance(error, Interrupted):
             raise error
-        if self.main and self.consistent:
+        if self.main and self.stepper.consistent:
             try:
                 self._checkpoint()
             except OSError as second:
@@ -295,7 +270,7 @@ class Training:
         if first < self.steps:
             passes = iter(parts.loader)
             while progress.step < self.steps:
-                self._step(passes)
+                self.stepper.step(passes)
                 self._after_step()
         speed = (self.steps - first) * self.images / max(time.monotonic() - began, 1e-9)
         figures = self._validate()
@@ -303,7 +278,7 @@ class Training:
         self._keep(better)
         line = self._line(figures, speed)
         written = self.run.log(line, progress.metrics_bytes) if self.main else 0
-        self.consistent = False
+        self.stepper.consistent = False
         if better:
             progress.best, progress.best_epoch = figures, progress.epoch + 1
         progress.metrics_bytes = written
@@ -311,7 +286,7 @@ class Training:
         progress.step = progress.skipped = 0
         progress.loss_sum = progress.norm_sum = 0.0
         progress.monitor_sums = [0.0] * len(progress.monitor_sums)
-        self.consistent = True
+        self.stepper.consistent = True
         self.display.epoch(line, config.epochs or 0)
         if self._checkpoint_due():
             self._checkpoint()
@@ -323,7 +298,7 @@ class Training:
         line = {
             "epoch": progress.epoch + 1,
             "step": (progress.epoch + 1) * self.steps,
-            "lr": self._learning_rate(self.steps - 1),
+            "lr": self.stepper.learning_rate(self.steps - 1),
             "train_loss": progress.loss_sum / taken,
             **{name: s / taken for name, s in zip(self.task.monitored, progress.monitor_sums, strict=True)},
             "grad_norm": progress.norm_sum / taken,
@@ -336,85 +311,6 @@ class Training:
             "images_per_second": round(speed, 1),
             "seconds": round(time.monotonic() - self.started, 3),
         }
-
-    def _step(self, passes: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """One optimizer step from `accumulate` batches; left out when its gradient is not finite."""
-        config, progress, accelerator = self.config, self.progress, self.accelerator
-        step = self.done
-        rank, world = accelerator.process_index, accelerator.num_processes
-        batch = next(passes)  # before the seed: the first one starts a loader, which draws a number of PyTorch's
-        torch.manual_seed((config.seed + 1) * 0x9E3779B97F4A7C15 + step * world + rank & 0x7FFF_FFFF_FFFF_FFFF)
-        rate = self._learning_rate(progress.step)
-        for group in self.parts.optimizer.param_groups:
-            group["lr"] = rate
-        total, monitored = 0.0, [0.0] * len(self.task.monitored)
-        for number in range(config.accumulate):
-            with accelerator.accumulate(self.prepared):
-                figures = self._forward_backward(*(next(passes) if number else batch))
-                total += figures[0] / config.accumulate
-                monitored = [a + b / config.accumulate for a, b in zip(monitored, figures[1:], strict=True)]
-        norm = self._clip()
-        finite = math.isfinite(norm) and math.isfinite(total)
-        if not finite:
-            self.display.line(f"step {step + 1}: loss {total}, gradient norm {norm}: step left out")
-            if progress.skipped_in_a_row + 1 >= BAD_STEPS:
-                text = self._not_finite()
-                self.prepared_optimizer.zero_grad()
-                raise TrainError(text)
-        self.consistent = False
-        if finite:
-            self.prepared_optimizer.step()
-            if self.parts.average:
-                self.parts.average.update(self.parts.model, step + 1)
-            progress.loss_sum += total
-            progress.norm_sum += norm
-            progress.monitor_sums = [a + b for a, b in zip(progress.monitor_sums, monitored, strict=True)]
-        progress.skipped += not finite
-        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
-        progress.step += 1
-        self.consistent = True
-        self.prepared_optimizer.zero_grad()
-        self.display.step(f"loss {total:.4f}  lr {rate:.2e}")
-
-    def _forward_backward(self, images: Tensor, labels: Tensor) -> list[float]:
-        """Adds the gradients of one batch; its loss and the task's monitored figures, as means over all processes."""
-        config, accelerator, task = self.config, self.accelerator, self.task
-        images, labels = images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-            outputs = self.prepared(images)
-        loss = task.loss(outputs, labels, config.label_smoothing)
-        accelerator.backward(loss)
-        figures = torch.cat([loss.detach().float()[None], task.monitor(outputs, labels)])
-        found: list[float] = accelerator.reduce(figures, "mean").tolist()
-        return found
-
-    def _clip(self) -> float:
-        """Clips the gradients to the largest norm allowed; their norm before. In one thread: PyTorch's sums over many
-        elements depend on the number of threads in the last bits, and the bits of a training must not."""
-        on_cpu = self.accelerator.device.type == "cpu"
-        with cpu_threads(1 if on_cpu else 0):
-            return float(self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.clip or math.inf))
-
-    def _learning_rate(self, step: int) -> float:
-        """Of optimizer step `step` of the current epoch."""
-        config = self.config
-        warmup = round((config.warmup_epochs or 0.0) * self.steps)
-        total = (config.epochs or 0) * self.steps
-        return learning_rate(self.progress.epoch * self.steps + step, total, warmup, config.lr or 0.0, config.min_lr)
-
-    def _not_finite(self) -> str:
-        parameters = self.parts.model.named_parameters()
-        names = [name for name, p in parameters if p.grad is not None and not p.grad.isfinite().all()]
-        more = ", ..." if len(names) > 5 else ""
-        where = f"not finite in the gradient of {', '.join(names[:5])}{more}; " if names else ""
-        best = self.progress.best_epoch
-        left = (
-            f"The weights of epoch {best}, the best so far, are in {self.run.path}" if best else "No epoch was finished"
-        )
-        return (
-            f"vit: {BAD_STEPS} steps in a row without a finite gradient; stopped in epoch {self.progress.epoch + 1}. "
-            f"{where}try a smaller --lr, a longer --warmup-epochs or --amp no. {left}"
-        )
 
     # ---- validation and test ----
 
@@ -453,31 +349,10 @@ class Training:
             test = evaluate(self.run.load(), samples, config.batch_size or 1, config.workers, task=self.task)
         seconds = time.monotonic() - self.started
         if self.main:
-            self._write_final(test, seconds)
+            write_final(self, test, seconds)
         return TrainResult(
             self.run.path, test, config.epochs or 0, seconds, self.backend, progress.best_epoch, self.main
         )
-
-    def _write_final(self, test: Evaluation | None, seconds: float) -> None:
-        """The last line of the metrics, the kept epoch in words, and the pictures."""
-        from ..viz import curves
-
-        progress, splits, task = self.progress, self.parts.source.splits, self.task
-        final: dict[str, Any] = {"final": True, "best_epoch": progress.best_epoch}
-        final |= {f"val_{name}": value for name, value in progress.best.items()}
-        final["val_images"] = len(splits["val"])
-        if test:
-            final |= {f"test_{name}": value for name, value in task.figures(test).items()} | {
-                "test_images": test.images
-            }
-        final |= {"backend": self.backend, "seconds": round(seconds, 3)}
-        self.run.log(final, progress.metrics_bytes)
-        if progress.best:
-            chosen = task.describe(progress.best, len(splits["val"]))
-            self.display.line(f"kept epoch {progress.best_epoch}: {chosen} on {len(splits['val']):,} validation images")
-        curves(self.run.read_metrics(), *self.run.pictures("curves"))
-        if test:
-            task.picture(test, self.parts.source.class_names, self.run.pictures(task.picture_name))
 
     # ---- checkpoints and interruption ----
 
@@ -532,4 +407,4 @@ def _is_unstarted(run: Run) -> bool:
     )
 
 
-__all__ = ["BAD_STEPS", "Interrupted", "TrainError", "TrainResult", "Training", "train"]
+__all__ = ["Interrupted", "TrainError", "TrainResult", "Training", "train"]
