@@ -11,13 +11,13 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..preprocess import Preprocess
-from .augment import Augment, generator
+from ..support.random import Stream
+from .augment import Augment
 from .samples import Samples
 
 Key = tuple[int, int]  # epoch, index of the image
@@ -49,7 +49,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         image = self.preprocess.convert(image)
         if not self.augment.resizes:
             image = self.preprocess.resize(image)
-        image = self.augment(image, generator(self.seed, epoch, index))
+        image = self.augment(image, Stream("augment", self.seed, epoch, index))
         return self.preprocess.normalize(image), label
 
 
@@ -71,7 +71,7 @@ class EpochBatches:
         return self.count // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(self.count)
+        order = Stream("order", self.seed, self.epoch).permutation(self.count)
         stride = self.batch_size * self.world
         for batch in range(self.start, len(self)):
             indices = order[batch * stride + self.rank : (batch + 1) * stride : self.world]
