@@ -86,3 +86,9 @@ class CropFlip:
         if self.flip and mirror < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
+
+
+def generator(seed: int, epoch: int, index: int) -> Stream:
+    """The random numbers of one image in one epoch: the same whatever the worker, the batch or an
+    interruption."""
+    return Stream("augment", seed, epoch, index)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..preprocess import Preprocess
 from ..support.random import Stream
-from .augment import Augment
+from .augment import Augment, generator
 from .samples import Samples
 
 Key = tuple[int, int]  # epoch, index of the image
@@ -49,7 +49,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         image = self.preprocess.convert(image)
         if not self.augment.resizes:
             image = self.preprocess.resize(image)
-        image = self.augment(image, Stream("augment", self.seed, epoch, index))
+        image = self.augment(image, generator(self.seed, epoch, index))
         return self.preprocess.normalize(image), label
 
 
