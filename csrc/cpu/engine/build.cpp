@@ -36,6 +36,12 @@ Precision precision_of(const Sources& sources, const std::string& name, Precisio
   return precision;
 }
 
+// What a calibration may say of the input of a matrix.
+Part mean_of_input(const Part& matrix) {
+  const std::string layer = matrix.name.substr(0, matrix.name.rfind('.'));
+  return {layer + ".mean", nullptr, nullptr, nullptr, matrix.matrix->K, true, false};
+}
+
 std::string seventeen_digits(double value) {
   char text[32];
   std::snprintf(text, sizeof text, "%.17g", value);
@@ -82,7 +88,8 @@ std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit
       if (source && part.count > 0)
         std::memcpy(*part.vector, source->data, static_cast<std::size_t>(part.count) * sizeof(float));
     } else {
-      active_kernels().engine_pack({source->data, part.matrix, default_threads()});
+      const vit_tensor* mean = find(sources, mean_of_input(part));
+      active_kernels().engine_pack({source->data, mean ? mean->data : nullptr, part.matrix, default_threads()});
     }
   }
   if (max_batch) engine->reserve(max_batch, default_threads());

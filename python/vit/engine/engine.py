@@ -49,8 +49,8 @@ class Engine:
     max_batch    a limit for which memory is taken now; None: no limit, memory grows with the batch up to a few images
                  per thread
     num_threads  None: what torch.get_num_threads() says at each call, and no more than a container's quota
-    calibrate    int8: images as the model takes them, to smooth inputs before quantizing; None: the norms' own weights
-                 say how large inputs become
+    calibrate    int8: images as the model takes them, to smooth inputs before quantizing and to correct biases; None:
+                 one image of noise that the package makes
     exclude      int8, weights: layers that stay bfloat16, such as ("blocks.0.mlp.fc2",)
     weights      bfloat16: "int8" or "int4" stores the weights of the blocks in 8 or 4 bits, with a scale for each 32,
                  for the memory; products stay bfloat16
