@@ -21,11 +21,9 @@ def announce(training: Training) -> None:
         f"run {training.run.path}: {training.parts.info['name']} on {source.name} "
         f"({len(source.class_names):,} classes; {sizes} images)"
     )
-    threads = f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
-    on_cpu = training.accelerator.device.type == "cpu"
-    say(
-        f"backend {training.backend} on {training.accelerator.device}{threads * on_cpu}, {training.steps} steps per epoch"
-    )
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count != 1)}" if training.accelerator.device.type == "cpu" else ""
+    say(f"backend {training.backend} on {training.accelerator.device}{threads}, {training.steps} steps per epoch")
     if config.ema:
         total = (config.epochs or 0) * training.steps
         reached = used_decay(config.ema, total)
