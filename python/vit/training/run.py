@@ -164,7 +164,7 @@ class Run:
 
     def save_weights(self, state: dict[str, Any], path: Path | None = None) -> None:
         """Replaces best.safetensors (or `path`); OSError when it cannot be written."""
-        write_tensors(path or self.weights, state, {"format": "pt"})
+        write_tensors(path or self.weights, state)
 
     def log(self, values: dict[str, Any], offset: int) -> int:
         """Writes one line of metrics.jsonl at `offset`; returns the offset behind it."""

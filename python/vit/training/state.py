@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..support.files import to_json
-from ..support.records import Record, RecordError, parse_json
-from ..support.tensors import CHECKSUM, DamagedFile, read_tensors, write_tensors
+from ..support.records import Record, RecordError
+from ..support.tensors import DamagedFile, read_tensors, write_tensors
 from .optim import Average
 
 FORMAT = 2
@@ -84,7 +83,7 @@ def save(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
     header = {"format": FORMAT, "progress": asdict(progress), "facts": facts}
-    write_tensors(path, tensors, {"vit": to_json(header)})
+    write_tensors(path, tensors, header)
 
 
 def load(path: Path) -> tuple[Progress, Record, dict[str, Tensor]]:
@@ -94,14 +93,12 @@ def load(path: Path) -> tuple[Progress, Record, dict[str, Tensor]]:
         raise ValueError(f"vit: there is no {path.name} in {path.parent}; nothing to resume")
     try:
         about, tensors = read_tensors(path)
-        header = Record(parse_json(about.get("vit", "null"), f"the header of {path}"), f"the header of {path}")
     except (DamagedFile, RecordError) as error:
         text = str(error).removeprefix("vit: ")
         raise ValueError(f"vit: {path} is not a checkpoint of vit train, or damaged: {text}") from error
+    header = Record(about, f"the header of {path}")
     if (version := header.raw("format", None)) != FORMAT:
         raise ValueError(f"vit: {path} has format {version}; this version of vit reads {FORMAT}")
-    if CHECKSUM not in about:
-        raise ValueError(f"vit: {path} is damaged: its checksums are gone")
     return Progress.read(header.record("progress")), header.record("facts"), tensors
 
 
