@@ -113,7 +113,7 @@ def test_round_trip_through_json_and_pickle():
     transform = Preprocess((32, 48), (0.1, 0.2, 0.3), 0.5, "bilinear", 0.9)
     assert Preprocess.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
     assert pickle.loads(pickle.dumps(transform)) == transform
-    with pytest.raises(ValueError, match="unknown crop, sise; known are crop_pct"):
+    with pytest.raises(ValueError, match="unknown crop, sise; known are crop_mode, crop_pct"):
         Preprocess.from_dict({"img_size": 3, "crop": 1, "sise": 2})
 
 

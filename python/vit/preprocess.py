@@ -25,13 +25,17 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
 }
 
+CROP_MODES = ("center", "squash")
+
 
 @dataclass(frozen=True)
 class Preprocess:
     """Resizes the shorter side to floor(img_size / crop_pct), crops the centre, returns (x / 255 - mean) / std.
 
-    img_size: one side or (height, width). mean, std: one number per channel, or one for all. in_chans 1 makes
-    the image grey, 3 RGB. Called with a PIL image it returns float32 [in_chans, height, width].
+    crop_mode "squash" resizes both sides to floor(img_size / crop_pct) instead, whatever the aspect ratio, as
+    transformers does for ViT and timm for some weights. img_size: one side or (height, width). mean, std: one
+    number per channel, or one for all. in_chans 1 makes the image grey, 3 RGB. Called with a PIL image it returns
+    float32 [in_chans, height, width].
 
     Raises ValueError for settings that do not fit together, TypeError for anything but a PIL image.
     """
@@ -42,6 +46,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     in_chans: int = 3
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         size = self.img_size
@@ -53,6 +58,8 @@ class Preprocess:
             raise ValueError(
                 f"vit: preprocess: interpolation {self.interpolation!r} is not one of {', '.join(INTERPOLATIONS)}"
             )
+        if self.crop_mode not in CROP_MODES:
+            raise ValueError(f"vit: preprocess: crop_mode {self.crop_mode!r} is not one of {', '.join(CROP_MODES)}")
         if not 0.0 < self.crop_pct <= 1.0:
             raise ValueError(f"vit: preprocess: crop_pct must be above 0 and at most 1, got {self.crop_pct}")
         if min(self.img_size) < 1:
@@ -111,6 +118,8 @@ class Preprocess:
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) after the resize, rounded as the two tools do that made the published figures."""
         height, width = (math.floor(side / self.crop_pct) for side in self.img_size)
+        if self.crop_mode == "squash":
+            return width, height
         if height == width:
             short = min(image.size)
             # The shorter side becomes exactly `height`; the longer is truncated.

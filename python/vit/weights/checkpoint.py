@@ -51,12 +51,16 @@ class Checkpoint:
         """Arguments of the model these weights belong to: what the tensors tell, and over it, unless another model
         than theirs is asked for by name, what is written beside them."""
         found = {**self.implied, **self.sizes()}
-        if name not in (None, self.name):
+        if not self.describes(name):
             return found
         found |= self.arch
         if self.arch.get("global_pool") == "avg" and "fc_norm" not in self.arch and self._has_norm():
             found["fc_norm"] = False  # the last norm is called norm where it comes before the pooling
         return found
+
+    def describes(self, name: str | None) -> bool:
+        """Whether what is written beside the tensors is about a model of that name: not where it names another one."""
+        return None in (name, self.name) or name == self.name
 
     def sizes(self) -> dict[str, Any]:
         """What the tensors themselves tell about the ends of the network: classes, image channels, pooling."""
@@ -87,8 +91,8 @@ class Checkpoint:
 
 
 def all_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether no element is NaN or infinite, itself and as `dtype`: in one pass, where isfinite() makes copies (a second
-    for ViT-B)."""
+    """Whether no element is NaN or infinite, itself and as `dtype`: in one pass, where isfinite() makes copies (a
+    second for ViT-B)."""
     if tensor.dtype.itemsize == 1:
         tensor = tensor.to(torch.bfloat16)  # no arithmetic in 8 bits
     if tensor.numel() == 0:

@@ -2,8 +2,8 @@
 input-first.
 
 Sources: github.com/google-research/vision_transformer (vit_jax/models_vit.py) and google-research/big_vision
-(big_vision/models/vit.py), whose parameter names are converted here. Both normalise the tokens before they take the class
-token or the mean: an archive without `cls` is a model with global_pool="avg", fc_norm=False.
+(big_vision/models/vit.py), whose parameter names are converted here. Both normalise the tokens before they take the
+class token or the mean: an archive without `cls` is a model with global_pool="avg", fc_norm=False.
 """
 
 from __future__ import annotations

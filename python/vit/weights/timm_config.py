@@ -9,14 +9,32 @@ import math
 from typing import Any
 
 from ..model.vision_transformer import POOLS
+from ..preprocess import INTERPOLATIONS
 from ..support.records import Record
-from .transformers_config import sides
+from .records import arguments
 
 #: Where the weights come from, texts about them, and sizes that only other models or other evaluations use.
 _IRRELEVANT = (
     *("url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "custom_load", "license", "description"),
-    *("origin_url", "paper_name", "paper_ids", "notes", "test_input_size", "min_input_size", "test_crop_pct", "pool_size"),
-    *("test_pool_size", "label_descriptions", "paper_title", "num_features", "architecture", "model_type", "architectures"),
+    *(
+        "origin_url",
+        "paper_name",
+        "paper_ids",
+        "notes",
+        "test_input_size",
+        "min_input_size",
+        "test_crop_pct",
+        "pool_size",
+    ),
+    *(
+        "test_pool_size",
+        "label_descriptions",
+        "paper_title",
+        "num_features",
+        "architecture",
+        "model_type",
+        "architectures",
+    ),
     *("transformers_version", "torch_dtype", "dtype", "do_pooling", "initializer_range", "labels", "hf_hub_revision"),
 )
 #: timm's arguments that this model has under a name or with values of its own.
@@ -64,7 +82,9 @@ def about(record: Record) -> dict[str, Any]:
         cfg.finish()
     record.finish()
     return {
-        "name": None if name is None else name.partition(".")[0],  # a tag after the dot tells weights, not models, apart
+        "name": None
+        if name is None
+        else name.partition(".")[0],  # a tag after the dot tells weights, not models, apart
         "arch": arch,
         "preprocess": transform or None,
         "class_names": names,
@@ -78,9 +98,8 @@ def _defaults(record: Record, cfg: Record) -> dict[str, Any]:
         classes = one.integer("num_classes", None, low=-1) if one.raw("num_classes", None) is not None else None
         if classes is not None and classes >= 0:
             arch["num_classes"] = classes
-        if (pool := one.raw("global_pool", None)) is not None:
+        if one.raw("global_pool", None) is not None:
             arch["global_pool"] = one.choice("global_pool", POOLS)
-            assert pool == arch["global_pool"]
     fixed = cfg.raw("fixed_input_size", None)
     if fixed not in (None, False, True):
         cfg.refuse("fixed_input_size", "true or false")
@@ -115,8 +134,6 @@ def _arguments(args: Record) -> dict[str, Any]:
         found["dynamic_pad"] = args.boolean("dynamic_img_pad")
     for key in ("pos_embed", "act_layer", "dynamic_img_pad", "weight_init"):
         rest.pop(key, None)
-    from .records import arguments
-
     return found | arguments(Record(rest, args.source))
 
 
@@ -143,7 +160,7 @@ def _transform(cfg: Record) -> dict[str, Any]:
     if min(found.get("std", (1.0,)), default=0.0) <= 0.0:
         cfg.refuse("std", "numbers above 0")
     if cfg.raw("interpolation", None) is not None:
-        found["interpolation"] = cfg.choice("interpolation", ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"))
+        found["interpolation"] = cfg.choice("interpolation", INTERPOLATIONS)
     if cfg.raw("crop_pct", None) is not None:
         found["crop_pct"] = cfg.number("crop_pct", low=math.ulp(0.0), high=1.0)
     if cfg.raw("crop_mode", None) is not None:

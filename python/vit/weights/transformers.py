@@ -56,9 +56,7 @@ def recognises(state: Mapping[str, Any]) -> bool:
 def select(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The parameters without the prefix "vit.", and what else there is -> why it is left out."""
     inside = {key.removeprefix("vit."): value for key, value in state.items()}
-    dropped = {
-        key: why for key in inside for part, why in BESIDE.items() if key == part or key.startswith(f"{part}.")
-    }
+    dropped = {key: why for key in inside for part, why in BESIDE.items() if key == part or key.startswith(f"{part}.")}
     return {key: value for key, value in inside.items() if key not in dropped}, dropped
 
 

@@ -24,7 +24,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 #: Of training, of other tasks, or about the file: nothing that logits depend on.
-_IRRELEVANT = {
+_IRRELEVANT = (
     *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "name_or_path"),
     *("_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "auto_map"),
     *("initializer_range", "encoder_stride", "pooler_act", "pooler_output_size", "label2id", "problem_type"),
@@ -187,9 +187,7 @@ def _statistics(record: Record) -> dict[str, Any]:
     """Mean and standard deviation of pixels / 255: any rescale factor is part of them."""
     factor = record.number("rescale_factor", 1 / 255, low=1e-12, high=1e6)
     scale = 255 * factor if record.boolean("do_rescale", True) else 255.0
-    mean, std = record.raw("image_mean", [0.5] * 3), record.raw("image_std", [0.5] * 3)
-    mean = (record.number("image_mean"),) if isinstance(mean, (int, float)) else record.numbers("image_mean", (0.5,) * 3)
-    std = (record.number("image_std"),) if isinstance(std, (int, float)) else record.numbers("image_std", (0.5,) * 3)
+    mean, std = _per_channel(record, "image_mean"), _per_channel(record, "image_std")
     if not record.boolean("do_normalize", True):
         mean, std = (0.0,), (1.0,)
     if min(std, default=0.0) <= 0.0:
@@ -197,3 +195,10 @@ def _statistics(record: Record) -> dict[str, Any]:
     if abs(scale - 1.0) < 1e-9:
         return {"mean": mean, "std": std}
     return {"mean": tuple(m / scale for m in mean), "std": tuple(s / scale for s in std)}
+
+
+def _per_channel(record: Record, key: str) -> tuple[float, ...]:
+    value = record.raw(key, None)
+    if value is None:
+        return (0.5,) * 3
+    return (record.number(key),) if isinstance(value, (int, float)) else record.numbers(key)
