@@ -26,7 +26,7 @@ def load_into(model: VisionTransformer, checkpoint: Checkpoint, new_head: bool =
     state, wanted = dict(checkpoint.state), model.state_dict()
     settings = {"global_pool": model.global_pool, "fc_norm": "fc_norm.weight" in wanted}
     check_pooling(state, settings, checkpoint.source)
-    if _fit_head(state, wanted, checkpoint, new_head):
+    if _fit_head(state, wanted, checkpoint, model.embed_dim, new_head):
         model.reset_classifier(model.num_classes)
         wanted = {key: value for key, value in wanted.items() if key not in HEAD}
     had_norm = "norm.weight" in state
@@ -40,14 +40,16 @@ def load_into(model: VisionTransformer, checkpoint: Checkpoint, new_head: bool =
     model.load_state_dict(state, strict=False)
 
 
-def _fit_head(state: dict[str, Tensor], wanted: dict[str, Tensor], checkpoint: Checkpoint, new_head: bool) -> bool:
+def _fit_head(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], checkpoint: Checkpoint, embed_dim: int, new_head: bool
+) -> bool:
     """Takes a head that does not fit out of `state`; whether the model needs a new one. Says which."""
     classes = len(wanted["head.weight"]) if "head.weight" in wanted else 0
     head = state.get("head.weight")
     had = 0 if head is None or not head.ndim else len(head)
     if had == classes:
         return False
-    check_head(checkpoint, classes, new_head)
+    check_head(checkpoint, classes, embed_dim, new_head)
     for key in HEAD:
         state.pop(key, None)
     what = f"its head for {had} classes was dropped" if head is not None else "it has no head"

@@ -32,7 +32,7 @@ def check_fit(checkpoint: Checkpoint, settings: Mapping[str, Any], given: Collec
     checks.number(0.0, mlp_width=settings["embed_dim"] * settings["mlp_ratio"])
     check_pooling(checkpoint.state, settings, checkpoint.source)
     _check_ends(checkpoint, settings, given)
-    check_head(checkpoint, settings["num_classes"], "num_classes" in given)
+    check_head(checkpoint, settings["num_classes"], settings["embed_dim"], "num_classes" in given)
     state = {key: value for key, value in checkpoint.state.items() if key not in (*HEAD, POSITIONS)}
     state = rename_norm(state, settings)
     have = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
@@ -67,8 +67,16 @@ def check_pooling(state: Mapping[str, Tensor], settings: Mapping[str, Any], sour
         )
 
 
-def check_head(checkpoint: Checkpoint, classes: int, new_head: bool) -> None:
-    """Refuses weights without a head for a model with one, unless the caller asked for a new one."""
+def check_head(checkpoint: Checkpoint, classes: int, width: int, new_head: bool) -> None:
+    """Refuses weights without a head for a model with one, unless the caller asked for a new one, and odd ones."""
+    head, bias = (checkpoint.state.get(key) for key in HEAD)
+    if classes and head is not None and (head.ndim != 2 or not len(head) or head.shape[1] != width):
+        raise WeightsError(
+            f"vit: {checkpoint.source} does not fit the model:\n"
+            f"  shape       head.weight {list(head.shape)} instead of [classes, {width}]"
+        )
+    if classes and head is None and bias is not None:
+        raise WeightsError(f"vit: {checkpoint.source} has a head.bias without the head.weight that belongs to it")
     if classes and "head.weight" not in checkpoint.state and not new_head:
         behind = " that this model can use" if any("head" in key for key in checkpoint.dropped) else ""
         raise WeightsError(

@@ -88,7 +88,9 @@ def _container(found: Mapping[Any, Any], source: str) -> Mapping[Any, Any]:
 
 def _models(found: Mapping[Any, Any], path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Mapping[Any, Any]]]:
     """The mappings that hold a patch projection: (the keys that lead to it, the mapping)."""
-    if jax.recognises(found) or any(_mark(key) and isinstance(found[key], (Tensor, np.ndarray)) for key in found):
+    if jax.recognises(found) or any(
+        _mark(key) is not None and isinstance(found[key], (Tensor, np.ndarray)) for key in found
+    ):
         yield path, found
         return
     if len(path) < DEEPEST:
