@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+CROP_MODES = ("center", "squash")
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -25,19 +26,18 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
 }
 
-CROP_MODES = ("center", "squash")
-
 
 @dataclass(frozen=True)
 class Preprocess:
     """Resizes the shorter side to floor(img_size / crop_pct), crops the centre, returns (x / 255 - mean) / std.
 
-    crop_mode "squash" resizes both sides to floor(img_size / crop_pct) instead, whatever the aspect ratio, as
-    transformers does for ViT and timm for some weights. img_size: one side or (height, width). mean, std: one
-    number per channel, or one for all. in_chans 1 makes the image grey, 3 RGB. Called with a PIL image it returns
-    float32 [in_chans, height, width].
+    img_size: one side or (height, width). mean, std: one number per channel, or one for all. in_chans 1 makes
+    the image grey, 3 RGB. Called with a PIL image it returns float32 [in_chans, height, width].
 
     Raises ValueError for settings that do not fit together, TypeError for anything but a PIL image.
+
+    crop_mode "squash" resizes both sides to floor(img_size / crop_pct) instead, whatever the aspect ratio, as
+    transformers does for ViT and timm for some weights.
     """
 
     img_size: tuple[int, int]
