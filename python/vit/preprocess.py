@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .support.records import Record, RecordError
+
 CROP_MODES = ("center", "squash")
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -110,10 +112,7 @@ class Preprocess:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
         """The inverse of to_dict; ValueError names unknown keys."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"vit: preprocess: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls(**values)
+        return cls(**arguments(values, "preprocess"))
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) after the resize, rounded as the two tools do that made the published figures."""
@@ -135,6 +134,31 @@ class Preprocess:
         if len(values) != self.in_chans:
             raise ValueError(f"vit: preprocess: {name} has {len(values)} values for {self.in_chans} channel(s)")
         return values
+
+
+def arguments(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values of a record as arguments of Preprocess; ValueError names source and key of what it cannot take."""
+    known = {f.name for f in fields(Preprocess)}
+    if unknown := sorted(set(map(str, values)) - known):
+        raise RecordError(f"vit: {source}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    record = Record({key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}, source)
+    found: dict[str, Any] = {}
+    for key, value in record.values.items():
+        if key == "in_chans":
+            found[key] = record.integer(key, low=1)
+        elif key == "crop_pct":
+            found[key] = record.number(key)
+        elif key in ("interpolation", "crop_mode"):
+            found[key] = record.text(key)
+        elif not isinstance(value, list):
+            found[key] = record.integer(key) if key == "img_size" else (record.number(key),)
+        elif key == "img_size" and (len(value) != 2 or not all(type(side) is int for side in value)):
+            record.refuse(key, "a whole number or [height, width]")
+        else:
+            found[key] = tuple(value) if key == "img_size" else record.numbers(key)
+            if not value:
+                record.refuse(key, "one number for each channel")
+    return found
 
 
 def _centre(length: int, window: int) -> int:

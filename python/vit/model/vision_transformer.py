@@ -109,6 +109,8 @@ class VisionTransformer(CallsOps, Planned):
         self.act_layer = act_layer
         self.attn_drop_rate = attn_drop_rate
         self.global_pool = global_pool
+        # Averaging comes before the norm unless told otherwise, as in timm; the name of its parameters says which.
+        self.norm_after_pool = global_pool == "avg" if fc_norm is None else fc_norm
         self.num_prefix_tokens = int(class_token)
         self.weight_init = weight_init
         self.grad_checkpointing = False
@@ -145,8 +147,7 @@ class VisionTransformer(CallsOps, Planned):
                 for i in range(depth)
             ]
         )
-        # Averaging comes before the norm unless told otherwise, as in timm; the name of its parameters says which.
-        after = global_pool == "avg" if fc_norm is None else fc_norm
+        after = self.norm_after_pool
         self.norm = nn.Identity() if after else LayerNorm(embed_dim, norm_eps, **factory)
         self.fc_norm = LayerNorm(embed_dim, norm_eps, **factory) if after else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import preprocess
 from ..model.init import SCHEMES
 from ..model.vision_transformer import ACTIVATIONS, POOLS, POSITIONS
-from ..support.records import Record
+from ..support.records import Record, RecordError
 from .transformers_config import sides
 
 _COUNTS = ("in_chans", "embed_dim", "depth", "num_heads")
@@ -63,19 +64,9 @@ def transform(record: Record, key: str) -> dict[str, Any] | None:
     found = record.record(key, None) if record.raw(key, None) is not None else None
     if found is None:
         return None
-    values: dict[str, Any] = {}
-    for name in found.values:
-        if name in ("mean", "std"):
-            values[name] = found.numbers(name)
-        elif name == "img_size":
-            values[name] = sides(found, name, 0)
-        elif name == "crop_pct":
-            values[name] = found.number(name, low=0.0, high=1.0)
-        elif name == "in_chans":
-            values[name] = found.integer(name, low=1)
-        elif name in ("interpolation", "crop_mode"):
-            values[name] = found.text(name)
-    found.finish()
-    if "std" in values and min(values["std"], default=0.0) <= 0.0:
-        found.refuse("std", "numbers above 0")
+    values = preprocess.arguments(found.values, found.source)
+    try:
+        preprocess.Preprocess(**{"img_size": 1, **values})
+    except ValueError as error:
+        raise RecordError(f"vit: {found.source}: {str(error).removeprefix('vit: preprocess: ')}") from error
     return values

@@ -32,7 +32,7 @@ _IRRELEVANT = (
     *("gradient_checkpointing", "is_encoder_decoder", "tie_word_embeddings", "_num_labels", "task_specific_params"),
 )
 #: Keys every config of transformers may have from its base class, and the one value that means nothing for a ViT.
-_INERT = {
+_INERT: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False,),
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (None,),
