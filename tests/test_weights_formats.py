@@ -681,3 +681,12 @@ def test_moving_the_norm_is_said(caplog):
     with caplog.at_level(logging.INFO, "vit"):
         create(model().state_dict(), global_pool="avg")
     assert "its last norm was moved behind the mean" in caplog.text
+
+
+def test_a_class_token_that_is_missing_is_named():
+    state = model().state_dict()
+    del state["cls_token"]
+    with pytest.raises(WeightsError, match=r"missing     cls_token\n"):
+        create(state)
+    with pytest.raises(FileNotFoundError, match="the name is too long"):
+        create("a" * 5000)

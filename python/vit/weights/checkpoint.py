@@ -71,10 +71,16 @@ class Checkpoint:
             sizes["in_chans"] = patches.shape[1]
         if "fc_norm.weight" in self.state:
             sizes["global_pool"] = "avg"
-        if "blocks.0.norm1.weight" in self.state and "cls_token" not in self.state:
+        if "blocks.0.norm1.weight" in self.state and "cls_token" not in self.state and not self._lacks_token():
             # Without a class token logits come from the mean of the patches; the name of the last norm tells its place.
             sizes |= {"class_token": False, "global_pool": "avg"} | ({"fc_norm": False} if self._has_norm() else {})
         return sizes
+
+    def _lacks_token(self) -> bool:
+        """Whether positions have a row for a class token that is not there."""
+        table = self.state.get(POSITIONS)
+        rows = 0 if table is None or table.ndim != 3 else table.shape[1]
+        return rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1 and math.isqrt(rows) ** 2 != rows
 
     def _has_norm(self) -> bool:
         return "norm.weight" in self.state and "fc_norm.weight" not in self.state

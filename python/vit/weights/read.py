@@ -69,6 +69,8 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Checkpoint:
         path = path.expanduser()
     except RuntimeError as error:
         raise FileNotFoundError(f"vit: weights {str(path)!r}: {error}") from error
+    if len(path.name) > 255 or len(str(path)) > 4095:  # Linux refuses even to look
+        raise FileNotFoundError(f"vit: weights {str(path)[:60]!r}... do not exist: the name is too long")
     if path.is_dir():
         return folder.read_folder(path)
     if not path.exists():

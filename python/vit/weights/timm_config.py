@@ -35,7 +35,7 @@ _IRRELEVANT = (
         "model_type",
         "architectures",
     ),
-    *("transformers_version", "torch_dtype", "dtype", "do_pooling", "initializer_range", "labels", "hf_hub_revision"),
+    *("transformers_version", "torch_dtype", "dtype", "do_pooling", "initializer_range", "hf_hub_revision"),
 )
 #: timm's arguments that this model has under a name or with values of its own.
 _POSITIONS = {"learn": "learned", "none": "none", "": "none"}
@@ -139,15 +139,15 @@ def _arguments(args: Record) -> dict[str, Any]:
 
 def _labels(record: Record, cfg: Record) -> tuple[str, ...] | None:
     """Class names: a list, or an object of class number and name."""
-    for one in (record, cfg):
-        if (names := one.raw("label_names", None)) is None:
+    for one, key in ((record, "label_names"), (cfg, "label_names"), (record, "labels"), (cfg, "labels")):
+        if (names := one.raw(key, None)) is None:
             continue
         if isinstance(names, dict):
-            table = one.record("label_names")
+            table = one.record(key)
             if set(names) != set(map(str, range(len(names)))):
                 continue  # gaps: not a name for every class
             return tuple(table.text(str(i)) for i in range(len(names)))
-        return one.texts("label_names") or None
+        return one.texts(key) or None
     return None
 
 
