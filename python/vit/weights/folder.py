@@ -11,7 +11,9 @@ from ..support.records import Record, RecordError
 from ..support.text import printable
 from . import records, timm_config, transformers_config
 from .checkpoint import Checkpoint, WeightsError, some
-from .read import HUB, SUFFIXES, checkpoint_of, read_file, shown
+from .file import SUFFIXES, checkpoint_of, read_file, shown
+
+HUB = "hf-hub:"
 
 #: The names under which timm and transformers save weights, the safer first; an index names the parts of large ones.
 FILES = (

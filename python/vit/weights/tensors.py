@@ -56,19 +56,14 @@ def _fault(value: Tensor) -> str | None:
 
 def from_numpy(name: str, array: np.ndarray, source: str) -> Tensor:
     """An array of any byte order as a tensor; two bytes without a type are bfloat16, as ml_dtypes saves it."""
-    if array.dtype.kind == "V" and array.dtype.itemsize == 2 and array.dtype.names is None:
-        swapped = array.view(array.dtype.str.replace("V", "u")) if array.dtype.str[0] == ">" else array.view("u2")
-        codes = np.ascontiguousarray(swapped, dtype=np.uint16)
-        return torch.from_numpy(codes.copy() if not codes.flags.writeable else codes).view(torch.bfloat16)
-    if array.dtype.name == "bfloat16":  # of ml_dtypes, in memory
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16).copy()).view(torch.bfloat16)
+    if array.dtype.name == "bfloat16" or (array.dtype.str == "|V2" and array.dtype.names is None):
+        return torch.from_numpy(np.require(array.view(np.uint16), requirements=("C", "W"))).view(torch.bfloat16)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise WeightsError(
             f"vit: {source}: {printable(name)} is {array.dtype.str!r} ({array.dtype.name}); weights are float16, "
             "float32, float64 or bfloat16 (two bytes without a type)"
         )
-    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(array.shape)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
 
 
 def check_range(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
