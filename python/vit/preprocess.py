@@ -16,6 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .support.records import Record, RecordError
+
+CROP_MODES = ("center", "squash")
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -34,6 +37,9 @@ class Preprocess:
     the image grey, 3 RGB. Called with a PIL image it returns float32 [in_chans, height, width].
 
     Raises ValueError for settings that do not fit together, TypeError for anything but a PIL image.
+
+    crop_mode "squash" resizes both sides to floor(img_size / crop_pct) instead, whatever the aspect ratio, as
+    transformers does for ViT and timm for some weights.
     """
 
     img_size: tuple[int, int]
@@ -42,6 +48,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     in_chans: int = 3
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         size = self.img_size
@@ -53,6 +60,8 @@ class Preprocess:
             raise ValueError(
                 f"vit: preprocess: interpolation {self.interpolation!r} is not one of {', '.join(INTERPOLATIONS)}"
             )
+        if self.crop_mode not in CROP_MODES:
+            raise ValueError(f"vit: preprocess: crop_mode {self.crop_mode!r} is not one of {', '.join(CROP_MODES)}")
         if not 0.0 < self.crop_pct <= 1.0:
             raise ValueError(f"vit: preprocess: crop_pct must be above 0 and at most 1, got {self.crop_pct}")
         if min(self.img_size) < 1:
@@ -103,14 +112,13 @@ class Preprocess:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
         """The inverse of to_dict; ValueError names unknown keys."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"vit: preprocess: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls(**values)
+        return cls(**arguments(values, "preprocess"))
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) after the resize, rounded as the two tools do that made the published figures."""
         height, width = (math.floor(side / self.crop_pct) for side in self.img_size)
+        if self.crop_mode == "squash":
+            return width, height
         if height == width:
             short = min(image.size)
             # The shorter side becomes exactly `height`; the longer is truncated.
@@ -126,6 +134,31 @@ class Preprocess:
         if len(values) != self.in_chans:
             raise ValueError(f"vit: preprocess: {name} has {len(values)} values for {self.in_chans} channel(s)")
         return values
+
+
+def arguments(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values of a record as arguments of Preprocess; ValueError names source and key of what it cannot take."""
+    known = {f.name for f in fields(Preprocess)}
+    if unknown := sorted(set(map(str, values)) - known):
+        raise RecordError(f"vit: {source}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    record = Record({key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}, source)
+    found: dict[str, Any] = {}
+    for key, value in record.values.items():
+        if key == "in_chans":
+            found[key] = record.integer(key, low=1)
+        elif key == "crop_pct":
+            found[key] = record.number(key)
+        elif key in ("interpolation", "crop_mode"):
+            found[key] = record.text(key)
+        elif not isinstance(value, list):
+            found[key] = record.integer(key) if key == "img_size" else (record.number(key),)
+        elif key == "img_size" and (len(value) != 2 or not all(type(side) is int for side in value)):
+            record.refuse(key, "a whole number or [height, width]")
+        else:
+            found[key] = tuple(value) if key == "img_size" else record.numbers(key)
+            if not value:
+                record.refuse(key, "one number for each channel")
+    return found
 
 
 def _centre(length: int, window: int) -> int:

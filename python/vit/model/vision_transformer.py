@@ -38,10 +38,10 @@ class VisionTransformer(CallsOps, Planned):
     Sizes: img_size and patch_size are one side or (height, width); img_size must be a multiple of patch_size
     unless dynamic_pad. embed_dim must be a multiple of num_heads; the MLP is int(embed_dim * mlp_ratio) wide.
 
-    Options: global_pool "token" reads the class token, "avg" the mean of the patch tokens with the norm after
-    the pooling, "" returns all tokens. pos_embed "learned", "sincos2d" (fixed) or "none". patch_embed "conv"
-    or "linear": how the projection's weight is kept. act_layer "gelu" (erf) or "gelu_tanh". weight_init: see
-    vit.model.init.
+    Options: global_pool "token" reads the class token, "avg" the mean of the patch tokens, "" returns all tokens.
+    fc_norm: whether the last norm comes after the pooling; None: where that is "avg". pos_embed "learned", "sincos2d"
+    (fixed) or "none". patch_embed "conv" or "linear": how the projection's weight is kept. act_layer "gelu" (erf)
+    or "gelu_tanh". weight_init: see vit.model.init.
 
     Regularisation, in training mode only: drop_rate before the head, pos_drop_rate after the position
     embedding, proj_drop_rate after each projection and in the MLP, attn_drop_rate on attention probabilities
@@ -64,6 +64,7 @@ class VisionTransformer(CallsOps, Planned):
         qkv_bias: bool = True,
         class_token: bool = True,
         global_pool: str = "token",
+        fc_norm: bool | None = None,
         pos_embed: str = "learned",
         patch_embed: str = "conv",
         dynamic_pad: bool = False,
@@ -87,12 +88,15 @@ class VisionTransformer(CallsOps, Planned):
         checks.choice(act_layer=(act_layer, ACTIVATIONS), weight_init=(weight_init, init.SCHEMES))
         checks.positive(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         checks.number(0.0, mlp_ratio=mlp_ratio, norm_eps=norm_eps)
+        checks.number(0.0, mlp_width=embed_dim * mlp_ratio)  # infinite for ratios that are finite, too
         hidden = int(embed_dim * mlp_ratio)
         checks.positive(mlp_width=hidden)
         checks.rate(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate)
         checks.rate(attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         checks.classes(num_classes)
         checks.pooling(global_pool, class_token)
+        if fc_norm not in (None, False, True):
+            raise ValueError(f"vit: fc_norm must be True, False or None, got {fc_norm!r}")
         if embed_dim % num_heads:
             raise ValueError(f"vit: embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
 
@@ -105,6 +109,8 @@ class VisionTransformer(CallsOps, Planned):
         self.act_layer = act_layer
         self.attn_drop_rate = attn_drop_rate
         self.global_pool = global_pool
+        # Averaging comes before the norm unless told otherwise, as in timm; the name of its parameters says which.
+        self.norm_after_pool = global_pool == "avg" if fc_norm is None else fc_norm
         self.num_prefix_tokens = int(class_token)
         self.weight_init = weight_init
         self.grad_checkpointing = False
@@ -141,10 +147,9 @@ class VisionTransformer(CallsOps, Planned):
                 for i in range(depth)
             ]
         )
-        # Averaging comes before the norm (and its parameters are then called fc_norm), as in timm.
-        average = global_pool == "avg"
-        self.norm = nn.Identity() if average else LayerNorm(embed_dim, norm_eps, **factory)
-        self.fc_norm = LayerNorm(embed_dim, norm_eps, **factory) if average else nn.Identity()
+        after = self.norm_after_pool
+        self.norm = nn.Identity() if after else LayerNorm(embed_dim, norm_eps, **factory)
+        self.fc_norm = LayerNorm(embed_dim, norm_eps, **factory) if after else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
         _take_room(self, home.device)
