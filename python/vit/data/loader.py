@@ -7,8 +7,9 @@ save.
 
 from __future__ import annotations
 
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..preprocess import Preprocess
 from ..support.random import Stream
 from .augment import Augment, generator
-from .samples import Samples
+from .samples import ReaderError, Samples
 
 Key = tuple[int, int]  # epoch, index of the image
 
@@ -94,19 +95,83 @@ class InOrder:
             yield [(0, i) for i in self.indices[start : start + self.batch_size]]
 
 
-def loader(images: Images, batches: EpochBatches | InOrder, workers: int, pin_memory: bool = False) -> DataLoader[Any]:
-    """A DataLoader over those batches: (images [B, C, H, W] float32, labels [B] int64)."""
-    return DataLoader(
+#: Seconds without a batch after which a reader counts as stuck: far above a slow disk, below a night.
+READER_TIMEOUT = 300.0
+
+
+def loader(
+    images: Images,
+    batches: EpochBatches | InOrder,
+    workers: int,
+    pin_memory: bool = False,
+    timeout: float = READER_TIMEOUT,
+) -> DataLoader[Any]:
+    """A DataLoader over those batches: (images [B, C, H, W] float32, labels [B] int64).
+
+    Iterating raises ReaderError when one of the `workers` processes dies, or none gives a batch for `timeout` seconds.
+    """
+    return _Loader(
         images,
         batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
+        timeout=timeout if workers else 0,
         worker_init_fn=_leave_signals,
     )
 
 
+def reader_error(error: BaseException) -> ReaderError | None:
+    """The ReaderError for what PyTorch raises, wherever the main process then is, when a reader dies; else None."""
+    text = str(error)
+    if isinstance(error, ReaderError):
+        return error
+    if not isinstance(error, (RuntimeError, OSError, EOFError)) or isinstance(error, torch.cuda.OutOfMemoryError):
+        return None
+    if isinstance(error, RuntimeError) and "DataLoader" not in text:
+        return None
+    if "timed out" in text:
+        why = f"no reader process gave a batch within {text.rpartition('after ')[2] or 'the time allowed'}"
+    elif killed := re.search(r"killed by signal: ([^.]*)", text):
+        why = f"a reader process was killed by a signal ({killed[1].strip()})"
+        why += "; the system does that when memory runs out" if "Killed" in killed[1] else ""
+    else:
+        why = "a reader process ended unexpectedly"
+    return ReaderError(f"vit: {why}. Use fewer --workers (0 reads in the main process)")
+
+
+class _Loader(DataLoader[Any]):
+    """A DataLoader whose dead or stopped workers are a ReaderError, and which leaves none of them behind then."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                if not self.num_workers or (failure := reader_error(error)) is None:
+                    raise
+                _kill(getattr(batches, "_workers", ()))
+                self._iterator = None  # the next epoch, if there is one, starts new processes
+                raise failure from error
+            yield batch
+
+
+def _kill(workers: Iterable[Any]) -> None:
+    """Ends processes that may not answer: one that is stopped takes no SIGTERM, and Python's exit would wait for it."""
+    for worker in workers:
+        while worker.is_alive():
+            try:
+                worker.kill()
+                worker.join()
+            except RuntimeError:  # PyTorch's handler of SIGCHLD raises, here, that a worker was killed
+                continue
+
+
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one decides, and ends its workers with SIGTERM."""
+    """Both signals reach all processes of a terminal or a service; the main one decides, and tells its workers through
+    their queues. SIGTERM's default would end them in the middle, and PyTorch raise that in the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
