@@ -112,7 +112,7 @@ def read_idx(path: Path, dimensions: int, labels: tuple[int, Path] | None = None
             shape = _read_shape(file, path, dimensions)
             if labels and shape[0] != labels[0]:
                 raise DataError(f"vit: {path} holds {shape[0]} images but {labels[1]} {labels[0]} labels")
-            return _read_array(file, path, shape, size * _MOST_PACKED if packed else size)
+            return _read_array(file, path, shape, size, packed)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"vit: cannot read {path}: {error}") from error
 
@@ -134,12 +134,16 @@ def _read_shape(file: BinaryIO | gzip.GzipFile, path: Path, dimensions: int) -> 
     return shape
 
 
-def _read_array(file: BinaryIO | gzip.GzipFile, path: Path, shape: tuple[int, ...], most: int) -> np.ndarray:
-    """What follows the header, of which there are at most `most` bytes with it."""
-    count = math.prod(shape)
+def _read_array(
+    file: BinaryIO | gzip.GzipFile, path: Path, shape: tuple[int, ...], size: int, packed: bool
+) -> np.ndarray:
+    """What follows the header in a file of `size` bytes."""
+    count, behind = math.prod(shape), size - 4 - 4 * len(shape)
     says = f"vit: {path} says {' x '.join(map(str, shape))} = {count} bytes, but"
-    if count > most:
-        raise DataError(f"{says} {most - 4 - 4 * len(shape)} follow the header")
+    if not packed and count != behind:
+        raise DataError(f"{says} {behind} follow the header")
+    if count > size * _MOST_PACKED:
+        raise DataError(f"{says} {size} bytes of gzip cannot hold so many")
     try:
         data = np.empty(count, dtype=np.uint8)
     except MemoryError as error:
@@ -149,6 +153,6 @@ def _read_array(file: BinaryIO | gzip.GzipFile, path: Path, shape: tuple[int, ..
         done += read
     if done < count:
         raise DataError(f"{says} {done} follow the header")
-    if more := len(file.read(1)):  # at its end, gzip compares the checksum
-        raise DataError(f"{says} {count + more} or more follow the header")
+    if file.read(1):  # at its end, gzip compares the checksum
+        raise DataError(f"{says} more follow the header")
     return data.reshape(shape)

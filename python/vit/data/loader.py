@@ -7,8 +7,10 @@ save.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -171,7 +173,15 @@ def _kill(workers: Iterable[Any]) -> None:
 
 
 def _leave_signals(worker: int) -> None:
-    """Both signals reach all processes of a terminal or a service; the main one decides, and tells its workers through
-    their queues. SIGTERM's default would end them in the middle, and PyTorch raise that in the main process."""
+    """Ctrl-C and SIGTERM reach all processes of a terminal or a service; the main one decides, and its workers end when
+    it says so. One that ends by itself would be an error that PyTorch raises wherever the main process then is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of every thread of this process, for they inherit it
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """Only a signal handler in C or this wait learns who has sent a signal."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
