@@ -148,9 +148,10 @@ def _read_array(
         data = np.empty(count, dtype=np.uint8)
     except MemoryError as error:
         raise DataError(f"{says} there is not enough memory for them") from error
-    view, done = memoryview(data), 0
-    while done < count and (read := file.readinto(view[done : done + (1 << 20)])):
-        done += read
+    done = 0
+    while done < count and (part := file.read(min(count - done, 1 << 20))):
+        data[done : done + len(part)] = np.frombuffer(part, dtype=np.uint8)
+        done += len(part)
     if done < count:
         raise DataError(f"{says} {done} follow the header")
     if file.read(1):  # at its end, gzip compares the checksum

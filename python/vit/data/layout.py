@@ -1,4 +1,4 @@
-"""How a folder of images is laid out: which sub-folders are splits, which are classes, and what is refused as either."""
+"""How a folder of images is laid out: which sub-folders are splits and which are classes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ALLOWED = "Allowed: FOLDER/<class>/<image>, or FOLDER/train/<class>/<image> with
 def split_folders(root: Path) -> dict[str, Path]:
     """Split name -> folder of class folders: `root` itself as "train" unless it has split folders.
 
-    A split folder is one that is called so and has sub-folders; train/ beside bus/ and car/, with images in it, is a class.
-    DataError for two folders of one split, for images in other folders beside them, and for split folders one level too low.
+    A split folder is called so and has sub-folders; train/ beside bus/ and car/, with images in it, is a class.
+    Raises DataError for two folders of one split, images in other folders beside them, and splits one level too low.
     """
     folders = _folders(root)
     splits = {entry: split for entry in folders if (split := _split_of(entry.name)) and _below(entry)}
@@ -92,7 +92,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _refuse_splits_in(entry: Path) -> None:
-    """A folder with train/ and test/ in it is a data set, or a class divided below: as one class both would be mixed."""
+    """A folder with train/ and test/ in it is a data set, or a class divided below: one class would mix the two."""
     inside = {split: path.name for path in _below(entry) if (split := _split_of(path.name))}
     if len(inside) > 1:
         names = " and ".join(f"{name}/" for name in inside.values())

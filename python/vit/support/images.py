@@ -98,7 +98,7 @@ def upright(image: Image.Image) -> Image.Image:
     """
     image.load()
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a damaged description of a sound picture: struct.error, SyntaxError, ...
         return image
     if turn is None:
@@ -116,7 +116,7 @@ def flat(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "La":
         image = image.convert("LA")
     image = image.convert("RGBA")
-    if image.getextrema()[3] != (255, 255):
+    if image.getchannel("A").getextrema() != (255, 255):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
 
