@@ -38,6 +38,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     for entry, split in splits.items():
         if split in found:
             raise DataError(f"vit: {_shown(root)} has both {found[split].name}/ and {entry.name}/; keep one of them")
+        _refuse_splits_in(entry)
         found[split] = entry
     for entry in folders:
         if entry in splits:

@@ -100,6 +100,8 @@ class InOrder:
 #: Seconds without a batch after which a reader counts as stuck: far above a slow disk, below a night.
 READER_TIMEOUT = 300.0
 
+_ADVICE = "Use fewer --workers (0 reads in the main process)"
+
 
 def loader(
     images: Images,
@@ -112,15 +114,16 @@ def loader(
 
     Iterating raises ReaderError when one of the `workers` processes dies, or none gives a batch for `timeout` seconds.
     """
-    return _Loader(
+    found = _Loader(
         images,
         batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
-        timeout=timeout if workers else 0,
         worker_init_fn=_leave_signals,
     )
+    found.patience = timeout
+    return found
 
 
 def reader_error(error: BaseException) -> ReaderError | None:
@@ -132,33 +135,50 @@ def reader_error(error: BaseException) -> ReaderError | None:
         return None
     if isinstance(error, RuntimeError) and "DataLoader" not in text:
         return None
-    if "timed out" in text:
-        why = f"no reader process gave a batch within {text.rpartition('after ')[2] or 'the time allowed'}"
-    elif killed := re.search(r"killed by signal: ([^.]*)", text):
+    if killed := re.search(r"killed by signal: ([^.]*)", text):
         why = f"a reader process was killed by a signal ({killed[1].strip()})"
         why += "; the system does that when memory runs out" if "Killed" in killed[1] else ""
     else:
         why = "a reader process ended unexpectedly"
-    return ReaderError(f"vit: {why}. Use fewer --workers (0 reads in the main process)")
+    return ReaderError(f"vit: {why}. {_ADVICE}")
 
 
 class _Loader(DataLoader[Any]):
     """A DataLoader whose dead or stopped workers are a ReaderError, and which leaves none of them behind then."""
 
+    patience = READER_TIMEOUT
+
     def __iter__(self) -> Any:
         batches = super().__iter__()
+        workers = getattr(batches, "_workers", ())
         while True:
+            # Not DataLoader's own timeout: it does not hold while a batch is fetched from a process that has stopped.
+            stuck = threading.Event()
+            timer = threading.Timer(self.patience, _end_stuck, (workers, stuck))
+            timer.daemon = True
+            if workers:
+                timer.start()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except Exception as error:
-                if not self.num_workers or (failure := reader_error(error)) is None:
+                if not workers or (failure := reader_error(error)) is None:
                     raise
-                _kill(getattr(batches, "_workers", ()))
+                if stuck.is_set():
+                    failure = ReaderError(f"vit: no reader process gave a batch within {self.patience:g} s. {_ADVICE}")
+                _kill(workers)
                 self._iterator = None  # the next epoch, if there is one, starts new processes
                 raise failure from error
+            finally:
+                timer.cancel()
             yield batch
+
+
+def _end_stuck(workers: Iterable[Any], stuck: threading.Event) -> None:
+    stuck.set()
+    for worker in workers:
+        worker.kill()
 
 
 def _kill(workers: Iterable[Any]) -> None:
