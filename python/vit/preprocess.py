@@ -1,7 +1,8 @@
 """The evaluation transform: a PIL image -> the tensor a model was trained to see.
 
-Resize, centre crop, scale to [0, 1], normalise, with PIL and torch only and, bit for bit, the values of
-timm's evaluation transform (which needs torchvision).
+Upright, resize, centre crop, scale to [0, 1], normalise, with PIL and torch only. Of an opaque image without an
+orientation the values are, bit for bit, those of timm's evaluation transform (which needs torchvision); timm leaves a
+phone's picture lying on its side and shows what transparent pixels hide.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .support.images import flat, is_deep, upright
 from .support.records import Record, RecordError
+from .support.resample import resized_window
 
 CROP_MODES = ("center", "squash")
 INTERPOLATIONS = {
@@ -28,18 +31,22 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
 }
 
+#: Pixels of an enlarged image that are computed although only its centre is kept: 64 MiB.
+WHOLE = 1 << 24
+
 
 @dataclass(frozen=True)
 class Preprocess:
     """Resizes the shorter side to floor(img_size / crop_pct), crops the centre, returns (x / 255 - mean) / std.
 
     img_size: one side or (height, width). mean, std: one number per channel, or one for all. in_chans 1 makes
-    the image grey, 3 RGB. Called with a PIL image it returns float32 [in_chans, height, width].
-
-    Raises ValueError for settings that do not fit together, TypeError for anything but a PIL image.
+    the image grey, 3 RGB. Called with a PIL image it returns float32 [in_chans, height, width]. Before, the image is
+    turned as its EXIF orientation says, and white is put behind what is transparent.
 
     crop_mode "squash" resizes both sides to floor(img_size / crop_pct) instead, whatever the aspect ratio, as
     transformers does for ViT and timm for some weights.
+
+    Raises ValueError for settings that do not fit together, TypeError for anything but a PIL image.
     """
 
     img_size: tuple[int, int]
@@ -73,7 +80,7 @@ class Preprocess:
         return self.normalize(self.resize(self.convert(image)))
 
     def convert(self, image: Image.Image) -> Image.Image:
-        """The image with the model's number of channels: grey for 1, RGB for 3."""
+        """The image upright, opaque (on white) and with the model's number of channels: grey for 1, RGB for 3."""
         if not isinstance(image, Image.Image):
             raise TypeError(f"vit: preprocess takes a PIL image, got {type(image).__name__}; use Image.open(path)")
         if self.in_chans not in (1, 3):
@@ -81,19 +88,26 @@ class Preprocess:
                 f"vit: preprocess: a PIL image cannot be made into {self.in_chans} channels; "
                 "build the tensor yourself and use model.preprocess.mean and .std"
             )
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        if is_deep(image):
             raise ValueError(
                 f"vit: preprocess: the image has mode {image.mode!r}, more than 8 bits per pixel, and converting "
                 "would clip it; scale it to 0 .. 255 first"
             )
-        return image.convert("L" if self.in_chans == 1 else "RGB")
+        return flat(upright(image), "L" if self.in_chans == 1 else "RGB")
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Resizes keeping the aspect ratio, then cuts out the central img_size; too small a side is padded with 0."""
+        """Resizes keeping the aspect ratio, then cuts out the central img_size; too small a side is padded with 0.
+
+        The memory is in proportion to the image and the result, also where the resized image would be far larger.
+        """
         height, width = self.img_size
-        image = image.resize(self._resized(image), INTERPOLATIONS[self.interpolation])
-        left, top = _centre(image.width, width), _centre(image.height, height)
-        return image.crop((left, top, left + width, top + height))  # PIL fills what lies outside with zeros
+        size = self._resized(image)
+        left, top = _centre(size[0], width), _centre(size[1], height)
+        window = (left, top, left + width, top + height)
+        resample = INTERPOLATIONS[self.interpolation]
+        if min(left, top) >= 0 and size[0] * size[1] > max(image.width * image.height, WHOLE):
+            return resized_window(image, size, window, resample)
+        return image.resize(size, resample).crop(window)  # PIL fills what lies outside with zeros
 
     def normalize(self, image: Image.Image) -> Tensor:
         """An image of 0 .. 255 -> float32 [C, H, W]."""
