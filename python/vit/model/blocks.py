@@ -146,6 +146,12 @@ class Block(CallsOps, nn.Module):
             and plain([p for m in below for p in m._parameters.values()])  # type: ignore[union-attr]
         )
 
+    def drops_elements(self) -> bool:
+        """Whether single elements are dropped at random, now."""
+        attn, mlp = self.attn, self.mlp
+        rate = attn.attn_drop.p if attn.training else 0.0
+        return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
+
     def fused(self, x: Tensor, queries: int | None = None) -> Tensor:
         """`forward` where `can_fuse`. With `queries` only the first so many tokens are computed, [B, queries, C]: the
         others are read as keys and values."""

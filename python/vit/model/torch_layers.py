@@ -78,7 +78,7 @@ def call(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
     compute = _COMPUTE.get(type(layer))
     if compute is not None and untouched(layer, type(layer)) and plain([*layer._parameters.values(), x]):
         return compute(ops, layer, x)
-    if any(type(getattr(ops, op)) is NativeOp for op in ("linear", "layer_norm", "gelu")):
+    if any(isinstance(getattr(ops, op), NativeOp) for op in ("linear", "layer_norm", "gelu")):
         with _Planned(ops):
             return layer(x)
     return layer(x)
@@ -137,7 +137,7 @@ class _Planned(TorchFunctionMode):
 def _runs(op: Any, x: Tensor, *others: Tensor | None) -> bool:
     """Whether a plan's kernel can be given these instead of PyTorch's function."""
     return (
-        type(op) is NativeOp
+        isinstance(op, NativeOp)
         and x.device.type in op.record.device_types
         and x.dtype in op.record.dtypes
         and plain((x, *others))

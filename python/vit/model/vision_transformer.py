@@ -105,6 +105,8 @@ class VisionTransformer(CallsOps, Planned):
         self.act_layer = act_layer
         self.attn_drop_rate = attn_drop_rate
         self.global_pool = global_pool
+        # Averaging comes before the norm (and its parameters are then called fc_norm), as in timm.
+        self.norm_after_pool = global_pool == "avg"
         self.num_prefix_tokens = int(class_token)
         self.weight_init = weight_init
         self.grad_checkpointing = False
@@ -143,8 +145,7 @@ class VisionTransformer(CallsOps, Planned):
                 for i in range(depth)
             ]
         )
-        # Averaging comes before the norm (and its parameters are then called fc_norm), as in timm.
-        average = global_pool == "avg"
+        average = self.norm_after_pool
         self.norm = nn.Identity() if average else nn.LayerNorm(embed_dim, norm_eps, **factory)
         self.fc_norm = nn.LayerNorm(embed_dim, norm_eps, **factory) if average else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
@@ -188,13 +189,14 @@ class VisionTransformer(CallsOps, Planned):
         return (
             self.global_pool == "token"
             and type(self) is VisionTransformer
-            and "forward_features" not in self.__dict__
+            and self.__dict__.keys().isdisjoint(("forward_features", "forward_head", "pool"))
             and untouched(self.blocks, nn.Sequential)
             and len(self.blocks) > 0
             and untouched(self.blocks[-1], Block)
             and untouched(self.norm, type(self.norm))
             and type(self.norm) in (nn.LayerNorm, nn.Identity)
             and self.blocks[-1].can_fuse()
+            and not self.blocks[-1].drops_elements()  # random numbers would be drawn for other tokens
         )
 
     def embed(self, images: Tensor) -> Tensor:
@@ -336,7 +338,8 @@ class VisionTransformer(CallsOps, Planned):
         linear(("*", N), C, hidden)
         ask("gelu", {"approximate": APPROXIMATE[self.act_layer]}, x=("*", N, hidden))
         pooled = ("*", N) if self.global_pool == "" else ("*",)
-        ask("layer_norm", x=(*pooled, C), weight=(C,))
+        if self.norm_after_pool:
+            ask("layer_norm", x=(*pooled, C), weight=(C,))
         if self.num_classes:
             linear(pooled, C, self.num_classes)
         return asked
