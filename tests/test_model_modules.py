@@ -148,7 +148,9 @@ def test_one_hook_alone_sees_timms_tensors(name, place):
     close(logits, without)
 
 
-@pytest.mark.parametrize("place", ["", "blocks", "blocks.0", "blocks.1", "blocks.1.attn", "blocks.0.mlp.fc1", "norm", "head"])
+@pytest.mark.parametrize(
+    "place", ["", "blocks", "blocks.0", "blocks.1", "blocks.1.attn", "blocks.0.mlp.fc1", "norm", "head"]
+)
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_what_a_hook_returns_is_used(name, kind, place):
@@ -209,7 +211,9 @@ def test_probabilities_can_be_looked_at_as_in_timm():
     same_calls(seen[1], seen[0])
 
 
-@pytest.mark.parametrize("place", ["blocks.0.attn.proj", "blocks.1.mlp.act", "patch_embed.proj", "norm", "head", "blocks.0"])
+@pytest.mark.parametrize(
+    "place", ["blocks.0.attn.proj", "blocks.1.mlp.act", "patch_embed.proj", "norm", "head", "blocks.0"]
+)
 @pytest.mark.parametrize("name", USABLE)
 def test_a_hooked_model_still_runs_on_its_backend(name, place):
     model = pair(name, training=True)[1]
@@ -262,7 +266,9 @@ def logits_of_pair(name: str, change: Callable[[nn.Module], Any], training: bool
     return logits
 
 
-@pytest.mark.parametrize("place", [name for name in names() if name not in ("", "blocks.0.attn.attn_drop", "blocks.1.attn.attn_drop")])
+@pytest.mark.parametrize(
+    "place", [name for name in names() if name not in ("", "blocks.0.attn.attn_drop", "blocks.1.attn.attn_drop")]
+)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_wrapper_around_any_module(name, place):
     wrapper = TimmWrapper if place.endswith(("attn", "blocks.0", "blocks.1")) else Wrapper
@@ -386,7 +392,14 @@ def test_other_changes(name, change):
     close(ours, theirs)
 
 
-LINEARS = ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "head", "patch_embed.proj"]
+LINEARS = [
+    "blocks.0.attn.qkv",
+    "blocks.0.attn.proj",
+    "blocks.1.mlp.fc1",
+    "blocks.1.mlp.fc2",
+    "head",
+    "patch_embed.proj",
+]
 
 
 class Doubled(nn.Module):

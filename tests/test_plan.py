@@ -144,10 +144,7 @@ def check(model: nn.Module) -> None:
         seen |= calls
         model.train()
         model.set_grad_checkpointing(False)
-    left = planned(model) - seen
-    # With dropped elements the last block computes all tokens; what is planned for one token stays unused.
-    dropping = any(block.drops_elements() for block in model.blocks)
-    assert not {c for c in left if not dropping or (c[1][0][1][1:-1] != (1,) and ("queries", 1) not in c[2])}
+    assert not planned(model) - seen  # evaluation takes every short cut
 
 
 @pytest.mark.parametrize("arch", ARCHS, ids=str)
@@ -178,7 +175,9 @@ def test_what_was_not_planned_is_an_error(name):
     assert plan.ops.linear(torch.ones(2, 4), torch.ones(3, 4)).sum() == 24
     for ops in (plan.ops, pickle.loads(pickle.dumps(plan.ops)), copy.deepcopy(plan.ops)):
         for op in set(OPS) - {"linear"}:
-            with pytest.raises(BackendError, match=rf"'{op}' was called but not planned for my_model\n  planned +linear"):
+            with pytest.raises(
+                BackendError, match=rf"'{op}' was called but not planned for my_model\n  planned +linear"
+            ):
                 getattr(ops, op)(torch.ones(2, 2))
 
 

@@ -131,8 +131,14 @@ def _wrong_modules(modules: dict[str, Any]) -> Iterator[str]:
             continue
         wrong.append(path)
         wanted = " or ".join(allowed.__name__ for allowed in kinds)
-        what = "is missing" if kind is None else f"is a {kind.__name__}"
+        what = "is missing" if kind is None else f"is a {_name(kind)}"
         yield f"{path} {what}; the engine knows {wanted or 'no module of that name'}"
+
+
+def _name(kind: type) -> str:
+    """A class of PyTorch or vit by its name alone; adapters like to bear the name of what they stand for."""
+    ours = kind.__module__.partition(".")[0] in ("torch", "vit")
+    return kind.__name__ if ours else f"{kind.__module__}.{kind.__name__}"
 
 
 def _listeners(modules: dict[str, Any]) -> Iterator[str]:
@@ -235,4 +241,3 @@ def _wrong_values(modules: dict[str, Any]) -> Iterator[str]:
                 return
             if not all_finite(tensor):
                 yield f"{full} holds NaN or infinity"
-

@@ -130,7 +130,12 @@ class PatchEmbed(CallsOps, nn.Module):
         """Takes the projection's weight in either layout."""
         key, own = prefix + "proj.weight", getattr(self.proj, "weight", None)
         weight = state_dict.get(key)
-        if weight is not None and isinstance(own, Tensor) and {weight.ndim, own.ndim} == {2, 4} and weight.flatten(1).shape == own.flatten(1).shape:
+        if (
+            weight is not None
+            and isinstance(own, Tensor)
+            and {weight.ndim, own.ndim} == {2, 4}
+            and weight.flatten(1).shape == own.flatten(1).shape
+        ):
             state_dict[key] = weight.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -55,10 +55,7 @@ def unwatched(modules: Iterable[nn.Module]) -> bool:
 def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is exactly of that class and nobody would notice that it is not called."""
     return (
-        type(module) is kind
-        and unwatched((module,))
-        and module._compiled_call_impl is None
-        and not hooked_everywhere()
+        type(module) is kind and unwatched((module,)) and module._compiled_call_impl is None and not hooked_everywhere()
     )
 
 
