@@ -380,8 +380,9 @@ def another_norm_at_the_end(m: nn.Module) -> None:
 
 
 WHOLE = [
-    same_block_twice, tied_weights, fewer_blocks, no_blocks, own_forward, own_forward_of_a_linear, own_features, own_pool,
-    layers_that_drop_in_evaluation, rates_changed_later, frozen, another_block_sequence, another_norm_at_the_end,
+    same_block_twice, tied_weights, fewer_blocks, no_blocks, own_forward, own_forward_of_a_linear, own_features,
+    own_pool, layers_that_drop_in_evaluation, rates_changed_later, frozen,
+    another_block_sequence, another_norm_at_the_end,
 ]  # fmt: skip
 
 
@@ -407,7 +408,7 @@ class Doubled(nn.Module):
         return weight * 2
 
 
-REPARAMETRIZATIONS: dict[str, Callable[[nn.Module], Any]] = {
+REPARAMETERIZATIONS: dict[str, Callable[[nn.Module], Any]] = {
     "weight_norm": lambda module: parametrizations.weight_norm(module),
     "spectral_norm": lambda module: parametrizations.spectral_norm(module),
     "orthogonal": lambda module: parametrize.register_parametrization(module, "weight", Doubled()),
@@ -419,12 +420,12 @@ REPARAMETRIZATIONS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("how", REPARAMETRIZATIONS)
+@pytest.mark.parametrize("how", REPARAMETERIZATIONS)
 @pytest.mark.parametrize("place", LINEARS)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_reparametrized_weights(name, place, how):
+def test_reparameterized_weights(name, place, how):
     def change(model: nn.Module) -> None:
-        REPARAMETRIZATIONS[how](model.get_submodule(place))
+        REPARAMETERIZATIONS[how](model.get_submodule(place))
         with torch.no_grad():  # so that weights which are made once and kept are stale
             for parameter in model.get_submodule(place).parameters():
                 parameter.mul_(1.5)

@@ -227,7 +227,7 @@ def _tensors(module: nn.Module) -> set[str]:
         names -= {f"{name}_{part}" for part in ("orig", "mask", "g", "v", "u")}
         names.add(name)
     if is_parametrized(module):
-        names |= set(module.parametrizations.keys())  # type: ignore[union-attr]
+        names |= set(module.parametrizations.keys())  # type: ignore[union-attr, operator]
     return names
 
 

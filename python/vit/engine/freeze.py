@@ -49,8 +49,8 @@ def freeze(
         raise BackendError(
             f"vit: the engine cannot run this {type(model).__name__}\n"
             + "\n".join(f"  {reason}" for reason in reasons)
-            + "\nUse the model itself, or a vit.VisionTransformer without changed modules: hooks removed, adapters merged "
-            "(peft: model.merge_and_unload())."
+            + "\nUse the model itself, or a vit.VisionTransformer without changed modules: hooks removed, adapters "
+            "merged (peft: model.merge_and_unload())."
         )
     assert isinstance(model, VisionTransformer)
     embed, depth = model.patch_embed, len(model.blocks)

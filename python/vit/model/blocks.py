@@ -138,12 +138,12 @@ class Block(CallsOps, nn.Module):
         attn, mlp = own.get("attn"), own.get("mlp")
         if type(self) is not Block or type(attn) is not Attention or type(mlp) is not Mlp or hooked_everywhere():
             return False
-        below = [*own.values(), *attn._modules.values(), *mlp._modules.values()]  # type: ignore[union-attr]
+        below: list[Any] = [*own.values(), *attn._modules.values(), *mlp._modules.values()]
         return (
             tuple(map(type, below)) in _AS_BUILT
-            and unwatched(below)  # type: ignore[arg-type]
+            and unwatched(below)
             and attn.fused_attn
-            and plain([p for m in below for p in m._parameters.values()])  # type: ignore[union-attr]
+            and plain([p for m in below for p in m._parameters.values()])
         )
 
     def drops_elements(self) -> bool:

@@ -92,7 +92,7 @@ class PatchEmbed(CallsOps, nn.Module):
                 return ops.linear(patchify(images, self.patch_size, ops.movement.contiguous), weight.flatten(1), bias)
         return call(ops, proj, images).flatten(2).transpose(1, 2)
 
-    def cuts_patches(self, proj: nn.Conv2d) -> bool:
+    def cuts_patches(self, proj: Any) -> bool:
         """Whether a convolution is the product with this module's patches."""
         arguments = proj.stride, proj.padding, proj.dilation, proj.groups
         return is_patch_projection(proj.weight.shape, *arguments) and proj.kernel_size == self.patch_size

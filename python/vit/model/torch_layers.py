@@ -68,7 +68,7 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
 _ORDINARY = frozenset({Tensor, nn.Parameter, type(None)})
 
 
-def call(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
+def call(ops: Any, layer: nn.Module, x: Any) -> Tensor:
     """layer(x), by the ops of a plan."""
     if not isinstance(x, Tensor):  # a tracer's stand-in
         return layer(x)
@@ -177,7 +177,7 @@ def _plan_conv2d(
     fits = is_patch_projection(weight.shape, stride, padding, dilation, groups) and input.dim() == 4
     if not fits or not _runs(ops.linear, input, weight, bias):
         return None
-    (height, width), kernel = input.shape[2:], tuple(weight.shape[2:])
+    (height, width), kernel = input.shape[2:], (weight.shape[2], weight.shape[3])
     rows, columns = height // kernel[0], width // kernel[1]
     image = input[:, :, : rows * kernel[0], : columns * kernel[1]]
     y = ops.linear(patchify(image, kernel, ops.movement.contiguous), weight.flatten(1), bias)  # [B, N, dim]

@@ -84,7 +84,7 @@ class VisionTransformer(CallsOps, Planned):
     ) -> None:
         super().__init__()
         checks.choice(global_pool=(global_pool, POOLS), pos_embed=(pos_embed, POSITIONS))
-        checks.choice(act_layer=(act_layer, APPROXIMATE), weight_init=(weight_init, init.SCHEMES))
+        checks.choice(act_layer=(act_layer, tuple(APPROXIMATE)), weight_init=(weight_init, init.SCHEMES))
         checks.positive(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         checks.number(0.0, mlp_ratio=mlp_ratio, norm_eps=norm_eps)
         hidden = int(embed_dim * mlp_ratio)
@@ -168,6 +168,7 @@ class VisionTransformer(CallsOps, Planned):
         if not (isinstance(images, Tensor) and self._class_token_is_enough()):
             return self.forward_head(self.forward_features(images))
         tokens = self.embed(images)
+        last: Any
         *blocks, last = self.blocks
         for block in blocks:
             tokens = self._run(block, tokens)
@@ -192,11 +193,12 @@ class VisionTransformer(CallsOps, Planned):
             and self.__dict__.keys().isdisjoint(("forward_features", "forward_head", "pool"))
             and untouched(self.blocks, nn.Sequential)
             and len(self.blocks) > 0
-            and untouched(self.blocks[-1], Block)
+            and untouched(last := self.blocks[-1], Block)
+            and isinstance(last, Block)  # for the type checker
             and untouched(self.norm, type(self.norm))
             and type(self.norm) in (nn.LayerNorm, nn.Identity)
-            and self.blocks[-1].can_fuse()
-            and not self.blocks[-1].drops_elements()  # random numbers would be drawn for other tokens
+            and last.can_fuse()
+            and not last.drops_elements()  # random numbers would be drawn for other tokens
         )
 
     def embed(self, images: Tensor) -> Tensor:
