@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import draw
 import pytest
 import torch
 import vit
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as everywhere
 from torch.nn.utils import parametrizations, parametrize, prune
 from vit.model.layers import DropPath
+from vit.support.random import normal
 
 pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the engine is part of the native CPU backend")
 
@@ -22,12 +24,13 @@ SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_head
 def make(**arch: Any) -> vit.VisionTransformer:
     model = vit.create("vit_tiny_patch16_224", **(SMALL | arch))
     for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.2)
+        draw.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.2)
     return model.eval()
 
 
 def images() -> torch.Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    """The same ones at every call."""
+    return normal((2, 3, 32, 32), "images")
 
 
 def same_logits(model: nn.Module) -> None:

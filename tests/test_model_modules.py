@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import draw
 import pytest
 import timm
 import torch
@@ -18,7 +19,9 @@ from test_model_backends import Watch, forbidden
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 from torch.nn.utils import parametrizations, parametrize, prune
+from vit.model.layers import DropPath
 from vit.preprocess import Preprocess
+from vit.support.random import normal
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -29,14 +32,19 @@ def pair(backend: str = "reference", training: bool = False, **arch: Any) -> tup
     """timm's model and ours, with the same weights, none of them at zero or one."""
     theirs = timm.create_model(NAME, **(SMALL | arch))
     for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.2)
+        draw.normal_(parameter, std=0.2)
+    for block in theirs.blocks:  # ours draws other numbers for the same seed
+        for place in ("drop_path1", "drop_path2"):
+            if isinstance(drop := getattr(block, place), timm.layers.DropPath):
+                setattr(block, place, DropPath(drop.drop_prob))
     ours = vit.create(NAME, backend=backend, device="cpu", **(SMALL | arch))
     ours.load_state_dict(theirs.state_dict())
     return theirs.train(training), ours.train(training)
 
 
-def images(count: int = 2, **options: Any) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1), **options)
+def images(requires_grad: bool = False) -> Tensor:
+    """The same ones at every call."""
+    return normal((2, 3, 32, 32), "images").requires_grad_(requires_grad)
 
 
 def names() -> list[str]:
@@ -501,7 +509,7 @@ class Own(vit.VisionTransformer):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_subclass_is_asked(name):
     model = Own(**SMALL, backend=name)
-    model.head.weight.data.normal_()
+    draw.normal_(model.head.weight)
     x = images()
     close(model(x), model.forward_head(vit.VisionTransformer.forward_features(model, x) * 2))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import draw
 import pytest
 import torch
 import vit
@@ -92,7 +93,7 @@ def forward_and_backward(model: nn.Module) -> None:
 
 
 def images(model: nn.Module) -> torch.Tensor:
-    return torch.randn(2, model.patch_embed.in_chans, *model.patch_embed.img_size)
+    return draw.randn(2, model.patch_embed.in_chans, *model.patch_embed.img_size)
 
 
 def evaluation(model: nn.Module) -> None:

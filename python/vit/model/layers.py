@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,8 +27,9 @@ class DropPath(nn.Module):
         if self.drop_prob == 0.0 or not self.training:
             return x
         keep = 1.0 - self.drop_prob
-        mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
+        # Not bernoulli_(), which asks MKL where it is there: a seed's float32 uniform numbers are the same everywhere.
+        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=torch.float32, device=x.device) < keep
+        return x * kept.to(x.dtype).div_(keep)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:g}"
@@ -95,7 +97,7 @@ class PatchEmbed(CallsOps, nn.Module):
     def cuts_patches(self, proj: Any) -> bool:
         """Whether a convolution is the product with this module's patches."""
         arguments = proj.stride, proj.padding, proj.dilation, proj.groups
-        return is_patch_projection(proj.weight.shape, *arguments) and proj.kernel_size == self.patch_size
+        return is_patch_projection(proj.kernel_size, *arguments) and proj.kernel_size == self.patch_size
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         patch_h, patch_w = self.patch_size

@@ -174,19 +174,19 @@ def _plan_conv2d(
     groups: int = 1,
 ) -> Tensor | None:
     """A convolution whose stride is its kernel's size is a product with patches: [B, C, H, W] -> [B, dim, gh, gw]."""
-    fits = is_patch_projection(weight.shape, stride, padding, dilation, groups) and input.dim() == 4
+    # Sizes are tensors while torch.jit.trace looks on.
+    kernel = int(weight.shape[2]), int(weight.shape[3])
+    fits = is_patch_projection(kernel, stride, padding, dilation, groups) and input.dim() == 4
     if not fits or not _runs(ops.linear, input, weight, bias):
         return None
-    (height, width), kernel = input.shape[2:], (weight.shape[2], weight.shape[3])
-    rows, columns = height // kernel[0], width // kernel[1]
+    rows, columns = int(input.shape[2]) // kernel[0], int(input.shape[3]) // kernel[1]
     image = input[:, :, : rows * kernel[0], : columns * kernel[1]]
     y = ops.linear(patchify(image, kernel, ops.movement.contiguous), weight.flatten(1), bias)  # [B, N, dim]
     return ops.movement.contiguous(y.transpose(1, 2)).unflatten(2, (rows, columns))
 
 
-def is_patch_projection(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+def is_patch_projection(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
     """Whether these are the arguments of a convolution that reads each pixel once."""
-    kernel = tuple(weight[2:])
     return (
         tuple(stride if isinstance(stride, (tuple, list)) else (stride,) * 2) == kernel
         and padding in (0, (0, 0), "valid")
