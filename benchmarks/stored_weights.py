@@ -16,7 +16,7 @@ from vit.support.random import normal
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("model", nargs="?", default="vit_base_patch16_224")
     parser.add_argument("--images", type=int, default=8, help="that logits are compared on (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each engine (default: %(default)s)")

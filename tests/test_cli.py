@@ -272,14 +272,18 @@ def test_train_and_eval_agree_to_the_bit(tmp_path: Path, capsys: pytest.CaptureF
         "accuracy": final["test_accuracy"],
         "loss": final["test_loss"],
         "images": final["test_images"],
+        "classes": 10,
     }
-    assert list(evaluated) == ["accuracy", "loss", "images"]
+    assert list(evaluated) == ["accuracy", "loss", "images", "classes"]
     assert evaluated["accuracy"] == trained["test_accuracy"]
 
 
 def test_eval_in_words_and_of_other_splits(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(run), "--split", "val"]) == 0
-    assert re.fullmatch(r"accuracy \d+\.\d\d %  loss \d\.\d{4}  179 images\n", capsys.readouterr().out)
+    assert re.fullmatch(
+        r"10 classes, the val images of digits\naccuracy \d+\.\d\d %  loss \d\.\d{4}  179 images\n",
+        capsys.readouterr().out,
+    )
 
 
 def strict(text: str) -> object:
@@ -296,7 +300,7 @@ def test_a_figure_that_is_no_number_is_null_in_json(run, capsys, caplog, monkeyp
     monkeypatch.setattr(Run, "evaluate", lambda *_: evaluation)
     assert main(["eval", str(run), "--json"]) == 0
     assert strict(capsys.readouterr().out) == {
-        "accuracy": evaluation.accuracy, "loss": None, "images": evaluation.images
+        "accuracy": evaluation.accuracy, "loss": None, "images": evaluation.images, "classes": 10
     }  # fmt: skip
     assert "no finite number: loss (nan)" in caplog.text
 

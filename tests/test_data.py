@@ -137,7 +137,7 @@ def damage(root: Path) -> list[str]:
     return [
         r"truncated\.png \(.*truncated",
         r"empty\.png \(the file is empty\)",
-        r"text\.jpg \(not an image, or a format Pillow does not read\)",
+        r"text\.jpg \(not an image, or none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP\)",
         r"notes\.txt \(not an image by its name\)",
         r"missing\.png \(a link to a file that does not exist\)",
         r"deep\.png \(mode I;16, more than 8 bits",
@@ -277,7 +277,7 @@ LABELS = "train-labels-idx1-ubyte"
         (IMAGES, lambda data: data[:10], r"is cut off inside its header \(10 bytes\)"),
         (IMAGES, lambda data: b"", r"it starts with nothing, expected 00000803"),
         (IMAGES, lambda data: b"\0\0\x0d\x03" + data[4:], r"it starts with 00000d03, expected 00000803"),
-        (IMAGES, lambda data: data[:4] + struct.pack(">3I", 2**31, 2**31, 2**31) + data[16:], "but 23520 follow"),
+        (IMAGES, lambda data: data[:4] + struct.pack(">3I", 30, 2**31, 2**31) + data[16:], "but 23520 follow"),
         (IMAGES, lambda data: idx_bytes(np.zeros((30, 0, 0), np.uint8)), "says its images are 0 x 0 pixels"),
         (IMAGES, lambda data: idx_bytes(np.zeros((29, 28, 28), np.uint8)), "holds 29 images but .* 30 labels"),
         (IMAGES, lambda data: idx_bytes(np.zeros((30, 8, 8), np.uint8)), r"training images are \(8, 8\) and the test"),

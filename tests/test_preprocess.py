@@ -113,7 +113,7 @@ def test_round_trip_through_json_and_pickle():
     transform = Preprocess((32, 48), (0.1, 0.2, 0.3), 0.5, "bilinear", 0.9)
     assert Preprocess.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
     assert pickle.loads(pickle.dumps(transform)) == transform
-    with pytest.raises(ValueError, match="unknown crop, sise; known are crop_pct"):
+    with pytest.raises(ValueError, match="unknown crop, sise; known are crop_mode, crop_pct"):
         Preprocess.from_dict({"img_size": 3, "crop": 1, "sise": 2})
 
 
@@ -123,3 +123,34 @@ def test_changed_channels_and_size_follow_the_model():
     assert model.preprocess(picture(50, 50)).shape == (1, 32, 64)
     model = vit.create("vit_digits", in_chans=3)
     assert model.preprocess(picture(50, 50)).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(("size", "fraction"), [((48, 32), 1.0), ((32, 32), 0.875), ((24, 40), 0.7)])
+def test_squash_is_timms(size, fraction):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 77, 3), np.uint8))
+    theirs = timm.data.create_transform((3, *size), crop_pct=fraction, crop_mode="squash", interpolation="bicubic")
+    mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    assert torch.equal(Preprocess(size, mean, std, "bicubic", fraction, crop_mode="squash")(image), theirs(image))
+    with pytest.raises(ValueError, match="crop_mode 'border' is not one of center, squash"):
+        Preprocess(size, crop_mode="border")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("img_size", "x"),
+        ("img_size", [1.5, 2]),
+        ("mean", None),
+        ("std", ["1"]),
+        ("std", [float("nan")]),
+        ("crop_pct", []),
+        ("interpolation", 3),
+        ("in_chans", "3"),
+        ("in_chans", 0),
+        ("crop_mode", None),
+        ("mean", []),
+    ],
+)
+def test_values_of_another_kind_are_named(key, value):
+    with pytest.raises(ValueError, match=f"preprocess: {key} "):
+        Preprocess.from_dict({"img_size": 32, key: value})

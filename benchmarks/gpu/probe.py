@@ -57,7 +57,10 @@ def run_probes(program: Path, report: Report) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        prog="python -m benchmarks.gpu.probe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, help='JSON file that gets what was found, under "probe"')
     parser.add_argument("--seconds", type=float, default=60, help="when to stop (default: %(default)s)")

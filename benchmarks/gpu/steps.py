@@ -151,6 +151,7 @@ def run_steps(out: Path, minutes: float, commit: str | None = None) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m benchmarks.gpu.steps",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

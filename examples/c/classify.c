@@ -28,7 +28,9 @@ static double crop_of(const vit_engine* engine) {
 static const char* load_picture(const char* path, const vit_engine* engine, const vit_engine_config* config,
                                 void* pixels) {
   image picture;
+  const char* text = vit_engine_text(engine, "preprocess");
   if (config->channels != 3) return "is a colour picture; this model takes tensors only";
+  if (text && strstr(text, "\"squash\"")) return "is a picture; this model squashes pictures: give a tensor";
   const char* error = ends_with(path, ".png") ? read_png(path, &picture) : read_ppm(path, &picture);
   if (error) return error;
   const int height = (int)config->image_height, width = (int)config->image_width;

@@ -42,27 +42,19 @@ const char* read_ppm(const char* path, image* out) {
   return error;
 }
 
-/* Resamples `lines` lines of `in` values (3 channels, `step` apart) to `out` values each: a triangle filter whose width
- * follows the reduction, so that every source value counts. */
-static void resample(const float* from, int in, float* to, int out, int lines, size_t line_in, size_t step_in,
-                     size_t line_out, size_t step_out) {
-  const double scale = (double)in / out, reach = scale > 1 ? scale : 1;
-  for (int o = 0; o < out; ++o) {
-    const double centre = (o + 0.5) * scale;
-    int first = (int)floor(centre - reach), last = (int)ceil(centre + reach);
-    if (first < 0) first = 0;
-    if (last > in) last = in;
-    for (int l = 0; l < lines; ++l)
-      for (int c = 0; c < 3; ++c) {
-        double sum = 0, weights = 0;
-        for (int i = first; i < last; ++i) {
-          const double weight = 1 - fabs(i + 0.5 - centre) / reach;
-          if (weight <= 0) continue;
-          sum += weight * from[(size_t)l * line_in + (size_t)i * step_in + (size_t)c], weights += weight;
-        }
-        to[(size_t)l * line_out + (size_t)o * step_out + (size_t)c] = (float)(sum / weights);
-      }
-  }
+/* One side of a resize from `in` to `out` pixels, of which `count` from `begin` on are kept. */
+typedef struct {
+  int in, out, begin, count;
+} side;
+
+/* The source pixels first .. last that pixel `o` is made of: under a triangle whose width follows the reduction. */
+static void reach_of(side s, int o, int* first, int* last, double* centre, double* reach) {
+  const double scale = (double)s.in / s.out;
+  *reach = scale > 1 ? scale : 1;
+  *centre = (o + 0.5) * scale;
+  *first = (int)floor(*centre - *reach), *last = (int)ceil(*centre + *reach);
+  if (*first < 0) *first = 0;
+  if (*last > s.in) *last = s.in;
 }
 
 const char* resize_and_crop(const image* in, int resized, int width, int height, uint8_t* out) {
@@ -70,20 +62,41 @@ const char* resize_and_crop(const image* in, int resized, int width, int height,
   const double scale = (double)resized / (portrait ? in->width : in->height);
   const int w = portrait ? resized : (int)(in->width * scale), h = portrait ? (int)(in->height * scale) : resized;
   if (w < width || h < height) return "resized: one side is smaller than the model's image";
-  const size_t values = (size_t)in->width * (size_t)in->height * 3;
-  float* source = malloc(values * sizeof(float));
-  float* wide = malloc((size_t)w * (size_t)in->height * 3 * sizeof(float));
-  float* done = malloc((size_t)w * (size_t)h * 3 * sizeof(float));
-  if (source && wide && done) {
-    for (size_t i = 0; i < values; ++i) source[i] = in->pixels[i];
-    resample(source, in->width, wide, w, in->height, (size_t)in->width * 3, 3, (size_t)w * 3, 3);
-    resample(wide, in->height, done, h, w, 3, (size_t)w * 3, 3, (size_t)w * 3);
-    const int left = (w - width) / 2, top = (h - height) / 2;
-    for (int y = 0; y < height; ++y)
-      for (int x = 0; x < width * 3; ++x)
-        out[y * width * 3 + x] = (uint8_t)(done[((size_t)(top + y) * (size_t)w + (size_t)left) * 3 + (size_t)x] + 0.5F);
+  /* Only the columns and rows that are kept, and the source rows these need: of a long thin picture the rest would be
+   * millions of pixels. */
+  const side across = {in->width, w, (w - width) / 2, width}, down = {in->height, h, (h - height) / 2, height};
+  int top, bottom, first, last;
+  double centre, reach;
+  reach_of(down, down.begin, &top, &last, &centre, &reach);
+  reach_of(down, down.begin + height - 1, &first, &bottom, &centre, &reach);
+  const size_t line = (size_t)width * 3;
+  float* wide = malloc((size_t)(bottom - top) * line * sizeof(float));
+  if (!wide) return "is too large for memory";
+  for (int x = 0; x < width; ++x) {
+    reach_of(across, across.begin + x, &first, &last, &centre, &reach);
+    for (int y = top; y < bottom; ++y)
+      for (size_t c = 0; c < 3; ++c) {
+        double sum = 0, weights = 0;
+        for (int i = first; i < last; ++i) {
+          const double weight = 1 - fabs(i + 0.5 - centre) / reach;
+          if (weight <= 0) continue;
+          sum += weight * in->pixels[((size_t)y * (size_t)in->width + (size_t)i) * 3 + c], weights += weight;
+        }
+        wide[(size_t)(y - top) * line + (size_t)x * 3 + c] = (float)(sum / weights);
+      }
   }
-  const char* error = source && wide && done ? NULL : "is too large for memory";
-  free(source), free(wide), free(done);
-  return error;
+  for (int y = 0; y < height; ++y) {
+    reach_of(down, down.begin + y, &first, &last, &centre, &reach);
+    for (size_t v = 0; v < line; ++v) {
+      double sum = 0, weights = 0;
+      for (int i = first; i < last; ++i) {
+        const double weight = 1 - fabs(i + 0.5 - centre) / reach;
+        if (weight <= 0) continue;
+        sum += weight * wide[(size_t)(i - top) * line + v], weights += weight;
+      }
+      out[(size_t)y * line + v] = (uint8_t)((float)(sum / weights) + 0.5F);
+    }
+  }
+  free(wide);
+  return NULL;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,9 @@ from .backends import BackendError, default_device, get, records
 from .model.configs import get_config, nearest
 from .model.vision_transformer import VisionTransformer
 from .preprocess import Preprocess
-from .weights import Checkpoint, load_into, read
+from .weights import Checkpoint, WeightsError, check_fit, load_into, read
+
+log = logging.getLogger("vit")
 
 DEFAULT_NAME = "vit_base_patch16_224"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -52,11 +55,16 @@ def create(
     """
     _check_backend(backend)
     checkpoint = None if weights is None else read(weights)
-    saved = checkpoint is not None and name in (None, checkpoint.name)  # the weights' own model, not just its tensors
     given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
-    name, settings = settle(name, checkpoint, arch | {k: v for k, v in given.items() if v is not None})
+    given = arch | {k: v for k, v in given.items() if v is not None}
+    own = (
+        checkpoint if checkpoint and checkpoint.describes(name) else None
+    )  # the weights' own model, not just its tensors
+    name, settings = settle(name, checkpoint, given)
     config = get_config(name)
-    _check_arch(settings)
+    defaults = _check_arch(settings)
+    if checkpoint:
+        check_fit(checkpoint, defaults | settings, given)
     scheme = settings.pop("weight_init", "")
 
     model = VisionTransformer(
@@ -69,11 +77,16 @@ def create(
         dtype=_dtype(dtype),
     )
     model.weight_init = scheme
-    model.preprocess = _preprocess(config.preprocess, checkpoint if saved else None, model)
+    model.preprocess = _preprocess(config.preprocess, own, model, "img_size" in given)
     if checkpoint:
         load_into(model, checkpoint, new_head=num_classes is not None)
-        if len(checkpoint.class_names or ()) == model.num_classes:
+        names = checkpoint.class_names or ()
+        if len(names) == model.num_classes:
             model.class_names = checkpoint.class_names
+        elif names and "num_classes" not in given:
+            log.warning(
+                "%s: its %d class names are not those of %d classes", checkpoint.source, len(names), model.num_classes
+            )
     return model
 
 
@@ -81,7 +94,7 @@ def settle(name: str | None, checkpoint: Checkpoint | None, given: Mapping[str, 
     """The name of a model and its arguments: those of the named model, over them the weights', over them `given`."""
     settings: dict[str, Any] = {}
     if checkpoint:
-        settings = checkpoint.sizes() | (dict(checkpoint.arch) if name in (None, checkpoint.name) else {})
+        settings = checkpoint.settings(name)
         name = name or checkpoint.name
     name = name or DEFAULT_NAME
     return name, {**get_config(name).arch, **settings, **given}
@@ -98,7 +111,8 @@ def _check_backend(backend: str) -> None:
     )
 
 
-def _check_arch(settings: Mapping[str, Any]) -> None:
+def _check_arch(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuses what is no argument of a model; the defaults of those that are."""
     signature = inspect.signature(VisionTransformer).parameters
     allowed = [name for name, p in signature.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     for key in settings:
@@ -106,6 +120,7 @@ def _check_arch(settings: Mapping[str, Any]) -> None:
             near = nearest(key, allowed)
             hint = f"; did you mean {', '.join(near)}?" if near else "."
             raise ValueError(f"vit: create has no argument {key!r}{hint} Allowed: {', '.join(allowed)}")
+    return {name: signature[name].default for name in allowed}
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
@@ -117,11 +132,20 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _preprocess(named: Mapping[str, Any], checkpoint: Checkpoint | None, model: VisionTransformer) -> Preprocess:
-    """The weights' own transform, else the named model's, at the size and channels of this model."""
+def _preprocess(
+    named: Mapping[str, Any], checkpoint: Checkpoint | None, model: VisionTransformer, sized: bool
+) -> Preprocess:
+    """The weights' own transform, else the named model's, at the size and channels of this model. sized: the caller
+    asked for the image size, so that it need not be that of the weights."""
     values = dict(named)
     if checkpoint and checkpoint.preprocess:
         values |= checkpoint.preprocess
+        made, taken = tuple(values.get("img_size", model.patch_embed.img_size)), model.patch_embed.img_size
+        if made != taken and not sized:
+            raise WeightsError(
+                f"vit: {checkpoint.source}: the transform beside it makes images of {list(made)} pixels, and the model "
+                f"takes {list(taken)}; pass img_size"
+            )
     values |= {"img_size": model.patch_embed.img_size, "in_chans": model.patch_embed.in_chans}
     for statistic in ("mean", "std"):
         per_channel = values.get(statistic, (0.5,))

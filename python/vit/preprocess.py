@@ -1,7 +1,8 @@
 """The evaluation transform: a PIL image -> the tensor a model was trained to see.
 
-Resize, centre crop, scale to [0, 1], normalise, with PIL and torch only and, bit for bit, the values of
-timm's evaluation transform (which needs torchvision).
+Upright, resize, centre crop, scale to [0, 1], normalise, with PIL and torch only. Of an opaque image without an
+orientation the values are, bit for bit, those of timm's evaluation transform (which needs torchvision); timm leaves a
+phone's picture lying on its side and shows what transparent pixels hide.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .support.images import flat, is_deep, upright
+from .support.records import Record, RecordError
+from .support.resample import resized_window
+
+CROP_MODES = ("center", "squash")
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -25,13 +31,20 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
 }
 
+#: Pixels of an enlarged image that are computed although only its centre is kept: 64 MiB.
+WHOLE = 1 << 24
+
 
 @dataclass(frozen=True)
 class Preprocess:
     """Resizes the shorter side to floor(img_size / crop_pct), crops the centre, returns (x / 255 - mean) / std.
 
     img_size: one side or (height, width). mean, std: one number per channel, or one for all. in_chans 1 makes
-    the image grey, 3 RGB. Called with a PIL image it returns float32 [in_chans, height, width].
+    the image grey, 3 RGB. Called with a PIL image it returns float32 [in_chans, height, width]. Before, the image is
+    turned as its EXIF orientation says, and white is put behind what is transparent.
+
+    crop_mode "squash" resizes both sides to floor(img_size / crop_pct) instead, whatever the aspect ratio, as
+    transformers does for ViT and timm for some weights.
 
     Raises ValueError for settings that do not fit together, TypeError for anything but a PIL image.
     """
@@ -42,6 +55,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     in_chans: int = 3
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         size = self.img_size
@@ -53,6 +67,8 @@ class Preprocess:
             raise ValueError(
                 f"vit: preprocess: interpolation {self.interpolation!r} is not one of {', '.join(INTERPOLATIONS)}"
             )
+        if self.crop_mode not in CROP_MODES:
+            raise ValueError(f"vit: preprocess: crop_mode {self.crop_mode!r} is not one of {', '.join(CROP_MODES)}")
         if not 0.0 < self.crop_pct <= 1.0:
             raise ValueError(f"vit: preprocess: crop_pct must be above 0 and at most 1, got {self.crop_pct}")
         if min(self.img_size) < 1:
@@ -64,7 +80,7 @@ class Preprocess:
         return self.normalize(self.resize(self.convert(image)))
 
     def convert(self, image: Image.Image) -> Image.Image:
-        """The image with the model's number of channels: grey for 1, RGB for 3."""
+        """The image upright, opaque (on white) and with the model's number of channels: grey for 1, RGB for 3."""
         if not isinstance(image, Image.Image):
             raise TypeError(f"vit: preprocess takes a PIL image, got {type(image).__name__}; use Image.open(path)")
         if self.in_chans not in (1, 3):
@@ -72,19 +88,26 @@ class Preprocess:
                 f"vit: preprocess: a PIL image cannot be made into {self.in_chans} channels; "
                 "build the tensor yourself and use model.preprocess.mean and .std"
             )
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        if is_deep(image):
             raise ValueError(
                 f"vit: preprocess: the image has mode {image.mode!r}, more than 8 bits per pixel, and converting "
                 "would clip it; scale it to 0 .. 255 first"
             )
-        return image.convert("L" if self.in_chans == 1 else "RGB")
+        return flat(upright(image), "L" if self.in_chans == 1 else "RGB")
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Resizes keeping the aspect ratio, then cuts out the central img_size; too small a side is padded with 0."""
+        """Resizes keeping the aspect ratio, then cuts out the central img_size; too small a side is padded with 0.
+
+        The memory is in proportion to the image and the result, also where the resized image would be far larger.
+        """
         height, width = self.img_size
-        image = image.resize(self._resized(image), INTERPOLATIONS[self.interpolation])
-        left, top = _centre(image.width, width), _centre(image.height, height)
-        return image.crop((left, top, left + width, top + height))  # PIL fills what lies outside with zeros
+        size = self._resized(image)
+        left, top = _centre(size[0], width), _centre(size[1], height)
+        window = (left, top, left + width, top + height)
+        resample = INTERPOLATIONS[self.interpolation]
+        if min(left, top) >= 0 and size[0] * size[1] > max(image.width * image.height, WHOLE):
+            return resized_window(image, size, window, resample)
+        return image.resize(size, resample).crop(window)  # PIL fills what lies outside with zeros
 
     def normalize(self, image: Image.Image) -> Tensor:
         """An image of 0 .. 255 -> float32 [C, H, W]."""
@@ -103,14 +126,13 @@ class Preprocess:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
         """The inverse of to_dict; ValueError names unknown keys."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"vit: preprocess: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls(**values)
+        return cls(**arguments(values, "preprocess"))
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) after the resize, rounded as the two tools do that made the published figures."""
         height, width = (math.floor(side / self.crop_pct) for side in self.img_size)
+        if self.crop_mode == "squash":
+            return width, height
         if height == width:
             short = min(image.size)
             # The shorter side becomes exactly `height`; the longer is truncated.
@@ -126,6 +148,31 @@ class Preprocess:
         if len(values) != self.in_chans:
             raise ValueError(f"vit: preprocess: {name} has {len(values)} values for {self.in_chans} channel(s)")
         return values
+
+
+def arguments(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values of a record as arguments of Preprocess; ValueError names source and key of what it cannot take."""
+    known = {f.name for f in fields(Preprocess)}
+    if unknown := sorted(set(map(str, values)) - known):
+        raise RecordError(f"vit: {source}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    record = Record({key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}, source)
+    found: dict[str, Any] = {}
+    for key, value in record.values.items():
+        if key == "in_chans":
+            found[key] = record.integer(key, low=1)
+        elif key == "crop_pct":
+            found[key] = record.number(key)
+        elif key in ("interpolation", "crop_mode"):
+            found[key] = record.text(key)
+        elif not isinstance(value, list):
+            found[key] = record.integer(key) if key == "img_size" else (record.number(key),)
+        elif key == "img_size" and (len(value) != 2 or not all(type(side) is int for side in value)):
+            record.refuse(key, "a whole number or [height, width]")
+        else:
+            found[key] = tuple(value) if key == "img_size" else record.numbers(key)
+            if not value:
+                record.refuse(key, "one number for each channel")
+    return found
 
 
 def _centre(length: int, window: int) -> int:

@@ -9,10 +9,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
+
+from ..support.text import printable
 
 COMMANDS = ("info", "train", "eval", "predict", "parity", "bench", "quantize")
 
@@ -21,19 +26,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors a user can do something about are one text on standard error, without a
     traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _speak()
     try:
         try:
             return _run(words)
         finally:
             # here, so that a closed pipe is noticed below and not by the interpreter's exit
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:
         # The reader of the pipe has seen enough (`vit info | head`); what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # of the flush: a full disk
+        print(f"vit: cannot write the output: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("vit: interrupted", file=sys.stderr)
         return 1
+
+
+def _speak() -> None:
+    """Output may hold any name: what the stream's encoding lacks is written as an escape. Pillow's remarks about a
+    picture stay out of it; what makes a picture unusable is an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _run(words: list[str]) -> int:
@@ -52,7 +72,7 @@ def _run(words: list[str]) -> int:
         print(f"vit: there is no command {name!r}{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command = _command(name)
-    parser = argparse.ArgumentParser(prog=f"vit {name}", description=command.HELP)
+    parser = Parser(prog=f"vit {name}", description=command.HELP)
     command.add_arguments(parser)
     try:
         args = parser.parse_args(words[1:])
@@ -63,9 +83,37 @@ def _run(words: list[str]) -> int:
     except BrokenPipeError:
         raise
     except _expected() as error:
-        text = str(error) or type(error).__name__
+        text = "\n".join(map(printable, str(error).split("\n"))) or type(error).__name__
         print(text if text.startswith("vit: ") else f"vit: {text}", file=sys.stderr)
         return 1
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes options by their whole names, and for an unknown one names the nearest."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if not unknown:
+            return found
+        word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        what = "unknown option" if word.startswith("-") else "unexpected argument"
+        near = self._nearest(word) if word.startswith("-") else []
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        print(f"usage: {self.prog} ...    ({self.prog} --help lists all options)", file=sys.stderr)
+        self.exit(2, f"{self.prog}: error: {what} {printable(word)}{hint}\n")
+
+    def _nearest(self, word: str) -> list[str]:
+        """Options that begin with the word, whose name its words abbreviate to (--learning-rate: --lr), or like it."""
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        plain = word.lower().replace("_", "-")
+        initials = "--" + "".join(part[0] for part in plain.strip("-").split("-") if part)
+        longer = [option for option in options if plain.strip("-") and option.startswith(plain)]
+        short = [option for option in options if option == initials]
+        alike = difflib.get_close_matches(plain, options, n=3, cutoff=0.7)
+        return list(dict.fromkeys(longer + short + alike))[:3] or difflib.get_close_matches(plain, options, n=1)
 
 
 def _expected() -> tuple[type[BaseException], ...]:

@@ -3,68 +3,162 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..support.files import to_json
-from .arguments import positive
+from ..support.files import replacing, to_json
+from ..support.text import printable
+from . import classes
+from .arguments import json_target, positive
 
-HELP = "the most likely classes of image files"
+HELP = "the most likely classes of image files, or of all images in folders"
+
+EPILOG = """\
+Images are turned as their EXIF orientation says, transparent ones put on white; of animations the first picture counts.
+
+--csv writes a line per image, in the order they were given:
+  image,class,index,probability,class_2,index_2,probability_2,...,error
+--json prints one object:
+  {"predictions": [{"image", "top": [{"class", "index", "probability"}]}], "failed": [{"image", "error"}]}
+
+An image that cannot be read is named on standard error and does not stop the others; the exit code is then 1.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
     parser.add_argument(
         "weights", metavar="RUN-or-WEIGHTS", help="run folder of vit train, or any weights vit.create takes"
     )
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or folder of images, also below it")
     parser.add_argument("--model", metavar="NAME", help="model name, for weights that do not know theirs")
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes per image (default: %(default)s)")
+    classes.add_argument(parser)
     parser.add_argument("--backend", default="auto", help="backend of the ops (default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="images per forward (default: %(default)s)"
     )
+    parser.add_argument("--csv", type=json_target, metavar="FILE", help="write a CSV file (- for standard output)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    from ..data import DataError
-    from ..data.samples import read_image
     from ..factory import create
 
+    if args.json and args.csv == "-":
+        print("vit: --json and --csv - both write to standard output; give --csv a file", file=sys.stderr)
+        return 2
+    paths, failed = _images(args.images)
     model = create(args.model, backend=args.backend, weights=args.weights, training=False)
     if not model.num_classes:
         raise ValueError(f"vit: {args.weights} has no classifier head, only features: nothing to choose from")
-    names = model.class_names or [str(i) for i in range(model.num_classes)]
+    names = classes.class_names(model, args.class_names)
+    top = min(args.top, model.num_classes)
     answers: list[dict[str, Any]] = []
-    failed: list[dict[str, str]] = []
-    for start in range(0, len(args.images), args.batch_size):
-        tensors, paths = [], []
-        for path in args.images[start : start + args.batch_size]:
-            try:
-                tensors.append(model.preprocess(read_image(Path(path))))
-                paths.append(path)
-            except (DataError, ValueError) as error:
-                failed.append({"image": path, "error": str(error)})
-        if not tensors:
-            continue
-        with torch.inference_mode():
-            shares = model(torch.stack(tensors).to(model.device, model.dtype)).double().softmax(dim=1).cpu()
-        best = shares.topk(min(args.top, shares.shape[1]))
-        for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
-            top = [{"class": names[i], "index": i, "probability": p} for p, i in zip(values, indices, strict=True)]
-            answers.append({"image": path, "top": top})
+    count = 0
+    with _table(args.csv, top) as write_row:
+        for answer in _answers(model, paths, args.batch_size, top, names):
+            count += 1
+            write_row(answer)
+            if "error" in answer:
+                failed.append(answer)
+            elif args.json:
+                answers.append(answer)
+            elif not args.csv:
+                _show(answer)
     if args.json:
         print(to_json({"predictions": answers, "failed": failed}))
-    else:
-        for answer in answers:
-            print(answer["image"])
-            for entry in answer["top"]:
-                print(f"  {100 * entry['probability']:6.2f} %  {entry['class']}")
+    elif args.csv and args.csv != "-":
+        print(f"{count} images -> {printable(args.csv)}")
     for failure in failed:
-        print(failure["error"], file=sys.stderr)
+        print(printable(failure["error"]), file=sys.stderr)
     if failed:
-        print(f"vit: {len(failed)} of {len(args.images)} images could not be read", file=sys.stderr)
+        print(f"vit: {len(failed)} of {max(count, len(args.images))} images could not be read", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _images(given: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The files among the arguments and below its folders, and a failure for each folder without images."""
+    from ..data.folder import images_below
+
+    paths, failed = [], []
+    for name in given:
+        if not Path(name).is_dir():
+            paths.append(name)
+            continue
+        found, skipped = images_below(Path(name))
+        paths += map(str, found)
+        if skipped:
+            text = f"{len(skipped)} files are no images by their names, or unreadable; left out"
+            print(f"vit: {printable(name)}: {text}", file=sys.stderr)
+        if not found:
+            failed.append({"image": name, "error": f"vit: cannot read image {name}: is a folder without images"})
+    return paths, failed
+
+
+def _answers(
+    model: Any, paths: list[str], batch_size: int, top: int, names: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """Per image, in order, its most likely classes or its error."""
+    import torch
+
+    from ..data.samples import read_image
+
+    for start in range(0, len(paths), batch_size):
+        answers: list[dict[str, Any]] = [{"image": path} for path in paths[start : start + batch_size]]
+        tensors = []
+        for answer in answers:
+            try:
+                tensors.append(model.preprocess(read_image(Path(answer["image"]))))
+            except (ValueError, MemoryError) as error:
+                answer["error"] = str(error) or f"vit: not enough memory for {answer['image']}"
+        if tensors:
+            with torch.inference_mode():
+                shares = model(torch.stack(tensors).to(model.device, model.dtype)).double().softmax(dim=1).cpu()
+            best = shares.topk(top)
+            found = iter(zip(best.values.tolist(), best.indices.tolist(), strict=True))
+            for answer in answers:
+                if "error" not in answer:
+                    answer["top"] = [
+                        {"class": names[i], "index": i, "probability": p} for p, i in zip(*next(found), strict=True)
+                    ]
+        yield from answers
+
+
+def _show(answer: dict[str, Any]) -> None:
+    print(printable(answer["image"]))
+    for entry in answer["top"]:
+        print(f"  {100 * entry['probability']:6.2f} %  {printable(entry['class'])}")
+
+
+@contextmanager
+def _table(target: str | None, top: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives a function that writes an answer as a line of CSV; a file is replaced when all lines are there."""
+    fields = ("class", "index", "probability")
+    header = [f"{field}_{place}" if place > 1 else field for place in range(1, top + 1) for field in fields]
+
+    def row(answer: dict[str, Any]) -> list[Any]:
+        cells = [entry[field] for entry in answer.get("top", ()) for field in fields] or [""] * len(header)
+        return [_utf8(cell) for cell in (answer["image"], *cells, answer.get("error", ""))]
+
+    if not target:
+        yield lambda answer: None
+    elif target == "-":
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        table.writerow(["image", *header, "error"])
+        yield lambda answer: table.writerow(row(answer))
+    else:
+        with replacing(Path(target)) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(["image", *header, "error"])
+            yield lambda answer: table.writerow(row(answer))
+
+
+def _utf8(cell: Any) -> Any:
+    r"""The cell; bytes of a file name that are not UTF-8 as \udc.. escapes, so that the file is UTF-8."""
+    return cell.encode("utf-8", "backslashreplace").decode() if isinstance(cell, str) else cell

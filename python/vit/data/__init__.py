@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .samples import DataError, Samples, Skipped, Source
+from .samples import DataError, ReaderError, Samples, Skipped, Source
 
-__all__ = ["DataError", "Samples", "Skipped", "Source", "kind_of", "open_source"]
+__all__ = ["DataError", "ReaderError", "Samples", "Skipped", "Source", "kind_of", "open_source"]
 
 ALLOWED = "digits, a folder of class folders, or a folder with MNIST IDX files (train-images-idx3-ubyte[.gz], ...)"
 
@@ -31,18 +31,25 @@ def open_source(
     bad_images: str = "skip",
     validate: str = "decode",
     report: Callable[[str], None] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Source:
-    """The data set behind `--data`; see vit.data.folder for `bad_images`, `validate` and `report`."""
-    kind = kind_of(data)
-    if kind == "digits":
-        from .digits import digits
+    """The data set behind `--data`; see vit.data.folder for `bad_images`, `validate` and `report`.
 
-        return digits()
+    classes: the names a model knows. The labels are then numbers in this order, the data may hold images of some of
+    the classes only, and need no training images.
+    """
+    kind = kind_of(data)
     path = Path(data).expanduser()
-    if kind == "mnist":
+    if kind == "folder":
+        from .folder import folder
+
+        source = folder(path, bad_images, validate, report, classes)
+    elif kind == "mnist":
         from .idx import idx
 
-        return idx(path)
-    from .folder import folder
+        source = idx(path, report, complete=classes is None)
+    else:
+        from .digits import digits
 
-    return folder(path, bad_images, validate, report)
+        source = digits()
+    return source if classes is None else source.relabelled(classes, report)

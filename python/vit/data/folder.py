@@ -1,4 +1,4 @@
-"""Image folders: one sub-folder per class, optionally below train/, val/ and test/.
+"""Image folders: one sub-folder per class, optionally below train/, val/ and test/ (in any case of letters).
 
 Every image is opened and decoded once before training starts. A file that is missing, empty, truncated or no
 image is named and counted, then skipped or refused as asked. Hidden files are ignored.
@@ -7,18 +7,23 @@ image is named and counted, then skipped or refused as asked. Hidden files are i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from .samples import DataError, Samples, Skipped, Source, check_mode, explain, read_image
+from ..support.images import EXTENSIONS, decoded_pixels, explain, opened
+from ..support.text import printable
+from .layout import ALLOWED, class_folders, file_text, listed, split_folders
+from .samples import DataError, Samples, Skipped, Source
 
-EXTENSIONS = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 SHOWN = 10  # how many bad files an error text names
+
+#: Larger pictures are decoded one at a time: 16 threads with the largest allowed would take 11 GB.
+LARGE = 1 << 24
 
 
 def folder(
@@ -26,73 +31,83 @@ def folder(
     bad_images: str = "skip",
     validate: str = "decode",
     report: Callable[[str], None] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Source:
     """The data set of a folder.
 
     bad_images: "skip" leaves unusable files out, "refuse" raises DataError that names them
     validate: "decode" decodes every image once; "header" reads the headers only, for large and trusted data
     report: called with a line of text while a long check runs
+    classes: the names a model knows; the folder may then hold some of them and needs no train/
     Raises DataError for fewer than two classes, a class without images, or a class unknown to the training
     split.
     """
     roots = split_folders(root)
-    class_names = tuple(sorted(entry.name for entry in _folders(roots["train"])))
-    if len(class_names) < 2:
-        raise DataError(
-            f"vit: {roots['train']} has {len(class_names)} class folder(s) {list(class_names)}; two or more "
-            "are needed. "
-            "Allowed: FOLDER/<class>/<image>, or FOLDER/train/<class>/<image> with val/ and test/ beside it"
-        )
-    check = {"decode": read_image, "header": _read_header}[validate]
+    bases = {split: class_folders(base) for split, base in roots.items()}
+    class_names = _class_names(root, roots, bases) if classes is None else tuple(classes)
+    _check_known(bases, class_names, str(roots["train"]) if classes is None else "the model")
+    check = {"decode": _Decoder().decode, "header": _read_header}[validate]
     skipped: list[Skipped] = []
     splits = {}
-    for split, base in roots.items():
-        for entry in _folders(base):
-            if entry.name not in class_names:
-                raise DataError(f"vit: {entry} is not a class of {roots['train']}; its classes are {list(class_names)}")
-        listed = [(path, label) for label, name in enumerate(class_names) for path in _files(base / name, skipped)]
-        reasons = _check((path for path, _ in listed), check, len(listed), report)
-        skipped += [Skipped(path, why) for (path, _), why in zip(listed, reasons, strict=True) if why]
-        usable = [item for item, why in zip(listed, reasons, strict=True) if not why]
+    for split, found in bases.items():
+        labels_of = {name: label for label, name in enumerate(class_names) if name in found}
+        items = [(path, label) for name, label in labels_of.items() for path in _files(found[name], skipped)]
+        reasons = _check((path for path, _ in items), check, len(items), report)
+        skipped += [Skipped(path, why) for (path, _), why in zip(items, reasons, strict=True) if why]
+        usable = [item for item, why in zip(items, reasons, strict=True) if not why]
         paths = [path for path, _ in usable]
         labels = np.array([label for _, label in usable], dtype=np.int64)
-        splits[split] = Samples(paths, labels, [path.relative_to(root).as_posix() for path in paths])
+        splits[split] = Samples(paths, labels, [file_text(path.relative_to(root).as_posix()) for path in paths])
     if skipped and bad_images == "refuse":
         raise DataError(f"vit: {describe(skipped, root)}. Remove them, or use --bad-images skip")
-    counts = np.bincount(splits["train"].labels, minlength=len(class_names))
-    empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
-    if empty:
-        raise DataError(
-            f"vit: no usable training image in class folder(s) {empty} of {roots['train']}"
-            + (f"; {describe(skipped, root)}" if skipped else "")
-        )
-    return Source(root.resolve().name, "folder", class_names, splits, tuple(skipped))
+    if classes is None:
+        _check_filled(splits["train"], class_names, root, skipped)
+    return Source(file_text(root.resolve().name), "folder", class_names, splits, tuple(skipped))
 
 
 def describe(skipped: Iterable[Skipped], root: Path) -> str:
     """'3 unusable files: cats/a.jpg (the file is empty), ...': names the first ten and counts the rest."""
     files = list(skipped)
-    names = [f"{os.path.relpath(item.path, root)} ({item.reason})" for item in files[:SHOWN]]
+    names = [printable(f"{os.path.relpath(item.path, root)} ({item.reason})") for item in files[:SHOWN]]
     more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
     return f"{len(files)} unusable file{'s' * (len(files) != 1)}: {', '.join(names)}{more}"
 
 
-def split_folders(root: Path) -> dict[str, Path]:
-    """Split name -> folder of class folders: `root` itself as "train" unless it has a train/ folder."""
-    if not (root / "train").is_dir():
-        return {"train": root}
-    found = {}
-    for split, names in SPLITS.items():
-        there = [root / name for name in names if (root / name).is_dir()]
-        if len(there) > 1:
-            raise DataError(f"vit: {root} has both {there[0].name}/ and {there[1].name}/; keep one of them")
-        if there:
-            found[split] = there[0]
-    return found
+def images_below(base: Path) -> tuple[list[Path], list[Skipped]]:
+    """The image files in a folder and its sub-folders, in order, and what is none by its name or not readable."""
+    skipped: list[Skipped] = []
+    return _files(base, skipped), skipped
 
 
-def _folders(base: Path) -> list[Path]:
-    return [entry for entry in sorted(base.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+def _class_names(root: Path, roots: dict[str, Path], bases: dict[str, dict[str, Path]]) -> tuple[str, ...]:
+    if "train" not in roots:
+        there = " and ".join(f"{base.name}/" for base in roots.values())
+        raise DataError(f"vit: {root} has {there} but no train/ to learn from. {ALLOWED}")
+    names = tuple(bases["train"])
+    if len(names) < 2:
+        raise DataError(
+            f"vit: {roots['train']} has {len(names)} class folder(s) {list(names)}; two or more are needed. {ALLOWED}"
+        )
+    return names
+
+
+def _check_known(bases: dict[str, dict[str, Path]], class_names: Sequence[str], owner: str) -> None:
+    known = set(class_names)
+    for found in bases.values():
+        for name, path in found.items():
+            if name not in known:
+                text = f"{printable(str(path))} is not a class of {owner}; its classes are"
+                raise DataError(f"vit: {text} {listed(class_names, near=name)}")
+
+
+def _check_filled(train: Samples, class_names: Sequence[str], root: Path, skipped: list[Skipped]) -> None:
+    counts = np.bincount(train.labels, minlength=len(class_names))
+    empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    if empty:
+        raise DataError(
+            f"vit: no usable training image in class folder(s) {listed(empty)} of {root}"
+            + (f"; {describe(skipped, root)}" if skipped else "")
+        )
 
 
 def _files(base: Path, skipped: list[Skipped]) -> list[Path]:
@@ -124,9 +139,20 @@ def _files(base: Path, skipped: list[Skipped]) -> list[Path]:
     return found
 
 
+class _Decoder:
+    """Decodes pictures in any number of threads, large ones one after the other."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+
+    def decode(self, path: Path) -> None:
+        with opened(path) as image, self._turn if decoded_pixels(image) > LARGE else nullcontext():
+            image.load()
+
+
 def _read_header(path: Path) -> None:
-    with Image.open(path) as image:
-        check_mode(image)
+    with opened(path):
+        pass
 
 
 def _check(
@@ -138,7 +164,7 @@ def _check(
         try:
             check(path)
         except Exception as error:
-            return explain(path, error.__cause__ or error)
+            return explain(path, error)
         return ""
 
     reasons = []

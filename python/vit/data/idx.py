@@ -7,9 +7,14 @@ the data.
 from __future__ import annotations
 
 import gzip
+import math
+import os
 import struct
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,6 +23,9 @@ from .samples import DataError, Samples, Source
 # The two spellings in circulation: with a hyphen as published, with a dot as some archives unpack.
 PREFIXES = {"train": "train", "test": "t10k"}
 KINDS = {"images": 3, "labels": 1}
+
+#: A byte of gzip stands for at most so many.
+_MOST_PACKED = 1032
 
 
 def find(folder: Path, split: str, kind: str) -> Path | None:
@@ -36,23 +44,43 @@ def is_idx_folder(folder: Path) -> bool:
     return any(find(folder, split, kind) for split in PREFIXES for kind in KINDS)
 
 
-def idx(folder: Path) -> Source:
-    """The data set of a folder of IDX files; DataError names a file that is missing, damaged or
-    inconsistent."""
-    train = _pair(folder, "train")
-    if train is None:
+def idx(folder: Path, report: Callable[[str], None] | None = None, complete: bool = True) -> Source:
+    """The data set of a folder of IDX files; its classes are the labels that occur, named by their numbers.
+
+    report: called with a line of text when the labels have gaps, as one wrong label makes them
+    complete: there must be training images, of every class; False for images to evaluate
+    Raises DataError for a file that is missing, damaged or inconsistent.
+    """
+    splits = {split: samples for split in PREFIXES if (samples := _pair(folder, split))}
+    if complete and "train" not in splits:
         raise DataError(f"vit: {folder} has no training files (train-images-idx3-ubyte[.gz] and its labels)")
-    splits = {"train": train}
-    test = _pair(folder, "test")
-    if test is not None:
-        splits["test"] = test
-        if test.images[0].shape != train.images[0].shape:  # type: ignore[union-attr]
-            sizes = [tuple(s.images[0].shape) for s in splits.values()]  # type: ignore[union-attr]
-            raise DataError(f"vit: in {folder} the training images are {sizes[0]} and the test images {sizes[1]}")
-    classes = 1 + max(int(samples.labels.max()) for samples in splits.values())
-    if classes < 2:
-        raise DataError(f"vit: every label in {folder} is 0; two classes or more are needed")
-    return Source(folder.name, "mnist", tuple(str(i) for i in range(classes)), splits)
+    sizes = {split: tuple(samples.images[0].shape) for split, samples in splits.items()}  # type: ignore[union-attr]
+    if len(set(sizes.values())) > 1:
+        raise DataError(
+            f"vit: in {folder} the training images are {sizes['train']} and the test images {sizes['test']}"
+        )
+    labels = {split: np.unique(samples.labels) for split, samples in splits.items()}
+    values = labels["train"] if complete else np.unique(np.concatenate(list(labels.values())))
+    if complete and (unknown := np.setdiff1d(labels.get("test", values), values)).size:
+        raise DataError(f"vit: {folder} has test images with the label(s) {unknown.tolist()}, which training lacks")
+    if complete and len(values) < 2:
+        raise DataError(f"vit: every label in {folder} is {values[0]}; two classes or more are needed")
+    if report and complete and len(values) <= values[-1] - values[0]:
+        report(f"the labels in {folder} have gaps: {len(values)} classes, {_ranges(values.tolist())}")
+    for split, samples in splits.items():
+        splits[split] = replace(samples, labels=np.searchsorted(values, samples.labels).astype(np.int64))
+    return Source(folder.name, "mnist", tuple(str(value) for value in values), splits)
+
+
+def _ranges(values: list[int]) -> str:
+    """[0, 1, 2, 7] -> '0-2, 7'."""
+    parts: list[list[int]] = []
+    for value in values:
+        if parts and value == parts[-1][1] + 1:
+            parts[-1][1] = value
+        else:
+            parts.append([value, value])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in parts)
 
 
 def _pair(folder: Path, split: str) -> Samples | None:
@@ -63,38 +91,69 @@ def _pair(folder: Path, split: str) -> Samples | None:
     if images_path is None or labels_path is None:
         kind = "labels" if labels_path is None else "images"
         raise DataError(f"vit: {folder} lacks {PREFIXES[split]}-{kind}-idx{KINDS[kind]}-ubyte[.gz]")
-    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
-    if len(images) != len(labels):
-        raise DataError(f"vit: {images_path} holds {len(images)} images but {labels_path} {len(labels)} labels")
+    labels = read_idx(labels_path, 1)  # first: it is small, and says how many images there must be
+    images = read_idx(images_path, 3, (len(labels), labels_path))
     if not len(images):
         raise DataError(f"vit: {images_path} holds no images")
     return Samples(images, labels.astype(np.int64), [f"{split}-{i}" for i in range(len(labels))])
 
 
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array of one IDX file, checked: type, number of dimensions, exact length."""
+def read_idx(path: Path, dimensions: int, labels: tuple[int, Path] | None = None) -> np.ndarray:
+    """The uint8 array of one IDX file, checked: type, number of dimensions, exact length.
+
+    labels: how many there are for its images, and in which file. The header is read first, and never more than it says.
+    """
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        with open(path, "rb") as plain:
+            packed = plain.read(2) == b"\x1f\x8b"
+            plain.seek(0)
+            size = os.fstat(plain.fileno()).st_size
+            file = gzip.GzipFile(fileobj=plain) if packed else plain
+            shape = _read_shape(file, path, dimensions)
+            if labels and shape[0] != labels[0]:
+                raise DataError(f"vit: {path} holds {shape[0]} images but {labels[1]} {labels[0]} labels")
+            return _read_array(file, path, shape, size, packed)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"vit: cannot read {path}: {error}") from error
+
+
+def _read_shape(file: BinaryIO | gzip.GzipFile, path: Path, dimensions: int) -> tuple[int, ...]:
+    length = 4 + 4 * dimensions
+    head = file.read(length)
     expected = bytes([0, 0, 8, dimensions])
-    if data[:4] != expected:
+    if head[:4] != expected:
         raise DataError(
             f"vit: {path} is not an IDX file of uint8 with {dimensions} dimension(s): it starts with "
-            f"{data[:4].hex() or 'nothing'}, expected {expected.hex()}"
+            f"{head[:4].hex() or 'nothing'}, expected {expected.hex()}"
         )
-    header = 4 + 4 * dimensions
-    if len(data) < header:
-        raise DataError(f"vit: {path} is cut off inside its header ({len(data)} bytes)")
-    shape = struct.unpack(f">{dimensions}I", data[4:header])
+    if len(head) < length:
+        raise DataError(f"vit: {path} is cut off inside its header ({len(head)} bytes)")
+    shape = struct.unpack(f">{dimensions}I", head[4:])
     if dimensions == 3 and 0 in shape[1:]:
         raise DataError(f"vit: {path} says its images are {shape[1]} x {shape[2]} pixels")
-    count = int(np.prod(shape, dtype=np.uint64)) if 0 not in shape else 0
-    if len(data) - header != count:
-        raise DataError(
-            f"vit: {path} says {' x '.join(map(str, shape))} = {count} bytes, but {len(data) - header} "
-            "follow the header"
-        )
-    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+    return shape
+
+
+def _read_array(
+    file: BinaryIO | gzip.GzipFile, path: Path, shape: tuple[int, ...], size: int, packed: bool
+) -> np.ndarray:
+    """What follows the header in a file of `size` bytes."""
+    count, behind = math.prod(shape), size - 4 - 4 * len(shape)
+    says = f"vit: {path} says {' x '.join(map(str, shape))} = {count} bytes, but"
+    if not packed and count != behind:
+        raise DataError(f"{says} {behind} follow the header")
+    if count > size * _MOST_PACKED:
+        raise DataError(f"{says} {size} bytes of gzip cannot hold so many")
+    try:
+        data = np.empty(count, dtype=np.uint8)
+    except MemoryError as error:
+        raise DataError(f"{says} there is not enough memory for them") from error
+    done = 0
+    while done < count and (part := file.read(min(count - done, 1 << 20))):
+        data[done : done + len(part)] = np.frombuffer(part, dtype=np.uint8)
+        done += len(part)
+    if done < count:
+        raise DataError(f"{says} {done} follow the header")
+    if file.read(1):  # at its end, gzip compares the checksum
+        raise DataError(f"{says} more follow the header")
+    return data.reshape(shape)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ..support.images import explain, open_image
+from ..support.text import printable
 
 
 class DataError(ValueError):
@@ -17,6 +20,10 @@ class DataError(ValueError):
     def __init__(self, text: str) -> None:
         # A DataLoader raises a worker's error anew with its traceback as text; the last line of that is the error.
         super().__init__(text.rpartition("DataError: ")[2].strip())
+
+
+class ReaderError(DataError):
+    """A process that reads images died or stopped answering; the text says how."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class Source:
         order, and no library version changes it. DataError when a split of `needed` would be empty.
         """
         splits = dict(self.splits)
+        if "train" not in splits:
+            raise DataError(f"vit: {self.name} has no training images to draw from, only {' and '.join(splits)}")
         train = splits["train"]
         wanted = {"test": test_fraction, "val": val_fraction}
         missing = {name: fraction for name, fraction in wanted.items() if name not in splits}
@@ -114,13 +123,42 @@ class Source:
                 )
         return replace(self, splits=splits)
 
+    def select(self, split: str, val_fraction: float, test_fraction: float, seed: int) -> Samples:
+        """One split, drawn as `divided` does where the source lacks it, or "all" images. DataError when it is empty."""
+        if split == "all":
+            chosen = Samples.concatenate(list(self.splits.values()))
+        elif split == "train" or split not in self.splits:
+            chosen = self.divided(val_fraction, test_fraction, seed, needed=()).splits[split]
+        else:
+            chosen = self.splits[split]
+        if not len(chosen):
+            raise DataError(f"vit: the {split} split of {self.name} holds no usable image")
+        return chosen
+
+    def relabelled(self, classes: Sequence[str], report: Callable[[str], None] | None = None) -> Source:
+        """The source with its labels counted in `classes`, by name; `report` is told when some of them do not occur.
+
+        Raises DataError for a class that is not among them.
+        """
+        places = {name: place for place, name in enumerate(classes)}
+        if unknown := [name for name in self.class_names if name not in places]:
+            raise DataError(f"vit: {self.name} has the classes {unknown}, the model has {list(classes)}")
+        order = np.array([places[name] for name in self.class_names], dtype=np.int64)
+        splits = {name: replace(part, labels=order[part.labels]) for name, part in self.splits.items()}
+        present = {label for part in splits.values() for label in np.unique(part.labels).tolist()}
+        if report and len(present) < len(classes):
+            names = [printable(classes[label]) for label in sorted(present)[:10]]
+            more = f" and {len(present) - 10} more" if len(present) > 10 else ""
+            report(f"{self.name} holds {len(present)} of the model's {len(classes)} classes: {', '.join(names)}{more}")
+        return replace(self, class_names=tuple(classes), splits=splits)
+
     def fingerprint(self) -> str:
         """A digest of the class names and of every split's keys and labels: equal only for the same data."""
         digest = hashlib.sha256(repr(self.class_names).encode())
         for name, samples in sorted(self.splits.items()):
             digest.update(name.encode())
             for key in samples.keys:
-                digest.update(key.encode() + b"\0")
+                digest.update(_bytes(key) + b"\0")
             digest.update(samples.labels.tobytes())
             if isinstance(samples.images, np.ndarray):
                 digest.update(samples.images.tobytes())
@@ -136,36 +174,17 @@ class Skipped:
 
 
 def _rank(seed: int, key: str) -> bytes:
-    return hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
+    return hashlib.blake2b(_bytes(f"{seed}:{key}"), digest_size=16).digest()
+
+
+def _bytes(text: str) -> bytes:
+    """UTF-8, and of a file name that is none the bytes it has on the disk."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def read_image(path: Path) -> Image.Image:
-    """The fully decoded image of a file; DataError names the file and what is wrong with it."""
+    """The fully decoded, upright image of a file; DataError names the file and what is wrong with it."""
     try:
-        with Image.open(path) as image:
-            check_mode(image)
-            image.load()
-            return image
+        return open_image(path)
     except Exception as error:  # decoders raise SyntaxError, struct.error, ... on damaged files, not only OSError
-        raise DataError(f"vit: cannot read image {path}: {explain(path, error)}") from error
-
-
-def check_mode(image: Image.Image) -> None:
-    """ValueError for more than 8 bits per channel: the conversion to grey or RGB would clip the values."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise ValueError(f"mode {image.mode}, more than 8 bits per channel; convert the file to 8 bits")
-
-
-def explain(path: Path, error: BaseException) -> str:
-    """Why a file could not be read as an image, in the user's words."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file" if not path.is_symlink() else "a link to a file that does not exist"
-    if isinstance(error, IsADirectoryError):
-        return "is a folder"
-    if isinstance(error, PermissionError):
-        return "no permission to read it"
-    if path.exists() and path.stat().st_size == 0:
-        return "the file is empty"
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "not an image, or a format Pillow does not read"
-    return str(error) or type(error).__name__
+        raise DataError(f"vit: cannot read image {printable(str(path))}: {printable(explain(path, error))}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 
 from ..model import VisionTransformer
 from ..model.pos_embed import resample, sincos2d
-from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError, some
+from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError
+from .fit import check_head, check_names, check_pooling, rename_norm
+from .tensors import check_range
 
 log = logging.getLogger("vit")
 
@@ -20,52 +21,52 @@ def load_into(model: VisionTransformer, checkpoint: Checkpoint, new_head: bool =
     """Copies a checkpoint into a model, adapting what has a meaningful adaptation.
 
     new_head: the caller asked for this number of classes, so that a checkpoint without a head is fine too.
-    Raises WeightsError naming every parameter that is missing, unexpected or of another shape.
+    Raises WeightsError naming every parameter that is missing, unexpected, of another shape or too large for the dtype.
     """
     state, wanted = dict(checkpoint.state), model.state_dict()
-    if _fit_head(state, wanted, checkpoint.source, new_head):
+    settings = {"global_pool": model.global_pool, "fc_norm": "fc_norm.weight" in wanted}
+    check_pooling(state, settings, checkpoint.source)
+    if _fit_head(state, wanted, checkpoint, model.embed_dim, new_head):
         model.reset_classifier(model.num_classes)
         wanted = {key: value for key, value in wanted.items() if key not in HEAD}
-    _fit_norm(state, wanted)
+    had_norm = "norm.weight" in state
+    state = rename_norm(state, settings)
+    if had_norm and "norm.weight" not in state:
+        log.info("%s: its last norm was moved behind the mean of the patches", checkpoint.source)
     _fit_patches(state, wanted, model)
     _fit_positions(state, wanted, model, checkpoint)
-    _check_names(state, wanted, checkpoint.source)
+    check_names(state, {key: tuple(value.shape) for key, value in wanted.items()}, checkpoint.source)
+    check_range(state, wanted, checkpoint.source)
     model.load_state_dict(state, strict=False)
 
 
-def _fit_head(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str, new_head: bool) -> bool:
+def _fit_head(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], checkpoint: Checkpoint, embed_dim: int, new_head: bool
+) -> bool:
     """Takes a head that does not fit out of `state`; whether the model needs a new one. Says which."""
     classes = len(wanted["head.weight"]) if "head.weight" in wanted else 0
-    had = len(state["head.weight"]) if "head.weight" in state else 0
+    head = state.get("head.weight")
+    had = 0 if head is None or not head.ndim else len(head)
     if had == classes:
         return False
+    check_head(checkpoint, classes, embed_dim, new_head)
     for key in HEAD:
         state.pop(key, None)
-    if not classes:  # features
-        return False
-    if not had and not new_head:
-        raise WeightsError(
-            f"vit: {source} has no classifier head; pass num_classes=0 for features or num_classes=N for a new head"
-        )
-    what = f"its head for {had} classes was dropped" if had else "it has no head"
-    log.warning("%s: %s, a new one for %d classes was initialised", source, what, classes)
-    return True
-
-
-def _fit_norm(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Pooling by average moves the last norm behind the pooling and renames it."""
-    for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
-        if f"{new}.weight" in wanted and f"{new}.weight" not in state:
-            for kind in ("weight", "bias"):
-                if f"{old}.{kind}" in state:
-                    state[f"{new}.{kind}"] = state.pop(f"{old}.{kind}")
+    what = f"its head for {had} classes was dropped" if head is not None else "it has no head"
+    if classes:
+        log.warning("%s: %s, a new one for %d classes was initialised", checkpoint.source, what, classes)
+    elif had:
+        log.info("%s: %s", checkpoint.source, what)
+    return classes > 0
 
 
 def _fit_patches(state: dict[str, Tensor], wanted: dict[str, Tensor], model: VisionTransformer) -> None:
     """Brings the projection to the model's channels and layout; a patch of another size is left to _check_names."""
     weight, embed = state.get(PATCHES), model.patch_embed
     patch_height, patch_width = embed.patch_size
-    if weight is None or weight.ndim not in (2, 4) or weight[0].numel() % (patch_height * patch_width):
+    if weight is None or weight.ndim not in (2, 4) or not weight.numel():
+        return
+    if weight[0].numel() % (patch_height * patch_width):
         return
     if weight.ndim == 4 and tuple(weight.shape[2:]) != embed.patch_size:
         return
@@ -100,7 +101,7 @@ def _fit_positions(
             )
         state[POSITIONS] = own
         return
-    if table is None or own is None or table.ndim != 3 or table.shape[2] != own.shape[2]:
+    if table is None or own is None or table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != own.shape[2]:
         return
     grid, old_grid = model.patch_embed.grid_size, checkpoint.grid()
     if old_grid == grid or (old_grid is None and table.shape == own.shape):
@@ -128,29 +129,3 @@ def _is_sincos2d(table: Tensor, model: VisionTransformer) -> bool:
 
     # The first patch is the same in every grid: learned positions are found out by it.
     return rows > 0 and agrees((1, 1)) and any(agrees((h, rows // h)) for h in range(1, rows + 1) if rows % h == 0)
-
-
-def _check_names(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> None:
-    missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in wanted]
-    shapes = [
-        f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if not (missing or unexpected or shapes):
-        return
-    lines = [f"vit: {source} does not fit the model:"]
-    if missing:
-        lines.append(f"  missing     {some(missing)}")
-    if unexpected:
-        lines.append(f"  unexpected  {some([_with_nearest(key, wanted) for key in unexpected[:12]] + unexpected[12:])}")
-    if shapes:
-        lines.append(f"  shape       {some(shapes)}")
-    lines.append("Create the model with the sizes the weights were made for (name, patch_size, embed_dim, depth, ...)")
-    raise WeightsError("\n".join(lines))
-
-
-def _with_nearest(key: str, wanted: dict[str, Tensor]) -> str:
-    near = difflib.get_close_matches(key, wanted, n=1)
-    return f"{key} (nearest: {near[0]})" if near else key

@@ -33,7 +33,9 @@ class Checkpoint:
     """What a source of weights says.
 
     state: timm's parameter names -> tensors on the CPU. arch, preprocess: arguments of VisionTransformer and of
-    Preprocess, as far as they are written beside the weights; likewise the model's name and the class names.
+    Preprocess, as far as they are written beside the weights; likewise the model's name and the class names. implied:
+    arguments of VisionTransformer that every model of this layout has, whatever its name. dropped: parts of a file that
+    a ViT does not have -> why they are left out.
     """
 
     state: Mapping[str, Tensor]
@@ -42,15 +44,46 @@ class Checkpoint:
     arch: Mapping[str, Any] = field(default_factory=dict)
     preprocess: Mapping[str, Any] | None = None
     class_names: tuple[str, ...] | None = None
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
 
-    def sizes(self) -> dict[str, int]:
-        """What the tensors themselves tell about the ends of the network: classes and image channels."""
-        sizes = {}
-        if (head := self.state.get("head.weight")) is not None:
+    def settings(self, name: str | None) -> dict[str, Any]:
+        """Arguments of the model these weights belong to: what the tensors tell, and over it, unless another model
+        than theirs is asked for by name, what is written beside them."""
+        found = {**self.implied, **self.sizes()}
+        if not self.describes(name):
+            return found
+        found |= self.arch
+        if self.arch.get("global_pool") == "avg" and "fc_norm" not in self.arch and self._has_norm():
+            found["fc_norm"] = False  # the last norm is called norm where it comes before the pooling
+        return found
+
+    def describes(self, name: str | None) -> bool:
+        """Whether what is written beside the tensors is about a model of that name: not where it names another one."""
+        return None in (name, self.name) or name == self.name
+
+    def sizes(self) -> dict[str, Any]:
+        """What the tensors themselves tell about the ends of the network: classes, image channels, pooling."""
+        sizes: dict[str, Any] = {}
+        if (head := self.state.get("head.weight")) is not None and head.ndim:
             sizes["num_classes"] = len(head)
         if (patches := self.state.get(PATCHES)) is not None and patches.ndim == 4:
             sizes["in_chans"] = patches.shape[1]
+        if "fc_norm.weight" in self.state:
+            sizes["global_pool"] = "avg"
+        if "blocks.0.norm1.weight" in self.state and "cls_token" not in self.state and not self._lacks_token():
+            # Without a class token logits come from the mean of the patches; the name of the last norm tells its place.
+            sizes |= {"class_token": False, "global_pool": "avg"} | ({"fc_norm": False} if self._has_norm() else {})
         return sizes
+
+    def _lacks_token(self) -> bool:
+        """Whether positions have a row for a class token that is not there."""
+        table = self.state.get(POSITIONS)
+        rows = 0 if table is None or table.ndim != 3 else table.shape[1]
+        return rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1 and math.isqrt(rows) ** 2 != rows
+
+    def _has_norm(self) -> bool:
+        return "norm.weight" in self.state and "fc_norm.weight" not in self.state
 
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns of patches that the position embedding stands for, where image and patch size are known."""
@@ -63,9 +96,12 @@ class Checkpoint:
         return -(-height // patch_height), -(-width // patch_width)
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite: in one pass, where isfinite() makes copies (a second for ViT-B)."""
+def all_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether no element is NaN or infinite, itself and as `dtype`: in one pass, where isfinite() makes copies (a
+    second for ViT-B)."""
     if tensor.dtype.itemsize == 1:
         tensor = tensor.to(torch.bfloat16)  # no arithmetic in 8 bits
-    # Its ends are finite only where all of it is.
-    return tensor.numel() == 0 or all(math.isfinite(end) for end in tensor.detach().aminmax())
+    if tensor.numel() == 0:
+        return True
+    # The ends are finite only where all of it is, and conversion keeps their order.
+    return all(math.isfinite(end if dtype is None else end.to(dtype)) for end in tensor.detach().aminmax())

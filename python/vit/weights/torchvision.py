@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -34,14 +35,20 @@ _LAYER = {
     "mlp.linear_2.weight": "mlp.fc2.weight",
     "mlp.linear_2.bias": "mlp.fc2.bias",
 }
+MARK = "conv_proj.weight"
 _BLOCK = "encoder.layers.encoder_layer_"
 
 
-def recognises(state: Mapping[str, Tensor]) -> bool:
-    return "conv_proj.weight" in state and "encoder.pos_embedding" in state
+def recognises(state: Mapping[str, Any]) -> bool:
+    return MARK in state and "encoder.pos_embedding" in state
 
 
-def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """All of it belongs to the model."""
+    return dict(state), {}
+
+
+def convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """torchvision's names -> timm's; what is unknown keeps its name and is reported as unexpected."""
     found = {}
     for key, value in state.items():
@@ -50,4 +57,4 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[f"blocks.{index}.{_LAYER.get(rest, rest)}"] = value
         else:
             found[_STEM.get(key, key)] = value
-    return found
+    return found, {}, {}

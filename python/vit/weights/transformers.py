@@ -1,12 +1,19 @@
-"""The layout of Hugging Face transformers' ViTModel and ViTForImageClassification: q, k and v kept apart."""
+"""The layout of Hugging Face transformers' ViTModel and ViTForImageClassification: q, k and v kept apart.
+
+Two sets of names: the hub's files have `encoder.layer.N.attention.attention.query`, models of transformers 5 in
+memory `layers.N.attention.q_proj`.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+MARK = "embeddings.patch_embeddings.projection.weight"
 
 _STEM = {
     "embeddings.cls_token": "cls_token",
@@ -24,59 +31,53 @@ _LAYER = {
     "output.dense": "mlp.fc2",
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
+    "attention.o_proj": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_QKV = (
+    tuple(f"attention.attention.{part}" for part in ("query", "key", "value")),
+    tuple(f"attention.{part}_proj" for part in "qkv"),
+)
+_NAME = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
+
+#: Parts that are not read -> why.
+BESIDE = {
+    "pooler": "transformers' pooler, which no class depends on",
+    "embeddings.mask_token": "for pretraining by masked images",
+    "decoder": "for pretraining by masked images",
 }
 
 
-#: transformers' names of sizes -> ours.
-_SIZES = {
-    "image_size": "img_size",
-    "patch_size": "patch_size",
-    "num_channels": "in_chans",
-    "hidden_size": "embed_dim",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "num_heads",
-    "layer_norm_eps": "norm_eps",
-    "qkv_bias": "qkv_bias",
-}
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+def recognises(state: Mapping[str, Any]) -> bool:
+    return any(key in (MARK, f"vit.{MARK}") for key in state)
 
 
-def about(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What transformers' config.json says of a ViT; None for other models. Their images are resized without a
-    crop, which Preprocess does not do: the named model's transform stays."""
-    if config.get("model_type") != "vit":
-        return None
-    arch = {ours: config[theirs] for theirs, ours in _SIZES.items() if theirs in config}
-    if "intermediate_size" in config:
-        arch["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
-    if config.get("hidden_act") in _ACTIVATIONS:
-        arch["act_layer"] = _ACTIVATIONS[config["hidden_act"]]
-    names = [label for _, label in sorted((config.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
-    return {"arch": arch, "class_names": tuple(names) or None}
+def select(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parameters without the prefix "vit.", and what else there is -> why it is left out."""
+    inside = {key.removeprefix("vit."): value for key, value in state.items()}
+    dropped = {key: why for key in inside for part, why in BESIDE.items() if key == part or key.startswith(f"{part}.")}
+    return {key: value for key, value in inside.items() if key not in dropped}, dropped
 
 
-def recognises(state: Mapping[str, Tensor]) -> bool:
-    return any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state)
-
-
-def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names -> timm's. The pooler is left out; what else is unknown keeps its name and is
-    reported."""
-    state = {
-        key.removeprefix("vit."): value for key, value in state.items() if not key.startswith(("pooler", "vit.pooler"))
-    }
+def convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """transformers' names -> timm's; what is unknown keeps its name and is reported. transformers' norms add 1e-12."""
     found = {}
     for key, value in state.items():
+        layer = _NAME.fullmatch(key)
         if key in _STEM:
             found[_STEM[key]] = value
-        elif key.startswith("encoder.layer."):
-            _, _, index, rest = key.split(".", 3)
-            module, _, kind = rest.rpartition(".")
-            if module == "attention.attention.query":
-                parts = [state[key.replace(".query.", f".{p}.")] for p in ("query", "key", "value")]
-                found[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat(parts)
-            elif module not in ("attention.attention.key", "attention.attention.value"):
-                found[f"blocks.{index}.{_LAYER.get(module, module)}.{kind}"] = value
-        else:
+        elif layer is None:
             found[key] = value
-    return found
+        else:
+            index, module, kind = layer.groups()
+            names = next((names for names in _QKV if module in names), None)
+            if names is None:
+                name = f"blocks.{index}.{_LAYER[module]}.{kind}" if module in _LAYER else key
+                found[name] = value
+            elif module == names[0]:
+                parts = [state[key.replace(names[0], name)] for name in names]
+                found[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat(parts)
+            elif key.replace(module, names[0]) not in state:
+                found[key] = value
+    return found, {"norm_eps": 1e-12}, {}

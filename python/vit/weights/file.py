@@ -1,0 +1,79 @@
+"""One file of weights: its format, the layout of its names, its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from ..support.text import printable
+from . import jax, torchvision, transformers
+from .archive import read_npz
+from .checkpoint import Checkpoint, WeightsError
+from .pickles import read_pickle
+from .tensors import plain
+from .unwrap import unwrap
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
+SUFFIXES = (".safetensors", ".npz", *PICKLES)
+
+
+def shown(path: Path) -> str:
+    """A path as error texts and logs may show it."""
+    return printable(str(path))
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """The tensors of one file by name; WeightsError when it is truncated, unknown or would execute code."""
+    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+    if suffix is None:
+        raise WeightsError(f"vit: weights {str(path)!r}: the suffix is not one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise WeightsError(f"vit: weights {str(path)!r} are no regular file")
+    readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {".safetensors": _read_safetensors, ".npz": read_npz}
+    try:
+        return readers.get(suffix, read_pickle)(path)
+    except (WeightsError, PermissionError):
+        raise
+    except Exception as error:  # a broken file makes each reader stumble in half a dozen ways
+        why = printable(next(iter(str(error).splitlines()), type(error).__name__))
+        raise WeightsError(
+            f"vit: weights {str(path)!r} ({path.stat().st_size} bytes) are truncated or not a {suffix} file: {why}"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # a name that safetensors does not take
+        return safetensors.torch.load(path.read_bytes())
+    return safetensors.torch.load_file(path)
+
+
+def checkpoint_of(found: Mapping[str, Any], source: str, **about: Any) -> Checkpoint:
+    """Unwraps what training programs wrap, recognises the layout, converts the names, checks every tensor."""
+    state, dropped = unwrap(found, source)
+    layout: Any = next((layout for layout in (jax, transformers, torchvision) if layout.recognises(state)), None)
+    if layout is not None:
+        state, beside = layout.select(state)
+        dropped |= beside
+    tensors = {key: plain(key, value, source) for key, value in state.items()}
+    implied: dict[str, Any] = {}
+    if layout is not None:
+        tensors, implied, beside = _convert(layout.convert, tensors, source)
+        dropped |= beside
+    return Checkpoint(tensors, source, implied=implied, dropped=dropped, **about)
+
+
+def _convert(convert: Callable[[Mapping[str, Tensor]], Any], state: Mapping[str, Tensor], source: str) -> Any:
+    try:
+        return convert(state)
+    except KeyError as error:
+        name = printable(str(error.args[0]))
+        raise WeightsError(f"vit: {source} lacks {name}, which its other names call for") from error
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        why = printable(next(iter(str(error).splitlines()), type(error).__name__))
+        raise WeightsError(f"vit: {source} holds a tensor of another shape than its name says: {why}") from error

@@ -1,0 +1,170 @@
+"""The config.json beside timm's published weights: each key used, known to mean nothing here, or refused by name.
+
+As timm reads it: top level over pretrained_cfg, model_args over both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..model.vision_transformer import POOLS
+from ..preprocess import INTERPOLATIONS
+from ..support.records import Record
+from .records import arguments
+
+#: Where the weights come from, texts about them, and sizes that only other models or other evaluations use.
+_IRRELEVANT = (
+    *("url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "custom_load", "license", "description"),
+    *(
+        "origin_url",
+        "paper_name",
+        "paper_ids",
+        "notes",
+        "test_input_size",
+        "min_input_size",
+        "test_crop_pct",
+        "pool_size",
+    ),
+    *(
+        "test_pool_size",
+        "label_descriptions",
+        "paper_title",
+        "num_features",
+        "architecture",
+        "model_type",
+        "architectures",
+    ),
+    *("transformers_version", "torch_dtype", "dtype", "do_pooling", "initializer_range", "hf_hub_revision"),
+)
+#: timm's arguments that this model has under a name or with values of its own.
+_POSITIONS = {"learn": "learned", "none": "none", "": "none"}
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
+#: timm's arguments that this model does not have, and the values that mean it is as if they were not there.
+_ABSENT: dict[str, tuple[Any, ...]] = {
+    "qk_norm": (False,),
+    "scale_attn_norm": (False,),
+    "scale_mlp_norm": (False,),
+    "proj_bias": (True,),
+    "init_values": (None,),
+    "no_embed_class": (False,),
+    "reg_tokens": (0,),
+    "pre_norm": (False,),
+    "final_norm": (True,),
+    "pool_include_prefix": (False,),
+    "dynamic_img_size": (False,),
+    "patch_drop_rate": (0, 0.0),
+    "fix_init": (False, True),
+    "strict_img_size": (True,),
+    "embed_norm_layer": (None,),
+    "norm_layer": (None, "layernorm", "layer_norm"),
+    "use_naflex": (None, False),
+    "qkv_fused": (True,),
+}
+
+
+def about(record: Record) -> dict[str, Any]:
+    """What timm's config.json says, as arguments of Checkpoint."""
+    name = record.text("architecture", None)
+    cfg = record.record("pretrained_cfg", None)
+    flat = cfg is None  # older files have all of it in one object
+    cfg = record if cfg is None else cfg
+    arch = _defaults(record, cfg)
+    args = record.record("model_args", None)
+    if args is not None:
+        arch |= _arguments(args)
+    names = _labels(record, cfg)
+    transform = _transform(cfg)
+    for one in (record, cfg):
+        for key in _IRRELEVANT:
+            one.raw(key, None)
+    if not flat:
+        cfg.finish()
+    record.finish()
+    return {
+        "name": None
+        if name is None
+        else name.partition(".")[0],  # a tag after the dot tells weights, not models, apart
+        "arch": arch,
+        "preprocess": transform or None,
+        "class_names": names,
+    }
+
+
+def _defaults(record: Record, cfg: Record) -> dict[str, Any]:
+    """Arguments that timm takes from the configuration of the weights."""
+    arch: dict[str, Any] = {}
+    for one in (cfg, record):
+        classes = one.integer("num_classes", None, low=-1) if one.raw("num_classes", None) is not None else None
+        if classes is not None and classes >= 0:
+            arch["num_classes"] = classes
+        if one.raw("global_pool", None) is not None:
+            arch["global_pool"] = one.choice("global_pool", POOLS)
+    fixed = cfg.raw("fixed_input_size", None)
+    if fixed not in (None, False, True):
+        cfg.refuse("fixed_input_size", "true or false")
+    size = cfg.raw("input_size", None)
+    if size is not None:
+        if not isinstance(size, list) or len(size) != 3 or not all(type(one) is int and one > 0 for one in size):
+            cfg.refuse("input_size", "[channels, height, width]")
+        arch["in_chans"] = size[0]
+        if fixed:
+            arch["img_size"] = (size[1], size[2])
+    for key, own in (("first_conv", "patch_embed.proj"), ("classifier", "head")):
+        if cfg.raw(key, None) not in (None, own, []):
+            cfg.refuse(key, f"{own!r}, as in timm's ViT")
+    if cfg.raw("label_offset", None) not in (None, 0):
+        cfg.refuse("label_offset", "0: this reads all rows of the head")
+    return arch
+
+
+def _arguments(args: Record) -> dict[str, Any]:
+    """model_args -> arguments of VisionTransformer."""
+    found: dict[str, Any] = {}
+    rest = dict(args.values)
+    for key, allowed in _ABSENT.items():
+        if key in rest and not any(rest[key] == one and type(rest[key]) is type(one) for one in allowed):
+            args.refuse(key, f"left out or {' or '.join(map(str, allowed))}: this model does not have it")
+        rest.pop(key, None)
+    if "pos_embed" in rest:
+        found["pos_embed"] = _POSITIONS[args.choice("pos_embed", _POSITIONS)]
+    if rest.get("act_layer", 0) is not None and "act_layer" in rest:
+        found["act_layer"] = _ACTIVATIONS[args.choice("act_layer", _ACTIVATIONS)]
+    if "dynamic_img_pad" in rest:
+        found["dynamic_pad"] = args.boolean("dynamic_img_pad")
+    for key in ("pos_embed", "act_layer", "dynamic_img_pad", "weight_init"):
+        rest.pop(key, None)
+    return found | arguments(Record(rest, args.source))
+
+
+def _labels(record: Record, cfg: Record) -> tuple[str, ...] | None:
+    """Class names: a list, or an object of class number and name."""
+    for one, key in ((record, "label_names"), (cfg, "label_names"), (record, "labels"), (cfg, "labels")):
+        if (names := one.raw(key, None)) is None:
+            continue
+        if isinstance(names, dict):
+            table = one.record(key)
+            if set(names) != set(map(str, range(len(names)))):
+                continue  # gaps: not a name for every class
+            return tuple(table.text(str(i)) for i in range(len(names)))
+        return one.texts(key) or None
+    return None
+
+
+def _transform(cfg: Record) -> dict[str, Any]:
+    """The evaluation transform in a pretrained_cfg, as arguments of Preprocess."""
+    found: dict[str, Any] = {}
+    for key in ("mean", "std"):
+        if cfg.raw(key, None) is not None:
+            found[key] = cfg.numbers(key)
+    if min(found.get("std", (1.0,)), default=0.0) <= 0.0:
+        cfg.refuse("std", "numbers above 0")
+    if cfg.raw("interpolation", None) is not None:
+        found["interpolation"] = cfg.choice("interpolation", INTERPOLATIONS)
+    if cfg.raw("crop_pct", None) is not None:
+        found["crop_pct"] = cfg.number("crop_pct", low=math.ulp(0.0), high=1.0)
+    if cfg.raw("crop_mode", None) is not None:
+        found["crop_mode"] = cfg.choice("crop_mode", ("center", "squash"))
+    if cfg.raw("crop_border_pixels", None) not in (None, 0):
+        cfg.refuse("crop_border_pixels", "0")
+    return found

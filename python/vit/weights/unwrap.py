@@ -1,0 +1,147 @@
+"""From what a training program saved to the parameters of one model: containers, then prefixes of names."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..support.text import printable
+from . import jax, torchvision, transformers
+from .checkpoint import PATCHES, WeightsError, some
+
+log = logging.getLogger("vit")
+
+#: Names under which training programs keep a state dict, the one to take first: averages (EMA, a DINO teacher) are what
+#: their authors evaluate.
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher", "shadow_params"),
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "encoder", "backbone"),
+    *("weights", "params", "target_encoder", "student"),
+)
+#: Wrappers that stand inside a name where one part of a model was wrapped; no module of a ViT is called so.
+INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_checkpoint_module)\.")
+#: The one weight every layout has, by which its parameters are found.
+MARKS = (PATCHES, f"vit.{transformers.MARK}", transformers.MARK, torchvision.MARK)
+#: Parts of pretraining and of training programs that a classifier does not have: regular expression -> why.
+BESIDE = {
+    r"mask_token|decoder($|[._]).*": "for pretraining by masked images",
+    r"head\.(mlp|last_layer)\..*|(dino|ibot)_head\..*": "the projection of DINO's pretraining",
+    r"n_averaged|num_updates|decay": "a counter of the running average",
+    r"patch_embed\.num_batches_tracked|global_step": "a counter of the training",
+}
+DEEPEST = 4
+
+
+def unwrap(found: Mapping[Any, Any], source: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The entries of one model under names without prefixes, and those left out -> why.
+
+    A container is looked for by the patch projection that every ViT has; what stands beside that under the same prefix
+    belongs to the model, and the rest keeps its name, to be reported.
+
+    Raises WeightsError when nothing is a tensor, or when two models could be meant.
+    """
+    state = _tensors(_container(found, source), source)
+    if not state:
+        keys = printable(some([str(key) for key in found])) or "none"
+        raise WeightsError(f"vit: {source} holds no tensors that are parameters; its entries: {keys}")
+    state = _without_prefix(_without_inner(state, source), source)
+    dropped = {key: why for key in state for pattern, why in BESIDE.items() if re.fullmatch(pattern, key)}
+    return {key: value for key, value in state.items() if key not in dropped}, dropped
+
+
+def _tensors(found: Mapping[Any, Any], source: str) -> dict[str, Any]:
+    """The entries with a text for a name and an array or tensor for a value; others that stand among them are named."""
+    state = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, (Tensor, np.ndarray))}
+    if state and (rest := [str(key) for key in found if key not in state]):
+        log.info("%s: no tensors, and left out: %s", source, printable(some(rest)))
+    return state
+
+
+def _container(found: Mapping[Any, Any], source: str) -> Mapping[Any, Any]:
+    """The mapping of `found`, itself or inside it, that holds a model."""
+    models = list(_models(found, ()))
+    if not models:  # no ViT: the outermost tensors say in which way
+        for name in WRAPPERS:
+            if isinstance(found.get(name), Mapping):
+                return _container(found[name], source)
+        return found
+    if len(models) == 1 or models[0][0] == ():
+        return models[0][1]
+    # One wrapper's models against another's, from the outside in.
+    ranks = [[WRAPPERS.index(name) if name in WRAPPERS else len(WRAPPERS) for name in path] for path, _ in models]
+    best = min(ranks)
+    chosen = [model for model, rank in zip(models, ranks, strict=True) if rank == best]
+    if len(chosen) > 1 or len(WRAPPERS) in best:
+        paths = some([printable(".".join(map(str, path))) for path, _ in models])
+        raise WeightsError(
+            f"vit: {source} holds more than one model: {paths}; load the file and pass the state dict of one"
+        )
+    taken, others = chosen[0][0], [".".join(map(str, path)) for path, _ in models if path != chosen[0][0]]
+    log.warning("%s: of the models in it %s was taken, not %s", source, ".".join(map(str, taken)), some(others))
+    return chosen[0][1]
+
+
+def _models(found: Mapping[Any, Any], path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Mapping[Any, Any]]]:
+    """The mappings that hold a patch projection: (the keys that lead to it, the mapping)."""
+    if jax.recognises(found) or any(
+        _mark(key) is not None and isinstance(found[key], (Tensor, np.ndarray)) for key in found
+    ):
+        yield path, found
+        return
+    if len(path) < DEEPEST:
+        for key, value in found.items():
+            if isinstance(value, Mapping):
+                yield from _models(value, (*path, key))
+
+
+def _mark(key: object) -> str | None:
+    """The prefix before a patch projection's name, "" included; None for other names."""
+    if isinstance(key, str):
+        for mark in MARKS:
+            if key == mark or key.endswith(f".{mark}"):
+                return key.removesuffix(mark)
+    return None
+
+
+def _without_inner(state: dict[str, Any], source: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in state.items():
+        name = INNER.sub("", key)
+        if name in result:
+            raise WeightsError(f"vit: {source} holds {printable(name)} twice, with and without a wrapper's name")
+        result[name] = value
+    return result
+
+
+def _without_prefix(state: dict[str, Any], source: str) -> dict[str, Any]:
+    """Names from behind what programs put before all of them: DistributedDataParallel "module.", Lightning "model.",
+    DINO "backbone.", in any order and number."""
+    prefixes = list(dict.fromkeys(prefix for key in state if (prefix := _mark(key)) is not None))
+    if len(prefixes) > 1:
+        raise WeightsError(
+            f"vit: {source} holds more than one model, with names that begin with "
+            f"{' and '.join(repr(printable(prefix)) for prefix in prefixes[:4])}; pass the state dict of one"
+        )
+    if not prefixes:  # incomplete or no ViT: what all names begin with is a wrapper's
+        for wrapper in ("module.", "model.") * 2:
+            if all(key.startswith(wrapper) for key in state):
+                state = {key.removeprefix(wrapper): value for key, value in state.items()}
+        return state
+    if not (prefix := prefixes[0]):
+        return state
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    outer = prefix[: prefix.rstrip(".").rfind(".") + 1]  # of "module.backbone." "module."
+    for key, value in state.items():
+        if not key.startswith(prefix):
+            name = key.removeprefix(outer) if key.startswith(outer) else key.rpartition("module.")[2] or key
+            if name in inside:
+                raise WeightsError(
+                    f"vit: {source} holds {printable(name)} twice, with and without {printable(prefix)!r}"
+                )
+            inside[name] = value
+    return inside
