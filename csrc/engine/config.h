@@ -34,4 +34,7 @@ void check_config(const vit_engine_config& config);
 
 Shape shape_of(const vit_engine_config& config);
 
+// Whether mean and std of the pixels are numbers to normalise with.
+bool can_normalize(const Network& network);
+
 }  // namespace vit::engine

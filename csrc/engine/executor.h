@@ -11,7 +11,8 @@ const char* level();
 
 inline constexpr int kMaxThreads = 1024;  // of one forward
 
-// Threads this process may use, at most kMaxThreads.
+// Threads this process may use, at most kMaxThreads, and of those the ones that other work leaves free.
+int available_threads();
 int default_threads();
 
 // Bytes of a packed matrix, and packing one.

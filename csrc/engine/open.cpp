@@ -1,9 +1,8 @@
 // An engine from its file, and the file from an engine.
-#include <cerrno>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <type_traits>
+#include <locale>
+#include <map>
+#include <sstream>
 
 #include "engine/config.h"
 #include "engine/engine.h"
@@ -12,10 +11,24 @@
 
 namespace vit::engine {
 
-std::unique_ptr<Engine> Engine::open(const std::string& path, int64_t max_batch) {
+namespace {
+
+// The whole text as a number; false for anything else, and for numbers that T does not have.
+template <class T>
+bool parse(const std::string& text, T& value) {
+  std::istringstream in(text);
+  in.imbue(std::locale::classic());  // the program may have chosen a decimal comma
+  return (in >> std::noskipws >> value) && in.peek() == std::istringstream::traits_type::eof();
+}
+
+}  // namespace
+
+std::unique_ptr<Engine> Engine::open(const std::string& path, int64_t max_batch, Access access) {
   const auto refuse = [&](const std::string& why) { throw EngineError(kFile, "vit engine: " + path + " " + why); };
-  Mapping image = Mapping::file(path);
-  Header header = read_header(image.data(), image.size(), path);
+  const InputFile file(path);
+  // The header is checked before memory is taken for the rest.
+  const std::string head = file.head(header_bytes(file.head(9), file.size(), path));
+  Header header = read_header(head, file.size(), path);
   const auto text = [&](const std::string& key) {
     const auto found = header.texts.find(key);
     if (found == header.texts.end()) refuse("is not an engine file: it says nothing about " + key);
@@ -26,18 +39,16 @@ std::unique_ptr<Engine> Engine::open(const std::string& path, int64_t max_batch)
   if (text("version") != std::to_string(VIT_ENGINE_VERSION))
     refuse("has format version " + text("version") + ", this library reads " + std::to_string(VIT_ENGINE_VERSION) +
            "; save it again with this version of vit");
+  if (!header.intact) refuse("is damaged: the checksum of its header is not that of its content");
   if (text("isa") != level())
     refuse("was made for the instruction-set level " + text("isa") + ", this process uses " + level() +
            "; save it again on a machine of this kind");
 
   vit_engine_config config{};
   for_fields(config, [&](const char* name, auto& value) {
-    char* end = nullptr;
-    const std::string digits = text(name);
-    value = static_cast<std::remove_reference_t<decltype(value)>>(std::strtoll(digits.c_str(), &end, 10));
-    if (digits.empty() || *end) refuse("is damaged: " + std::string(name) + " is \"" + digits + "\"");
+    if (!parse(text(name), value)) refuse("is damaged: " + std::string(name) + " is \"" + text(name) + "\"");
   });
-  config.norm_eps = std::strtod(text("norm_eps").c_str(), nullptr);
+  if (!parse(text("norm_eps"), config.norm_eps)) refuse("is damaged: norm_eps is \"" + text("norm_eps") + "\"");
   std::unique_ptr<Engine> engine;
   try {
     engine.reset(new Engine(config, max_batch));
@@ -47,10 +58,12 @@ std::unique_ptr<Engine> Engine::open(const std::string& path, int64_t max_batch)
   }
   Network& n = engine->network_;
 
+  std::map<std::string, const Record*> records;
+  for (const Record& r : header.records) records[r.name] = &r;
   const auto record = [&](const std::string& name) -> const Record& {
-    const auto found = header.records.find(name);
-    if (found == header.records.end()) refuse("is damaged: tensor " + name + " is missing");
-    return found->second;
+    const auto found = records.find(name);
+    if (found == records.end()) refuse("is damaged: tensor " + name + " is missing");
+    return *found->second;
   };
   for_linears(n, [&](const std::string& name, Linear& linear, int64_t, int64_t) {
     const std::string& dtype = record(name + ".weight").dtype;
@@ -59,31 +72,31 @@ std::unique_ptr<Engine> Engine::open(const std::string& path, int64_t max_batch)
     if (!allowed(name, linear.precision, n.shape.precision))
       refuse("is damaged: " + name + ".weight is " + dtype + ", which this engine's precision does not allow");
   });
-  char* data = image.data() + header.bytes;
-  for (const Part& part : parts_of(n)) {
+  const std::vector<Part> parts = parts_of(n);
+  for (const Part& part : parts) {
     const Record& stored = record(part.name);
     const Record wanted = record_of(part, stored.begin);
     if (stored.dtype != wanted.dtype || stored.end != wanted.end || (header.bytes + stored.begin) % 64)
       refuse("is damaged: tensor " + part.name + " has " + std::to_string(stored.end - stored.begin) + " bytes of " +
              stored.dtype + ", not " + std::to_string(wanted.end - wanted.begin) + " of " + wanted.dtype);
-    point(part, data + stored.begin);
   }
+  for (const Part& part : parts) records.erase(part.name);
+  if (!records.empty()) refuse("is damaged: tensor " + records.begin()->first + " belongs to no part of the network");
+
+  Mapping image = access == Access::map ? file.map() : file.copy();
+  if (std::memcmp(image.data(), head.data(), head.size()) != 0) refuse("was changed while it was read");
+  if (const Record* bad = damaged(header, image.data()))
+    refuse("is damaged: the data of tensor " + bad->name + " are not those of their checksum");
+  std::map<std::string, int64_t> begins;
+  for (const Record& r : header.records) begins[r.name] = r.begin;
+  for (const Part& part : parts) point(part, image.data() + header.bytes + begins[part.name]);
+  if (!can_normalize(n)) refuse("is damaged: mean and std of pixels are not finite, or std is not above 0");
   engine->texts_ = std::move(header.texts);
   engine->image_ = std::move(image);
-  if (max_batch) engine->reserve(max_batch, default_threads());
+  if (max_batch) engine->reserve(max_batch, available_threads());
   return engine;
 }
 
-void Engine::save(const std::string& path) const {
-  const std::string part = path + ".part";  // a program that has the old file mapped keeps it
-  std::FILE* file = std::fopen(part.c_str(), "wb");
-  bool ok = file && std::fwrite(image_.data(), 1, image_.size(), file) == image_.size();
-  if (file) ok = (std::fclose(file) == 0) && ok;
-  ok = ok && std::rename(part.c_str(), path.c_str()) == 0;
-  if (ok) return;
-  const int error = errno;
-  if (file) std::remove(part.c_str());
-  throw EngineError(kFile, "vit engine: cannot write " + path + ": " + std::strerror(error));
-}
+void Engine::save(const std::string& path) const { replace_file(path, image_.data(), image_.size()); }
 
 }  // namespace vit::engine

@@ -106,6 +106,7 @@ class _Name(Structure):
 
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "create": (c_void_p, (c_char_p, c_int64)),
+    "map": (c_void_p, (c_char_p, c_int64)),
     "build": (c_void_p, (POINTER(Config), POINTER(Weight), c_int64, POINTER(Text), c_int64, c_int64)),
     "save": (c_int, (c_void_p, c_char_p)),
     "forward": (c_int, (c_void_p, POINTER(Images), POINTER(Output), c_int64, c_int32)),
@@ -113,11 +114,11 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "last_error": (c_char_p, ()),
     "last_status": (c_int, ()),
     "default_threads": (c_int32, ()),
-    "get_config": (None, (c_void_p, POINTER(Config))),
+    "get_config": (c_int, (c_void_p, POINTER(Config))),
     "text": (c_char_p, (c_void_p, c_char_p)),
-    "memory": (None, (c_void_p, POINTER(c_int64), POINTER(c_int64))),
-    "profile": (None, (c_void_p, c_int32)),
-    "profile_read": (None, (c_void_p, POINTER(c_double))),
+    "memory": (c_int, (c_void_p, POINTER(c_int64), POINTER(c_int64))),
+    "profile": (c_int, (c_void_p, c_int32)),
+    "profile_read": (c_int, (c_void_p, POINTER(c_double))),
     "phase_name": (c_char_p, (c_int32,)),
     "name": (c_int, (c_int32, POINTER(_Name))),
 }
