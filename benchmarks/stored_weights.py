@@ -12,6 +12,7 @@ import vit
 from tables import markdown, short
 from vit.bench.weights import seeded_state
 from vit.engine.quantize import figures
+from vit.support.random import normal
 
 
 def main() -> None:
@@ -23,12 +24,7 @@ def main() -> None:
 
     model = vit.create(given.model, backend="reference", training=False)
     model.load_state_dict(seeded_state(model.state_dict()))
-    images = torch.randn(
-        given.images,
-        model.patch_embed.in_chans,
-        *model.patch_embed.img_size,
-        generator=torch.Generator().manual_seed(0),
-    )
+    images = normal((given.images, model.patch_embed.in_chans, *model.patch_embed.img_size), "images")
     engines = {
         "float32": vit.Engine(model),
         "bfloat16": vit.Engine(model, "bfloat16"),

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a struct or function of this file, or the format of engine files, changes. */
-#define VIT_ENGINE_VERSION 3
+#define VIT_ENGINE_VERSION 4
 
 typedef struct vit_engine vit_engine;
 
@@ -90,7 +90,8 @@ typedef struct vit_engine_config {
 
 /* A float32 weight under timm's name, and for matrices the vit_precision they are packed for. Besides timm's names:
  * "prefix" [prefix_tokens, embed_dim] (class token plus its position), "positions" [patches, embed_dim] (may be
- * absent), "mean" and "std" [channels]. */
+ * absent), "mean" and "std" [channels]; "blocks.I.<layer>.mean", the mean input of a layer packed for int8 (may be
+ * absent): its bias is moved so that rounding the weight does not move its mean output. */
 typedef struct vit_tensor {
   const char* name;
   const float* data;

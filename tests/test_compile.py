@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draw
 import pytest
 import torch
 import vit
@@ -71,7 +72,7 @@ def test_opcheck(backend, device, op, dtype):
     tensors, options = small(op, dtype, device, grad=True)
     with Recorder() as seen:
         y = call(op, backend, tensors, options)
-        torch.autograd.grad(y, list(tensors.values()), torch.randn_like(y))
+        torch.autograd.grad(y, list(tensors.values()), draw.randn_like(y))
     assert set(seen.ours) == {f"vit_{backend}::{op}_fwd", f"vit_{backend}::{op}_bwd"}
     for func, args in seen.ours.values():
         plain = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
@@ -102,7 +103,7 @@ def test_compile_forward_and_backward(backend, device, op):
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     y, eager = compiled(**tensors), f(**tensors)
     assert y.equal(eager)
-    dy = torch.randn_like(y)
+    dy = draw.randn_like(y)
     got = torch.autograd.grad(y, list(tensors.values()), dy)
     want = torch.autograd.grad(eager, list(tensors.values()), dy)
     for name, a, b in zip(tensors, got, want, strict=True):
@@ -124,9 +125,9 @@ def test_compile_once_for_every_number_of_tokens(backend, device):
         qkv = vit.ops.linear(h, w, backend=backend).unflatten(-1, (3, 2, 8))
         return vit.ops.gelu(vit.ops.attention(qkv, backend=backend), backend=backend).flatten(2)
 
-    w, norm = torch.randn(48, 16, device=device, requires_grad=True), torch.ones(16, device=device)
+    w, norm = draw.randn(48, 16, device=device, requires_grad=True), torch.ones(16, device=device)
     for n in (127, 193, 5):
-        x = torch.randn(2, n, 16, device=device)
+        x = draw.randn(2, n, 16, device=device)
         y = block(x, w, norm)
         assert y.shape == (2, n, 16)
         y.sum().backward()
@@ -140,10 +141,10 @@ def test_inductor_runs_a_block_forward_and_backward(backend, device):
         h = x + vit.ops.attention(q, k, values, backend=backend).flatten(2) * 0.5
         return vit.ops.linear(h, v, activation="gelu", residual=h, backend=backend)
 
-    tensors = [torch.randn(s, device=device, requires_grad=True) for s in ((2, 9, 16), (48, 16), (16, 16))]
+    tensors = [draw.randn(s, device=device, requires_grad=True) for s in ((2, 9, 16), (48, 16), (16, 16))]
     y, eager = torch.compile(block, fullgraph=True)(*tensors), block(*tensors)
     assert torch.allclose(y, eager, rtol=1e-5, atol=1e-5)
-    dy = torch.randn_like(y)
+    dy = draw.randn_like(y)
     for a, b in zip(torch.autograd.grad(y, tensors, dy), torch.autograd.grad(eager, tensors, dy), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -159,7 +160,7 @@ def test_autocast_compiled_is_autocast_eager(backend, device, op):
     y, eager = torch.compile(f, fullgraph=True, backend="aot_eager")(**tensors), f(**tensors)
     assert y.dtype == eager.dtype
     assert y.equal(eager)
-    dy = torch.randn_like(y)
+    dy = draw.randn_like(y)
     got = torch.autograd.grad(y, list(tensors.values()), dy)
     want = torch.autograd.grad(eager, list(tensors.values()), dy)
     assert all(g.dtype == torch.float32 for g in got)
@@ -169,7 +170,7 @@ def test_autocast_compiled_is_autocast_eager(backend, device, op):
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_a_native_model_leaves_nothing_heavy_to_pytorch(backend, device, kind):
     model = vit.create("vit_digits", backend=backend, device=device, patch_embed=kind)
-    images = torch.randn(2, 1, *model.patch_embed.img_size, device=device)
+    images = draw.randn(2, 1, *model.patch_embed.img_size, device=device)
     with Recorder() as seen:
         model(images).sum().backward()
         model.eval()
@@ -181,14 +182,14 @@ def test_a_native_model_leaves_nothing_heavy_to_pytorch(backend, device, kind):
 
 def test_the_recorder_sees_what_the_reference_does():
     """The test above cannot fail for want of a sharp eye: the reference is full of what it forbids."""
-    x, w = torch.randn(2, 5, 2, 8, requires_grad=True), torch.randn(8, 8)
+    x, w = draw.randn(2, 5, 2, 8, requires_grad=True), draw.randn(8, 8)
     with Recorder() as seen:
         y = vit.ops.attention(x, x, x, backend="reference")
         y = vit.ops.gelu(
             vit.ops.linear(vit.ops.layer_norm(y, backend="reference"), w, backend="reference"), backend="reference"
         )
         (y @ w).sum().backward()
-        torch.nn.functional.conv2d(torch.randn(1, 1, 4, 4), torch.randn(1, 1, 2, 2)).softmax(-1)
+        torch.nn.functional.conv2d(draw.randn(1, 1, 4, 4), draw.randn(1, 1, 2, 2)).softmax(-1)
     text = " ".join(seen.heavy())
     for word in ("mm", "convolution", "softmax", "layer_norm", "gelu", "attention"):
         assert word in text, f"{word} not in {text}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cuda_emulator
+import draw
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,8 +88,8 @@ HOPPER = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("batch", "m", "n", "k", "layout"), HOPPER)
 def test_hopper_tiles(emulated, dtype, batch, m, n, k, layout):
-    a = torch.randn(batch, m, k, dtype=dtype)
-    b = torch.randn(batch, k, n, dtype=dtype)
+    a = draw.randn(batch, m, k, dtype=dtype)
+    b = draw.randn(batch, k, n, dtype=dtype)
     a = a.mT.contiguous().mT if layout[0] == "t" else a
     b = b.mT.contiguous().mT if layout[1] == "t" else b
     got = vit.ops.matmul(a, b, backend="cuda_emulator").double()
@@ -123,8 +124,8 @@ HOPPER_ATTENTION = [
 def test_hopper_attention(emulated, dtype, batch, n, keys, d, path):
     """Packed and separate tensors, against the same sums of products in float64; the bits of an image stay its own."""
     emulated.use(path)
-    q = torch.randn(batch, n, 2, d, dtype=dtype)
-    k, v = torch.randn(batch, keys, 2, 2, d, dtype=dtype).unbind(2)
+    q = draw.randn(batch, n, 2, d, dtype=dtype)
+    k, v = draw.randn(batch, keys, 2, 2, d, dtype=dtype).unbind(2)
     got = vit.ops.attention(q, k, v, backend="cuda_emulator")
     truth = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     own = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
@@ -147,7 +148,7 @@ def test_portable_tiles(emulated, precision, batch, layout):
     """Each compiled tile and operand layout of the portable product: tiles of 64, and of 128 where there are many."""
     emulated.use("portable")
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    a, b = torch.randn(batch, 96, 72, dtype=dtype), torch.randn(batch, 72, 104, dtype=dtype)
+    a, b = draw.randn(batch, 96, 72, dtype=dtype), draw.randn(batch, 72, 104, dtype=dtype)
     a = a.mT.contiguous().mT if layout[0] == "t" else a
     b = b.mT.contiguous().mT if layout[1] == "t" else b
     got = vit.ops.matmul(a, b, backend="cuda_emulator").double()
@@ -160,7 +161,7 @@ def test_a_row_does_not_depend_on_the_others(emulated, precision, path):
     """The tile size follows the number of rows; the bits of a row do not."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     emulated.use(path)
-    x, w, b = torch.randn(1100, 200, dtype=dtype), torch.randn(1152, 200, dtype=dtype), torch.randn(1152, dtype=dtype)
+    x, w, b = draw.randn(1100, 200, dtype=dtype), draw.randn(1152, 200, dtype=dtype), draw.randn(1152, dtype=dtype)
     linear = backend_ops("cuda_emulator").linear
     many = linear(x, w, b, activation="gelu")
     for rows in (1, 50, 130):
@@ -169,8 +170,8 @@ def test_a_row_does_not_depend_on_the_others(emulated, precision, path):
 
 def test_gradients_are_the_same_in_every_run(emulated):
     """Threads run in another order each time; sums do not."""
-    q, k, v = torch.randn(3, 1, 150, 2, 64, dtype=torch.bfloat16)
-    x, w = torch.randn(2100, 40, dtype=torch.bfloat16), torch.randn(48, 40, dtype=torch.bfloat16)
+    q, k, v = draw.randn(3, 1, 150, 2, 64, dtype=torch.bfloat16)
+    x, w = draw.randn(2100, 40, dtype=torch.bfloat16), draw.randn(48, 40, dtype=torch.bfloat16)
 
     def gradients() -> list[torch.Tensor]:
         ops = backend_ops("cuda_emulator")
@@ -226,7 +227,7 @@ def test_a_probe_says_what_is_wrong(tmp_path):
     [({"M": -1}, "M is -1; a size is 0 or more"), ({"dtype": 7}, "unknown dtype 7"), ({"y": 0}, "y is null")],
 )
 def test_bad_arguments_are_errors(emulated, change, text):
-    x, w, y = torch.randn(4, 8), torch.randn(6, 8), torch.empty(4, 6)
+    x, w, y = draw.randn(4, 8), draw.randn(6, 8), torch.empty(4, 6)
     fields = {
         "x": x.data_ptr(), "weight": w.data_ptr(), "bias": 0, "residual": 0, "y": y.data_ptr(), "preact": 0,
         "workspace": 0, "M": 4, "N": 6, "K": 8, "x_stride": 8, "weight_stride": 8, "activation": 0, "dtype": 0,
@@ -252,7 +253,7 @@ def test_numbers_that_are_no_fields_are_errors(emulated, numbers, error, text):
 
 def attention(emulated: Emulated, n: int, d: int = 64, stream: int = 0, device: int = 0) -> None:
     """Runs and checks attention_fwd in bfloat16 on n tokens and one head, by the contract of vit.h."""
-    q, k, v = torch.randn(3, n, d, dtype=torch.bfloat16)
+    q, k, v = draw.randn(3, n, d, dtype=torch.bfloat16)
     out = torch.empty_like(q)
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, 0)  # lse, workspace: not wanted
     sizes = (1, n, n, 1, d)  # B, N, L, H, D

@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import draw
 import pytest
 import torch
 import vit
@@ -46,8 +47,8 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(backend, device, o
 @pytest.mark.parametrize(("n", "k"), [(192, 192), (384, 1536), (1000, 384), (10, 64), (53, 37), (1, 768), (24, 2500)])
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_a_row_of_linear_does_not_depend_on_the_batch(backend, device, n, k, dtype, activation):
-    x = torch.randn(400, k, device=device).to(dtype)
-    w, b = torch.randn(n, k, device=device).to(dtype), torch.randn(n, device=device).to(dtype)
+    x = draw.randn(400, k, device=device).to(dtype)
+    w, b = draw.randn(n, k, device=device).to(dtype), draw.randn(n, device=device).to(dtype)
 
     def f(x: Tensor) -> Tensor:
         return vit.ops.linear(x, w, b, activation=activation, backend=backend)
@@ -60,7 +61,7 @@ def test_a_row_of_linear_does_not_depend_on_the_batch(backend, device, n, k, dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_of_layer_norm_gelu_and_matmul_does_not_depend_on_the_batch(backend, device, dtype):
-    x, w = torch.randn(200, 97, device=device).to(dtype), torch.randn(97, 33, device=device).to(dtype)
+    x, w = draw.randn(200, 97, device=device).to(dtype), draw.randn(97, 33, device=device).to(dtype)
     ones = torch.ones(97, device=device, dtype=dtype)
     for f in (
         lambda x: vit.ops.layer_norm(x, ones, ones, backend=backend),
@@ -77,12 +78,12 @@ def test_a_row_of_layer_norm_gelu_and_matmul_does_not_depend_on_the_batch(backen
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(197, 3, 64), (50, 12, 64), (17, 8, 8), (130, 2, 80)])
 def test_attention_of_an_image_does_not_depend_on_the_batch(backend, device, tokens, heads, dim, dtype):
-    qkv = torch.randn(5, tokens, 3, heads, dim, device=device).to(dtype)
+    qkv = draw.randn(5, tokens, 3, heads, dim, device=device).to(dtype)
     whole = vit.ops.attention(*qkv.unbind(2), backend=backend)
     for b in (1, 2, 3, 4):
         assert vit.ops.attention(*qkv[:b].unbind(2), backend=backend).equal(whole[:b])
         assert vit.ops.attention(*qkv[-b:].unbind(2), backend=backend).equal(whole[-b:])
-    a, b = torch.randn(6, 19, 23, device=device).to(dtype), torch.randn(6, 23, 29, device=device).to(dtype)
+    a, b = draw.randn(6, 19, 23, device=device).to(dtype), draw.randn(6, 23, 29, device=device).to(dtype)
     product = vit.ops.matmul(a, b, backend=backend)
     assert vit.ops.matmul(a[2:3], b[2:3], backend=backend).equal(product[2:3])
 
@@ -90,7 +91,7 @@ def test_attention_of_an_image_does_not_depend_on_the_batch(backend, device, tok
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_logits_of_an_image_do_not_depend_on_the_batch(backend, device, dtype):
     model = vit.create("vit_tiny_patch16_224", backend=backend, device=device, dtype=dtype, depth=2).eval()
-    images = torch.randn(5, 3, 224, 224, device=device).to(dtype)
+    images = draw.randn(5, 3, 224, 224, device=device).to(dtype)
     with torch.no_grad():
         whole = model(images)
         for b in (1, 2, 3):
@@ -136,10 +137,8 @@ def test_several_python_threads_may_call_at_once(backend, device):
 
 def run_script(text: str, backend: str) -> str:
     """Runs a program in a fresh process; a hang is a failure."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import torch, vit\nbackend = {backend!r}\n{text}"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    text = f"import torch, vit\nfrom vit.support.random import normal\nbackend = {backend!r}\n{text}"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -150,7 +149,7 @@ def test_one_thread_never_starts_a_pool(backend, device):
     text = """
 import os
 torch.set_num_threads(1)
-x, w = torch.randn(512, 512, requires_grad=True), torch.randn(512, 512)
+x, w = normal((512, 512), "x").requires_grad_(), normal((512, 512), "w")
 def count(): return len(os.listdir("/proc/self/task"))
 def step():
     vit.ops.linear(vit.ops.gelu(x, backend=backend), w, backend=backend)
@@ -175,7 +174,7 @@ def test_a_forked_data_loader_worker_may_call(backend, device):
     text = """
 from torch.utils.data import DataLoader, Dataset
 torch.set_num_threads(2)
-w = torch.randn(256, 256)
+w = normal((256, 256), "w")
 want = vit.ops.linear(torch.ones(300, 256), w, activation="gelu", backend=backend)
 class Data(Dataset):
     def __len__(self): return 4

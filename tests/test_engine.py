@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 
+import draw
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from vit.bench.cost import measure
 from vit.bench.weights import seeded_state
 from vit.preprocess import Preprocess
+from vit.support.random import normal
 
 pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the cpu backend is not usable here")
 
@@ -61,7 +63,7 @@ def make(name: str = "vit_tiny_patch16_224", **arch) -> nn.Module:
 
 
 def images_for(model: nn.Module, batch: int = 3) -> Tensor:
-    return torch.randn(batch, model.patch_embed.in_chans, *model.patch_embed.img_size)
+    return draw.randn(batch, model.patch_embed.in_chans, *model.patch_embed.img_size)
 
 
 def error(got: Tensor, truth: Tensor) -> float:
@@ -126,10 +128,9 @@ def test_results_depend_neither_on_threads_nor_on_the_batch(dtype):
 
 def smooth_images(batch: int, size: int = 224, seed: int = 1) -> Tensor:
     """Images with structure at several scales: noise alone hardly reaches the class token."""
-    generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(batch, 3, size, size)
     for side, strength in ((4, 1.0), (16, 0.7), (64, 0.4), (size, 0.2)):
-        noise = torch.randn(batch, 3, side, side, generator=generator)
+        noise = normal((batch, 3, side, side), "smooth images", seed, side)
         total += strength * torch.nn.functional.interpolate(noise, (size, size), mode="bilinear")
     return total
 
@@ -258,7 +259,7 @@ def test_images_of_bytes_are_normalised_and_layouts_agree():
     model = make(img_size=(24, 40), patch_size=(8, 4))
     model.preprocess = Preprocess((24, 40), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     engine = vit.Engine(model)
-    pixels = torch.randint(0, 256, (3, 24, 40, 3), dtype=torch.uint8)
+    pixels = draw.randint(0, 256, (3, 24, 40, 3), dtype=torch.uint8)
     mean, std = torch.tensor(model.preprocess.mean), torch.tensor(model.preprocess.std)
     floats = (pixels / 255 - mean) / std
     expected = engine(floats.permute(0, 3, 1, 2).contiguous())
@@ -273,14 +274,14 @@ def test_images_of_bytes_are_normalised_and_layouts_agree():
 def test_smaller_images_are_padded():
     arch = {"img_size": (30, 29), "dynamic_pad": True}
     model = make(**arch)
-    images = torch.randn(2, 3, 27, 26)
+    images = draw.randn(2, 3, 27, 26)
     with torch.no_grad():
         expected = model(images)
     engine = vit.Engine(model)
     assert error(engine(images), expected.double()) < 1e-5
     assert torch.equal(engine(images.permute(0, 2, 3, 1).contiguous(), layout="NHWC"), engine(images))
     with pytest.raises(ValueError, match="24 x 26, the engine takes 30 x 29"):
-        engine(torch.randn(2, 3, 24, 26))
+        engine(draw.randn(2, 3, 24, 26))
 
 
 @pytest.mark.parametrize("pool", ["token", "avg", ""])
@@ -372,14 +373,14 @@ def test_max_batch_is_a_limit_and_none_is_not():
 
 
 BAD_IMAGES = {
-    "size": (torch.randn(1, 3, 32, 40), "32 x 40, the engine takes 32 x 32"),
-    "channels": (torch.randn(1, 4, 32, 32), "4 channels, the engine takes 3"),
-    "layout": (torch.randn(1, 32, 32, 3), 'pass layout="NHWC"'),
-    "double": (torch.randn(1, 3, 32, 32).double(), "float64; allowed are float32"),
-    "half": (torch.randn(1, 3, 32, 32).half(), "float16; allowed are float32"),
+    "size": (draw.randn(1, 3, 32, 40), "32 x 40, the engine takes 32 x 32"),
+    "channels": (draw.randn(1, 4, 32, 32), "4 channels, the engine takes 3"),
+    "layout": (draw.randn(1, 32, 32, 3), 'pass layout="NHWC"'),
+    "double": (draw.randn(1, 3, 32, 32).double(), "float64; allowed are float32"),
+    "half": (draw.randn(1, 3, 32, 32).half(), "float16; allowed are float32"),
     "int64": (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "int64; allowed are float32"),
-    "single": (torch.randn(3, 32, 32), r"add the batch dimension: images\[None\]"),
-    "meta": (torch.randn(1, 3, 32, 32, device="meta"), "use images.cpu"),
+    "single": (draw.randn(3, 32, 32), r"add the batch dimension: images\[None\]"),
+    "meta": (draw.randn(1, 3, 32, 32, device="meta"), "use images.cpu"),
     "nan": (torch.full((2, 3, 32, 32), torch.nan), "image 0 of 2 holds NaN or infinity"),
     "infinity": (torch.cat([torch.zeros(4, 3, 32, 32), torch.full((1, 3, 32, 32), torch.inf)]), "image 4 of 5"),
 }
@@ -592,7 +593,7 @@ def test_damaged_and_foreign_files_are_errors(tmp_path):
     for size in (9, 100, 8 + header, len(good) // 2, len(good) - 1):
         refused(good[:size], "truncated|JSON|ends inside")
     for old, new, message in (
-        (b'"version":"3"', b'"version":"9"', "format version 9"),
+        (b'"version":"4"', b'"version":"3"', "format version 3"),
         (b'"isa":"', b'"isa":"x', "instruction-set level x"),
         (b'"embed_dim":"64"', b'"embed_dim":"65"', "not a multiple|damaged|embed_dim"),
         (b'"depth":"2"', b'"depth":"x"', 'depth is "x"'),
@@ -648,11 +649,11 @@ import sys, json, torch, vit
 from vit.preprocess import Preprocess
 from vit.bench.cost import measure
 from vit.bench.weights import seeded_state
-torch.manual_seed(0)
+from vit.support.random import normal
 arch = json.loads(sys.argv[1])
 model = vit.create("vit_tiny_patch16_224", **arch)
 model.load_state_dict(seeded_state(model.state_dict()))
-images = torch.randn(3, 3, *model.patch_embed.img_size)
+images = normal((3, 3, *model.patch_embed.img_size), "images")
 with torch.no_grad():
     truth = model(images)
 for dtype, bound in (("float32", 1e-5), ("bfloat16", 3e-2), ("int8", 1e-1)):
@@ -700,8 +701,9 @@ def _small(img_size: int) -> dict:
 OUT_OF_MEMORY = """
 import re, resource, sys, torch, vit
 from vit.engine import native
+from vit.support.random import normal
 model = vit.create("vit_base_patch16_224", backend="reference", depth=2, training=False)
-images = torch.randn(1, 3, 224, 224)
+images = normal((1, 3, 224, 224), "images")
 engine = vit.Engine(model, num_threads=1)
 expected = engine(images)
 

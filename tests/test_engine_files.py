@@ -368,7 +368,7 @@ def test_a_build_reads_every_tensor_and_names_the_one_it_does_not():
         assert "head.bias holds NaN" in built(frozen.config, tensors(head__bias=torch.full((10,), value)))
     assert "std" in built(frozen.config, tensors(std=torch.zeros(3)))
     wide = frozen.config | {"precision": native.PRECISIONS["int8"], "mlp_width": 262144}
-    assert "mlp_width is 262144; allowed are 1 to 131072" in built(wide, tensors())
+    assert "mlp_width is 262144; allowed are 1 to 65536" in built(wide, tensors())
     many = frozen.config | {"image_height": 65536, "image_width": 65536, "patch_height": 1, "patch_width": 1}
     assert "number of patches" in built(many, tensors())
 

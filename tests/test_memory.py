@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
+import draw
 import pytest
 import torch
 import vit
@@ -163,10 +164,10 @@ FAR_CASES = [
 def test_offsets_above_2_to_the_31(backend, device, op, far, near, dtype):
     if device.type != "cpu":
         pytest.skip("untouched virtual memory is the CPU's")
-    tensors = {name: torch.randn(shape).to(dtype) for name, shape in near.items()}
+    tensors = {name: draw.randn(shape).to(dtype) for name, shape in near.items()}
     spread = dict(tensors)
     for name, (shape, strides) in far.items():
-        tensors[name] = torch.randn(shape).to(dtype)
+        tensors[name] = draw.randn(shape).to(dtype)
         spread[name] = far_apart(shape, strides, dtype).copy_(tensors[name])
     results = []
     for inputs in (tensors, spread):
@@ -193,7 +194,7 @@ def test_no_case_is_left_out_of_the_guards():
 
 
 def total_faults(steps: int, backend: str) -> int:
-    x, w = torch.randn(2048, 512), torch.randn(2048, 512)  # results of 16 MB
+    x, w = draw.randn(2048, 512), draw.randn(2048, 512)  # results of 16 MB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(steps):
         vit.ops.gelu(vit.ops.linear(x, w, backend=backend), backend=backend)
@@ -238,7 +239,7 @@ def test_free_pages_and_blocks_are_never_more_than_blocks_once_were(host_memory)
 
 
 def test_a_large_result_outlives_what_made_it(host_memory, backend):
-    y = vit.ops.gelu(torch.randn(1024, 1024), backend=backend)
+    y = vit.ops.gelu(draw.randn(1024, 1024), backend=backend)
     want, half = y.clone(), y[512:]
     again = torch.empty_like(y).copy_(y)
     del y
@@ -250,7 +251,7 @@ def test_a_large_result_outlives_what_made_it(host_memory, backend):
 
 def test_large_results_may_be_written_in_place(host_memory, backend):
     """They are tensors like any other: not views, saved, shared and moved to other processes."""
-    x = torch.randn(600, 512, requires_grad=True)
+    x = draw.randn(600, 512, requires_grad=True)
     y = vit.ops.linear(x, torch.ones(1024, 512), backend=backend)
     y += 1
     y.relu_().sum().backward()

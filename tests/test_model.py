@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import multiprocessing
 import pickle
 from types import SimpleNamespace
 
+import draw
 import numpy as np
 import pytest
 import timm
@@ -15,11 +17,13 @@ import torch.nn.functional as F
 import vit
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vit.backends import BackendError, records
 from vit.model import VisionTransformer, patchify, pos_embed, unpatchify
 from vit.model.blocks import Block
 from vit.model.configs import CONFIGS
 from vit.model.layers import DropPath
+from vit.support.random import normal
 
 TIMM_NAMES = [name for name in vit.list_models() if timm.is_model(name)]
 
@@ -33,7 +37,7 @@ def small(seed: int = 0, backend: str = "reference", **arch) -> VisionTransforme
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*(shape or (3, 3, 32, 32)), generator=torch.Generator().manual_seed(1)).to(dtype)
+    return normal(shape or (3, 3, 32, 32), "images").to(dtype)
 
 
 def assert_as_exact(got: Tensor, other: Tensor, truth: Tensor) -> None:
@@ -69,7 +73,7 @@ def test_logits_are_timms(name):
     with torch.device("meta"):
         theirs = timm.create_model(name, **arch).eval()
     for parameter in theirs.to_empty(device="cpu").parameters():  # nothing at zero or one, where bugs hide
-        nn.init.normal_(parameter, std=0.05)
+        draw.normal_(parameter, std=0.05)
     ours = vit.create(name, backend="reference", weight_init="skip", **arch).eval()
     ours.load_state_dict(theirs.state_dict())
     x = images(2, 3, *arch["img_size"])
@@ -81,7 +85,7 @@ def test_logits_are_timms(name):
 
 
 def test_logits_of_a_whole_model_are_timms():
-    theirs = timm.create_model("vit_tiny_patch16_224").eval()
+    theirs = draw.fill(timm.create_model("vit_tiny_patch16_224").eval(), 0.05)
     ours = vit.create("vit_tiny_patch16_224", backend="auto").eval()
     ours.load_state_dict(theirs.state_dict())
     x = images(1, 3, 224, 224)
@@ -107,7 +111,7 @@ def test_logits_of_a_whole_model_are_timms():
 def test_options_are_timms(arch):
     translated = {"pos_embed": {"none": "none"}, "act_layer": {"gelu_tanh": "gelu_tanh"}}
     theirs_arch = {key: translated.get(key, {}).get(value, value) for key, value in (SMALL | arch).items()}
-    theirs = timm.create_model("vit_tiny_patch16_224", **theirs_arch).eval()
+    theirs = draw.fill(timm.create_model("vit_tiny_patch16_224", **theirs_arch).eval(), 0.05)
     ours = small(**arch).eval()
     ours.load_state_dict(theirs.state_dict())
     x = images(2, ours.patch_embed.in_chans, *ours.patch_embed.img_size)
@@ -117,7 +121,7 @@ def test_options_are_timms(arch):
 
 
 def test_intermediates_are_timms():
-    theirs = timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+    theirs = draw.fill(timm.create_model("vit_tiny_patch16_224", **SMALL).eval(), 0.05)
     ours = small().eval()
     ours.load_state_dict(theirs.state_dict())
     x = images()
@@ -146,12 +150,53 @@ def test_layer_decay_groups_are_timms():
 
 
 @pytest.mark.parametrize("scheme", ["", "jax", "jax_nlhb", "moco", "reset"])
-def test_initialisation_is_timms_for_the_same_seed(scheme):
+def test_initialisation_has_timms_distributions(scheme):
+    """By the largest distance between the two distribution functions; chance exceeds the bound once in 10^6."""
     torch.manual_seed(3)
-    theirs = timm.create_model("vit_tiny_patch16_224", **SMALL, weight_init=scheme)
-    ours = small(seed=3, weight_init=scheme)
-    for key, value in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-6, atol=1e-8, msg=key)
+    theirs = timm.create_model("vit_tiny_patch16_224", **SMALL, weight_init=scheme).state_dict()
+    ours = small(weight_init=scheme).state_dict()
+    for key in theirs:
+        a, b = ours[key].flatten().sort().values, theirs[key].flatten().sort().values
+        if torch.equal(b, b[:1].expand_as(b)):  # zeros, ones, the head's bias
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0, msg=key)
+            continue
+        places = torch.cat([a, b])
+        distance = (torch.searchsorted(a, places, right=True) - torch.searchsorted(b, places, right=True)).abs().max()
+        assert distance < 2.7 * (2 * len(a)) ** 0.5, key
+
+
+def test_a_seed_gives_one_model_and_every_call_another():
+    first, second = small(seed=3).state_dict(), vit.create("vit_tiny_patch16_224", **SMALL).state_dict()
+    again = small(seed=3).state_dict()
+    for key, value in first.items():
+        assert torch.equal(value, again[key]), key
+        assert torch.equal(value, second[key]) == (not value.any() or bool((value == 1).all())), key
+    drawn = {hash(v.numpy().tobytes()) for k, v in first.items() if k.endswith(".weight") and "norm" not in k}
+    assert len(drawn) == len([k for k in first if k.endswith(".weight") and "norm" not in k])  # no two are equal
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in first.values())).hexdigest()
+    assert digest.startswith("a230b9558f1e5732"), digest  # on every version of PyTorch and every processor
+
+
+def test_initialisation_elsewhere():
+    """Rounded values in other dtypes, none on the meta device and under FakeTensorMode, a new head with its own."""
+    state = small(seed=3).state_dict()
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.manual_seed(3)
+        other = vit.create("vit_tiny_patch16_224", backend="reference", dtype=dtype, **SMALL).state_dict()
+        assert all(torch.equal(value.to(dtype), other[key]) for key, value in state.items())
+    torch.manual_seed(3)
+    with torch.device("meta"):  # the device of a model is its own argument's
+        other = vit.create("vit_tiny_patch16_224", backend="reference", device="cpu", **SMALL)
+    assert torch.equal(other.head.weight, state["head.weight"])
+    before = torch.get_rng_state()
+    assert vit.create("vit_tiny_patch16_224", backend="reference", device="meta", **SMALL).head.weight.is_meta
+    with FakeTensorMode():
+        fake = vit.create("vit_tiny_patch16_224", backend="reference", **SMALL)
+        assert fake(torch.empty(2, 3, 32, 32)).shape == (2, SMALL["num_classes"])
+    assert torch.equal(torch.get_rng_state(), before)
+    other.reset_classifier(SMALL["num_classes"])
+    assert not torch.equal(other.head.weight, state["head.weight"])
+    assert abs(other.head.weight.std() - 0.02) < 3e-3
 
 
 # ---- options ----
@@ -164,7 +209,7 @@ def test_presets_learn(name):
     y = torch.tensor([1, 2, 3, 4])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
-    for _ in range(20):
+    for _ in range(40):  # after 20 the loss of every second seed is above the bound
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
@@ -431,7 +476,7 @@ def test_a_model_on_its_own_and_a_block_on_its_own():
     model = VisionTransformer(**SMALL)
     assert set(model.plan) == {"linear", "layer_norm", "attention"}
     block = Block(64, 4)
-    assert block(torch.randn(2, 5, 64)).shape == (2, 5, 64)
+    assert block(draw.randn(2, 5, 64)).shape == (2, 5, 64)
 
 
 def test_list_models():

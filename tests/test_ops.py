@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import draw
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ SMALL = {
 def small(op: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", grad: bool = False):
     """Tensors and options of one small call."""
     shapes, options = SMALL[op]
-    tensors = {name: torch.randn(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    tensors = {name: draw.randn(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     return {name: x.requires_grad_(grad) for name, x in tensors.items()}, options
 
 
@@ -66,8 +67,8 @@ def test_gradcheck(name, op):
 def test_gradcheck_of_both_activations(backend, device, activation):
     if torch.float64 not in NATIVE[backend].dtypes:
         pytest.skip("no float64")
-    x = torch.randn(3, 7, dtype=torch.float64, device=device, requires_grad=True)
-    w = torch.randn(5, 7, dtype=torch.float64, device=device, requires_grad=True)
+    x = draw.randn(3, 7, dtype=torch.float64, device=device, requires_grad=True)
+    w = draw.randn(5, 7, dtype=torch.float64, device=device, requires_grad=True)
     approximate = "none" if activation == "gelu" else "tanh"
     assert torch.autograd.gradcheck(lambda x, w: vit.ops.linear(x, w, activation=activation, backend=backend), (x, w))
     assert torch.autograd.gradcheck(lambda x: vit.ops.gelu(x, approximate, backend=backend), (x,))
@@ -117,7 +118,7 @@ def test_only_wanted_gradients_are_computed(backend, device, op):
     """Each subset of inputs that require a gradient gives the same gradients as all of them."""
     tensors, options = small(op, device=device, grad=True)
     y = call(op, backend, tensors, options)
-    dy = torch.randn_like(y)
+    dy = draw.randn_like(y)
     want = dict(zip(tensors, torch.autograd.grad(y, list(tensors.values()), dy), strict=True))
     for name in tensors:
         alone = {other: x.detach().requires_grad_(other == name) for other, x in tensors.items()}
@@ -127,9 +128,9 @@ def test_only_wanted_gradients_are_computed(backend, device, op):
 
 
 def test_gradient_reaches_a_packed_projection(backend, device):
-    qkv = torch.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
+    qkv = draw.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
     exact = qkv.detach().cpu().double().requires_grad_()
-    dy = torch.randn(2, 9, 2, 16, device=device)
+    dy = draw.randn(2, 9, 2, 16, device=device)
     vit.ops.attention(*qkv.unbind(2), backend=backend).backward(dy)
     vit.ops.attention(*exact.unbind(2), backend="reference").backward(dy.cpu().double())
     assert torch.allclose(qkv.grad.cpu().double(), exact.grad, rtol=1e-4, atol=1e-5)
@@ -138,12 +139,12 @@ def test_gradient_reaches_a_packed_projection(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_packed_projection_is_attention_of_its_parts(backend, device, dtype):
     """Given alone, [B, N, 3, H, D] gives the same bits as its three views, and a gradient in one piece."""
-    packed = torch.randn(2, 9, 3, 2, 16, device=device, dtype=dtype).requires_grad_()
+    packed = draw.randn(2, 9, 3, 2, 16, device=device, dtype=dtype).requires_grad_()
     parts = packed.detach().clone().requires_grad_()
     y, z = vit.ops.attention(packed, backend=backend), vit.ops.attention(*parts.unbind(2), backend=backend)
     assert y.equal(z)
     assert y.detach().equal(vit.ops.attention(packed.detach(), backend=backend))
-    dy = torch.randn_like(y)
+    dy = draw.randn_like(y)
     (grad,) = torch.autograd.grad(y, packed, dy)
     assert grad.is_contiguous()
     assert grad.equal(torch.autograd.grad(z, parts, dy)[0])
@@ -152,13 +153,13 @@ def test_a_packed_projection_is_attention_of_its_parts(backend, device, dtype):
 @pytest.mark.parametrize("queries", [1, 4, 9])
 def test_only_the_first_tokens_ask(backend, device, queries):
     """`queries` gives the bits of the first rows; tokens that do not ask have no gradient as queries."""
-    packed = torch.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
+    packed = draw.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
     whole = vit.ops.attention(packed, backend=backend)
     y = vit.ops.attention(packed, queries=queries, backend=backend)
     assert y.equal(whole[:, :queries])
     q, k, v = (t.detach() for t in packed.unbind(2))
     assert y.detach().equal(vit.ops.attention(q, k, v, queries=queries, backend=backend))
-    dy = torch.randn_like(y)
+    dy = draw.randn_like(y)
     (grad,) = torch.autograd.grad(y, packed, dy)
     padded = F.pad(dy, (0, 0, 0, 0, 0, 9 - queries))
     torch.testing.assert_close(grad, torch.autograd.grad(whole, packed, padded)[0])
@@ -168,11 +169,11 @@ def test_only_the_first_tokens_ask(backend, device, queries):
 @pytest.mark.parametrize("queries", [0, 10, -1])
 def test_queries_that_are_not_there_are_refused(backend, device, queries):
     with pytest.raises(ValueError, match=rf"^vit\.ops\.attention: queries must be within 1\.\.9.*got {queries}"):
-        vit.ops.attention(torch.randn(2, 9, 3, 2, 16, device=device), queries=queries, backend=backend)
+        vit.ops.attention(draw.randn(2, 9, 3, 2, 16, device=device), queries=queries, backend=backend)
 
 
 def test_a_packed_projection_is_cast_by_autocast(backend, device):
-    packed = torch.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
+    packed = draw.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
     with torch.autocast(device.type, torch.bfloat16):
         y = vit.ops.attention(packed, backend=backend)
     assert y.dtype == torch.bfloat16
@@ -183,13 +184,13 @@ def test_a_packed_projection_is_cast_by_autocast(backend, device):
 @pytest.mark.parametrize("shape", [(2, 9, 3, 32), (2, 9, 2, 2, 16), (2, 9, 3, 2, 1, 16)], ids=str)
 def test_what_is_not_a_packed_projection_is_refused(backend, device, shape):
     with pytest.raises(ValueError, match=r"^vit\.ops\.attention: .*packed.*\["):
-        vit.ops.attention(torch.randn(shape, device=device), backend=backend)
+        vit.ops.attention(draw.randn(shape, device=device), backend=backend)
     with pytest.raises(ValueError, match=r"^vit\.ops\.attention: .*packed.*k \["):
-        vit.ops.attention(torch.randn(shape, device=device), torch.randn(2, 9, 2, 16, device=device), backend=backend)
+        vit.ops.attention(draw.randn(shape, device=device), draw.randn(2, 9, 2, 16, device=device), backend=backend)
 
 
 def test_self_attention_of_one_tensor(backend, device):
-    x = torch.randn(2, 9, 2, 16, device=device, requires_grad=True)
+    x = draw.randn(2, 9, 2, 16, device=device, requires_grad=True)
     exact = x.detach().cpu().double().requires_grad_()
     vit.ops.attention(x, x, x, backend=backend).sum().backward()
     vit.ops.attention(exact, exact, exact, backend="reference").sum().backward()
@@ -201,7 +202,7 @@ def test_inputs_are_left_alone(backend, device, op):
     tensors, options = small(op, device=device, grad=True)
     before = {name: x.detach().clone() for name, x in tensors.items()}
     y = call(op, backend, tensors, options)
-    dy = torch.randn_like(y)
+    dy = draw.randn_like(y)
     kept = dy.clone()
     torch.autograd.grad(y, list(tensors.values()), dy)
     assert all(x.equal(before[name]) for name, x in tensors.items())
@@ -224,8 +225,8 @@ def test_views_that_are_negated_when_read(backend, device, op):
 
 
 def test_a_changed_input_is_noticed_by_the_backward(backend, device):
-    x = torch.randn(4, 8, device=device)
-    w = torch.randn(3, 8, device=device, requires_grad=True)
+    x = draw.randn(4, 8, device=device)
+    w = draw.randn(3, 8, device=device, requires_grad=True)
     y = vit.ops.linear(x, w, backend=backend)
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -325,7 +326,7 @@ WRONG_SHAPES = {
 )
 def test_wrong_shapes_are_refused_with_the_shapes(backend, device, op, shapes):
     tensors, options = small(op, device=device)
-    tensors |= {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    tensors |= {name: draw.randn(shape, device=device) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=rf"^vit\.ops\.{op}: .*\[.*\]|^vit\.ops\.{op}: .*scalar"):
         call(op, backend, tensors, options)
 
@@ -355,12 +356,12 @@ def test_mixed_dtypes_are_refused_or_documented(backend, device, op):
 
 
 def test_options_outside_the_contract_are_refused(backend, device):
-    x, w = torch.randn(2, 8, device=device), torch.randn(4, 8, device=device)
+    x, w = draw.randn(2, 8, device=device), draw.randn(4, 8, device=device)
     with pytest.raises(ValueError, match="'relu'"):
         vit.ops.linear(x, w, activation="relu", backend=backend)
     with pytest.raises(ValueError, match="'fast'"):
         vit.ops.gelu(x, approximate="fast", backend=backend)
-    wide = torch.randn(1, 2, 1, 257, device=device)
+    wide = draw.randn(1, 2, 1, 257, device=device)
     with pytest.raises((ValueError, BackendError), match="257"):
         vit.ops.attention(wide, wide, wide, backend=backend)
     assert vit.ops.attention(wide, wide, wide).shape == wide.shape, "the reference takes any"

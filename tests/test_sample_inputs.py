@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import draw
 import pytest
 import torch
 from conftest import NATIVE
@@ -98,7 +99,7 @@ def problems(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[Prob
             continue
         tensors, options = found
         case = Case(op, "sample", (), tuple(options.items()), dtype=str(dtype).removeprefix("torch."), direction="bwd")
-        dy = torch.randn_like(DEFINITIONS[op].call(backend_ops("reference"), case, tensors))
+        dy = draw.randn_like(DEFINITIONS[op].call(backend_ops("reference"), case, tensors))
         yield Problem(case, tensors, dy)
 
 

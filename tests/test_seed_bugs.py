@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import math
 
+import draw
 import pytest
 import torch
 import torch.nn.functional as F
 import vit
-from torch import Tensor, nn
+from torch import Tensor
 from vit.model import VisionTransformer, patchify
 from vit.preprocess import Preprocess
 
@@ -26,9 +27,7 @@ BACKENDS = ["reference", "auto"]
 def small(backend: str, **arch) -> VisionTransformer:
     """A model with every parameter drawn."""
     model = vit.create("vit_tiny_patch16_224", backend=backend, **(SMALL | arch))
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.2)
-    return model
+    return draw.fill(model, 0.2)
 
 
 def formula(model: VisionTransformer, x: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ def formula(model: VisionTransformer, x: Tensor) -> Tensor:
 
 
 def images(*shape: int) -> Tensor:
-    return torch.randn(shape or (3, 3, 16, 16))
+    return draw.randn(shape or (3, 3, 16, 16))
 
 
 @pytest.mark.parametrize("backend_name", BACKENDS)
@@ -75,12 +74,12 @@ def test_gradients_are_the_papers(backend_name):
     exact = copy.deepcopy(model)
     exact.backend = "reference"
     exact.double()
-    weight = torch.randn(3, 5)
+    weight = draw.randn(3, 5)
     (model(x) * weight).sum().backward()
     parameters = dict(exact.named_parameters())
     with torch.no_grad():
         for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.proj.weight", "head.bias"):
-            direction = torch.randn_like(parameters[name])
+            direction = draw.randn_like(parameters[name])
             values = []
             for sign in (1, -1):  # a central difference of the written-out formula
                 parameters[name].add_(sign * 1e-5 * direction)
@@ -194,8 +193,8 @@ def test_evaluation_has_no_dropout(rate):
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_attention_weights_sum_to_one(backend_name):
     """Dividing by sqrt(D) after the softmax shrinks every output: with equal values the output must be that value."""
-    q, k = torch.randn(2, 2, 9, 3, 16).unbind(0)
-    v = torch.randn(2, 1, 3, 16).expand(2, 9, 3, 16)
+    q, k = draw.randn(2, 2, 9, 3, 16).unbind(0)
+    v = draw.randn(2, 1, 3, 16).expand(2, 9, 3, 16)
     torch.testing.assert_close(vit.ops.attention(q, k, v, backend=backend_name), v, rtol=1e-5, atol=1e-5)
 
 

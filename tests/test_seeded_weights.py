@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import vit
 from vit.bench.weights import seeded_state
+from vit.support.random import normal
 
 
 def drawn(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -32,6 +33,6 @@ def test_activations_keep_their_size():
     model = vit.create("vit_tiny_patch16_224", backend="reference", training=False)
     model.load_state_dict(drawn())
     with torch.inference_mode():
-        logits = model(torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+        logits = model(normal((2, 3, 224, 224), "images"))
     assert 0.3 < logits.std() < 10
     assert not logits[0].allclose(logits[1], rtol=1e-2)  # the image still matters

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import draw
 import numpy as np
 import pytest
 import torch
@@ -505,7 +506,7 @@ def test_the_average_follows_its_formula() -> None:
     expected = model.weight.detach().clone()
     for step in range(1, 200):
         with torch.no_grad():
-            model.weight.add_(torch.randn_like(model.weight))
+            model.weight.add_(draw.randn_like(model.weight))
         average.update(model, step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()

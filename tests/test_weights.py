@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import draw
 import numpy as np
 import pytest
 import timm
@@ -132,7 +133,7 @@ def google_arrays(model: VisionTransformer, style: str) -> dict[str, np.ndarray]
 def test_google_npz(style, tmp_path):
     model = small()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        draw.normal_(parameter, std=0.1)
     path = tmp_path / "weights.npz"
     np.savez(path, **google_arrays(model, style))
     assert same(small(1, weights=path), model)
@@ -193,9 +194,9 @@ def test_torchvision_layout(tmp_path):
     torchvision = pytest.importorskip("torchvision")
     theirs = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 256, num_classes=7).eval()
     for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        draw.normal_(parameter, std=0.1)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    ours, x = small(weights=tmp_path / "w.pth"), torch.randn(2, 3, 32, 32)
+    ours, x = small(weights=tmp_path / "w.pth"), draw.randn(2, 3, 32, 32)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
@@ -232,7 +233,7 @@ def test_run_folder_rebuilds_the_model(tmp_path):
     assert found.class_names == tuple(f"c{i}" for i in range(7))
     assert found.preprocess.mean == (0.1, 0.2, 0.3)
     assert found.preprocess.crop_pct == 0.8
-    x = torch.randn(2, 3, 32, 32)
+    x = draw.randn(2, 3, 32, 32)
     assert torch.equal(found(x), model(x))
 
 
@@ -249,7 +250,7 @@ def test_run_folder_at_another_size(tmp_path, caplog):
 
 
 def test_timm_folder(tmp_path):
-    model = timm.create_model("deit_tiny_patch16_224", depth=1)
+    model = draw.fill(timm.create_model("deit_tiny_patch16_224", depth=1), 0.05)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     config = {
         "architecture": "deit_tiny_patch16_224",
@@ -329,7 +330,7 @@ def test_channels_are_adapted_as_in_timm(channels, saved):
 def test_grey_weights_in_a_colour_model():
     grey = small(in_chans=1)
     colour = small(1, weights=grey.state_dict(), in_chans=3)
-    x = torch.randn(2, 1, 32, 32)
+    x = draw.randn(2, 1, 32, 32)
     torch.testing.assert_close(colour(x.expand(-1, 3, -1, -1)), grey(x), rtol=1e-4, atol=1e-5)
 
 
@@ -351,7 +352,7 @@ def test_positions_are_resampled_as_in_timm(img_size, class_token):
         state["pos_embed"], list(found.patch_embed.grid_size), [4, 4], num_prefix_tokens=int(class_token)
     )
     assert torch.equal(found.pos_embed, expected)
-    assert found(torch.randn(1, 3, *found.patch_embed.img_size)).shape == (1, 7)
+    assert found(draw.randn(1, 3, *found.patch_embed.img_size)).shape == (1, 7)
 
 
 def test_rectangular_positions_are_kept_when_nothing_changes():

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import vit
 from torch import Tensor
+from vit.support.random import Stream
 
 from . import timing
 from .report import Report
@@ -71,7 +72,7 @@ def inference(report: Report, size: str) -> None:
 def training(report: Report, size: str) -> None:
     name, *_, batch = MODELS[size]
     images = [normal(batch, 3, 224, 224) for _ in range(2)]
-    labels = torch.randint(1000, (batch,), device=timing.DEVICE)
+    labels = torch.from_numpy(Stream("labels").integers(0, 1000, batch)).to(timing.DEVICE)
 
     def step(model: Any) -> Candidate:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vit.backends import NativeBackend, get
+from vit.support import random
 
 #: What is measured. The tests of these files put a CPU here.
 DEVICE, BACKEND = "cuda", "cuda"
@@ -24,6 +25,10 @@ PATHS = {"automatic": 0, "portable": 1, "no_wgmma": 2}
 ROTATION_BYTES = 240 << 20
 
 BF16 = torch.bfloat16
+
+#: Random numbers before they come again: a prime, so that no two rows of a matrix are equal.
+PERIOD = 1_048_573
+_drawn = 0
 
 Candidate = Callable[[int], Any]
 
@@ -146,4 +151,14 @@ def rotate(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
 
 
 def normal(*shape: int, dtype: torch.dtype = BF16, grad: bool = False) -> Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=grad)
+    """N(0, 1): PERIOD numbers drawn on the CPU, over and over; a GPU's own numbers depend on how many cores it has."""
+    global _drawn
+    start, count = _drawn % PERIOD, math.prod(shape)
+    _drawn += count
+    numbers = _numbers().to(DEVICE, dtype).repeat(-(-(start + count) // PERIOD))
+    return numbers[start : start + count].clone().view(shape).requires_grad_(grad)
+
+
+@functools.cache
+def _numbers() -> Tensor:
+    return random.normal(PERIOD, "gpu benchmark")

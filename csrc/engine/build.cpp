@@ -38,6 +38,12 @@ Precision precision_of(const Sources& sources, const std::string& name, Precisio
   return precision;
 }
 
+// What a calibration may say of the input of a matrix.
+Part mean_of_input(const Part& matrix) {
+  const std::string layer = matrix.name.substr(0, matrix.name.rfind('.'));
+  return {layer + ".mean", nullptr, nullptr, nullptr, matrix.matrix->K, true, false};
+}
+
 // As every reader understands it, whatever decimal point the program has chosen.
 std::string seventeen_digits(double value) {
   std::ostringstream out;
@@ -60,8 +66,10 @@ Sources by_name(const vit_tensor* tensors, int64_t num_tensors) {
 // A tensor that the network does not read is a part of the model that the engine would leave out.
 void check_all_read(const Sources& sources, const std::vector<Part>& parts) {
   std::set<std::string> read;
-  for (const Part& part : parts)
+  for (const Part& part : parts) {
     if (!part.derived) read.insert(part.name);
+    if (part.matrix) read.insert(mean_of_input(part).name);
+  }
   std::string names;
   for (const auto& [name, source] : sources)
     if (!read.count(name)) names += (names.empty() ? "" : ", ") + name;
@@ -115,7 +123,9 @@ std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit
       if (source && part.count > 0)
         std::memcpy(*part.vector, source->data, static_cast<std::size_t>(part.count) * sizeof(float));
     } else {
-      pack({source->data, part.matrix, available_threads()});
+      const vit_tensor* mean = find(sources, mean_of_input(part));
+      if (mean) check_finite(*mean);
+      pack({source->data, mean ? mean->data : nullptr, part.matrix, available_threads()});
     }
   }
   if (!can_normalize(n)) invalid("mean and std of pixels must be finite, std above 0");

@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t kMaxSize = int64_t{1} << 24;  // of any one size: no product of three overflows
 
-// Products of 127 and 127 summed in int32: beyond 133,144 they wrap. 2^17 is the last round number below.
-constexpr int64_t kMaxInt8Depth = int64_t{1} << 17;
+// Products of 255 and 127 summed in int32: beyond 66,311 they wrap. 2^16 is the last round number below.
+constexpr int64_t kMaxInt8Depth = int64_t{1} << 16;
 
 }  // namespace
 

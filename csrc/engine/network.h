@@ -42,7 +42,8 @@ struct Linear {
   char* weight;
   float* bias;    // [N]
   float* scale;   // [N] int8: of a unit of the packed weight; else null
-  int32_t* sums;  // [N] int8: the zero point of activations times the sum of a packed row
+  int32_t* sums;  // [N] int8: zero times the sum of a packed row
+  int32_t zero;   // int8: the byte that stands for 0 in its input
 };
 
 struct Norm {
@@ -92,9 +93,10 @@ struct Forward {
   int threads;                // that the arena has room for
 };
 
-// Packing of one matrix weight [N, K] float32 into `out`, whose N, K, precision and memory are set.
+// Packing of one matrix weight [N, K] float32 into `out`, whose N, K, precision, zero, memory and bias are set.
 struct Packing {
   const float* weight;
+  const float* mean;  // [K] of its input, may be null (int8 alone uses it)
   const Linear* out;
   int threads;
 };

@@ -1,15 +1,19 @@
 // Products of 8-bit integers on the tiles of gemm.h: y = x weight^T with
 //
-//   x      = x_scale[row] (u - zero),  u unsigned bytes, x_scale = largest |x| of the row / (zero - 1)
+//   x      = x_scale[row] (u - zero),  u unsigned bytes, x_scale the smallest that lets u reach both ends of the row
 //   weight = w_scale[n] s,             s signed bytes,   w_scale = largest |weight| of the row / 127
 //   y      = x_scale w_scale (sum u s - zero sum s) + bias
 //
 // Activations get their scale row by row when they are made: no calibration, and a token does not depend on the others.
-// Sums of products are exact in int32. With VNNI (or in plain C++) u has 8 bits, zero = 128. Without, two products are
-// added in 16 bits, which saturate: u has 7 bits, zero = 64, and 2 * 127 * 127 < 2^15.
+// `zero` is a constant of the layer: 128, or near the low end where GELU has made the input (Linear::zero).
+//
+// Sums of products are exact in int32. With AVX2 or AVX-512 but without VNNI, two products are added in 16 bits, which
+// saturate: there w_scale also keeps |s[2j] + s[2j + 1]| <= 128, and 255 * 128 < 2^15. On weights with heavy tails that
+// adds a quarter to the squared error of the weights; activations of 7 bits instead would have four times theirs.
 #pragma once
 
 #include "cpu/linear.h"
+#include "engine/network.h"
 
 namespace vit::VIT_ISA {
 
@@ -33,10 +37,11 @@ struct Memory<int32_t, int32_t> {
   static VIT_INLINE void store(int32_t* p, i32v v) { memcpy(p, &v, sizeof v); }
 };
 
+// Whether products are added in pairs that saturate.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-inline constexpr int kZero = 64;
+inline constexpr bool kPairs = true;
 #else
-inline constexpr int kZero = 128;
+inline constexpr bool kPairs = false;
 #endif
 
 template <>
@@ -86,19 +91,19 @@ struct Most {
 
 // One row of K elements; returns its scale. `out` has room for K bytes.
 template <class X>
-VIT_INLINE float quantize_row(const X* x, int64_t K, uint8_t* out) {
+VIT_INLINE float quantize_row(const X* x, int64_t K, int32_t zero, uint8_t* out) {
   typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
   constexpr int64_t lanes = kLanes<float>;
   const int64_t full = K / lanes * lanes;
-  f32v largest{}, others{};
-  const auto see = [](f32v& most, f32v v) { most = vmax(most, abs<float>(v)); };
+  f32v highest{}, lowest{};  // of the row and 0
   int64_t k = 0;
-  for (; k + 2 * lanes <= full; k += 2 * lanes)
-    see(largest, load<float>(x + k)), see(others, load<float>(x + k + lanes));
-  for (; k < K; k += lanes) see(largest, load<float>(x + k, K - k));
-  const float most = fold<float, lanes>(vmax(largest, others), Most{});
-  const float scale = most > 0 ? most / static_cast<float>(kZero - 1) : 1.0f;
-  const f32v inverse = broadcast(1.0f / scale), shift = broadcast(Layout<float>::magic + static_cast<float>(kZero));
+  const auto see = [&](f32v v) { highest = vmax(highest, v), lowest = vmin(lowest, v); };
+  for (; k < full; k += lanes) see(load<float>(x + k));
+  if (k < K) see(load<float>(x + k, K - k));
+  const float above = fold<float, lanes>(highest, Most{}) / static_cast<float>(255 - zero);
+  const float below = fold<float, lanes>(-lowest, Most{}) / static_cast<float>(zero);
+  const float most = above > below ? above : below, scale = most > 0 ? most : 1.0f;
+  const f32v inverse = broadcast(1.0f / scale), shift = broadcast(Layout<float>::magic + static_cast<float>(zero));
   const auto bytes_of = [&](f32v v) {
     // Adding the magic number rounds to an integer in the low bits of the float.
     return __builtin_convertvector(bit_cast<u32v>(fma(v, inverse, shift)) & 0xff, Bytes);
@@ -157,11 +162,13 @@ struct QuantizedEpilogue {
   }
 };
 
-// What a row of the weight becomes: its scale, and the sum of its bytes.
+// What a row of the weight becomes: its scale, the sum of its bytes, and what rounding takes from the mean of y.
 struct QuantizedWeightRow {
-  const float* row;  // null: a column of zeros that fills a vector
-  f32v inverse;
+  const float* row;   // null: a column of zeros that fills a vector
+  const float* mean;  // [K] of the layer's input, may be null
+  f32v scale, inverse;
   i32v total;
+  f32v lost;
 };
 
 // Bytes of the elements from k of a row of K elements; 0 beyond its end.
@@ -170,35 +177,47 @@ VIT_INLINE u32v quantized_words(QuantizedWeightRow& r, int64_t k, int64_t K) {
   Bytes bytes[4] = {};
   const f32v magic = broadcast(Layout<float>::magic);
   for (int i = 0; r.row && i < 4 && k < K; ++i, k += kLanes<float>) {
-    const i32v values = bit_cast<i32v>(fma(load<float>(r.row + k, K - k), r.inverse, magic)) - bit_cast<i32v>(magic);
+    const f32v weight = load<float>(r.row + k, K - k);
+    const i32v values = bit_cast<i32v>(fma(weight, r.inverse, magic)) - bit_cast<i32v>(magic);
     r.total += values;
+    if (r.mean)
+      r.lost = fma(weight - r.scale * __builtin_convertvector(values, f32v), load<float>(r.mean + k, K - k), r.lost);
     bytes[i] = __builtin_convertvector(values, Bytes);
   }
   return load_raw<u32v>(bytes);
 }
 
+// The largest |weight|, and where pairs saturate the largest |sum of a pair|: opposite signs cannot make it larger.
 VIT_INLINE float largest_of_row(const float* row, int64_t K) {
   f32v largest{};
-  for (int64_t k = 0; k < K; k += kLanes<float>) largest = vmax(largest, abs<float>(load<float>(row + k, K - k)));
+  i32v neighbour;
+  for (int i = 0; i < kLanes<float>; ++i) neighbour[i] = i ^ 1;
+  for (int64_t k = 0; k < K; k += kLanes<float>) {
+    const f32v v = load<float>(row + k, K - k);
+    largest = vmax(largest, abs<float>(v));
+    if (kPairs) largest = vmax(largest, abs<float>(v + __builtin_shuffle(v, neighbour)));
+  }
   return fold<float, kLanes<float>>(largest, Most{});
 }
 
-// weight [N, K] float32, K a multiple of 4, into panels for `tile`; scales and sums of its rows.
-inline void pack_quantized(int threads, const float* weight, int64_t N, int64_t K, char* packed, float* scales,
-                           int32_t* sums) {
+// The weight [N, K] of `out` in float32, K a multiple of 4, into its panels; scales and sums of its rows. With the mean
+// [K] of the input, what rounding takes from the mean of y goes to the bias, which is there already.
+inline void pack_quantized(int threads, const float* weight, const float* mean, const engine::Linear& out) {
   constexpr int64_t lanes = kWordLanes<q8>, word = sizeof(uint32_t);
-  const int64_t steps = steps_of<q8>(K), vectors = ceil_div(N, lanes);
+  const int64_t N = out.N, K = out.K, steps = steps_of<q8>(K), vectors = ceil_div(N, lanes);
   parallel_for(threads, vectors, [&](int64_t begin, int64_t end, int) {
     for (int64_t vector = begin; vector < end; ++vector) {
       const int64_t panel = vector / kTileVectors, first = vector * lanes;
       const int64_t width = min<int64_t>(vectors - panel * kTileVectors, kTileVectors) * lanes;
-      char* to = packed + (panel * kTileVectors * steps * lanes + vector % kTileVectors * lanes) * word;
+      char* to = out.weight + (panel * kTileVectors * steps * lanes + vector % kTileVectors * lanes) * word;
       QuantizedWeightRow rows[lanes] = {};
       for (int64_t i = 0; i < min(lanes, N - first); ++i) {
         rows[i].row = weight + (first + i) * K;
+        rows[i].mean = mean;
         const float largest = largest_of_row(rows[i].row, K), scale = largest > 0 ? largest / 127.0f : 1.0f;
+        rows[i].scale = broadcast(scale);
         rows[i].inverse = broadcast(1.0f / scale);
-        scales[first + i] = scale;
+        out.scale[first + i] = scale;
       }
       for (int64_t s = 0; s < steps; s += lanes) {
         u32v block[lanes];
@@ -210,7 +229,8 @@ inline void pack_quantized(int threads, const float* weight, int64_t N, int64_t 
       for (int64_t i = 0; i < min(lanes, N - first); ++i) {
         int32_t total = 0;
         for (int64_t lane = 0; lane < lanes; ++lane) total += rows[i].total[lane];
-        sums[first + i] = kZero * total;
+        out.sums[first + i] = out.zero * total;
+        if (mean) out.bias[first + i] += sum(rows[i].lost);
       }
     }
   });

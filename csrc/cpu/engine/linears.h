@@ -73,7 +73,7 @@ void normalize(Pass<T>& p, const float* x, int64_t rows, const Norm& norm, const
     const float* row = x + r * C;
     if (next.precision == Precision::int8) {
       norm_row(row, p.own.row, norm.weight, norm.bias, C, p.s.eps);
-      p.own.quantized.scales[r] = quantize_row(p.own.row, C, p.own.quantized.bytes + r * C);
+      p.own.quantized.scales[r] = quantize_row(p.own.row, C, next.zero, p.own.quantized.bytes + r * C);
     } else {
       norm_row(row, p.own.normed + r * C, norm.weight, norm.bias, C, p.s.eps);
     }
@@ -86,7 +86,7 @@ template <class T>
 void quantize(Pass<T>& p, const T* a, int64_t rows, const Linear& next) {
   if (next.precision != Precision::int8) return;
   for (int64_t r = 0; r < rows; ++r)
-    p.own.quantized.scales[r] = quantize_row(a + r * next.K, next.K, p.own.quantized.bytes + r * next.K);
+    p.own.quantized.scales[r] = quantize_row(a + r * next.K, next.K, next.zero, p.own.quantized.bytes + r * next.K);
   p.clock.lap(Phase::quantize);
 }
 

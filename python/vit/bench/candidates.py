@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from ..parity.case_list import Case
 from ..parity.problems import DEFINITIONS, build, torch_dtype
 from ..parity.runner import backend_ops
+from ..support.random import Stream, normal
 from .runtimes import RUNTIMES, Arch, Refusal, Spec, imports, load
 from .runtimes import images as exported_images
+from .weights import seeded_state
 from .workers import Candidate
 
 
@@ -57,11 +59,11 @@ def training_step(spec: Spec, device: str) -> Candidate:
     """One AdamW step on random weights and images: float32 weights, other dtypes by autocast."""
     if spec.dtype == "int8":
         raise Refusal("nothing is trained in int8")
-    torch.manual_seed(0)
     where = torch.device(device)
     model = _model(spec.runtime, spec.model, spec.arch, where, torch.float32, training=True).train()
+    model.load_state_dict(seeded_state(dict(model.named_parameters())), strict=False)  # fixed positions stay
     channels = model.patch_embed.proj.weight.shape[1]  # of a convolution, as in every model of the list
-    images = torch.randn(spec.batch, channels, *model.patch_embed.img_size, device=where)
+    images = normal((spec.batch, channels, *model.patch_embed.img_size), "images").to(where)
     return Candidate(_training(model, images, torch_dtype(spec.dtype)), _wait(where))
 
 
@@ -81,7 +83,7 @@ def _model(backend: str, name: str, arch: Arch, device: torch.device, dtype: tor
 
 def _training(model: Any, images: torch.Tensor, dtype: torch.dtype) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # as `vit train` has it
-    labels = torch.randint(model.num_classes, (len(images),), device=images.device)
+    labels = torch.from_numpy(Stream("labels").integers(0, model.num_classes, len(images))).to(images.device)
 
     def step() -> None:
         mixed = torch.autocast(images.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..support.extras import MissingExtra, require
+from ..support.random import Stream, normal
 from . import weights
 from .machine import versions
 from .runtimes import Arch, Refusal, Spec, engine_file
@@ -58,7 +59,7 @@ def export_base(model: str, arch: Arch, where: str, images: int) -> None:
         return
     net = create(model, backend="reference", weights=file, training=False, **dict(arch))
     shape = (images, net.patch_embed.proj.weight.shape[1], *net.patch_embed.img_size)
-    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    pixels = normal(shape, "images")
     with torch.inference_mode():
         logits = net(pixels[:COMPARED])
     np.save(Path(where, "reference.npy"), logits.numpy())
@@ -100,7 +101,7 @@ def _timm(spec: Spec) -> Any:
 def _images(spec: Spec, count: int) -> np.ndarray:
     """`count` images of the size of the exported ones, others than those that are compared."""
     shape = np.load(spec.path("images.npy"), mmap_mode="r").shape[1:]
-    return np.random.default_rng(1).standard_normal((count, *shape), dtype=np.float32)
+    return Stream("calibration images").standard_normal((count, *shape))
 
 
 def _onnx(spec: Spec) -> None:

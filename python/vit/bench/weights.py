@@ -8,11 +8,12 @@ arXiv:2211.10438 describe it for language models, arXiv:2111.13824 for Vision Tr
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from ..support.random import Stream
 
 #: Log-normal spread of the elements of a matrix (kurtosis 8, a normal distribution has 3), of its rows, and of gains.
 TAIL, ROWS, GAINS = 0.5, 0.25, 0.3
@@ -31,20 +32,23 @@ def seeded_state(shapes: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tenso
 
 
 def _tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    stream = Stream("seeded weights", seed, name)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
+        return torch.from_numpy(stream.standard_normal(size))
+
+    def lognormal(sigma: float, *size: int) -> Tensor:
+        return torch.from_numpy(stream.lognormal(sigma, size))
 
     if name in ("cls_token", "pos_embed", "reg_token"):
         return 0.1 * normal(*shape)
     if name.endswith("bias"):
         return 0.1 * normal(*shape)
     if len(shape) == 1:  # the gain of a layer norm, or a layer scale
-        gain = torch.exp(GAINS * normal(*shape))
+        gain = lognormal(GAINS, *shape)
         gain[normal(*shape).topk(len(gain) // OUTLIER_EVERY).indices] *= OUTLIER_GAIN
         return gain
-    rows = torch.exp(ROWS * normal(shape[0])).reshape(-1, *[1] * (len(shape) - 1))
-    tails = torch.exp(TAIL * normal(*shape))
+    rows = lognormal(ROWS, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    tails = lognormal(TAIL, *shape)
     variance = math.exp(2 * TAIL**2 + 2 * ROWS**2)
     return normal(*shape).mul_(tails).mul_(rows).mul_((math.prod(shape[1:]) * variance) ** -0.5)

@@ -76,11 +76,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _images(args: argparse.Namespace, model: Any) -> tuple[Any, Any, Any]:
     """Training images to calibrate on, test images and their labels to compare on, each spread over its split."""
-    import numpy as np
     import torch
 
     from ..data import DataError
     from ..data.loader import Images
+    from ..support.random import Stream
 
     source = _source(args)
     if len(source.class_names) != model.num_classes:
@@ -89,7 +89,7 @@ def _images(args: argparse.Namespace, model: Any) -> tuple[Any, Any, Any]:
 
     def some(split: str, count: int) -> tuple[Any, Any]:
         dataset = Images(source.splits[split], model.preprocess)
-        order = np.random.default_rng(0).permutation(len(source.splits[split]))
+        order = Stream("calibration").permutation(len(source.splits[split]))
         images, labels = zip(*(dataset[(0, int(i))] for i in order[:count]), strict=True)
         return torch.stack(images), torch.tensor(labels)
 

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-import numpy as np
 from PIL import Image
+
+from ..support.random import Stream
 
 
 class Augment(Protocol):
@@ -15,7 +16,7 @@ class Augment(Protocol):
 
     resizes: ClassVar[bool]
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image: ...
+    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Affine:
     shift: float = 0.06
     fill: int = 0
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
         angle, shear, scale, right, down = rng.uniform(-1.0, 1.0, 5).tolist()
         angle, shear = math.radians(self.rotate * angle), math.tan(math.radians(self.shear * shear))
         scale = 1.0 / (1.0 + self.scale * scale)
@@ -49,7 +50,8 @@ class Affine:
         return image.transform(
             image.size,
             Image.Transform.AFFINE,
-            (a, b, c, d, e, f),
+            # Sines and cosines differ in the last bit from one C library to another.
+            tuple(round(value, 12) for value in (a, b, c, d, e, f)),
             Image.Resampling.BILINEAR,
             fillcolor=self.fill,
         )
@@ -71,7 +73,7 @@ class CropFlip:
     aspect: float = 4 / 3
     flip: bool = True
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
         area, aspect, left, top, mirror = rng.uniform(0.0, 1.0, 5).tolist()
         width, height = image.size
         target = width * height * (self.area + (1.0 - self.area) * area)
@@ -86,7 +88,7 @@ class CropFlip:
         return image
 
 
-def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+def generator(seed: int, epoch: int, index: int) -> Stream:
     """The random numbers of one image in one epoch: the same whatever the worker, the batch or an
     interruption."""
-    return np.random.Generator(np.random.Philox(key=[seed & (1 << 64) - 1, (epoch << 40) + index]))
+    return Stream("augment", seed, epoch, index)

@@ -11,12 +11,12 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..preprocess import Preprocess
+from ..support.random import Stream
 from .augment import Augment, generator
 from .samples import Samples
 
@@ -71,7 +71,7 @@ class EpochBatches:
         return self.count // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(self.count)
+        order = Stream("order", self.seed, self.epoch).permutation(self.count)
         stride = self.batch_size * self.world
         for batch in range(self.start, len(self)):
             indices = order[batch * stride + self.rank : (batch + 1) * stride : self.world]

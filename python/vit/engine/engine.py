@@ -40,8 +40,8 @@ class Engine:
                  per thread
     num_threads  None: at each call what torch.get_num_threads() says, no more than a container's quota, and fewer where
                  other work keeps cores busy
-    calibrate    int8: images as the model takes them, to smooth inputs before quantizing; None: the norms' own weights
-                 say how large inputs become
+    calibrate    int8: images as the model takes them, to smooth inputs before quantizing and to correct biases; None:
+                 one image of noise that the package makes
     exclude      int8, weights: layers that stay bfloat16, such as ("blocks.0.mlp.fc2",)
     weights      bfloat16: "int8" or "int4" stores the weights of the blocks in 8 or 4 bits, with a scale for each 32,
                  for the memory; products stay bfloat16

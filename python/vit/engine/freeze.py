@@ -16,10 +16,7 @@ from ..model.layers import LayerNorm, Linear, PatchEmbed
 from ..model.vision_transformer import VisionTransformer
 from ..weights.checkpoint import all_finite
 from . import native
-from .smooth import largest_outputs, smooth
-
-#: The layers of a block that int8 quantizes and that can be stored in fewer bits.
-LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+from .smooth import LAYERS, natural_image, observe, smooth
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,9 @@ def freeze(
 ) -> Frozen:
     """The model's sizes and weights; dropout and drop-path do nothing at inference and are left out.
 
-    For int8 the weights are smoothed (with what `calibrate` images show, where given). `weights`: how the linear layers
-    of blocks are stored, where it is not dtype. Layers that `exclude` names stay bfloat16.
+    For int8 the weights are smoothed, and rounding leaves each layer's mean output where it is: on `calibrate` images,
+    or on one of noise. `weights`: how the linear layers of blocks are stored, where it is not dtype. Layers that
+    `exclude` names stay bfloat16.
 
     Raises BackendError with all reasons why the engine cannot run it, ValueError for unknown names.
     """
@@ -106,8 +104,8 @@ def freeze(
         texts["class_names"] = json.dumps(list(model.class_names))
     plain = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
     if dtype == "int8":
-        largest = None if calibrate is None else largest_outputs(model, calibrate)
-        plain = smooth(plain, len(model.blocks), largest)
+        inputs = observe(model, natural_image(model) if calibrate is None else calibrate)
+        plain = smooth(plain, len(model.blocks), inputs)
     return Frozen(config, plain, precisions, texts)
 
 

@@ -1,4 +1,4 @@
-"""Weight initialisation schemes, with timm's names and, for the same seed, timm's values.
+"""Weight initialisation schemes, with timm's names and distributions.
 
     ""          trunc-normal(0.02) linear weights, zero biases; the patch projection keeps PyTorch's default
     "jax"       Xavier-uniform weights, MLP biases N(0, 1e-6), LeCun-normal patch projection, zero head
@@ -6,17 +6,23 @@
     "moco"      Xavier-uniform, with q, k and v of a qkv weight treated as three matrices
     "reset"     PyTorch's defaults everywhere
     "skip"      nothing: for weights that are about to be loaded
-In all but "skip": position embedding trunc-normal(0.02), class token N(0, 1e-6).
+In all but "skip": position embedding trunc-normal(0.02), class token N(0, 1e-6), norms 1 and 0.
+
+A key is taken from PyTorch's default generator, so torch.manual_seed fixes a model and every call makes another one.
+From there on a parameter depends on the key and its name alone: one seed gives the same weights with every version of
+PyTorch, on every processor and device, and (rounded) in every dtype.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..support.random import Stream, fresh_key
 
 if TYPE_CHECKING:
     from .vision_transformer import VisionTransformer
@@ -27,75 +33,97 @@ SCHEMES = ("", "jax", "jax_nlhb", "moco", "reset", "skip")
 TRUNCATED_STD = 0.87962566103423978
 
 
-@torch.no_grad()
-def trunc_normal(tensor: Tensor, std: float, bound: float = 6.0) -> None:
-    """Fills with N(0, std^2) truncated to `bound` standard deviations, by the inverse of the distribution
-    function.
+class Draws:
+    """Fills parameters with random numbers, each from the stream of its own name."""
 
-    torch's own trunc_normal_ draws other values from the same seed in every other release. Six deviations cut
-    off only what is an accident: a float32 uniform number is exactly -1 once in 2^24, whose inverse is
-    infinite.
-    """
-    limit = math.erf(bound / math.sqrt(2))
-    drawn = torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-    drawn.uniform_(-limit, limit).erfinv_().mul_(std * math.sqrt(2)).clamp_(-bound * std, bound * std)
-    tensor.copy_(drawn)
+    def __init__(self) -> None:
+        self._key: int | None = None
+
+    def normal(self, parameter: Tensor, name: str, std: float, bound: float = math.inf) -> None:
+        """N(0, std^2), cut off at `bound` standard deviations.
+
+        Where timm cuts N(0, 0.02^2) off, at 2 = 100 standard deviations, nothing is to cut: no number exceeds 6.4.
+        """
+        if _has_values(parameter):
+            drawn = torch.empty(parameter.numel(), dtype=torch.float32, device="cpu")
+            self._stream(name).standard_normal(drawn.numel(), bound=bound, out=drawn.numpy())
+            parameter.copy_(drawn.mul_(std).view(parameter.shape))
+
+    def uniform(self, parameter: Tensor, name: str, limit: float) -> None:
+        """U(-limit, limit)."""
+        if _has_values(parameter):
+            drawn = self._stream(name).uniform(-limit, limit, parameter.numel(), np.float32)
+            parameter.copy_(torch.from_numpy(drawn).view(parameter.shape))
+
+    def _stream(self, name: str) -> Stream:
+        if self._key is None:
+            self._key = fresh_key()
+        return Stream("parameter", self._key, name)
+
+
+def _has_values(parameter: Tensor) -> bool:
+    """Whether there is memory to fill: not on the meta device, not under FakeTensorMode."""
+    return not parameter.is_meta and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
 
 
 @torch.no_grad()
 def init_weights(model: VisionTransformer, scheme: str, num_classes: int) -> None:
-    """Initialises a freshly built VisionTransformer in place."""
+    """Initialises all parameters of a VisionTransformer in place."""
     if scheme == "skip":
         return
+    draws = Draws()
     if isinstance(model.pos_embed, nn.Parameter):
-        trunc_normal(model.pos_embed, 0.02)
+        draws.normal(model.pos_embed, "pos_embed", 0.02)
     if model.cls_token is not None:
-        nn.init.normal_(model.cls_token, std=1e-6)
-    for name, module in _depth_first(model):
+        draws.normal(model.cls_token, "cls_token", 1e-6)
+    for name, module in model.named_modules():
         if module is model.patch_embed.proj:
-            _init_patch_projection(model.patch_embed.proj, scheme)
+            _init_patch_projection(model.patch_embed.proj, name, scheme, draws)
         elif isinstance(module, nn.Linear):
-            init_linear(module, name, scheme, num_classes)
-
-
-def _depth_first(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Children before parents, in the order in which timm draws its random numbers."""
-    for name, child in module.named_children():
-        yield from _depth_first(child, f"{prefix}{name}.")
-        yield f"{prefix}{name}", child
+            init_linear(module, name, scheme, num_classes, draws)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
 
 
 @torch.no_grad()
-def init_linear(linear: nn.Linear, name: str, scheme: str, num_classes: int) -> None:
+def init_linear(linear: nn.Linear, name: str, scheme: str, num_classes: int, draws: Draws) -> None:
     """Initialises one linear layer; its name in the model tells the head, the qkv and the MLP layers
     apart."""
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    fan_out, fan_in = linear.weight.shape
+    if scheme == "reset":
+        _pytorch_default(linear, name, draws)
+        return
+    _zero_bias(linear)
     if scheme == "":
-        trunc_normal(linear.weight, 0.02)
-        _zero_bias(linear)
-    elif scheme.startswith("jax"):
-        if name.startswith("head"):
-            nn.init.zeros_(linear.weight)
-            nn.init.constant_(linear.bias, -math.log(num_classes) if scheme == "jax_nlhb" else 0.0)
-            return
-        nn.init.xavier_uniform_(linear.weight)
-        if "mlp" in name and linear.bias is not None:
-            nn.init.normal_(linear.bias, std=1e-6)
-        else:
-            _zero_bias(linear)
+        draws.normal(linear.weight, weight, 0.02)
     elif scheme == "moco":
-        fan_out, fan_in = linear.weight.shape
-        if "qkv" in name:
-            fan_out //= 3
-        bound = math.sqrt(6 / (fan_out + fan_in))
-        nn.init.uniform_(linear.weight, -bound, bound)
-        _zero_bias(linear)
+        fan_out //= 3 if "qkv" in name else 1
+        draws.uniform(linear.weight, weight, math.sqrt(6 / (fan_out + fan_in)))
+    elif name.startswith("head"):  # of jax
+        nn.init.zeros_(linear.weight)
+        nn.init.constant_(linear.bias, -math.log(num_classes) if scheme == "jax_nlhb" else 0.0)
+    else:
+        draws.uniform(linear.weight, weight, math.sqrt(6 / (fan_out + fan_in)))
+        if "mlp" in name and linear.bias is not None:
+            draws.normal(linear.bias, bias, 1e-6)
 
 
-def _init_patch_projection(projection: nn.Conv2d | nn.Linear, scheme: str) -> None:
-    if scheme.startswith("jax"):
-        fan_in = projection.weight[0].numel()
-        trunc_normal(projection.weight, math.sqrt(1 / fan_in) / TRUNCATED_STD, bound=2.0)
-        _zero_bias(projection)
+def _init_patch_projection(projection: nn.Conv2d | nn.Linear, name: str, scheme: str, draws: Draws) -> None:
+    if not scheme.startswith("jax"):
+        _pytorch_default(projection, name, draws)
+        return
+    fan_in = projection.weight[0].numel()
+    draws.normal(projection.weight, f"{name}.weight", math.sqrt(1 / fan_in) / TRUNCATED_STD, bound=2.0)
+    _zero_bias(projection)
+
+
+def _pytorch_default(module: nn.Conv2d | nn.Linear, name: str, draws: Draws) -> None:
+    """What nn.Linear and nn.Conv2d do themselves: U(-b, b) with b = 1 / sqrt(inputs) for weight and bias."""
+    limit = 1 / math.sqrt(module.weight[0].numel())
+    draws.uniform(module.weight, f"{name}.weight", limit)
+    if module.bias is not None:
+        draws.uniform(module.bias, f"{name}.bias", limit)
 
 
 def _zero_bias(module: nn.Conv2d | nn.Linear) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,8 +49,9 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1.0 - self.rate
-        mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
+        # Not bernoulli_(), which asks MKL where it is there: a seed's float32 uniform numbers are the same everywhere.
+        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=torch.float32, device=x.device) < keep
+        return x * kept.to(x.dtype).div_(keep)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

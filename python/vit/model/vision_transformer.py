@@ -110,8 +110,8 @@ class VisionTransformer(CallsOps, Planned):
         self.grad_checkpointing = False
 
         home = torch.empty(0, device=device, dtype=dtype)  # what None stands for
-        # Weights that are about to be loaded need room, not values.
-        factory: dict[str, Any] = {"device": "meta" if weight_init == "skip" else home.device, "dtype": home.dtype}
+        # Parameters get room once all are known, and their values by init_weights or with the weights that are loaded.
+        factory: dict[str, Any] = {"device": "meta", "dtype": home.dtype}
         image, patch = checks.sides("img_size", img_size), checks.sides("patch_size", patch_size)
         self.patch_embed = PatchEmbed(image, patch, in_chans, embed_dim, patch_embed, dynamic_pad, **factory)
         # Now, so that a refusal comes before the large part is built.
@@ -147,9 +147,7 @@ class VisionTransformer(CallsOps, Planned):
         self.fc_norm = LayerNorm(embed_dim, norm_eps, **factory) if average else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
-        if weight_init == "skip":
-            # Not to_empty(): empty_like() of a meta tensor imports PyTorch's symbolic shapes, 0.6 s.
-            self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=home.device))
+        _take_room(self, home.device)
         init.init_weights(self, weight_init, num_classes)
         if pos_embed == "sincos2d":
             self.pos_embed = sincos2d(self.patch_embed.grid_size, embed_dim, self.num_prefix_tokens).to(home)
@@ -329,7 +327,7 @@ class VisionTransformer(CallsOps, Planned):
         self.head = nn.Identity()
         if num_classes:
             self.head = Linear(self.embed_dim, num_classes, device=self.device, dtype=self.dtype)
-            init.init_linear(self.head, "head", self.weight_init, num_classes)
+            init.init_linear(self.head, "head", self.weight_init, num_classes, init.Draws())
         self.head.train(self.training)
         self.replan()
 
@@ -347,6 +345,16 @@ class VisionTransformer(CallsOps, Planned):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward instead of keeping its activations."""
         self.grad_checkpointing = enable
+
+
+def _take_room(model: nn.Module, device: torch.device) -> None:
+    """Moves a model without values from the meta device to `device`.
+
+    Not by to_empty(): empty_like() of a meta tensor imports PyTorch's symbolic shapes, 0.6 s.
+    """
+    for module in model.modules():
+        for name, meta in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device)))
 
 
 def _hooked(*modules: nn.Module) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..support.random import normal
 from .case_list import Case
 
 Tensors = dict[str, Tensor]
@@ -263,13 +263,8 @@ DEFINITIONS: dict[str, Definition] = {
 def build(case: Case, device: str | torch.device = "cpu") -> Problem:
     """The tensors of a case on a device; the same ones in every process (the seed is the case's id)."""
     definition = DEFINITIONS[case.op]
-    generator = torch.Generator().manual_seed(
-        zlib.crc32(dataclasses.replace(case, direction="", tf32=False).id.encode())
-    )
-    drawn = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64)
-        for name, shape in definition.shapes(case).items()
-    }
+    key = ("case", dataclasses.replace(case, direction="", tf32=False).id)
+    drawn = {name: normal(shape, *key, name, dtype=torch.float64) for name, shape in definition.shapes(case).items()}
     definition.draw(case, drawn)
     for request in filter(None, case.values.split("+")):
         kind, name = request.split("_")
@@ -277,7 +272,7 @@ def build(case: Case, device: str | torch.device = "cpu") -> Problem:
     cast = {name: x.to(_dtype_of(case, name)) for name, x in drawn.items()}
     tensors = {name: lay_out(x.to(device), name, case.layout) for name, x in cast.items()}
     out = _out_shape(case, {name: x.shape for name, x in tensors.items()})
-    dy = torch.randn(out, generator=generator, dtype=torch.float64).to(out_dtype(case))
+    dy = normal(out, *key, "dy", dtype=torch.float64).to(out_dtype(case))
     return Problem(case, tensors, dy.to(device))
 
 
