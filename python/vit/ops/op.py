@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 
 from .. import backends
 from ..backends import BackendError, NativeBackend, Spec
+from ..backends._base import constant
 
 #: What a launcher may be given: anything else (subclasses, proxies) goes through the dispatcher.
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, torch.dtype})
@@ -127,15 +128,21 @@ class NativeOp(BoundOp):
         namespace = getattr(torch.ops, register(op, record))
         self.fwd_op = getattr(namespace, f"{op.name}_fwd").default
         self.bwd_op = getattr(namespace, f"{op.name}_bwd").default
+        _register_gradients(self)
         self.function = _autograd_function(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        inputs, finish = self.op.arguments(*args, **kwargs)
         compiling = torch.compiler.is_compiling()
+        tracing = torch._C._get_tracing_state() is not None
+        if (compiling or tracing) and _exporting_to_onnx():
+            return self.op.reference(*args, **kwargs)
+        inputs, finish = self.op.arguments(*args, **kwargs)
         if not compiling:
             self.check_transforms(inputs)
         self.check(inputs)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
+        if tracing:
+            y = self.trace(inputs)
+        elif torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
             y = self.function.apply(*(_distinct(inputs) if compiling else inputs))
         else:
             y = self.forward(*inputs, False)[0]
@@ -149,6 +156,14 @@ class NativeOp(BoundOp):
     def backward(self, *args: Any) -> Any:
         """The backward kernel, likewise."""
         return self.op.bwd(self.record, *args) if _ordinary(args) else self.bwd_op(*args)
+
+    def trace(self, inputs: Sequence[Any]) -> Any:
+        """One node of a torch.jit trace: the registered op, which has gradients of its own.
+
+        An autograd.Function would become a call into Python, which no trace can be compared by or saved with.
+        """
+        outputs = self.fwd_op(*inputs, False)
+        return outputs[0] if isinstance(outputs, tuple) else outputs
 
     def check_transforms(self, inputs: Sequence[Any]) -> None:
         """Refuses what would silently lose a derivative or a batch dimension."""
@@ -200,6 +215,12 @@ def call(op: Op, backend: str, *args: Any, **kwargs: Any) -> Tensor:
         tensors = {n: a for n, a in (*zip(op.inputs, args, strict=False), *kwargs.items()) if isinstance(a, Tensor)}
         backend = backends.choose("auto", [spec_of(op, tensors)]).name
     return bind(op, backend)(*args, **kwargs)
+
+
+@constant
+def _exporting_to_onnx() -> bool:
+    """Whether what is traced becomes an ONNX file: it runs without our kernels, so it holds PyTorch's own ops."""
+    return torch.onnx.is_in_onnx_export()
 
 
 def _ordinary(args: Sequence[Any]) -> bool:
@@ -279,6 +300,24 @@ def register(op: Op, record: NativeBackend) -> str:
         library.impl(name, _launcher(launch, record), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return namespace
+
+
+def _register_gradients(bound: NativeOp) -> None:
+    """The registered forward op differentiates by itself wherever no autograd.Function of ours stands around it: in
+    torch.jit traces, whenever they run."""
+    op = bound.op
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *args, saved = inputs
+        # A trace says save=False whether or not its caller will want gradients: the forward is then run once more.
+        outputs = output if saved else bound.fwd_op(*inputs[:-1], True)
+        op.save(ctx, tuple(args), outputs if isinstance(outputs, tuple) else (outputs,))
+
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads = op.backward(ctx, bound.backward, dy.contiguous())
+        return *(_refuse_second(bound, ctx, dy, grads) if torch.is_grad_enabled() else grads), None
+
+    torch.library.register_autograd(bound.fwd_op, backward, setup_context=keep, lib=_LIBRARIES[-1])
 
 
 _LIBRARIES: list[torch.library.Library] = []  # a Library undefines its ops when it is collected
