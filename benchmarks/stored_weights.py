@@ -10,8 +10,8 @@ import argparse
 import torch
 import vit
 from tables import markdown, short
+from vit.bench.weights import seeded_state
 from vit.engine.quantize import figures
-from vit.testing.weights import seeded_state
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ import os
 
 import numpy as np
 import pytest
-from vit.testing.bench import distance
-from vit.testing.machine import public
-from vit.testing.peers import Refusal
-from vit.testing.workers import Candidate, Failure, Timing, Worker, race
+from vit.bench.machine import public
+from vit.bench.race import distance
+from vit.bench.runtimes import Refusal
+from vit.bench.workers import Candidate, Failure, Timing, Worker, race
 
 
 def candidate(kind: str) -> Candidate:

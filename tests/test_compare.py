@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vit.testing import CASES, Case, backend_ops, cases, compare, run
-from vit.testing.problems import build
+from vit.parity import CASES, Case, backend_ops, cases, compare, run
+from vit.parity.problems import build
 
 CASE = {case.id: case for case in CASES}
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 import vit
 from cuda_emulator import PATHS, Emulated
-from vit.testing import Case, backend_ops, cases, run
-from vit.testing.tf32 import round_factor
+from vit.parity import Case, backend_ops, cases, run
+from vit.parity.tf32 import round_factor
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++ compiler")
 

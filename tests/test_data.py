@@ -19,7 +19,7 @@ from vit.data.augment import Affine, CropFlip, generator
 from vit.data.folder import folder
 from vit.data.idx import read_idx
 from vit.data.loader import EpochBatches, Images, InOrder, loader
-from vit.data.preprocess import Preprocess
+from vit.preprocess import Preprocess
 
 # From Python 3.12 on a fork beside other threads warns; PyTorch's DataLoader forks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

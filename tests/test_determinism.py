@@ -14,9 +14,9 @@ from conftest import NATIVE
 from test_memory import same_bits
 from torch import Tensor
 from vit.ops import OPS
-from vit.testing import backend_ops, cases
-from vit.testing.parity import call as run_problem
-from vit.testing.problems import DEFINITIONS, build
+from vit.parity import backend_ops, cases
+from vit.parity.problems import DEFINITIONS, build
+from vit.parity.runner import call as run_problem
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -17,9 +17,9 @@ import torch
 import vit
 from conftest import USABLE
 from torch import Tensor, nn
-from vit.data.preprocess import Preprocess
-from vit.model.size import measure
-from vit.testing.weights import seeded_state
+from vit.bench.cost import measure
+from vit.bench.weights import seeded_state
+from vit.preprocess import Preprocess
 
 pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the cpu backend is not usable here")
 
@@ -553,9 +553,9 @@ def test_a_file_of_another_level_is_refused(tmp_path):
 
 EVERY_LEVEL = """
 import sys, json, torch, vit
-from vit.data.preprocess import Preprocess
-from vit.model.size import measure
-from vit.testing.weights import seeded_state
+from vit.preprocess import Preprocess
+from vit.bench.cost import measure
+from vit.bench.weights import seeded_state
 torch.manual_seed(0)
 arch = json.loads(sys.argv[1])
 model = vit.create("vit_tiny_patch16_224", **arch)

@@ -27,7 +27,7 @@ pytestmark = [
 
 SAVE = """
 import json, sys, numpy, torch, vit
-from vit.testing.weights import seeded_state
+from vit.bench.weights import seeded_state
 model = vit.create("vit_tiny_patch16_224", backend="reference", img_size=32, depth=2, num_classes=10, training=False)
 model.load_state_dict(seeded_state(model.state_dict()))
 tensor = torch.from_numpy(numpy.fromfile(f"{sys.argv[1]}/tensor.f32", numpy.float32)).reshape(1, 3, 32, 32)

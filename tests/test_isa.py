@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from conftest import NATIVE, USABLE
-from vit.testing import cases
+from vit.parity import cases
 
 GROUPS = ("odd", "corner")
 INFO = NATIVE["cpu"].info() if "cpu" in USABLE else {}

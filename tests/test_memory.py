@@ -20,9 +20,9 @@ from conftest import NATIVE
 from test_ops import call, small
 from torch import Tensor
 from vit.ops import OPS
-from vit.testing import Case, backend_ops, cases
-from vit.testing.parity import call as run_problem
-from vit.testing.problems import DEFINITIONS, build
+from vit.parity import Case, backend_ops, cases
+from vit.parity.problems import DEFINITIONS, build
+from vit.parity.runner import call as run_problem
 
 GUARD = 192  # bytes on either side of an allocation
 PATTERN = 0xA5

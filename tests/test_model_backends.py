@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vit.backends import BackendError
 from vit.model import VisionTransformer
-from vit.testing.compare import compare
+from vit.parity.tolerance import compare
 
 #: name, arguments: the tokens and widths of ViT-Ti/16, small ones, and odd ones with every other option.
 MODELS = {

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit.backends import BackendError
 from vit.ops import OPS
-from vit.testing import Case, backend_ops, cases, run
-from vit.testing.problems import DEFINITIONS, build
+from vit.parity import Case, backend_ops, cases, run
+from vit.parity.problems import DEFINITIONS, build
 
 PARITY = [(name, case) for name in USABLE for case in cases(NATIVE[name].default_device().type)]
 

@@ -11,8 +11,8 @@ import timm.data
 import torch
 import vit
 from PIL import Image
-from vit.data.preprocess import INTERPOLATIONS, Preprocess
 from vit.model.configs import CONFIGS
+from vit.preprocess import INTERPOLATIONS, Preprocess
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:

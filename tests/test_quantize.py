@@ -12,8 +12,8 @@ import vit
 from conftest import USABLE
 from PIL import Image
 from safetensors.torch import save_file
+from vit.bench.weights import seeded_state
 from vit.cli import main
-from vit.testing.weights import seeded_state
 
 pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the cpu backend is not built")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import NATIVE
 from torch import Tensor
-from vit.testing import Case, backend_ops
-from vit.testing.parity import call, compare_all
-from vit.testing.problems import DEFINITIONS, Problem, Tensors
+from vit.parity import Case, backend_ops
+from vit.parity.problems import DEFINITIONS, Problem, Tensors
+from vit.parity.runner import call, compare_all
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of importing PyTorch's test suite

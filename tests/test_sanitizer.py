@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import vit
 from conftest import USABLE
-from vit.testing import cases
+from vit.parity import cases
 
 ROOT = Path(__file__).parent.parent
 GROUPS = ("odd", "corner")

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 import vit
 from torch import Tensor, nn
-from vit.data.preprocess import Preprocess
 from vit.model import VisionTransformer, patchify
+from vit.preprocess import Preprocess
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 

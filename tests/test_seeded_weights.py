@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import vit
-from vit.testing.weights import seeded_state
+from vit.bench.weights import seeded_state
 
 
 def drawn(seed: int = 0) -> dict[str, torch.Tensor]:

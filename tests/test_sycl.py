@@ -19,8 +19,8 @@ from vit.backends import reasons as reasons_of
 from vit.ops import Spec
 from vit.ops.movement import KernelMovement, Movement, of
 from vit.ops.op import _workspace_bytes
-from vit.testing import cases
-from vit.testing.parity import backend_ops, run
+from vit.parity import cases
+from vit.parity.runner import backend_ops, run
 
 BACKEND = get("sycl")
 pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=f"sycl: {BACKEND.unavailable()}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from vit.testing import backend_ops, cases, run
+from vit.parity import backend_ops, cases, run
 
 from . import timing
 from .report import Report

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from vit.testing import backend_ops, cases, run
+from vit.parity import backend_ops, cases, run
 
 from . import PATHS, build, registered, sanitizer_environment
 

@@ -1,4 +1,4 @@
-"""Which backends exist, which of them can run what, and the plan a model makes from that.
+"""Which backends exist, and which of them can run what.
 
 Every module of this package that does not start with an underscore is one backend and defines BACKEND.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,13 +22,11 @@ __all__ = [
     "BackendError",
     "HostWorkspace",
     "NativeBackend",
-    "Plan",
     "Spec",
     "backends",
     "choose",
     "default_device",
     "get",
-    "make_plan",
     "reasons",
     "records",
 ]
@@ -110,70 +106,3 @@ def default_device(name: str) -> torch.device:
         if module is not None and module.is_available():
             return torch.device(kind, module.current_device())
     return torch.device("cpu")
-
-
-class Plan(Mapping[str, str]):
-    """Which backend runs each op of a model: a read-only mapping op -> backend name, made once and pickled by name."""
-
-    def __init__(self, requested: str, specs: Iterable[Spec], purpose: str = "") -> None:
-        self.requested = requested
-        self.specs = tuple(specs)
-        self.purpose = purpose
-        self._choice: dict[str, str] = {}
-        by_op: dict[str, list[Spec]] = {}
-        for spec in self.specs:
-            by_op.setdefault(spec.op, []).append(spec)
-        for op, wanted in by_op.items():
-            self._choice[op] = choose(requested, wanted, purpose).name
-
-    def __getitem__(self, op: str) -> str:
-        return self._choice[op]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._choice)
-
-    def __len__(self) -> int:
-        return len(self._choice)
-
-    def __repr__(self) -> str:
-        used = sorted(set(self._choice.values()))
-        if len(used) == 1:
-            return used[0]
-        return ", ".join(f"{op}: {backend}" for op, backend in self._choice.items())
-
-    @cached_property
-    def ops(self) -> SimpleNamespace:
-        """The bound ops: `plan.ops.layer_norm(x, weight, bias, eps)` and so on, for all of OPS, and the `movement`."""
-        from ..ops import OPS, bind
-        from ..ops.movement import of
-
-        bound = {op: bind(op, self._choice.get(op, "auto")) for op in OPS}
-        return SimpleNamespace(**bound, movement=of(self._choice.get("linear", "auto")))
-
-    def explain(self) -> str:
-        """A table: op, the backend that runs it, and why each backend preferred to it was refused."""
-        lines = [f"{'op':<11} {'backend':<10} refused before it"]
-        for op, chosen in self._choice.items():
-            specs = [spec for spec in self.specs if spec.op == op]
-            lines.append(f"{op:<11} {chosen:<10} " + (_refused_before(self.requested, chosen, specs) or "-"))
-        return "\n".join(lines)
-
-
-def make_plan(backend: str, specs: Iterable[Spec], purpose: str = "") -> Plan:
-    """Chooses a backend for every op in `specs`; `purpose` (the model's name) appears in error texts.
-
-    Raises BackendError when a named backend cannot run one of them, ValueError for an unknown name.
-    """
-    return Plan(backend, specs, purpose)
-
-
-def _refused_before(requested: str, chosen: str, specs: list[Spec]) -> str:
-    if requested != "auto":
-        return ""
-    refused = []
-    for name, backend in _RECORDS.items():
-        if name == chosen:
-            break
-        why = dict.fromkeys(reason for spec in specs for reason in reasons(backend, spec))
-        refused.append(f"{name}: {'; '.join(why)}")
-    return " | ".join(refused)

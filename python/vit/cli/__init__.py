@@ -41,7 +41,7 @@ def _run(words: list[str]) -> int:
         print(_overview(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     if words[0] == "--version":
-        from vit import __version__
+        from ..version import __version__
 
         print(f"vit {__version__}")
         return 0
@@ -70,9 +70,9 @@ def _run(words: list[str]) -> int:
 
 def _expected() -> tuple[type[BaseException], ...]:
     """Errors that say all there is to say. Others are defects of vit, and their traceback is wanted."""
-    from vit.backends import BackendError
-    from vit.support.extras import MissingExtra
-    from vit.weights import WeightsError
+    from ..backends import BackendError
+    from ..support.extras import MissingExtra
+    from ..weights import WeightsError
 
     return (BackendError, MissingExtra, WeightsError, ValueError, OSError)
 

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit.testing.bench import Job, Setting, environment, time_models, time_ops
-from vit.testing.peak import cpu_peak
-from vit.testing.peers import RUNTIMES, Arch
-from vit.testing.problems import DEFINITIONS
-
+from ..bench.peak import cpu_peak
+from ..bench.race import Job, Setting, environment, time_models, time_ops
+from ..bench.runtimes import RUNTIMES, Arch
+from ..parity.problems import DEFINITIONS
 from . import bench_report
 from .arguments import device, json_target, new_file, positive
 from .show import Progress, save_json
@@ -123,8 +122,8 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Any], Setting]:
     """Fills in what was not given; the jobs to be timed. ValueError for what cannot be run."""
     import torch
 
-    from vit import testing
-    from vit.backends import NativeBackend, get, records
+    from .. import parity
+    from ..backends import NativeBackend, get, records
 
     if args.ops and args.against:
         raise ValueError("--against compares whole models: leave out --ops")
@@ -152,7 +151,7 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Any], Setting]:
             for dtype in args.dtype
             for batch in args.batch
         ], setting
-    cases = testing.cases(
+    cases = parity.cases(
         torch.device(where).type, ops=args.op, groups=("regular", "large"), dtypes=args.dtype,
         directions=[args.direction] if args.direction else None, pattern=args.pattern,
     )  # fmt: skip
@@ -162,9 +161,9 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Any], Setting]:
 
 
 def _check_models(models: Sequence[tuple[str, Any]], candidates: Sequence[str]) -> None:
-    import vit
+    from ..model.configs import list_models
 
-    known = vit.list_models()
+    known = list_models()
     if unknown := [name for name, _ in models if name not in known]:
         raise ValueError(f"unknown models {', '.join(unknown)}; `vit info '*'` lists all")
     if set(candidates) <= {"engine"} or not PEERS & set(candidates):

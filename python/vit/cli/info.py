@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _machine(as_json: bool) -> int:
-    import vit
+    from ..backends import backends as backends_of_machine
 
-    environment, backends = versions(), vit.backends()
+    environment, backends = versions(), backends_of_machine()
     if as_json:
         print(to_json({"environment": environment, "backends": backends}, default=str))
         return 0
@@ -67,18 +67,18 @@ def _details(record: dict[str, Any]) -> list[str]:
 
 
 def _models(pattern: str, as_json: bool) -> int:
-    import vit
+    from ..model.configs import list_models
 
-    names = vit.list_models(pattern)
+    names = list_models(pattern)
     if not names:
-        print(f"vit: no model is called {pattern!r}; there are {', '.join(vit.list_models())}", file=sys.stderr)
+        print(f"vit: no model is called {pattern!r}; there are {', '.join(list_models())}", file=sys.stderr)
         return 1
     print(to_json(names) if as_json else "\n".join(names))
     return 0
 
 
 def _model(name: str, batch: int, backend: str, as_json: bool) -> int:
-    from ..model.size import measure
+    from ..bench.cost import measure
 
     size = measure(name, batch, backend)
     if as_json:
@@ -103,11 +103,11 @@ def versions() -> dict[str, Any]:
     """Software and processor, as results should be quoted with."""
     import torch
 
-    import vit
-    from vit.testing.machine import processor
+    from ..bench.machine import processor
+    from ..version import __version__
 
     return {
-        "vit": vit.__version__,
+        "vit": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -7,10 +7,9 @@ import re
 import sys
 from typing import Any
 
-from vit.testing.cases import DTYPES, GPU_DTYPES
-from vit.testing.machine import public
-from vit.testing.problems import DEFINITIONS
-
+from ..bench.machine import public
+from ..parity.case_list import DTYPES, GPU_DTYPES
+from ..parity.problems import DEFINITIONS
 from .arguments import device, json_target
 from .show import Progress, save_json, table
 
@@ -21,7 +20,7 @@ GROUPS = ("regular", "odd", "corner", "large")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Runs every case of the list (vit.testing.CASES) on a backend: its output and each gradient must lie "
+        "Runs every case of the list (vit.parity.CASES) on a backend: its output and each gradient must lie "
         "within twice the error of PyTorch's own op in that dtype, plus noise, of the float64 reference. "
         "The reference is PyTorch's own ops: what those get wrong themselves is skipped there, and named. "
         "Exit code 0: all passed, 1: a case failed or the backend cannot run here, 2: bad usage."
@@ -42,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from vit import testing
-    from vit.backends import get
+    from .. import parity
+    from ..backends import get
 
     try:
         backend = get(args.backend)
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"vit parity: backend '{args.backend}' cannot be used: {why}", file=sys.stderr)
         return 1
     where = torch.device(args.device) if args.device else backend.default_device()
-    cases = testing.cases(
+    cases = parity.cases(
         where.type,
         ops=args.op,
         groups=args.group,
@@ -70,13 +69,13 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(case.id for case in cases))
         return 0
 
-    ops = testing.backend_ops(args.backend)
+    ops = parity.backend_ops(args.backend)
     results = []
     out = sys.stderr if args.json == "-" else sys.stdout
     with Progress(len(cases)) as progress:
         for case in cases:
             progress.step(case.id, advance=0)
-            result = testing.run(case, ops, where, plain=args.backend == "reference")
+            result = parity.run(case, ops, where, plain=args.backend == "reference")
             progress.step(case.id)
             results.append(result)
             if not result.ok:

@@ -30,12 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    import vit
-
     from ..data import DataError
     from ..data.samples import read_image
+    from ..factory import create
 
-    model = vit.create(args.model, backend=args.backend, weights=args.weights, training=False)
+    model = create(args.model, backend=args.backend, weights=args.weights, training=False)
     if not model.num_classes:
         raise ValueError(f"vit: {args.weights} has no classifier head, only features: nothing to choose from")
     names = model.class_names or [str(i) for i in range(model.num_classes)]

@@ -40,21 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import vit
-    from vit.engine import quantize
-    from vit.engine.freeze import check_layers, quantizable
+    from ..engine import Engine, quantize
+    from ..engine.freeze import check_layers, quantizable
+    from ..factory import create
 
-    model = vit.create(args.model, backend="reference", weights=args.weights, dtype="float32", training=False)
+    model = create(args.model, backend="reference", weights=args.weights, dtype="float32", training=False)
     exclude = [name for name in args.exclude.replace(" ", "").split(",") if name]
     check_layers(exclude, len(model.blocks))
     calibrate, images, labels = _images(args, model)
 
-    def quantized(exclude: Sequence[str]) -> vit.Engine:
+    def quantized(exclude: Sequence[str]) -> Engine:
         if args.weights_only:
-            return vit.Engine(model, "bfloat16", exclude=exclude, weights=args.weights_only)
-        return vit.Engine(model, "int8", calibrate=calibrate, exclude=exclude)
+            return Engine(model, "bfloat16", exclude=exclude, weights=args.weights_only)
+        return Engine(model, "int8", calibrate=calibrate, exclude=exclude)
 
-    engines = [vit.Engine(model), vit.Engine(model, "bfloat16"), quantized(exclude)]
+    engines = [Engine(model), Engine(model, "bfloat16"), quantized(exclude)]
     found = quantize.figures(engines, images, labels, args.batch_size)
     layers: list[tuple[str, float]] = []
     if args.sensitivity:

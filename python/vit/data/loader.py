@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..preprocess import Preprocess
 from .augment import Augment, generator
-from .preprocess import Preprocess
 from .samples import Samples
 
 Key = tuple[int, int]  # epoch, index of the image

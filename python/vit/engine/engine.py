@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.preprocess import Preprocess
+from ..preprocess import Preprocess
 from . import native
 from .freeze import freeze
 

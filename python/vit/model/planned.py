@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends import Plan, Spec, make_plan
+from ..backends import Spec
+from ..plan import Plan, make_plan
 
 
 class CallsOps:

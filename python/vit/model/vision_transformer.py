@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from ..backends import Spec
-from ..data.preprocess import Preprocess
+from ..preprocess import Preprocess
 from . import checks, init
 from .blocks import Block
 from .layers import LayerNorm, Linear, PatchEmbed

@@ -1,1 +1,1 @@
-"""What every floor above may use: files, records, texts, random numbers, optional packages. Nothing here knows a model."""
+"""What every floor above may use: files, records, texts, optional packages. Nothing here knows a model."""

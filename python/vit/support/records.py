@@ -1,9 +1,9 @@
 """The one reader of JSON and YAML that comes from files: limits on size and depth, and kinds checked key by key.
 
-    record = Record.read(path / "model.json")
-    name = record.text("name")                            # refused by file and key if it is missing or no text
-    eps = record.number("layer_norm_eps", 1e-6, low=0.0)  # a default makes the key optional
-    record.finish()                                       # refuses the keys that nothing asked for
+record = Record.read(path / "model.json")
+name = record.text("name")                            # refused by file and key if it is missing or no text
+eps = record.number("layer_norm_eps", 1e-6, low=0.0)  # a default makes the key optional
+record.finish()                                       # refuses the keys that nothing asked for
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class RecordError(ValueError):
 def parse_json(text: str | bytes, source: str) -> Any:
     """The value of a JSON text.
 
-    Raises RecordError for what is not JSON (NaN and Infinity are not), a name that stands twice in one object, more than
-    MAX_BYTES or MAX_DEPTH.
+    Raises RecordError for what is not JSON (NaN and Infinity are not), a name that stands twice in one object, or
+    more than MAX_BYTES or MAX_DEPTH.
     """
     _check_size(len(text), source)
     try:

@@ -26,17 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import vit
-
 from ..backends import default_device, get
 from ..data import Source, kind_of, open_source
 from ..data.augment import Affine, Augment, CropFlip
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
-from ..data.preprocess import Preprocess
-from ..support.extras import require
+from ..factory import create, settle
 from ..model.configs import get_config
-from ..model.factory import settle
+from ..preprocess import Preprocess
+from ..support.extras import require
+from ..version import __version__
 from ..weights import read
 from . import checkpoint
 from .checkpoint import Progress
@@ -147,7 +146,7 @@ class _Training:
                 f"{len(self.source.class_names)} classes; leave it out"
             )
         start = None if config.weights is None else read(config.weights)
-        model = vit.create(config.model, config.backend, weights=start, device=self.accelerator.device, **arch)
+        model = create(config.model, config.backend, weights=start, device=self.accelerator.device, **arch)
         name, settings = settle(config.model, start, arch)
         named = get_config(name).arch
         info = {
@@ -162,7 +161,7 @@ class _Training:
         """The model that a run folder describes; _restore loads its weights."""
         info = run.model
         torch.manual_seed(self.config.seed)
-        model = vit.create(info["name"], self.config.backend, device=self.accelerator.device, **info["arch"])
+        model = create(info["name"], self.config.backend, device=self.accelerator.device, **info["arch"])
         model.preprocess = Preprocess.from_dict(info["preprocess"])
         return model, info
 
@@ -446,7 +445,7 @@ class _Training:
                 "device": str(self.accelerator.device.type),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
-                "vit": vit.__version__,
+                "vit": __version__,
                 "cpu": platform.machine(),
                 "isa": get("cpu").info().get("isa"),  # not vit.backends(): that loads every backend
             },

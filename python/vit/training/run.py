@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import vit
-
 from ..data import DataError, Samples, Source, open_source
+from ..factory import create
 from ..support.files import append_line, to_json, write_tensors, write_text
 from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
@@ -104,7 +103,7 @@ class Run:
         """The kept model, planned for inference."""
         if not self.weights.is_file():
             raise ValueError(f"vit: {self.path} has no {self.weights.name} yet: no epoch was finished")
-        return vit.create(weights=self.path, backend=backend or self.config.backend, training=False)
+        return create(weights=self.path, backend=backend or self.config.backend, training=False)
 
     def evaluate(
         self,

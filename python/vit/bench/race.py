@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from . import exports, peers
-from .cases import Case
+from ..parity.case_list import Case
+from . import exports, runtimes
 from .machine import machine, public, versions
-from .peers import RUNTIMES, Arch, Refusal, Spec
+from .runtimes import RUNTIMES, Arch, Refusal, Spec
 from .workers import Failure, Timing, Worker, race
 
 #: Of whose version a figure depends.
@@ -104,9 +104,9 @@ def _race(job: Job, specs: Sequence[Spec], setting: Setting, watch: Watch) -> di
 
 
 def _start_up(job: Job, spec: Spec, watch: Watch) -> dict[str, Any]:
-    """What peers.first_image measures in a process of its own, or the reason why there is nothing."""
+    """What runtimes.first_image measures in a process of its own, or the reason why there is nothing."""
     watch(f"{job.text}: {spec.runtime}, a fresh process")
-    source = Path(peers.__file__).read_text(encoding="utf-8")
+    source = Path(runtimes.__file__).read_text(encoding="utf-8")
     # -c: started from its file, it would find the modules beside it under names that runtimes import.
     command = [sys.executable, "-c", source, json.dumps(dataclasses.asdict(spec))]
     done = subprocess.run(command, cwd=spec.folder, capture_output=True, text=True)
@@ -134,10 +134,10 @@ def prepare(specs: Sequence[Spec], job: Job, watch: Watch) -> tuple[list[Spec], 
         for spec in specs:
             try:
                 if spec.runtime in RUNTIMES:
-                    worker.ask("call", peers.imports, spec.runtime)
+                    worker.ask("call", runtimes.imports, spec.runtime)
                 if spec.runtime in RUNTIMES and job.mode == "inference":
                     watch(f"{job.text}: exporting for {spec.runtime}")
-                    peers.check(spec.runtime, spec.dtype)
+                    runtimes.check(spec.runtime, spec.dtype)
                     worker.ask("call", exports.export, spec)
                 able.append(spec)
             except (Refusal, RuntimeError) as error:
@@ -242,22 +242,23 @@ def environment(setting: Setting) -> dict[str, Any]:
     """The machine and the software, and its peak: without them a figure means nothing."""
     import torch
 
-    import vit
+    from ..backends import backends
+    from ..version import __version__
 
     found = machine() | versions(PACKAGES)
     found |= {
-        "vit": vit.__version__,
+        "vit": __version__,
         "threads": setting.threads,
         "rounds": setting.rounds,
         "device": setting.device,
-        "backends": {n: public(record) for n, record in vit.backends().items() if n in setting.candidates},
+        "backends": {n: public(record) for n, record in backends().items() if n in setting.candidates},
         "peak_gflops": setting.peak,
         "thread_variables": {key: os.environ[key] for key in _THREAD_VARIABLES if key in os.environ},
     }
     if setting.device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(setting.device)
     with contextlib.suppress(KeyError):
-        found["cpu_isa"] = vit.backends()["cpu"]["isa"]
+        found["cpu_isa"] = backends()["cpu"]["isa"]
     return found
 
 

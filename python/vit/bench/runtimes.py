@@ -32,7 +32,7 @@ class Refusal(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What to load: the files lie in `folder` (vit.testing.exports), `arch` are sizes that differ from the name's."""
+    """What to load: the files lie in `folder` (vit.bench.exports), `arch` are sizes that differ from the name's."""
 
     runtime: str
     model: str

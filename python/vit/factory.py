@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import BackendError, default_device, get, records
-from ..data.preprocess import Preprocess
-from ..weights import Checkpoint, load_into, read
-from .configs import get_config, nearest
-from .vision_transformer import VisionTransformer
+from .backends import BackendError, default_device, get, records
+from .model.configs import get_config, nearest
+from .model.vision_transformer import VisionTransformer
+from .preprocess import Preprocess
+from .weights import Checkpoint, load_into, read
 
 DEFAULT_NAME = "vit_base_patch16_224"
 DTYPES = ("float32", "float64", "bfloat16", "float16")

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .factory import create
-from .vision_transformer import VisionTransformer
+from ..factory import create
+from ..model.vision_transformer import VisionTransformer
 
 
 @dataclass(frozen=True)

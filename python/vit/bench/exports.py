@@ -22,7 +22,7 @@ import numpy as np
 from ..support.extras import MissingExtra, require
 from . import weights
 from .machine import versions
-from .peers import Arch, Refusal, Spec, engine_file
+from .runtimes import Arch, Refusal, Spec, engine_file
 
 #: Images whose logits are compared; the others of a batch are only timed.
 COMPARED = 4
@@ -46,17 +46,17 @@ def export_base(model: str, arch: Arch, where: str, images: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    import vit
+    from ..factory import create
 
     file = Path(where, "weights.safetensors")
     with _once(where, file.name) as target:
         if target:
-            drawn = vit.create(model, backend="reference", training=False, **dict(arch))
+            drawn = create(model, backend="reference", training=False, **dict(arch))
             seeded = weights.seeded_state(dict(drawn.named_parameters()))
             save_file(drawn.state_dict() | seeded, target)  # fixed positions stay what they are
     if Path(where, "images.npy").exists() and len(np.load(Path(where, "images.npy"), mmap_mode="r")) >= images:
         return
-    net = vit.create(model, backend="reference", weights=file, training=False, **dict(arch))
+    net = create(model, backend="reference", weights=file, training=False, **dict(arch))
     shape = (images, net.patch_embed.proj.weight.shape[1], *net.patch_embed.img_size)
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -149,12 +149,14 @@ def _openvino(spec: Spec) -> None:
 
 def _engine(spec: Spec) -> None:
     """Made each time: an engine under development changes more often than its version."""
-    import vit
+    from ..backends import BackendError
+    from ..engine import Engine
+    from ..factory import create
 
-    model = vit.create(spec.model, weights=spec.path("weights.safetensors"), training=False, **dict(spec.arch))
+    model = create(spec.model, weights=spec.path("weights.safetensors"), training=False, **dict(spec.arch))
     try:
-        vit.Engine(model, dtype=spec.dtype).save(spec.path(engine_file(spec.dtype)))
-    except vit.BackendError as error:
+        Engine(model, dtype=spec.dtype).save(spec.path(engine_file(spec.dtype)))
+    except BackendError as error:
         raise Refusal(str(error)) from None
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .peers import Refusal
+from .runtimes import Refusal
 
 #: A round lasts about this long, but never less than one call.
 ROUND_SECONDS = 0.25

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import Case
+from .case_list import Case
 
 Tensors = dict[str, Tensor]
 

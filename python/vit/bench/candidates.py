@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from .cases import Case
-from .parity import backend_ops
-from .peers import RUNTIMES, Arch, Refusal, Spec, imports, load
-from .peers import images as exported_images
-from .problems import DEFINITIONS, build, torch_dtype
+from ..parity.case_list import Case
+from ..parity.problems import DEFINITIONS, build, torch_dtype
+from ..parity.runner import backend_ops
+from .runtimes import RUNTIMES, Arch, Refusal, Spec, imports, load
+from .runtimes import images as exported_images
 from .workers import Candidate
 
 
@@ -23,7 +23,7 @@ def libraries(runtime: str, mode: str) -> None:
     if runtime in RUNTIMES:
         imports(runtime)
     elif runtime != "timm":  # whose libraries are PyTorch itself; SYCL's runtime takes 209 MiB
-        from vit.backends import get
+        from ..backends import get
 
         get(runtime).unavailable()
     if mode == "train":
@@ -74,9 +74,9 @@ def _model(backend: str, name: str, arch: Arch, device: torch.device, dtype: tor
         return model if training else model.eval()
     if backend in RUNTIMES:
         raise Refusal(f"{backend} is timed in inference on the CPU only")
-    import vit
+    from ..factory import create
 
-    return vit.create(name, backend=backend, device=device, dtype=dtype, training=training, **dict(arch))
+    return create(name, backend=backend, device=device, dtype=dtype, training=training, **dict(arch))
 
 
 def _training(model: Any, images: torch.Tensor, dtype: torch.dtype) -> Any:

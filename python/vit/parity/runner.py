@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import Case
-from .compare import Comparison, compare
+from .. import ops
+from .case_list import Case
 from .problems import DEFINITIONS, Ops, Problem, Tensors, build, out_dtype, torch_dtype
 from .tf32 import RoundedProducts
+from .tolerance import Comparison, compare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,7 @@ class Result:
 
 def backend_ops(name: str) -> Ops:
     """The public ops, all on one backend."""
-    import vit.ops
-
-    return SimpleNamespace(**{op: functools.partial(getattr(vit.ops, op), backend=name) for op in DEFINITIONS})
+    return SimpleNamespace(**{op: functools.partial(getattr(ops, op), backend=name) for op in DEFINITIONS})
 
 
 def run(case: Case, ops: Ops, device: str | torch.device = "cpu", plain: bool = False) -> Result:
@@ -65,7 +64,7 @@ def run(case: Case, ops: Ops, device: str | torch.device = "cpu", plain: bool = 
     plain: the ops are PyTorch's own, and what those get wrong (their float32 GELU of infinity can be NaN) is no
     failure of vit: a case whose every result is, bit for bit, that of PyTorch's op is then skipped and says so.
     """
-    from vit.backends import BackendError
+    from ..backends import BackendError
 
     problem = build(case, device)
     try:

@@ -1,0 +1,7 @@
+"""Parity: one list of cases and one tolerance rule, which hold every backend to the reference in float64."""
+
+from .case_list import CASES, Case, cases
+from .runner import Result, backend_ops, run
+from .tolerance import Comparison, compare
+
+__all__ = ["CASES", "Case", "Comparison", "Result", "backend_ops", "cases", "compare", "run"]
