@@ -141,6 +141,15 @@ VIT_API void vit_engine_profile_read(vit_engine* engine, double seconds[VIT_PHAS
 /* "embed", "norm", "qkv", ...; null beyond the last. */
 VIT_API const char* vit_engine_phase_name(int32_t phase);
 
+/* For callers in other languages, so that they type no number of this file again: the values of enums and the offsets of
+ * fields by name, for example {"precision", "bfloat16", VIT_BFLOAT16} and {"vit_images", "batch", 16}. Status VIT_INVALID
+ * for an index beyond the last. */
+typedef struct vit_name {
+  const char *of, *name;
+  int64_t value;
+} vit_name;
+VIT_API int vit_engine_name(int32_t index, vit_name* name);
+
 #ifdef __cplusplus
 }
 #endif

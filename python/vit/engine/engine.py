@@ -87,7 +87,8 @@ class Engine:
         )
         config = native.Config(**frozen.config)
         self._adopt(
-            native.made(library.build(config, tensors, len(tensors), texts, len(texts), _limit(max_batch))),
+            library,
+            library.made(library.build(config, tensors, len(tensors), texts, len(texts), _limit(max_batch))),
             max_batch,
             num_threads,
         )
@@ -102,8 +103,9 @@ class Engine:
         if not os.path.exists(path):
             raise FileNotFoundError(f"vit.Engine: there is no file {os.fspath(path)}")
         engine = cls.__new__(cls)
-        handle = native.library().create(os.fsencode(path), _limit(max_batch))
-        engine._adopt(native.made(handle), max_batch, num_threads)
+        library = native.library()
+        handle = library.create(os.fsencode(path), _limit(max_batch))
+        engine._adopt(library, library.made(handle), max_batch, num_threads)
         return engine
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -111,7 +113,7 @@ class Engine:
 
         It runs on processors with the instruction-set level of this one (`isa`), in Python and from C.
         """
-        native.check(native.library().save(self._handle, os.fsencode(path)))
+        self._library.check(self._library.save(self._handle, os.fsencode(path)))
 
     def __reduce__(self) -> NoReturn:
         """A copy would share the native memory and use it after the original has gone."""
@@ -120,8 +122,7 @@ class Engine:
             "makes another one"
         )
 
-    def _adopt(self, handle: int, max_batch: int | None, num_threads: int | None) -> None:
-        library = native.library()
+    def _adopt(self, library: native.Library, handle: int, max_batch: int | None, num_threads: int | None) -> None:
         self._handle = handle
         self._library = library
         weakref.finalize(self, library.destroy, handle)
@@ -147,7 +148,7 @@ class Engine:
     @property
     def dtype(self) -> str:
         """ "float32", "bfloat16" or "int8"."""
-        return next(name for name, code in native.PRECISIONS.items() if code == self._config.precision)
+        return native.PRECISIONS.name(self._config.precision)
 
     @property
     def weights(self) -> str | None:
@@ -264,7 +265,7 @@ class Engine:
         wanted = (native.Output * len(names))(
             *[native.Output(*self._kind(name), t.data_ptr(), t.numel()) for name, t in places.items()]
         )
-        native.check(self._library.forward(self._handle, given, wanted, len(wanted), threads))
+        self._library.check(self._library.forward(self._handle, given, wanted, len(wanted), threads))
         del keep  # alive until here: `given` holds its address
         return places[names[0]] if single else places
 
@@ -304,17 +305,17 @@ class Engine:
             swapped = height if layout == "NHWC" else width
             hint = f'; the images may be {other}: pass layout="{other}"' if swapped == c.channels else ""
             raise ValueError(f"vit.Engine: images have {channels} channels, the engine takes {c.channels}{hint}")
-        pixels = native.UINT8 if images.dtype == torch.uint8 else native.FLOAT32
+        pixels = native.PIXELS[str(images.dtype).removeprefix("torch.")]
         given = native.Images(images.data_ptr(), pixels, native.LAYOUTS[layout], batch, channels, height, width)
         return given, images
 
     def _kind(self, name: str) -> tuple[int, int]:
         """The kind and block of an output; ValueError for an unknown name."""
         if name in ("logits", "features"):
-            return (native.LOGITS if name == "logits" else native.FEATURES), 0
+            return native.OUTPUTS[name], 0
         kind, _, block = name.partition(".")
         if kind in ("tokens", "attention") and block.isdigit() and int(block) < self._config.depth:
-            return (native.TOKENS if kind == "tokens" else native.ATTENTION), int(block)
+            return native.OUTPUTS[kind], int(block)
         raise ValueError(
             f"vit.Engine: unknown output {name!r}; there are logits, features, and tokens.I and attention.I for I from "
             f"0 to {self._config.depth - 1}"
@@ -323,13 +324,13 @@ class Engine:
     def shape(self, output: str, batch: int) -> tuple[int, ...]:
         """The shape of an output for a batch of that size."""
         c = self._config
-        kind, _ = self._kind(output)
-        if kind == native.TOKENS:
+        self._kind(output)
+        if output.startswith("tokens."):
             return batch, self._tokens, c.embed_dim
-        if kind == native.ATTENTION:
+        if output.startswith("attention."):
             return batch, c.num_heads, self._tokens
         tokens = (self._tokens,) if c.pool == native.POOLS[""] else ()
-        last = c.num_classes if kind == native.LOGITS and c.num_classes else c.embed_dim
+        last = c.num_classes if output == "logits" and c.num_classes else c.embed_dim
         return batch, *tokens, last
 
     def _places(
@@ -360,7 +361,7 @@ class Engine:
     def profile(self, images: Images, calls: int = 5, layout: str = "NCHW") -> list[Phase]:
         """Where the time of a call goes: its phases in order, averaged over `calls` calls after one that warms up."""
         self(images, layout=layout)
-        names = native.phases()
+        names = self._library.phases()
         self._library.profile(self._handle, 1)
         try:
             for _ in range(calls):

@@ -1,7 +1,9 @@
 // vit_engine.h on top of engine.h: exceptions become a status and a text of the calling thread.
 #include <new>
 
-#include "cpu/engine/engine.h"
+#include "engine/engine.h"
+#include "engine/executor.h"
+#include "engine/names.h"
 
 using vit::engine::Engine;
 using vit::engine::EngineError;
@@ -112,6 +114,13 @@ void vit_engine_profile_read(vit_engine* engine, double seconds[VIT_PHASES]) { e
 
 const char* vit_engine_phase_name(int32_t phase) {
   return phase >= 0 && phase < VIT_PHASES ? vit::engine::kPhaseNames[phase] : nullptr;
+}
+
+int vit_engine_name(int32_t index, vit_name* name) {
+  return guarded([&] {
+    require(name, "name");
+    *name = vit::engine::name_at(index);
+  });
 }
 
 }  // extern "C"

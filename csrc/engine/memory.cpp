@@ -1,4 +1,4 @@
-#include "cpu/engine/memory.h"
+#include "engine/memory.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -10,7 +10,7 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu/engine/error.h"
+#include "engine/error.h"
 
 namespace vit::engine {
 

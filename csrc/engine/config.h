@@ -1,7 +1,7 @@
 // The fields of vit_engine_config: their names in an engine file, the values that are allowed, and the sizes they mean.
 #pragma once
 
-#include "cpu/engine/network.h"
+#include "engine/network.h"
 #include "vit_engine.h"
 
 namespace vit::engine {

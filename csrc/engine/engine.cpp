@@ -1,21 +1,11 @@
-#include "cpu/engine/engine.h"
-
-#include <sched.h>
-#include <unistd.h>
+#include "engine/engine.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
 
-#include "cpu/engine/config.h"
-#include "cpu/kernels.h"
+#include "engine/config.h"
+#include "engine/executor.h"
 
 namespace vit::engine {
-namespace {
-
-constexpr int kMaxThreads = 1024;
-
-}  // namespace
 
 Engine::Engine(const vit_engine_config& config, int64_t max_batch) : config_(config), max_batch_(max_batch) {
   if (max_batch < 0) invalid("max_batch is " + std::to_string(max_batch) + "; 0 means no limit");
@@ -33,13 +23,11 @@ const char* Engine::text(const std::string& key) const {
 }
 
 void Engine::reserve(int64_t batch, int threads) {
-  const auto bytes = static_cast<std::size_t>(active_kernels().engine_bytes(network_, batch, threads));
+  const auto bytes = static_cast<std::size_t>(engine::arena_bytes(network_, batch, threads));
   if (bytes > arena_.size()) {
     arena_ = Mapping();  // first, so that never both are there
     arena_ = Mapping::anonymous(bytes, "intermediate results");
   }
-  if (barriers_.size() < static_cast<std::size_t>(threads) + 1)
-    barriers_ = std::vector<Barrier>(static_cast<std::size_t>(threads) + 1);
 }
 
 void Engine::check(const vit_images& images) const {
@@ -119,8 +107,7 @@ void Engine::forward(const vit_images& images, const vit_output* outputs, int64_
   if (images.batch == 0) return;
   reserve(images.batch, threads);
   f.arena = arena_.data();
-  f.barriers = barriers_.data();
-  active_kernels().engine_forward(f);
+  run(f);
   if (not_finite < images.batch)
     throw EngineError(kNotFinite, "vit engine: image " + std::to_string(not_finite) + " of " +
                                       std::to_string(images.batch) +
@@ -136,20 +123,6 @@ void Engine::profile(bool on) {
 void Engine::profile_read(double* seconds) {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::copy(std::begin(seconds_), std::end(seconds_), seconds);
-}
-
-int default_threads() {
-  cpu_set_t set;
-  int threads =
-      sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  // OpenMP does not know the quota of a container; more threads than it allows are stopped for parts of a second.
-  if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
-    double quota = 0, period = 0;
-    if (std::fscanf(file, "%lf %lf", &quota, &period) == 2 && period > 0)
-      threads = std::min(threads, static_cast<int>(std::ceil(quota / period)));
-    std::fclose(file);
-  }
-  return std::clamp(threads, 1, kMaxThreads);
 }
 
 }  // namespace vit::engine

@@ -3,10 +3,10 @@
 #include <cstdio>
 #include <cstring>
 
-#include "cpu/engine/config.h"
-#include "cpu/engine/engine.h"
-#include "cpu/engine/parts.h"
-#include "cpu/kernels.h"
+#include "engine/config.h"
+#include "engine/engine.h"
+#include "engine/executor.h"
+#include "engine/parts.h"
 
 namespace vit::engine {
 namespace {
@@ -66,7 +66,7 @@ std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit
   Texts& written = engine->texts_;
   written["format"] = kFormat;
   written["version"] = std::to_string(VIT_ENGINE_VERSION);
-  written["isa"] = active_level();
+  written["isa"] = level();
   written["norm_eps"] = seventeen_digits(config.norm_eps);
   for_fields(config, [&](const char* name, auto value) { written[name] = std::to_string(value); });
   const std::string header = write_header(written, records);
@@ -82,7 +82,7 @@ std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit
       if (source && part.count > 0)
         std::memcpy(*part.vector, source->data, static_cast<std::size_t>(part.count) * sizeof(float));
     } else {
-      active_kernels().engine_pack({source->data, part.matrix, default_threads()});
+      pack({source->data, part.matrix, default_threads()});
     }
   }
   if (max_batch) engine->reserve(max_batch, default_threads());

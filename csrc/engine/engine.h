@@ -5,10 +5,10 @@
 #include <mutex>
 #include <vector>
 
-#include "cpu/engine/error.h"
-#include "cpu/engine/file.h"
-#include "cpu/engine/memory.h"
-#include "cpu/engine/network.h"
+#include "engine/error.h"
+#include "engine/file.h"
+#include "engine/memory.h"
+#include "engine/network.h"
 
 namespace vit::engine {
 
@@ -45,14 +45,10 @@ class Engine {
   Mapping image_;  // the bytes of the engine file
   Mapping arena_;
 
-  std::mutex mutex_;  // one forward at a time
-  std::vector<Barrier> barriers_;
+  std::mutex mutex_;                        // one forward at a time
   std::vector<float*> tokens_, attention_;  // of each block: where the current forward wants them
   bool profiling_ = false;
   double seconds_[kPhases] = {};
 };
-
-// Threads this process may use: its cores, or fewer where a control group limits its share of them.
-int default_threads();
 
 }  // namespace vit::engine

@@ -1,10 +1,10 @@
-#include "cpu/engine/config.h"
+#include "engine/config.h"
 
 #include <cmath>
 #include <string>
 #include <utility>
 
-#include "cpu/engine/error.h"
+#include "engine/error.h"
 
 namespace vit::engine {
 namespace {

@@ -5,10 +5,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/engine/config.h"
-#include "cpu/engine/engine.h"
-#include "cpu/engine/parts.h"
-#include "cpu/kernels.h"
+#include "engine/config.h"
+#include "engine/engine.h"
+#include "engine/executor.h"
+#include "engine/parts.h"
 
 namespace vit::engine {
 
@@ -26,8 +26,8 @@ std::unique_ptr<Engine> Engine::open(const std::string& path, int64_t max_batch)
   if (text("version") != std::to_string(VIT_ENGINE_VERSION))
     refuse("has format version " + text("version") + ", this library reads " + std::to_string(VIT_ENGINE_VERSION) +
            "; save it again with this version of vit");
-  if (text("isa") != active_level())
-    refuse("was made for the instruction-set level " + text("isa") + ", this process uses " + active_level() +
+  if (text("isa") != level())
+    refuse("was made for the instruction-set level " + text("isa") + ", this process uses " + level() +
            "; save it again on a machine of this kind");
 
   vit_engine_config config{};

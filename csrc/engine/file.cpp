@@ -1,9 +1,9 @@
-#include "cpu/engine/file.h"
+#include "engine/file.h"
 
 #include <cstdio>
 #include <cstring>
 
-#include "cpu/engine/error.h"
+#include "engine/error.h"
 
 namespace vit::engine {
 namespace {
