@@ -22,9 +22,9 @@ int64_t padded(int64_t K) {
 inline AttentionFwd attention_of(const Shape& s, int64_t images) {
   AttentionFwd p{};
   p.B = images, p.N = p.L = s.N(), p.H = s.H, p.D = s.D();
-  p.q_batch = p.k_batch = p.v_batch = s.N() * 3 * s.C;
-  p.q_token = p.k_token = p.v_token = 3 * s.C;
-  p.q_head = p.k_head = p.v_head = s.D();
+  p.q.batch = p.k.batch = p.v.batch = s.N() * 3 * s.C;
+  p.q.token = p.k.token = p.v.token = 3 * s.C;
+  p.q.head = p.k.head = p.v.head = s.D();
   p.scale = 1.0 / ::sqrt(static_cast<double>(s.D()));
   p.dtype = s.precision == Precision::float32 ? DType::float32 : DType::bfloat16;
   return p;
@@ -45,11 +45,12 @@ struct Share {
 template <class T>
 struct Buffers {
   int64_t slice_tokens, slice_qkv, slice_attended, slice_pooled;
-  float* tokens;  // [rows, C]
-  T* qkv;         // [rows, 3, H, D]
-  T* attended;    // [rows, H, D]
-  float* pooled;  // [images, C], or a piece of normalised tokens
-  char* threads;  // of each thread: the parts below
+  Barrier* barriers;  // [1 + threads]
+  float* tokens;      // [rows, C]
+  T* qkv;             // [rows, 3, H, D]
+  T* attended;        // [rows, H, D]
+  float* pooled;      // [images, C], or a piece of normalised tokens
+  char* threads;      // of each thread: the parts below
   int64_t bytes_per_thread, bytes;
 
   struct Own {
@@ -70,6 +71,7 @@ struct Buffers {
     slice_attended = share.group * N * s.C;
     slice_pooled = max(share.images, s.pool == Pool::none ? kRows : 0) * s.C;
     Arena arena{base};
+    barriers = take<Barrier>(arena, 1 + threads);
     tokens = take<float>(arena, max(threads * slice_tokens, together * N * s.C));
     qkv = take<T>(arena, max(threads * slice_qkv, together * N * 3 * s.C));
     attended = take<T>(arena, max(threads * slice_attended, together * N * s.C));
