@@ -186,7 +186,6 @@ def test_inference_equals_training_forward(backend, device):
     assert torch.equal(model(x).detach(), fused)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.6, of its own
 @pytest.mark.parametrize("which", ["digits", "odd"])
 def test_compiles_as_one_graph(backend, device, which):
     model = moved(build(which), backend, device, torch.float32)
