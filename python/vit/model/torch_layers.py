@@ -59,7 +59,7 @@ def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def plain(tensors: Iterable[Tensor | None]) -> bool:
+def plain(tensors: Iterable[Any]) -> bool:
     """Whether kernels may compute with these: none is a wrapper with an arithmetic of its own (sharded, quantized)."""
     # Fake and functional tensors are subclasses too, and no wrappers: the registered ops know them.
     for t in tensors:  # noqa: SIM110 (all() of a generator takes three times as long)
@@ -68,7 +68,7 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
-_ORDINARY = (Tensor, nn.Parameter, type(None))  # torch.compile of torch 2.6 traces no sets
+_ORDINARY: tuple[type, ...] = (Tensor, nn.Parameter, type(None))  # torch.compile of torch 2.6 traces no sets
 
 
 def call(ops: Any, layer: nn.Module, x: Any) -> Tensor:
