@@ -23,6 +23,7 @@ from vit.model import VisionTransformer, patchify, pos_embed, unpatchify
 from vit.model.blocks import Block
 from vit.model.configs import CONFIGS
 from vit.model.layers import DropPath
+from vit.model.planned import CallsOps
 from vit.support.random import normal
 
 TIMM_NAMES = [name for name in vit.list_models() if timm.is_model(name)]
@@ -223,7 +224,7 @@ def test_mnist_demo_has_the_numbers_of_its_source():
     assert model(images(2, 1, 28, 28)).shape == (2, 10)
     assert (model.embed_dim, len(model.blocks), model.num_heads, model.patch_embed.num_patches) == (64, 2, 8, 16)
     assert model.blocks[0].mlp.drop1.p == 0.1
-    assert model.blocks[0].attn.attn_drop == 0.0
+    assert model.blocks[0].attn.attn_drop.p == 0.0
 
 
 @pytest.mark.parametrize(
@@ -292,8 +293,9 @@ def test_drop_path_keeps_the_mean_and_whole_samples():
     assert set(kept.flatten().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert (kept == kept[:, :1]).all()
     assert abs(kept.mean() - 1) < 0.02
-    rates = [block.drop_path2.rate for block in small(depth=5, drop_path_rate=0.4).blocks]
-    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    first, *others = [block.drop_path2 for block in small(depth=5, drop_path_rate=0.4).blocks]
+    assert type(first) is nn.Identity  # as in timm
+    assert [drop.drop_prob for drop in others] == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
 @pytest.mark.parametrize("patch_size", [8, (8, 4)])
@@ -467,14 +469,14 @@ def test_blocks_out_of_range():
 
 def test_plan_is_said_everywhere():
     model = small(backend="reference")
-    assert model.plan == dict.fromkeys(["linear", "layer_norm", "attention"], "reference")
+    assert model.plan == dict.fromkeys(["linear", "layer_norm", "attention", "gelu"], "reference")
     assert "backend='reference' (runs on reference)" in repr(model)
     assert all(op in model.explain() for op in model.plan)
 
 
 def test_a_model_on_its_own_and_a_block_on_its_own():
     model = VisionTransformer(**SMALL)
-    assert set(model.plan) == {"linear", "layer_norm", "attention"}
+    assert set(model.plan) == {"linear", "layer_norm", "attention", "gelu"}
     block = Block(64, 4)
     assert block(draw.randn(2, 5, 64)).shape == (2, 5, 64)
 
@@ -621,14 +623,23 @@ def test_empty_and_single_batches(batch):
 
 
 def tokens_of_last_block(model):
-    """How many tokens the MLP of the last block is given, by a wrapper that no hook announces."""
-    seen, fc1 = [], model.blocks[-1].mlp.fc1
-    real = fc1.ops
-    fc1.ops = SimpleNamespace(linear=lambda x, *args: seen.append(x.shape[1]) or real.linear(x, *args))
+    """How many tokens the MLP of the last block is given, by a wrapper of the op that no hook announces."""
+    seen, mlp = [], model.blocks[-1].mlp
+    own, real = mlp.fc1.weight, model.ops
+
+    def linear(x, weight, *args):
+        if weight is own:
+            seen.append(x.shape[1])
+        return real.linear(x, weight, *args)
+
+    parts = [module for module in model.modules() if isinstance(module, CallsOps)]
+    for part in parts:
+        part.ops = SimpleNamespace(**vars(real) | {"linear": linear})
     try:
         logits = model(images())
     finally:
-        fc1.ops = real
+        for part in parts:
+            part.ops = real
     return seen, logits
 
 
@@ -660,9 +671,15 @@ def test_hooks_see_all_tokens(place, register):
 
 def test_global_hooks_and_foreign_blocks_see_all_tokens():
     model = small(backend="auto")
-    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
-    assert tokens_of_last_block(model)[0] == [17]
-    handle.remove()
+    seen, last = [], model.blocks[-1].mlp.fc1
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: seen.append(args[0].shape[1]) if module is last else None
+    )
+    try:
+        model(images())
+    finally:
+        handle.remove()
+    assert seen == [17]
 
     class Foreign(nn.Module):
         def forward(self, x):

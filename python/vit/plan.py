@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
-from .backends import Spec, choose, reasons, records
+from .backends import BackendError, Spec, choose, reasons, records
 from .ops import OPS, bind
 from .ops.movement import of
 
@@ -42,9 +43,13 @@ class Plan(Mapping[str, str]):
 
     @cached_property
     def ops(self) -> SimpleNamespace:
-        """The bound ops: `plan.ops.layer_norm(x, weight, bias, eps)` and so on, for all of OPS, and the `movement`."""
-        bound = {op: bind(op, self._choice.get(op, "auto")) for op in OPS}
-        return SimpleNamespace(**bound, movement=of(self._choice.get("linear", "auto")))
+        """The bound ops: `plan.ops.layer_norm(x, weight, bias, eps)` and so on, and the `movement` between them.
+
+        Ops of OPS that were not planned are there too, and raise BackendError when they are called.
+        """
+        bound = {op: bind(op, self._choice[op]) if op in self._choice else Unplanned(op, self) for op in OPS}
+        follows = self._choice.get("linear", "auto") if self.requested == "auto" else self.requested
+        return SimpleNamespace(**bound, movement=of(follows))
 
     def explain(self) -> str:
         """A table: op, the backend that runs it, and why each backend preferred to it was refused."""
@@ -53,6 +58,20 @@ class Plan(Mapping[str, str]):
             specs = [spec for spec in self.specs if spec.op == op]
             lines.append(f"{op:<11} {chosen:<10} " + (_refused_before(self.requested, chosen, specs) or "-"))
         return "\n".join(lines)
+
+
+class Unplanned:
+    """Stands where a plan has no op, so that a call of it is an error and never runs on a backend nobody chose."""
+
+    def __init__(self, op: str, plan: Plan) -> None:
+        self.op, self.planned, self.purpose = op, tuple(plan), plan.purpose
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise BackendError(
+            f"vit: '{self.op}' was called but not planned" + (f" for {self.purpose}" if self.purpose else "") + "\n"
+            f"  planned     {', '.join(self.planned) or 'nothing'}\n"
+            f"Add it to what the model asks for (specs), or call vit.ops.{self.op}, which chooses at each call."
+        )
 
 
 def make_plan(backend: str, specs: Iterable[Spec], purpose: str = "") -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BackendError
-from ..model.blocks import Attention, Block, Mlp
-from ..model.layers import LayerNorm, Linear, PatchEmbed
-from ..model.vision_transformer import VisionTransformer
-from ..weights.checkpoint import all_finite
+from ..model.vision_transformer import APPROXIMATE, VisionTransformer
 from . import native
+from .accepts import modules_of, refusals, tensor_of
 from .smooth import LAYERS, natural_image, observe, smooth
 
 
@@ -49,39 +47,26 @@ def freeze(
         raise BackendError(
             f"vit: the engine cannot run this {type(model).__name__}\n"
             + "\n".join(f"  {reason}" for reason in reasons)
-            + "\nUse the model itself, or a vit.VisionTransformer without changed modules."
+            + "\nUse the model itself, or a vit.VisionTransformer without changed modules: hooks removed, adapters "
+            "merged (peft: model.merge_and_unload())."
         )
     assert isinstance(model, VisionTransformer)
-    embed = model.patch_embed
-    norm: Any = model.norm if isinstance(model.norm, LayerNorm) else model.fc_norm
-    tensors: dict[str, Tensor] = {
-        "mean": torch.tensor(model.preprocess.mean),
-        "std": torch.tensor(model.preprocess.std),
-        "patch_embed.proj.weight": embed.proj.weight.flatten(1),
-        "norm.weight": norm.weight,
-        "norm.bias": norm.bias,
-    }
-    if embed.proj.bias is not None:
-        tensors["patch_embed.proj.bias"] = embed.proj.bias
-    prefix = model.num_prefix_tokens
-    positions = None if model.pos_embed is None else model.pos_embed[0].float()
-    if model.cls_token is not None:
-        tensors["prefix"] = model.cls_token[0].float() + (0 if positions is None else positions[:prefix])
-    if positions is not None:
-        tensors["positions"] = positions[prefix:]
-    for name, parameter in model.named_parameters():
-        if name.startswith(("blocks.", "head.")):
-            tensors[name] = parameter
-    layers = check_layers(exclude, len(model.blocks))
+    embed, depth = model.patch_embed, len(model.blocks)
+    modules = modules_of(model)
+    norm: Any = model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
+    tensors = _weights(model, modules)
+    layers = check_layers(exclude, depth)
     precision = native.STORED[weights] if weights else native.PRECISIONS[dtype]
     kept = native.PRECISIONS["bfloat16"]
     precisions = {f"{layer}.weight": kept if layer in exclude else precision for layer in layers}
     (height, width), (patch_height, patch_width) = embed.img_size, embed.patch_size
     first: Any = model.blocks[0]
+    activations = {approximate: name for name, approximate in APPROXIMATE.items()}
+    num_classes = model.head.out_features if isinstance(model.head, nn.Linear) else 0
     config = {
         "precision": native.PRECISIONS[dtype],
         "pool": native.POOLS[model.global_pool],
-        "activation": native.ACTIVATIONS[first.mlp.activation],
+        "activation": native.ACTIVATIONS[activations[first.mlp.act.approximate]],
         "dynamic_pad": int(embed.dynamic_pad),
         "norm_first": int(norm is model.norm),
         "channels": embed.in_chans,
@@ -89,24 +74,45 @@ def freeze(
         "image_width": width,
         "patch_height": patch_height,
         "patch_width": patch_width,
-        "prefix_tokens": prefix,
+        "prefix_tokens": int(model.cls_token is not None),
         "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
+        "depth": depth,
         "num_heads": first.attn.num_heads,
         "mlp_width": first.mlp.fc1.out_features,
-        "num_classes": model.num_classes,
+        "num_classes": num_classes,
         "norm_eps": norm.eps,
     }
     texts = {"name": model.name, "preprocess": json.dumps(model.preprocess.to_dict())}
     if weights:
         texts["weights"] = weights
-    if model.class_names is not None:
+    if model.class_names is not None and len(model.class_names) == num_classes:
         texts["class_names"] = json.dumps(list(model.class_names))
     plain = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
     if dtype == "int8":
         inputs = observe(model, natural_image(model) if calibrate is None else calibrate)
-        plain = smooth(plain, len(model.blocks), inputs)
+        plain = smooth(plain, depth, inputs)
     return Frozen(config, plain, precisions, texts)
+
+
+def _weights(model: VisionTransformer, modules: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor the engine reads, under timm's names; what stands in several places, under each of them."""
+    tensors = {"mean": torch.tensor(model.preprocess.mean), "std": torch.tensor(model.preprocess.std)}
+    prefix = int(model.cls_token is not None)
+    positions = None if model.pos_embed is None else model.pos_embed[0].float()
+    if model.cls_token is not None:
+        tensors["prefix"] = model.cls_token[0].float() + (0 if positions is None else positions[:prefix])
+    if positions is not None:
+        tensors["positions"] = positions[prefix:]
+    for path, module in modules.items():
+        for name in ("weight", "bias"):
+            tensor = tensor_of(module, name)
+            if tensor is not None:
+                # The engine has one norm at the end, whatever side of the pooling it stands on.
+                tensors[f"{path.removeprefix('fc_')}.{name}"] = tensor
+            elif name == "bias" and isinstance(module, nn.Linear):
+                tensors[f"{path}.{name}"] = torch.zeros(module.out_features)
+    tensors["patch_embed.proj.weight"] = tensors["patch_embed.proj.weight"].flatten(1)
+    return tensors
 
 
 def check_quantization(
@@ -139,49 +145,3 @@ def check_layers(names: Collection[str], depth: int) -> list[str]:
             f"with I from 0 to {depth - 1} and <layer> one of {', '.join(LAYERS)}"
         )
     return layers
-
-
-def refusals(model: nn.Module) -> Iterator[str]:
-    """Why the engine cannot run a model; nothing when it can."""
-    if type(model) is not VisionTransformer:
-        yield f"needs a vit.VisionTransformer, got {type(model).__name__}"
-        return
-    expected: dict[str, tuple[type, ...]] = {
-        "patch_embed": (PatchEmbed,),
-        "patch_embed.proj": (nn.Conv2d, nn.Linear),
-        "norm": (LayerNorm, nn.Identity),
-        "fc_norm": (LayerNorm, nn.Identity),
-        "head": (Linear, nn.Identity),
-    }
-    for i in range(len(model.blocks)):
-        parts = {"": Block, ".norm1": LayerNorm, ".attn": Attention, ".norm2": LayerNorm, ".mlp": Mlp}
-        parts |= {f".{name}": Linear for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-        expected |= {f"blocks.{i}{part}": (kind,) for part, kind in parts.items()}
-    modules = dict(model.named_modules())
-    for name, kinds in expected.items():
-        if type(modules.get(name)) not in kinds:
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            yield f"{name} is a {type(modules.get(name)).__name__}; the engine knows {wanted}"
-            return
-    norms = [module for module in modules.values() if isinstance(module, LayerNorm)]
-    if len(norms) != 2 * len(model.blocks) + 1:
-        yield "exactly one of norm and fc_norm must be a LayerNorm"
-        return
-    if any(norm.bias is None for norm in norms):
-        yield "a LayerNorm without weight and bias"
-    blocks: list[Any] = list(model.blocks)
-    alike: dict[str, set[Any]] = {
-        "norm eps": {norm.eps for norm in norms},
-        "num_heads": {block.attn.num_heads for block in blocks},
-        "mlp width": {block.mlp.fc1.out_features for block in blocks},
-        "activation": {block.mlp.activation for block in blocks},
-    }
-    for what, values in alike.items():
-        if len(values) > 1:
-            yield f"{what} differs from layer to layer: {', '.join(map(str, sorted(values, key=str)))}"
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            yield f"{name} has no values (it is on the meta device)"
-            return
-        if not all_finite(tensor):
-            yield f"{name} holds NaN or infinity"

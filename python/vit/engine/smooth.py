@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..support.random import Stream
+
 #: The layers of a block that int8 quantizes and that can be stored in fewer bits.
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -79,7 +81,7 @@ def natural_image(model: torch.nn.Module) -> Tensor:
     (height, width), channels, weight = embed.img_size, embed.in_chans, embed.proj.weight
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = 1 / max(height, width)
-    noise = np.random.default_rng(0).standard_normal((1, channels, height, width))
+    noise = Stream("natural image").standard_normal((1, channels, height, width), np.float64)
     image = np.fft.irfft2(np.fft.rfft2(noise) / frequency, (height, width))
     image /= np.maximum(image.std((2, 3), keepdims=True), 1e-6)
     return torch.from_numpy(image).to(weight.device, weight.dtype)
@@ -98,10 +100,13 @@ def observe(model: torch.nn.Module, images: Tensor, batch: int = 16) -> dict[str
         total[layer] = total.get(layer, 0) + rows.double().sum(0)
         count[layer] = count.get(layer, 0) + len(rows)
 
+    blocks: Any = model.blocks
     handles = [
-        module.register_forward_pre_hook(lambda _module, given, name=name: keep(name, given[0]))
-        for name, module in model.named_modules()
-        if name.startswith("blocks.") and name.endswith(LAYERS)
+        block.get_submodule(layer).register_forward_pre_hook(
+            lambda _module, given, name=f"blocks.{i}.{layer}": keep(name, given[0])
+        )
+        for i, block in enumerate(blocks)  # by place: a block that stands twice has one name among the modules
+        for layer in LAYERS
     ]
     training = model.training
     model.eval()

@@ -1,60 +1,38 @@
-"""The building stones that call the ops: norm, linear, patch embedding, drop-path.
-
-Parameters are those of torch's modules, so names, initialisation and isinstance checks are the usual ones;
-the arithmetic goes through `self.ops`, the bound ops of the model's plan. A module used on its own dispatches
-per call.
-"""
+"""The layers that torch.nn does not have: patch embedding and drop-path."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import sides
+from .patches import patchify
 from .planned import CallsOps
+from .torch_layers import call, is_patch_projection, plain, untouched
 
 PATCH_LAYOUTS = ("conv", "linear")
 
 
-class LayerNorm(CallsOps, nn.LayerNorm):
-    """layer_norm over the last dimension; eps 1e-6 is what all published ViT weights were trained with."""
-
-    def __init__(self, dim: int, eps: float = 1e-6, **factory: Any) -> None:
-        super().__init__(dim, eps=eps, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class Linear(CallsOps, nn.Linear):
-    """activation(x weight^T + bias) + residual in one op."""
-
-    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        return self.ops.linear(x, self.weight, self.bias, activation, residual)
-
-
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): in training, a sample's branch is dropped with probability `rate`
-    and the kept ones are scaled by 1 / (1 - rate)."""
+    """Stochastic depth (arXiv:1603.09382): in training, a sample's branch is dropped with probability `drop_prob`
+    and the kept ones are scaled by 1 / (1 - drop_prob)."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, drop_prob: float) -> None:
         super().__init__()
-        self.rate = rate
+        self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
+        if self.drop_prob == 0.0 or not self.training:
             return x
-        keep = 1.0 - self.rate
+        keep = 1.0 - self.drop_prob
         # Not bernoulli_(), which asks MKL where it is there: a seed's float32 uniform numbers are the same everywhere.
         kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=torch.float32, device=x.device) < keep
         return x * kept.to(x.dtype).div_(keep)
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate:g}"
+        return f"drop_prob={self.drop_prob:g}"
 
 
 class PatchEmbed(CallsOps, nn.Module):
@@ -93,15 +71,33 @@ class PatchEmbed(CallsOps, nn.Module):
             self.proj = nn.Linear(self.patch_values, dim, **factory)
         else:
             raise ValueError(f"vit: patch_embed={layout!r} is not one of {', '.join(PATCH_LAYOUTS)}")
+        self.layout = layout
+        self.norm = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        self._check(images)
-        height, width = images.shape[-2:]
-        pad_h, pad_w = -height % self.patch_size[0], -width % self.patch_size[1]
-        if pad_h or pad_w:  # only with dynamic_pad: _check refuses the rest
-            images = F.pad(images, (0, pad_w, 0, pad_h))
-        patches = patchify(images, self.patch_size, self.ops.movement.contiguous)
-        return self.ops.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        if isinstance(images, Tensor):  # a tracer's stand-in has no sizes to look at
+            self._check(images)
+            height, width = images.shape[-2:]
+            pad_h, pad_w = -height % self.patch_size[0], -width % self.patch_size[1]
+            if pad_h or pad_w:  # only with dynamic_pad: _check refuses the rest
+                images = F.pad(images, (0, pad_w, 0, pad_h))
+        return call(self.ops, self.norm, self._project(images))
+
+    def _project(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, dim], the projection called as timm calls it unless nobody would notice."""
+        ops, proj = self.ops, self.proj
+        if self.layout == "linear":
+            return call(ops, proj, patchify(images, self.patch_size, ops.movement.contiguous))
+        if isinstance(images, Tensor) and untouched(proj, nn.Conv2d) and self.cuts_patches(proj):
+            weight, bias = proj.weight, proj.bias
+            if plain((images, weight, bias)):
+                return ops.linear(patchify(images, self.patch_size, ops.movement.contiguous), weight.flatten(1), bias)
+        return call(ops, proj, images).flatten(2).transpose(1, 2)
+
+    def cuts_patches(self, proj: Any) -> bool:
+        """Whether a convolution is the product with this module's patches."""
+        arguments = proj.stride, proj.padding, proj.dilation, proj.groups
+        return is_patch_projection(proj.kernel_size, *arguments) and proj.kernel_size == self.patch_size
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         patch_h, patch_w = self.patch_size
@@ -134,44 +130,16 @@ class PatchEmbed(CallsOps, nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Takes the projection's weight in either layout."""
-        key, own = prefix + "proj.weight", self.proj.weight
+        key, own = prefix + "proj.weight", getattr(self.proj, "weight", None)
         weight = state_dict.get(key)
-        if weight is not None and {weight.ndim, own.ndim} == {2, 4} and weight.flatten(1).shape == own.flatten(1).shape:
+        if (
+            weight is not None
+            and isinstance(own, Tensor)
+            and {weight.ndim, own.ndim} == {2, 4}
+            and weight.flatten(1).shape == own.flatten(1).shape
+        ):
             state_dict[key] = weight.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"img_size={self.img_size}, patch_size={self.patch_size}, grid_size={self.grid_size}"
-
-
-def patchify(
-    images: Tensor, patch_size: int | tuple[int, int], copy: Callable[[Tensor], Tensor] = Tensor.contiguous
-) -> Tensor:
-    """Images [B, C, H, W] -> patches [B, N, C * P * Q] in reading order, each patch in the order [C, P, Q].
-
-    `copy` makes a view contiguous.
-    Raises ValueError when H or W is not a multiple of the patch.
-    """
-    P, Q = sides("patch_size", patch_size)
-    B, C, H, W = images.shape
-    if H % P or W % Q:
-        raise ValueError(f"vit: patchify: images of {H} x {W} are not a multiple of the patch size {P} x {Q}")
-    x = images.reshape(B, C, H // P, P, W // Q, Q)
-    x = x.permute(0, 2, 4, 1, 3, 5)  # [B, H/P, W/Q, C, P, Q]
-    return copy(x).view(B, (H // P) * (W // Q), C * P * Q)
-
-
-def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify` for a grid of (rows, columns) patches: [B, N, C * P * Q] -> [B, C, H, W].
-
-    Raises ValueError when the patches do not fill the grid.
-    """
-    P, Q = sides("patch_size", patch_size)
-    B, N, K = patches.shape
-    if grid[0] * grid[1] != N or K % (P * Q):
-        raise ValueError(
-            f"vit: unpatchify: {N} patches of {K} values do not fill a {grid[0]} x {grid[1]} grid of {P} x {Q} patches"
-        )
-    x = patches.reshape(B, *grid, -1, P, Q)  # [B, gh, gw, C, P, Q]
-    x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, gh, P, gw, Q]
-    return x.reshape(B, -1, grid[0] * P, grid[1] * Q)

@@ -7,27 +7,27 @@
 
 Letters: B batch, N tokens, C embed_dim, H heads, D = C / H head dimension. Nothing here knows a backend: the
 modules call `self.ops`, which the model's plan binds once, and again when the model changes device, dtype or
-mode.
+mode. Modules and their names are timm's; what a hook, a wrapper or a replaced module sees is timm's too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
 from ..backends import Spec
 from ..preprocess import Preprocess
 from . import checks, init
 from .blocks import Block
-from .layers import LayerNorm, Linear, PatchEmbed
+from .layers import PatchEmbed
 from .planned import CallsOps, Planned
 from .pos_embed import sincos2d
+from .torch_layers import ACTIVATIONS, call, untouched
 
-ACTIVATIONS = ("gelu", "gelu_tanh")
+APPROXIMATE = {name: approximate for approximate, name in ACTIVATIONS.items()}
 POOLS = ("token", "avg", "")
 POSITIONS = ("learned", "sincos2d", "none")
 
@@ -85,7 +85,7 @@ class VisionTransformer(CallsOps, Planned):
     ) -> None:
         super().__init__()
         checks.choice(global_pool=(global_pool, POOLS), pos_embed=(pos_embed, POSITIONS))
-        checks.choice(act_layer=(act_layer, ACTIVATIONS), weight_init=(weight_init, init.SCHEMES))
+        checks.choice(act_layer=(act_layer, tuple(APPROXIMATE)), weight_init=(weight_init, init.SCHEMES))
         checks.positive(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         checks.number(0.0, mlp_ratio=mlp_ratio, norm_eps=norm_eps)
         checks.number(0.0, mlp_width=embed_dim * mlp_ratio)  # infinite for ratios that are finite, too
@@ -130,6 +130,8 @@ class VisionTransformer(CallsOps, Planned):
         else:
             self.register_buffer("pos_embed", None)
         self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.patch_drop = nn.Identity()
+        self.norm_pre = nn.Identity()
         self.blocks = nn.Sequential(
             *[
                 Block(
@@ -148,10 +150,10 @@ class VisionTransformer(CallsOps, Planned):
             ]
         )
         after = self.norm_after_pool
-        self.norm = nn.Identity() if after else LayerNorm(embed_dim, norm_eps, **factory)
-        self.fc_norm = LayerNorm(embed_dim, norm_eps, **factory) if after else nn.Identity()
+        self.norm = nn.Identity() if after else nn.LayerNorm(embed_dim, norm_eps, **factory)
+        self.fc_norm = nn.LayerNorm(embed_dim, norm_eps, **factory) if after else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
         _take_room(self, home.device)
         init.init_weights(self, weight_init, num_classes)
         if pos_embed == "sincos2d":
@@ -165,39 +167,58 @@ class VisionTransformer(CallsOps, Planned):
     # ---- forward ----
 
     def forward(self, images: Tensor) -> Tensor:
-        if not self._class_token_is_enough():
+        if not (isinstance(images, Tensor) and self._class_token_is_enough()):
             return self.forward_head(self.forward_features(images))
         tokens = self.embed(images)
+        last: Any
         *blocks, last = self.blocks
         for block in blocks:
-            tokens = self._run_block(block, tokens)
+            tokens = self._run(block, tokens)
         # Of the last block only what the logits depend on: 6 % less work in ViT-B/16, forward and backward.
-        return self.forward_head(self.norm(self._run_block(last, tokens, queries=1)))
+        return self.forward_head(call(self.ops, self.norm, self._run(last.fused, tokens, 1)))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """images [B, in_chans, height, width] -> tokens [B, N, C] after the last norm."""
         tokens = self.embed(images)
+        if not (self.grad_checkpointing or untouched(self.blocks, nn.Sequential)):
+            return call(self.ops, self.norm, self.blocks(tokens))
         for block in self.blocks:
-            tokens = self._run_block(block, tokens)
-        return self.norm(tokens)
+            tokens = self._run(block, tokens)
+        return call(self.ops, self.norm, tokens)
 
     def _class_token_is_enough(self) -> bool:
-        """Whether the last block's other tokens would be missed by nobody: by no pooling, hook or foreign module."""
-        last = self.blocks[-1]
-        foreign = type(self) is not VisionTransformer or not (isinstance(last, Block) and last.is_as_built())
-        return self.global_pool == "token" and not foreign and not _hooked(last, self.norm)
+        """Whether nobody would notice that the last block computes the class token alone: logits are read from it, no
+        hook sees the other tokens, and no part of the path is replaced."""
+        return (
+            self.global_pool == "token"
+            and type(self) is VisionTransformer
+            and "forward_features" not in self.__dict__
+            and "forward_head" not in self.__dict__
+            and "pool" not in self.__dict__
+            and untouched(self.blocks, nn.Sequential)
+            and len(self.blocks) > 0
+            and untouched(last := self.blocks[-1], Block)
+            and isinstance(last, Block)  # for the type checker
+            and untouched(self.norm, type(self.norm))
+            and type(self.norm) in (nn.LayerNorm, nn.Identity)
+            and last.can_fuse()
+            and not last.drops_elements()  # random numbers would be drawn for other tokens
+        )
 
     def embed(self, images: Tensor) -> Tensor:
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them."""
+        ops = self.ops
         self._check_input(images)
         tokens = self.patch_embed(images)  # [B, patches, C]
-        tokens = self.ops.movement.tokens(tokens, self.cls_token, self.pos_embed)  # [B, N, C]
-        return self.pos_drop(tokens)
+        tokens = ops.movement.tokens(tokens, self.cls_token, self.pos_embed)  # [B, N, C]
+        tokens = call(ops, self.patch_drop, call(ops, self.pos_drop, tokens))
+        return call(ops, self.norm_pre, tokens)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """tokens [B, N, C] -> logits [B, num_classes], or with pre_logits the pooled features [B, C]."""
-        x = self.head_drop(self.fc_norm(self.pool(tokens)))
-        return x if pre_logits else self.head(x)
+        ops = self.ops
+        x = call(ops, self.head_drop, call(ops, self.fc_norm, self.pool(tokens)))
+        return x if pre_logits else call(ops, self.head, x)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """tokens [B, N, C] -> the class token or the mean of the patch tokens [B, C]; all of them for ""."""
@@ -230,12 +251,12 @@ class VisionTransformer(CallsOps, Planned):
         tokens = self.embed(images)
         taken: list[Any] = []
         for i, block in enumerate(self.blocks[: last + 1]):
-            tokens = self._run_block(block, tokens)
+            tokens = self._run(block, tokens)
             if i in wanted:
-                taken.append(self._split_prefix(self.norm(tokens) if norm else tokens, output_fmt))
+                taken.append(self._split_prefix(call(self.ops, self.norm, tokens) if norm else tokens, output_fmt))
         if not (return_prefix_tokens and self.num_prefix_tokens):
             taken = [patches for patches, _ in taken]
-        return taken if intermediates_only else (self.norm(tokens), taken)
+        return taken if intermediates_only else (call(self.ops, self.norm, tokens), taken)
 
     def get_intermediate_layers(
         self,
@@ -249,12 +270,12 @@ class VisionTransformer(CallsOps, Planned):
         fmt = "NCHW" if reshape else "NLC"
         return self.forward_intermediates(images, n, return_prefix_tokens, norm, True, fmt, intermediates_only=True)
 
-    def _run_block(self, block: nn.Module, tokens: Tensor, **kwargs: Any) -> Tensor:
+    def _run(self, block: Callable[..., Tensor], tokens: Tensor, *args: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint  # torch 2.6 brings sympy with it: 0.5 s
 
-            return checkpoint(block, tokens, use_reentrant=False, **kwargs)
-        return block(tokens, **kwargs)
+            return checkpoint(block, tokens, *args, use_reentrant=False)
+        return block(tokens, *args)
 
     def _split_prefix(self, tokens: Tensor, output_fmt: str) -> tuple[Tensor, Tensor]:
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
@@ -263,12 +284,16 @@ class VisionTransformer(CallsOps, Planned):
         return patches, prefix
 
     def _check_input(self, images: Tensor) -> None:
+        if type(images).__module__ == "torch.fx.proxy" or type(self.patch_embed) is not PatchEmbed:
+            return  # nothing to look at, or the affair of whoever replaced it
         if not isinstance(images, Tensor):
             raise TypeError(
                 f"vit: images must be a tensor, got {type(images).__name__}; model.preprocess makes one from a PIL "
                 "image, torch.from_numpy from an array"
             )
-        weight = self.patch_embed.proj.weight
+        weight = getattr(self.patch_embed.proj, "weight", None)
+        if not isinstance(weight, Tensor):
+            return
         if images.device != weight.device:
             raise ValueError(
                 f"vit: images are on {images.device}, the model on {weight.device}; use images.to(model.device)"
@@ -287,34 +312,70 @@ class VisionTransformer(CallsOps, Planned):
             )
 
     def specs(self, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
-        """Everything the forward asks of the ops."""
+        """Everything the forward asks of the ops, fused or not."""
         C, H, hidden = self.embed_dim, self.num_heads, self.mlp_hidden
         patches = self.patch_embed.num_patches
         N = self.num_prefix_tokens + patches
+        asked: list[Spec] = []
 
-        def spec(op: str, options: Mapping[str, Any] | None = None, **shapes: tuple[int | str, ...]) -> Spec:
-            return Spec(op, dtype, shapes, training, options or {}, device.type)
+        def ask(op: str, options: Mapping[str, Any] | None = None, **shapes: tuple[int | str, ...]) -> None:
+            asked.append(Spec(op, dtype, shapes, training, options or {}, device.type))
 
-        def linear(tokens: int, inputs: int, outputs: int, **options: Any) -> Spec:
-            return spec("linear", options, x=("*", tokens, inputs), weight=(outputs, inputs))
+        def linear(rows: tuple[int | str, ...], inputs: int, outputs: int, **options: Any) -> None:
+            ask("linear", options, x=(*rows, inputs), weight=(outputs, inputs))
 
-        heads = ("*", N, H, C // H)
+        def block(tokens: int, options: dict[str, Any]) -> None:
+            """A block of which the first so many tokens are computed."""
+            rows, heads = ("*", tokens), ("*", N, H, C // H)
+            ask("attention", options, q=heads, k=heads, v=heads)
+            linear(rows, C, C)
+            ask("layer_norm", x=(*rows, C), weight=(C,))
+            linear(rows, C, hidden, activation=self.act_layer)
+            linear(rows, hidden, C)
+
+        linear(("*", patches), self.patch_embed.patch_values, C)
+        ask("layer_norm", x=("*", N, C), weight=(C,))
+        linear(("*", N), C, 3 * C)
         dropout = {"dropout": self.attn_drop_rate} if training and self.attn_drop_rate else {}
-        return [
-            linear(patches, self.patch_embed.patch_values, C),
-            spec("layer_norm", x=("*", N, C), weight=(C,)),
-            linear(N, C, 3 * C),
-            spec("attention", dropout, q=heads, k=heads, v=heads),
-            linear(N, C, C),
-            linear(N, C, hidden, activation=self.act_layer),
-            linear(N, hidden, C),
-            *([linear(1, C, self.num_classes)] if self.num_classes else []),
-        ]
+        block(N, dropout)
+        if self.global_pool == "token":
+            block(1, dropout | {"queries": 1})
+        # Where a hook or a replaced module is between them, the activation is an op of its own.
+        linear(("*", N), C, hidden)
+        ask("gelu", {"approximate": APPROXIMATE[self.act_layer]}, x=("*", N, hidden))
+        pooled = ("*", N) if self.global_pool == "" else ("*",)
+        if self.norm_after_pool:
+            ask("layer_norm", x=(*pooled, C), weight=(C,))
+        if self.num_classes:
+            linear(pooled, C, self.num_classes)
+        return asked
 
     def extra_repr(self) -> str:
         return f"{self.name}, backend={self.backend!r} (runs on {self._plan!r})"
 
     # ---- what timm's tools ask of a model ----
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The model's preprocessing in timm's form: what timm.data.resolve_model_data_config reads."""
+        preprocess = self.preprocess
+        return {
+            "architecture": self.name,
+            "num_classes": self.num_classes,
+            "input_size": (preprocess.in_chans, *preprocess.img_size),
+            "fixed_input_size": True,
+            "pool_size": None,
+            "interpolation": preprocess.interpolation,
+            "crop_pct": preprocess.crop_pct,
+            "crop_mode": preprocess.crop_mode,
+            "mean": preprocess.mean,
+            "std": preprocess.std,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+
+    #: timm's older name of the same.
+    default_cfg = pretrained_cfg
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer; an Identity when num_classes is 0."""
@@ -331,7 +392,7 @@ class VisionTransformer(CallsOps, Planned):
         self.class_names = None  # they were those of the old head
         self.head = nn.Identity()
         if num_classes:
-            self.head = Linear(self.embed_dim, num_classes, device=self.device, dtype=self.dtype)
+            self.head = nn.Linear(self.embed_dim, num_classes, device=self.device, dtype=self.dtype)
             init.init_linear(self.head, "head", self.weight_init, num_classes, init.Draws())
         self.head.train(self.training)
         self.replan()
@@ -360,17 +421,6 @@ def _take_room(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, meta in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device)))
-
-
-def _hooked(*modules: nn.Module) -> bool:
-    """Whether a hook looks at the inputs or outputs of one of the modules or what they consist of."""
-    everywhere = [hooks._global_forward_hooks, hooks._global_forward_pre_hooks]
-    everywhere += [hooks._global_backward_hooks, hooks._global_backward_pre_hooks]
-    return any(everywhere) or any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for module in modules
-        for part in module.modules()
-    )
 
 
 def _block_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:

@@ -61,7 +61,7 @@ class KernelMovement(Movement):
         return _Contiguous.apply(self.record, view)
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not (self._movable(x) and torch.is_grad_enabled() and x.requires_grad):
+        if not (torch.is_grad_enabled() and x.requires_grad and self._movable(x)):
             return super().fork(x)
         return _Fork.apply(self.record, x)
 
@@ -71,7 +71,7 @@ class KernelMovement(Movement):
         return _Tokens.apply(self.record, patches, prefix, position)
 
     def first(self, tokens: Tensor, count: int) -> Tensor:
-        if tokens.shape[1] <= count or not self._movable(tokens):
+        if not self._movable(tokens) or tokens.shape[1] <= count:
             return super().first(tokens, count)
         return _First.apply(self.record, tokens, count)
 

@@ -1,0 +1,42 @@
+"""Images cut into patches and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .checks import sides
+
+
+def patchify(
+    images: Tensor, patch_size: int | tuple[int, int], copy: Callable[[Tensor], Tensor] = Tensor.contiguous
+) -> Tensor:
+    """Images [B, C, H, W] -> patches [B, N, C * P * Q] in reading order, each patch in the order [C, P, Q].
+
+    `copy` makes a view contiguous.
+    Raises ValueError when H or W is not a multiple of the patch.
+    """
+    P, Q = sides("patch_size", patch_size)
+    B, C, H, W = images.shape
+    if H % P or W % Q:
+        raise ValueError(f"vit: patchify: images of {H} x {W} are not a multiple of the patch size {P} x {Q}")
+    x = images.reshape(B, C, H // P, P, W // Q, Q)
+    x = x.permute(0, 2, 4, 1, 3, 5)  # [B, H/P, W/Q, C, P, Q]
+    return copy(x).view(B, (H // P) * (W // Q), C * P * Q)
+
+
+def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify` for a grid of (rows, columns) patches: [B, N, C * P * Q] -> [B, C, H, W].
+
+    Raises ValueError when the patches do not fill the grid.
+    """
+    P, Q = sides("patch_size", patch_size)
+    B, N, K = patches.shape
+    if grid[0] * grid[1] != N or K % (P * Q):
+        raise ValueError(
+            f"vit: unpatchify: {N} patches of {K} values do not fill a {grid[0]} x {grid[1]} grid of {P} x {Q} patches"
+        )
+    x = patches.reshape(B, *grid, -1, P, Q)  # [B, gh, gw, C, P, Q]
+    x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, gh, P, gw, Q]
+    return x.reshape(B, -1, grid[0] * P, grid[1] * Q)

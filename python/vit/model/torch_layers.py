@@ -1,0 +1,203 @@
+"""PyTorch's own layers, computed by the ops of a plan.
+
+The layers of a model are exactly `torch.nn.Linear`, `Conv2d`, `LayerNorm`, `GELU`, `Dropout` and `Identity`, as timm's
+are: tools that look for a type (dynamic quantization, adapters, per-sample gradients, counters) find them. Their
+arithmetic is the plan's all the same:
+
+* a layer that nobody has touched is not called: the op is, on the layer's parameters (1 us less, and ops can be fused);
+* any other layer is called as timm calls it, with one tensor, and what it asks of PyTorch (`F.linear`, `F.layer_norm`,
+  `F.gelu`, a convolution of patches) goes to the plan's kernels, if they can run it.
+
+Touched means: replaced by another class, hooked, given a `forward` of its own, parametrized, or holding weights with an
+arithmetic of their own (sharded or quantized tensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..ops.op import NativeOp
+from .patches import patchify
+
+#: Names of the activations that `linear` computes, by what torch.nn.GELU calls them.
+ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def hooked_everywhere() -> bool:
+    """Whether a hook looks at every module of the process."""
+    # Read as attributes, not kept: the tables are PyTorch's to replace.
+    return bool(
+        everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+def unwatched(modules: Iterable[nn.Module]) -> bool:
+    """Whether no hook and no `forward` of its own shows that one of the modules is not called: 0.15 us a module."""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+        if "forward" in m.__dict__:
+            return False
+    return True
+
+
+def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is exactly of that class and nobody would notice that it is not called."""
+    return (
+        type(module) is kind and unwatched((module,)) and module._compiled_call_impl is None and not hooked_everywhere()
+    )
+
+
+def plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether kernels may compute with these: none is a wrapper with an arithmetic of its own (sharded, quantized)."""
+    # Fake and functional tensors are subclasses too, and no wrappers: the registered ops know them.
+    return _ORDINARY.issuperset(map(type, tensors)) or not any(map(is_traceable_wrapper_subclass, tensors))
+
+
+_ORDINARY = frozenset({Tensor, nn.Parameter, type(None)})
+
+
+def call(ops: Any, layer: nn.Module, x: Any) -> Tensor:
+    """layer(x), by the ops of a plan."""
+    if not isinstance(x, Tensor):  # a tracer's stand-in
+        return layer(x)
+    compute = _COMPUTE.get(type(layer))
+    if compute is not None and untouched(layer, type(layer)) and plain([*layer._parameters.values(), x]):
+        return compute(ops, layer, x)
+    if any(isinstance(getattr(ops, op), NativeOp) for op in ("linear", "layer_norm", "gelu")):
+        with _Planned(ops):
+            return layer(x)
+    return layer(x)
+
+
+def linear(
+    ops: Any, layer: nn.Linear, x: Tensor, activation: str | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """An untouched Linear, with what may be fused to it."""
+    return ops.linear(x, layer.weight, layer.bias, activation, residual)
+
+
+def layer_norm(ops: Any, layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    """An untouched LayerNorm; over other dimensions than the last it is PyTorch's."""
+    if layer.normalized_shape != x.shape[-1:]:
+        return layer(x)
+    return ops.layer_norm(x, layer.weight, layer.bias, layer.eps)
+
+
+def dropout(ops: Any, layer: nn.Dropout, x: Tensor) -> Tensor:
+    """An untouched Dropout."""
+    return layer(x) if layer.training and layer.p else x
+
+
+def _gelu(ops: Any, layer: nn.GELU, x: Tensor) -> Tensor:
+    return ops.gelu(x, layer.approximate)
+
+
+def _identity(ops: Any, layer: nn.Identity, x: Tensor) -> Tensor:
+    return x
+
+
+_COMPUTE: dict[type, Callable[..., Tensor]] = {
+    nn.Linear: linear,
+    nn.LayerNorm: layer_norm,
+    nn.GELU: _gelu,
+    nn.Dropout: dropout,
+    nn.Identity: _identity,
+}
+
+
+class _Planned(TorchFunctionMode):
+    """Sends what layers ask of PyTorch to the kernels of a plan, where these can run it."""
+
+    def __init__(self, ops: Any) -> None:
+        super().__init__()
+        self.ops = ops
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        planned = _PLANNED.get(func)
+        y = None if planned is None else planned(self.ops, *args, **kwargs)
+        return func(*args, **kwargs) if y is None else y
+
+
+def _runs(op: Any, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a plan's kernel can be given these instead of PyTorch's function."""
+    return (
+        isinstance(op, NativeOp)
+        and x.device.type in op.record.device_types
+        and x.dtype in op.record.dtypes
+        and plain((x, *others))
+        and all(t is None or t.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) for t in others)
+    )
+
+
+def _plan_linear(ops: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    fits = weight.dim() == 2 and _runs(ops.linear, input, weight, bias)
+    return ops.linear(input, weight, bias) if fits else None
+
+
+def _plan_layer_norm(
+    ops: Any,
+    input: Tensor,
+    normalized_shape: Iterable[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    fits = tuple(normalized_shape) == input.shape[-1:] and _runs(ops.layer_norm, input, weight, bias)
+    return ops.layer_norm(input, weight, bias, eps) if fits else None
+
+
+def _plan_gelu(ops: Any, input: Tensor, approximate: str = "none") -> Tensor | None:
+    return ops.gelu(input, approximate) if _runs(ops.gelu, input) else None
+
+
+def _plan_conv2d(
+    ops: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """A convolution whose stride is its kernel's size is a product with patches: [B, C, H, W] -> [B, dim, gh, gw]."""
+    # Sizes are tensors while torch.jit.trace looks on.
+    kernel = int(weight.shape[2]), int(weight.shape[3])
+    fits = is_patch_projection(kernel, stride, padding, dilation, groups) and input.dim() == 4
+    if not fits or not _runs(ops.linear, input, weight, bias):
+        return None
+    rows, columns = int(input.shape[2]) // kernel[0], int(input.shape[3]) // kernel[1]
+    image = input[:, :, : rows * kernel[0], : columns * kernel[1]]
+    y = ops.linear(patchify(image, kernel, ops.movement.contiguous), weight.flatten(1), bias)  # [B, N, dim]
+    return ops.movement.contiguous(y.transpose(1, 2)).unflatten(2, (rows, columns))
+
+
+def is_patch_projection(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+    """Whether these are the arguments of a convolution that reads each pixel once."""
+    return (
+        tuple(stride if isinstance(stride, (tuple, list)) else (stride,) * 2) == kernel
+        and padding in (0, (0, 0), "valid")
+        and dilation in (1, (1, 1))
+        and groups == 1
+    )
+
+
+_PLANNED: dict[Any, Callable[..., Tensor | None]] = {
+    F.linear: _plan_linear,
+    F.layer_norm: _plan_layer_norm,
+    F.gelu: _plan_gelu,
+    F.conv2d: _plan_conv2d,
+}
