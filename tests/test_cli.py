@@ -360,6 +360,8 @@ def test_bad_recipes_are_named(text: str, expected: str, tmp_path: Path, capsys:
 def test_resume_takes_no_other_options(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", str(run), "--lr", "1", "--arch", "depth=2"]) == 2
     assert "leave out --arch, --lr" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--out", "elsewhere"]) == 2
+    assert "leave out --out" in capsys.readouterr().err
     assert main(["train", "--resume", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["run"] == str(run)
 

@@ -32,7 +32,7 @@ from vit.backends import get
 from vit.data import Source
 from vit.support.files import append_line, replacing, write_text
 from vit.training import Evaluation, Interrupted, Run, TrainConfig, TrainError, TrainResult, evaluate, train
-from vit.training import checkpoint as checkpoints
+from vit.training import state as checkpoints
 from vit.training.config import RECIPES, from_mapping, read_yaml
 from vit.training.optim import Average, learning_rate, make_optimizer
 from vit.training.progress import Silent
@@ -114,7 +114,9 @@ def test_a_run_holds_everything(whole: TrainResult) -> None:
     assert names == {
         "config.yaml",
         "model.json",
+        "run.json",
         "best.safetensors",
+        "last.safetensors",
         "checkpoint.safetensors",
         "metrics.jsonl",
         "curves.png",
@@ -268,7 +270,7 @@ def test_a_crash_costs_only_the_steps_since_the_checkpoint(whole: TrainResult, t
         train(config, out=tmp_path / "run", display=Hook(13, crash))
     hook = Hook()
     result = train(resume=tmp_path / "run", display=hook)
-    assert hook.steps == 2 * STEPS - 12, "steps 1 to 12 were in the checkpoint"
+    assert hook.steps == 2 * STEPS - 13, "the error itself left a checkpoint of step 13"
     same_bits(whole.run, result.run)
 
 
@@ -380,7 +382,7 @@ def test_what_cannot_be_resumed_is_refused(whole: TrainResult, tmp_path: Path) -
         Run.open(run).evaluate()
     good = (whole.run / "checkpoint.safetensors").read_bytes()
     save_file({"model.x": torch.zeros(1)}, run / "checkpoint.safetensors", metadata={"vit": "{}"})
-    with pytest.raises(ValueError, match="has format None; this version of vit reads 1"):
+    with pytest.raises(ValueError, match="has format None; this version of vit reads 2"):
         train(resume=run)
     for damaged in (good[:1000], b"", pickle.dumps({"model": 1}), b"\xff" * 100):
         (run / "checkpoint.safetensors").write_bytes(damaged)

@@ -3,16 +3,17 @@ writing; and JSON that every parser reads."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 log = logging.getLogger("vit")
 
@@ -22,17 +23,26 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to; on success its content is on the disk and takes the place of
     `path`.
 
-    After any error, a full disk included, `path` is what it was and the temporary file is gone. A kill leaves
-    the temporary file behind, under one fixed name that the next write reuses.
+    The temporary file is created for this write alone, under a name nobody can prepare a link at. After any error, a
+    full disk included, `path` is what it was and the temporary file is gone; a kill leaves it behind (see
+    `remove_leftovers`). Raises OSError where `path` is a link.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    refuse_link(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, 0o666)
     try:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # what the user's umask gives; safetensors makes private files
+        try:
+            mode = os.fstat(descriptor).st_mode  # what the user's umask gives; safetensors makes private files
+        finally:
+            os.close(descriptor)
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
+        descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fchmod(descriptor, stat.S_IMODE(mode))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -40,10 +50,32 @@ def replacing(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files that killed writes left in a folder. Only for the folder's one owner."""
+    for path in folder.glob(".*.tmp"):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
+def refuse_link(path: Path) -> None:
+    """OSError where `path` is a symbolic link: what it points to may belong to somebody else."""
+    if path.is_symlink():
+        raise OSError(
+            errno.ELOOP,
+            f"vit: {path} is a link to {os.readlink(path)!r}, and vit writes to no link; remove it or name the file "
+            "itself",
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces the content of a text file."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces the content of a file."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
@@ -68,29 +100,16 @@ def _finite(value: Any, name: str, lost: list[str]) -> Any:
     return value
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Replaces a safetensors file; OSError when it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-    except (SafetensorError, OSError) as error:
-        # safetensors has an exception of its own for a full disk; for a caller it is one of the system's.
-        raise OSError(f"vit: cannot write {path}: {error}. The file before this one is unchanged") from error
-
-
 def append_line(path: Path, line: str, offset: int) -> int:
-    """Cuts the file at `offset`, writes the line there and returns the offset behind it, all of it on the
-    disk."""
-    with open(path, "ab") as file:
-        file.truncate(offset)
-        file.seek(offset)
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
+    """Replaces the file by its first `offset` bytes and the line; returns the offset behind it, all of it on the disk.
+
+    The file is written anew, not in place: another name of it (a hard link of a backup) keeps the old content.
+    """
+    refuse_link(path)
+    kept = path.read_bytes()[:offset] if offset else b""
+    content = kept + line.encode() + b"\n"
+    write_bytes(path, content)
+    return len(content)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,13 +1,18 @@
 """Training and evaluation: one configuration, one loop, one run folder."""
 
+from ..tasks import Evaluation
 from .config import TrainConfig
-from .evaluate import Evaluation, evaluate
+from .evaluate import evaluate
+from .interrupt import ReaderError
 from .loop import Interrupted, TrainError, TrainResult, train
+from .resume import RefusedChange
 from .run import Run
 
 __all__ = [
     "Evaluation",
     "Interrupted",
+    "ReaderError",
+    "RefusedChange",
     "Run",
     "TrainConfig",
     "TrainError",

@@ -3,7 +3,6 @@ API."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import math
@@ -12,49 +11,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from ..support import records
 from ..support.extras import require
+from ..support.records import shown
+from .recipes import get_recipe, of_kind, recipes
 
-#: The values of the options that are None in TrainConfig, by kind of data.
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {
-        "model": "vit_digits",
-        "epochs": 100,
-        "batch_size": 64,
-        "lr": 2e-3,
-        "warmup_epochs": 5.0,
-        "drop_path": 0.0,
-        "augment": "affine",
-        # So small a model gains 1.4x from a second thread on an idle machine and loses 5x on a busy one; and with one
-        # thread every machine with the same instructions gives the same bits.
-        "threads": 1,
-    },
-    "mnist": {
-        "model": "vit_mnist_demo",
-        "epochs": 20,
-        "batch_size": 128,
-        "lr": 2e-3,
-        "warmup_epochs": 1.0,
-        "drop_path": 0.0,
-        "augment": "affine",
-        "threads": 0,
-    },
-    "folder": {
-        "model": "vit_tiny_patch16_224",
-        "epochs": 100,
-        "batch_size": 64,
-        "lr": 5e-4,
-        "warmup_epochs": 5.0,
-        "drop_path": 0.1,
-        "augment": "crop",
-        "threads": 0,
-    },
-}
+AUTO = "auto"  # of --threads: by the size of the model and the free cores
 
 CHOICES = {
     "augment": ("none", "affine", "crop"),
     "amp": ("no", "bf16"),
     "bad_images": ("skip", "refuse"),
     "validate": ("decode", "header"),
+    "figures": ("png", "pdf", "svg"),
+}
+
+#: Allowed values of the numbers, ends included.
+RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "accumulate": (1, math.inf),
+    "lr": (0.0, math.inf),
+    "min_lr": (0.0, math.inf),
+    "warmup_epochs": (0.0, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "beta2": (0.0, 1.0),
+    "clip": (0.0, math.inf),
+    "label_smoothing": (0.0, 1.0),
+    "drop_path": (0.0, 1.0),
+    "ema": (0.0, 1.0),
+    "val_fraction": (0.0, 1.0),
+    "test_fraction": (0.0, 1.0),
+    "split_seed": (0, 2**63 - 1),
+    "seed": (0, 2**63 - 1),
+    "workers": (0, 1024),
+    "threads": (0, 1024),
+    "checkpoint_seconds": (0.0, math.inf),
+    "log_seconds": (0.0, math.inf),
 }
 
 
@@ -64,7 +57,7 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of a training run. None means the value of the recipe for the kind of data (RECIPES)."""
+    """The options of a training run. None means the value of the recipe for the kind of data (see `recipes`)."""
 
     data: str = _option("digits", "digits, a folder of class folders, or a folder with MNIST IDX files")
     model: str | None = _option(None, "a name of vit.list_models()")
@@ -85,43 +78,38 @@ class TrainConfig:
     clip: float = _option(1.0, "largest norm of all gradients together; 0 does not clip")
     label_smoothing: float = _option(0.1, "share of the target spread over all classes")
     drop_path: float | None = _option(None, "stochastic depth of the last block")
-    ema: float = _option(0.995, "decay of the averaged weights, which are the ones kept; 0 keeps the plain weights")
+    ema: float = _option(
+        0.995,
+        "decay of the averaged weights, which are the ones kept; step t uses min(this, (1 + t) / (10 + t)), so that "
+        "0.995 holds from step 1,790 and 0.9 from step 80; 0 keeps the plain weights",
+    )
     augment: str | None = _option(None, "affine: small shifts and rotations; crop: random crops and mirror images")
     amp: str = _option("no", "bf16 runs matmul, linear and attention in bfloat16 (autocast)")
-    val_fraction: float = _option(0.1, "of the training images, if the data has no validation split")
-    test_fraction: float = _option(0.2, "of the training images, if the data has no test split")
+    val_fraction: float = _option(
+        0.1, "of the training images, if the data has no validation split; 0: no validation, the last weights are kept"
+    )
+    test_fraction: float = _option(0.2, "of the training images, if the data has no test split; 0: no test")
     split_seed: int = _option(0, "of the drawn splits")
     seed: int = _option(0, "of initialisation, order, augmentation and stochastic depth")
     workers: int = _option(0, "processes that read images; 0 reads in the training process")
-    threads: int | None = _option(None, "CPU threads of the ops; 0 leaves PyTorch's own number")
+    threads: int | str | None = _option(
+        None, "CPU threads of the ops; auto: by the size of the model and the free cores; 0: PyTorch's own number"
+    )
     bad_images: str = _option("skip", "what to do with unusable files of a folder: both name and count them")
     validate: str = _option("decode", "how each file of a folder is checked before training")
-    checkpoint_seconds: float = _option(60.0, "time between checkpoints; there is also one at the end or a signal")
+    checkpoint_seconds: float = _option(
+        60.0,
+        "time between checkpoints, or 20 times as long as writing one takes, if that is more; 0: after every step. "
+        "There is always one after the first step, at the end, at an error and at a signal",
+    )
+    log_seconds: float = _option(30.0, "time between the lines about steps in a pipe or a log")
+    figures: str = _option("png", "format of the curves and the confusion matrix; pdf and svg come beside png")
+    task: str = _option("classification", "what the model learns: a name of vit.tasks.names()")
 
     def __post_init__(self) -> None:
-        for name, (low, high) in {
-            "epochs": (1, math.inf),
-            "batch_size": (1, math.inf),
-            "accumulate": (1, math.inf),
-            "lr": (0.0, math.inf),
-            "min_lr": (0.0, math.inf),
-            "warmup_epochs": (0.0, math.inf),
-            "weight_decay": (0.0, math.inf),
-            "beta2": (0.0, 1.0),
-            "clip": (0.0, math.inf),
-            "label_smoothing": (0.0, 1.0),
-            "drop_path": (0.0, 1.0),
-            "ema": (0.0, 1.0),
-            "val_fraction": (0.0, 1.0),
-            "test_fraction": (0.0, 1.0),
-            "split_seed": (0, 2**63 - 1),
-            "seed": (0, 2**63 - 1),
-            "workers": (0, 1024),
-            "threads": (0, 1024),
-            "checkpoint_seconds": (0.0, math.inf),
-        }.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and (not low <= value <= high or math.isinf(value)):
+            if value not in (None, AUTO) and (not low <= value <= high or math.isinf(value)):
                 raise ValueError(f"vit: {flag(name)} is {value}; allowed is " + _span(low, high))
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -135,8 +123,11 @@ class TrainConfig:
 
     def resolved(self, kind: str) -> TrainConfig:
         """The configuration with every None replaced by the recipe of that kind of data."""
-        recipe = RECIPES[kind]
-        return dataclasses.replace(self, **{k: v for k, v in recipe.items() if getattr(self, k) is None})
+        return self.filled(of_kind(kind).options)
+
+    def filled(self, options: Mapping[str, Any]) -> TrainConfig:
+        """The configuration with None replaced by what `options` say."""
+        return dataclasses.replace(self, **{k: v for k, v in options.items() if getattr(self, k) is None})
 
     def to_yaml(self) -> str:
         """The text of config.yaml, in the order of the fields."""
@@ -166,26 +157,29 @@ def from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(FIELDS)}"
-            raise ValueError(f"vit: unknown option {key!r} in {where}{hint}")
-        clean[name] = _convert(name, value, where)
+            raise ValueError(f"vit: unknown option {shown(key)} in {where}{hint}")
+        clean[name] = convert(name, value, where)
     return TrainConfig(**clean)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The options of a YAML file; ValueError when it is not a mapping of option names to values."""
-    yaml = require("yaml", "train")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"vit: {path} is not valid YAML: {error}") from error
+    values = records.read_yaml(Path(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"vit: {path} must hold lines of 'option: value', not a {type(values).__name__}")
-    return values
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _convert(name: str, value: Any, where: str) -> Any:
+def recipe_options(name: str) -> dict[str, Any]:
+    """The options of a recipe, in their own types."""
+    return {
+        key: convert(key, value, f"recipe {name}") for key, value in get_recipe(name).options.items() if key in FIELDS
+    }
+
+
+def convert(name: str, value: Any, where: str) -> Any:
     """The value in the option's own type; YAML reads 1e-3 as text and 1 as an integer, both are fine for a
     float."""
     kinds = get_args(_HINTS[name]) or (_HINTS[name],)
@@ -195,9 +189,9 @@ def _convert(name: str, value: Any, where: str) -> Any:
     if value is False and "no" in CHOICES.get(name, ()):
         return "no"  # what YAML makes of an unquoted no
     if name == "arch":
-        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-            return dict(value)
-        raise ValueError(f"vit: arch in {where} must be a mapping of argument names to values, not {value!r}")
+        return _plain_arch(value, where)
+    if name == "threads" and value == AUTO:
+        return value
     try:
         if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
             raise ValueError
@@ -205,55 +199,26 @@ def _convert(name: str, value: Any, where: str) -> Any:
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"vit: {name} in {where} is {value!r}; it must be a {kind.__name__}") from None
+        allowed = f"a {kind.__name__}" + (f" or {AUTO}" if name == "threads" else "")
+        raise ValueError(f"vit: {name} in {where} is {shown(value)}; it must be {allowed}") from None
 
 
-def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """One flag per option, absent from the result unless given, so that flags can override a file."""
-    for name, option in FIELDS.items():
-        hint = _HINTS[name]
-        kinds = get_args(hint) or (hint,)
-        text = f"{option.metadata['help']} (default: {_default_text(name)})".replace("%", "%%")
-        if name == "arch":
-            parser.add_argument("--arch", nargs="+", action="extend", metavar="KEY=VALUE", help=text)
-            continue
-        kind = next(k for k in kinds if k is not type(None))
-        parser.add_argument(
-            flag(name),
-            type=kind,
-            default=argparse.SUPPRESS,
-            choices=CHOICES.get(name),
-            metavar=None if name in CHOICES else name.upper(),
-            help=text,
-        )
+def _plain_arch(value: Any, where: str) -> dict[str, Any]:
+    """Names and plain values: a number, a text, true, false, null, or a list of them."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"vit: arch in {where} must be a mapping of argument names to values, not {shown(value)}")
+    plain = (str, int, float, bool, type(None))
+    for key, item in value.items():
+        items = item if isinstance(item, (list, tuple)) else [item]
+        if not all(isinstance(one, plain) for one in items):
+            raise ValueError(
+                f"vit: arch in {where}: {key} is {shown(item)}; it must be a number, a text, true, false, null or a "
+                "list of them"
+            )
+    return dict(value)
 
 
-def from_arguments(args: argparse.Namespace) -> TrainConfig:
-    """The configuration of a command line: the file of --config, then the flags over it."""
-    values = read_yaml(args.config) if args.config else {}
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    given = {name: getattr(args, name) for name in FIELDS if name != "arch" and hasattr(args, name)}
-    if args.arch:
-        base = _convert("arch", values.get("arch") or {}, str(args.config))
-        given["arch"] = base | parse_arch(args.arch)
-    return from_mapping(values | given, str(args.config or "the command line"))
-
-
-def parse_arch(words: list[str]) -> dict[str, Any]:
-    """["embed_dim=128", "img_size=[32, 64]"] -> {"embed_dim": 128, "img_size": [32, 64]}."""
-    yaml = require("yaml", "train")
-    arch = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"vit: --arch takes KEY=VALUE, for example embed_dim=128; got {word!r}")
-        arch[key] = yaml.safe_load(value)
-    return arch
-
-
-def _default_text(name: str) -> str:
-    option = FIELDS[name]
-    if option.default is None:
-        values = [f"{recipe[name]} for {kind}" for kind, recipe in RECIPES.items() if name in recipe]
-        return ", ".join(values) or "none"
-    return "none" if name == "arch" else str(option.default)
+def __getattr__(name: str) -> Any:
+    if name == "RECIPES":  # read at the first use: the help of other commands needs no YAML
+        return {recipe.kind: recipe.options for recipe in recipes().values() if recipe.kind}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

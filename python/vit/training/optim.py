@@ -40,10 +40,15 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, low: float) -
     return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-class Average:
-    """An exponential moving average of a model's weights: average += (1 - decay) (weights - average).
+def used_decay(decay: float, step: int) -> float:
+    """The decay of the average at optimizer step `step` (counted from 1): min(decay, (1 + t) / (10 + t)), so that the
+    random start is soon forgotten."""
+    return min(decay, (1 + step) / (10 + step))
 
-    The decay of the first steps is smaller, (1 + t) / (10 + t), so that the random start is soon forgotten.
+
+class Average:
+    """An exponential moving average of a model's weights: average += (1 - decay) (weights - average). The decay of step
+    t is used_decay(decay, t), which is smaller at first.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -53,5 +58,5 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Moves the average after optimizer step `step` (counted from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1.0 - decay)
+        weight = 1.0 - used_decay(self.decay, step)
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)

@@ -1,18 +1,23 @@
-"""What a person sees of a training: a bar on a terminal, plain lines in a pipe."""
+"""What a person sees of a training: a bar on a terminal, plain lines in a pipe or a log."""
 
 from __future__ import annotations
 
 import sys
+import time
+from datetime import timedelta
 from typing import Any, Protocol, TextIO
 
-from ..support.extras import interactive, require
+from ..support.terminal import StepBar, interactive
+from ..support.text import printable
 
 
 class Display(Protocol):
     """Receives lines of text, what each step says, and the line of each epoch in the metrics."""
 
     def line(self, text: str) -> None: ...
-    def start(self, done: int, total: int) -> None: ...
+    def start(self, done: int, total: int, images: int = 0, seconds: float = 30.0) -> None:
+        """`done` of `total` steps, `images` in each; lines tell of a step at most every `seconds`."""
+
     def step(self, text: str) -> None: ...
     def epoch(self, line: dict[str, Any], epochs: int) -> None: ...
     def stop(self) -> None: ...
@@ -22,30 +27,43 @@ class Silent:
     """Shows nothing: other processes than the first, and callers from Python."""
 
     def line(self, text: str) -> None: ...
-    def start(self, done: int, total: int) -> None: ...
+    def start(self, done: int, total: int, images: int = 0, seconds: float = 30.0) -> None: ...
     def step(self, text: str) -> None: ...
     def epoch(self, line: dict[str, Any], epochs: int) -> None: ...
     def stop(self) -> None: ...
 
 
 class Lines:
-    """One plain line per epoch."""
+    """One plain line per epoch, and between them one for the first step and then one every so many seconds."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.done = self.total = self.images = 0
+        self.seconds = 30.0
 
     def line(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        print(printable(text), file=self.stream, flush=True)
 
-    def start(self, done: int, total: int) -> None: ...
+    def start(self, done: int, total: int, images: int = 0, seconds: float = 30.0) -> None:
+        self.first, self.done, self.total, self.images, self.seconds = done, done, total, images, seconds
+        self.began = self.told_at = time.monotonic()
+        self.told = done
 
-    def step(self, text: str) -> None: ...
+    def step(self, text: str) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if self.total and (now - self.told_at >= self.seconds or self.done == self.first + 1):
+            speed = (self.done - self.told) / max(now - self.told_at, 1e-9)
+            pace = (now - self.began) / (self.done - self.first)
+            left = timedelta(seconds=round(pace * (self.total - self.done)))
+            self.line(f"step {self.done:,}/{self.total:,}  {text}  {speed * self.images:,.0f} images/s  {left} left")
+            self.told, self.told_at = self.done, now
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        self.line(
-            f"epoch {line['epoch']:>3}/{epochs}  train loss {line['train_loss']:.4f}  "
-            f"val loss {line['val_loss']:.4f}  val accuracy {100 * line['val_accuracy']:.2f} %"
-        )
+        validation = ""
+        if "val_loss" in line:
+            validation = f"  val loss {line['val_loss']:.4f}  val accuracy {100 * line['val_accuracy']:.2f} %"
+        self.line(f"epoch {line['epoch']:>3}/{epochs}  train loss {line['train_loss']:.4f}{validation}")
 
     def stop(self) -> None: ...
 
@@ -54,36 +72,23 @@ class Bar:
     """A bar over all steps, with the latest figures beside it."""
 
     def __init__(self, stream: TextIO) -> None:
-        rich = require("rich.progress", "train")
-        console = require("rich.console", "train").Console(file=stream)
-        self.progress: Any = rich.Progress(
-            # 80 columns hold all of it.
-            rich.BarColumn(bar_width=16),
-            rich.TimeElapsedColumn(),
-            rich.TextColumn("left"),
-            rich.TimeRemainingColumn(),
-            rich.TextColumn("{task.fields[figures]}  {task.description}"),
-            console=console,
-        )
-        self.task: Any = None
+        self.bar = StepBar(stream)
 
     def line(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.bar.line(printable(text))
 
-    def start(self, done: int, total: int) -> None:
-        self.task = self.progress.add_task("", total=total, completed=done, figures="")
-        self.progress.start()
+    def start(self, done: int, total: int, images: int = 0, seconds: float = 30.0) -> None:
+        self.bar.start(done, total)
 
     def step(self, text: str) -> None:
-        self.progress.update(self.task, advance=1, description=text)
+        self.bar.advance(text.partition("  ")[0])  # 80 columns hold the loss, and no more
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        self.progress.update(
-            self.task, figures=f"epoch {line['epoch']}/{epochs}  val {100 * line['val_accuracy']:.2f} %"
-        )
+        validation = f"  val {100 * line['val_accuracy']:.2f} %" if "val_accuracy" in line else ""
+        self.bar.figures(f"epoch {line['epoch']}/{epochs}{validation}")
 
     def stop(self) -> None:
-        self.progress.stop()
+        self.bar.stop()
 
 
 def display(stream: TextIO | None = None) -> Display:

@@ -2,7 +2,9 @@
 
 config.yaml         every option, with the recipe's values filled in
 model.json          name, arguments of vit.create, class names, preprocessing
+run.json            commands, versions, host, times, the digest of config.yaml
 best.safetensors    the weights kept: best validation accuracy
+last.safetensors    the weights of the last epoch
 metrics.jsonl       one line per epoch, then one with the test figures; raw values
 checkpoint.safetensors   the whole state of the training, for --resume
 curves.png, confusion.png   pictures of metrics.jsonl and of the test images
@@ -10,15 +12,19 @@ curves.png, confusion.png   pictures of metrics.jsonl and of the test images
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..data import DataError, Samples, Source, open_source
 from ..factory import create
-from ..support.files import append_line, to_json, write_tensors, write_text
+from ..support.files import append_line, refuse_link, remove_leftovers, to_json, write_text
+from ..support.lock import NAME as LOCK
+from ..support.lock import FolderLock
+from ..support.records import Record, parse_json
+from ..support.tensors import read_tensors, write_tensors
+from .assembly import divided
 from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
 
@@ -40,17 +46,27 @@ class Run:
         return self.path / "best.safetensors"
 
     @property
+    def last_weights(self) -> Path:
+        return self.path / "last.safetensors"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig, model: dict[str, Any]) -> Run:
-        """Makes the folder, where there is none, and writes config.yaml and model.json."""
+        """Makes the folder, where there is none, and writes config.yaml and model.json. Where that fails, on a full
+        disk, nothing of them is left."""
         run = cls(path, config, model)
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "config.yaml", config.to_yaml())
-        write_text(path / "model.json", to_json(model, indent=2) + "\n")
-        write_text(run.metrics, "")
+        texts = {"config.yaml": config.to_yaml(), "model.json": to_json(model, indent=2) + "\n", run.metrics.name: ""}
+        try:
+            for name, text in texts.items():
+                write_text(path / name, text)
+        except BaseException:
+            for name in texts:
+                (path / name).unlink(missing_ok=True)
+            raise
         return run
 
     @classmethod
@@ -64,13 +80,30 @@ class Run:
                 raise ValueError(f"vit: {path} is not a run folder of vit train: it has no {name}")
         config = from_mapping(read_yaml(path / "config.yaml"), str(path / "config.yaml"))
         try:
-            model = json.loads((path / "model.json").read_text(encoding="utf-8"))
-            missing = {"name", "arch", "class_names", "preprocess"} - set(model)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"vit: {path / 'model.json'} is damaged: {error}") from error
-        if missing:
-            raise ValueError(f"vit: {path / 'model.json'} lacks {', '.join(sorted(missing))}")
+            record = Record.read(path / "model.json")
+            model = {
+                "name": record.text("name"),
+                "arch": dict(record.record("arch").values),
+                "class_names": list(record.texts("class_names")),
+                "preprocess": dict(record.record("preprocess").values),
+            }
+        except ValueError as error:
+            text = str(error).removeprefix("vit: ")
+            raise ValueError(f"vit: {path / 'model.json'} is damaged: {text}") from error
         return cls(path, config, model)
+
+    def lock(self) -> FolderLock:
+        """Owns the folder for a training. FolderInUse if another one does, OSError for a link in place of a file."""
+        lock = FolderLock(self.path)
+        try:
+            for entry in self.path.iterdir():
+                if entry.is_symlink() and not (entry.name.startswith(".") and entry.name.endswith(".tmp")):
+                    refuse_link(entry)
+            remove_leftovers(self.path)
+        except BaseException:
+            lock.close()
+            raise
+        return lock
 
     def source(self, data: str | None = None) -> Source:
         """The run's data, or other `data` of the same classes, as it was found."""
@@ -93,8 +126,7 @@ class Run:
         if split == "all":
             return Samples.concatenate(list(source.splits.values()))
         if split == "train" or split not in source.splits:
-            config = self.config
-            source = source.divided(config.val_fraction, config.test_fraction, config.split_seed)
+            source = divided(source, self.config)
         if not len(source.splits[split]):
             raise DataError(f"vit: the {split} split of {data or self.config.data} holds no usable image")
         return source.splits[split]
@@ -103,6 +135,7 @@ class Run:
         """The kept model, planned for inference."""
         if not self.weights.is_file():
             raise ValueError(f"vit: {self.path} has no {self.weights.name} yet: no epoch was finished")
+        read_tensors(self.weights, required=True)
         return create(weights=self.path, backend=backend or self.config.backend, training=False)
 
     def evaluate(
@@ -120,9 +153,18 @@ class Run:
         with cpu_threads(self.config.threads):
             return evaluate(self.load(backend), samples, batch_size or self.config.batch_size or 1, workers)
 
-    def save_weights(self, state: dict[str, Any]) -> None:
-        """Replaces best.safetensors; OSError when it cannot be written."""
-        write_tensors(self.weights, state)
+    def with_config(self, config: TrainConfig) -> Run:
+        """The run with another config.yaml, written."""
+        write_text(self.path / "config.yaml", config.to_yaml())
+        return replace(self, config=config)
+
+    def pictures(self, name: str) -> list[Path]:
+        """The files of a picture: PNG, and the format of --figures if that is another."""
+        return [self.path / f"{name}.{suffix}" for suffix in dict.fromkeys(("png", self.config.figures))]
+
+    def save_weights(self, state: dict[str, Any], path: Path | None = None) -> None:
+        """Replaces best.safetensors (or `path`); OSError when it cannot be written."""
+        write_tensors(path or self.weights, state)
 
     def log(self, values: dict[str, Any], offset: int) -> int:
         """Writes one line of metrics.jsonl at `offset`; returns the offset behind it."""
@@ -132,16 +174,25 @@ class Run:
         """The length of metrics.jsonl; 0 without the file."""
         return self.metrics.stat().st_size if self.metrics.is_file() else 0
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+    def read_metrics(self, size: int | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, or those in its first `size` bytes."""
+        lines = self.metrics.read_bytes()[:size].splitlines()
+        return [
+            dict(Record(parse_json(line, where := f"{self.metrics}, line {number}"), where).values)
+            for number, line in enumerate(lines, 1)
+        ]
+
+
+def is_free(path: Path) -> bool:
+    """Whether a new run may go to `path`: there is nothing, or an empty folder (a lock in it does not count)."""
+    return not os.path.lexists(path) or (path.is_dir() and all(entry.name == LOCK for entry in path.iterdir()))
 
 
 def new_path(out: str | Path | None, data: str) -> Path:
     """Where a new run goes: `out` if it is free, else runs/<data>-<n> with the next free number."""
     if out is not None:
         path = Path(out)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not is_free(path):
             raise ValueError(
                 f"vit: {path} exists already; go on with it (vit train --resume {path}) or give another --out"
             )

@@ -19,7 +19,8 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tenso
 
 
 def confusion(labels: Tensor, predictions: Tensor, class_names: Sequence[str], path: str | Path) -> None:
-    """Draws the confusion matrix into a PNG file; colours are shares of a row, numbers are images."""
+    """Draws the confusion matrix into a file, a PNG, PDF or SVG by its suffix; colours are shares of a row, numbers are
+    images."""
     classes = len(class_names)
     counts = confusion_matrix(labels, predictions, classes)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Loss, accuracy and learning rate over the epochs of a training."""
+"""Loss, error and learning rate over the epochs of a training."""
 
 from __future__ import annotations
 
@@ -9,26 +9,55 @@ from typing import Any
 from .figure import new_figure, save
 
 
-def curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws the lines of metrics.jsonl into a PNG file."""
-    epochs = [line for line in metrics if "epoch" in line]
-    final = next((line for line in metrics if line.get("final")), None)
-    x = [line["epoch"] for line in epochs]
-    figure = new_figure(11, 3.6)
-    losses, accuracy, rate = figure.subplots(1, 3)
+def curves(metrics: Sequence[dict[str, Any]], *paths: str | Path) -> None:
+    """Draws the lines of metrics.jsonl into files; the suffix is the format (png, pdf, svg).
 
-    losses.plot(x, [line["train_loss"] for line in epochs], label="training (smoothed labels)")
-    losses.plot(x, [line["val_loss"] for line in epochs], label="validation")
-    losses.set(title="loss", xlabel="epoch", yscale="log")
-    accuracy.plot(x, [100 * line["val_accuracy"] for line in epochs], color="C1", label="validation")
-    accuracy.set(title="accuracy, %", xlabel="epoch")
-    rate.plot(x, [line["lr"] for line in epochs], color="C2")
+    Training and validation are compared by the same criterion, plain cross entropy, and by the error in percent on a
+    logarithmic axis. The test figures stand in the title: they belong to no point of the curves.
+    """
+    epochs = [line for line in metrics if "epoch" in line]
+    final = next((line for line in metrics if line.get("final")), {})
+    figure = new_figure(11, 3.8)
+    losses, errors, rate = figure.subplots(1, 3)
+    _plot(losses, epochs, "train_cross_entropy", "C0", "training (augmented images)")
+    _plot(losses, epochs, "val_loss", "C1", "validation")
+    losses.set(title="cross entropy", xlabel="epoch", yscale="log")
+    _plot_errors(errors, epochs, final)
+    _plot(rate, epochs, "lr", "C2", "")
     rate.set(title="learning rate", xlabel="epoch")
-    if final:
-        text = f"test {100 * final['test_accuracy']:.2f}"
-        accuracy.plot([final["best_epoch"]], [100 * final["test_accuracy"]], "k*", markersize=9, label=text)
-    losses.legend()
-    accuracy.legend(loc="lower right")
-    for axes in (losses, accuracy, rate):
-        axes.grid(alpha=0.3)
-    save(figure, Path(path))
+    for axes in (losses, errors, rate):
+        axes.grid(alpha=0.3, which="both")
+    for axes in (losses, errors):
+        if axes.get_legend_handles_labels()[0]:  # there may be nothing to draw
+            axes.legend()
+    if "test_accuracy" in final:
+        figure.suptitle(
+            f"test error {100 - 100 * final['test_accuracy']:.2f} %, loss {final['test_loss']:.4f} "
+            f"({final['test_images']:,} images, weights of epoch {final['best_epoch']})",
+            fontsize="medium",
+        )
+    for path in paths:
+        save(figure, Path(path))
+
+
+def _plot(axes: Any, epochs: Sequence[dict[str, Any]], key: str, colour: str, label: str) -> None:
+    points = [(line["epoch"], line[key]) for line in epochs if line.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="." if len(points) < 3 else None)
+
+
+def _plot_errors(axes: Any, epochs: Sequence[dict[str, Any]], final: dict[str, Any]) -> None:
+    """Error in percent. A logarithmic axis has no zero: no error at all is drawn as half an image."""
+    floor = 50 / max(1, final.get("val_images", 0) or 1000)
+    for key, colour, label in (
+        ("train_accuracy", "C0", "training (augmented images)"),
+        ("val_accuracy", "C1", "validation"),
+    ):
+        points = [(line["epoch"], max(floor, 100 - 100 * line[key])) for line in epochs if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="." if len(points) < 3 else None)
+    kept = next((line for line in epochs if line["epoch"] == final.get("best_epoch") and "val_accuracy" in line), None)
+    if kept:
+        error = max(floor, 100 - 100 * kept["val_accuracy"])
+        axes.plot([kept["epoch"]], [error], "ko", fillstyle="none", label=f"kept: epoch {kept['epoch']}")
+    axes.set(title="error, %", xlabel="epoch", yscale="log")

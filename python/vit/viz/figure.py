@@ -18,6 +18,8 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Replaces the picture at `path`."""
+    """Replaces the picture at `path`; its suffix is the format: .png, .pdf or .svg."""
+    kind = path.suffix.removeprefix(".").lower() or "png"
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}  # equal pictures are equal files
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=160, format=kind, metadata=undated.get(kind))

@@ -1,0 +1,180 @@
+"""What a training is made of, built from its configuration: data, model, batches, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Source, open_source
+from ..data.augment import Affine, Augment, CropFlip
+from ..data.folder import describe
+from ..data.loader import EpochBatches, Images, loader
+from ..factory import create, settle
+from ..model import VisionTransformer, list_models
+from ..model.configs import get_config
+from ..preprocess import Preprocess
+from ..support.text import printable
+from ..weights import WeightsError, read
+from .config import AUTO, TrainConfig
+from .interrupt import WatchedLoader
+from .optim import Average, make_optimizer
+from .threads import choose_threads
+
+
+@dataclass
+class Parts:
+    """A training before its first step. `info`: what model.json says of the model."""
+
+    config: TrainConfig
+    source: Source
+    model: VisionTransformer
+    info: dict[str, Any]
+    batches: EpochBatches
+    loader: WatchedLoader
+    optimizer: torch.optim.AdamW
+    average: Average | None
+
+    @property
+    def kept_model(self) -> Any:
+        """The model whose weights are validated and kept."""
+        return self.average.model if self.average else self.model
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return len(self.batches) // self.config.accumulate
+
+
+def assemble(
+    config: TrainConfig, described: dict[str, Any] | None, accelerator: Any, report: Callable[[str], None]
+) -> Parts:
+    """Data, model and optimizer of a new training, or of one whose model.json is `described` (without its weights)."""
+    source = open_data(config, report)
+    if described is None:
+        model, info = _new_model(config, source, accelerator.device)
+    else:
+        model, info = _described_model(config, described, accelerator.device), described
+    if config.threads == AUTO:
+        config = dataclasses.replace(config, threads=choose_threads(model, config.batch_size or 1))
+    batches, images = _training_batches(config, source, model, accelerator)
+    return Parts(
+        config=config,
+        source=source,
+        model=model,
+        info=info,
+        batches=batches,
+        loader=images,
+        optimizer=make_optimizer(model, config.lr or 0.0, config.weight_decay, config.beta2),
+        average=Average(model, config.ema) if config.ema else None,
+    )
+
+
+def open_data(config: TrainConfig, report: Callable[[str], None]) -> Source:
+    """The data with its splits. A split that the data lacks and whose fraction is 0 is empty."""
+    source = open_source(config.data, config.bad_images, config.validate, report)
+    if source.skipped:
+        report(f"skipped {describe(source.skipped, Path(config.data))}")
+    return divided(source, config)
+
+
+def divided(source: Source, config: TrainConfig) -> Source:
+    """The source with the three splits that the configuration draws."""
+    fractions = {"val": config.val_fraction, "test": config.test_fraction}
+    needed = ["train", *(name for name, fraction in fractions.items() if fraction or name in source.splits)]
+    return source.divided(config.val_fraction, config.test_fraction, config.split_seed, needed)
+
+
+def _new_model(config: TrainConfig, source: Source, device: Any) -> tuple[Any, dict[str, Any]]:
+    """The model, and what is written of it: whatever the options and the weights change of the named one."""
+    torch.manual_seed(config.seed)
+    arch = {"num_classes": len(source.class_names), "drop_path_rate": config.drop_path} | config.arch
+    if arch["num_classes"] != len(source.class_names):
+        raise ValueError(
+            f"vit: --arch num_classes={arch['num_classes']}, but {config.data} has "
+            f"{len(source.class_names)} classes; leave it out"
+        )
+    start = None if config.weights is None else read(config.weights)
+    try:
+        model = create(config.model, config.backend, weights=start, device=device, **arch)
+    except WeightsError as error:
+        raise WeightsError(_with_fitting_models(str(error), config, start)) from error
+    name, settings = settle(config.model, start, arch)
+    named = get_config(name).arch
+    info = {
+        "name": name,
+        "arch": {k: v for k, v in settings.items() if k in arch or k not in named or v != named[k]},
+        "class_names": list(source.class_names),
+        "preprocess": model.preprocess.to_dict(),
+    }
+    return model, info
+
+
+def _with_fitting_models(text: str, config: TrainConfig, start: Any) -> str:
+    """The text of a WeightsError, with the names of the models whose sizes the weights have."""
+    fitting = fitting_models(start.state)
+    if start.name in list_models():
+        fitting = [start.name, *(name for name in fitting if name != start.name)]
+    if not fitting or config.model in fitting:
+        return text
+    return f"vit: {printable(str(config.weights))} fits --model {' or '.join(fitting)}, not {config.model}. {text}"
+
+
+def fitting_models(state: dict[str, Any]) -> list[str]:
+    """The named models with the width, depth, MLP and patch size of these weights; of their image size, if any is."""
+    patches = state.get("patch_embed.proj.weight")
+    hidden = state.get("blocks.0.mlp.fc1.weight")
+    if patches is None or patches.ndim != 4:
+        return []
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    positions = state.get("pos_embed")
+    found: dict[str, bool] = {}
+    for name in sorted(list_models(), key=lambda name: (not name.startswith("vit_"), name)):  # DeiT has ViT's sizes
+        arch = get_config(name).arch
+        sizes = (arch.get("embed_dim", 768), arch.get("depth", 12), arch.get("patch_size", 16))
+        if sizes != (patches.shape[0], depth, patches.shape[-1]):
+            continue
+        if hidden is not None and round(arch.get("mlp_ratio", 4.0) * sizes[0]) != hidden.shape[0]:
+            continue
+        side = arch.get("img_size", 224)
+        grid = (side // sizes[2]) ** 2 if isinstance(side, int) else 0
+        found[name] = positions is not None and positions.ndim == 3 and positions.shape[1] - grid in (0, 1, 2)
+    exact = [name for name, same in found.items() if same]
+    return (exact or list(found))[:4]
+
+
+def _described_model(config: TrainConfig, info: dict[str, Any], device: Any) -> Any:
+    """The model of a run folder's model.json; the checkpoint brings its weights."""
+    torch.manual_seed(config.seed)
+    model = create(info["name"], config.backend, device=device, **info["arch"])
+    model.preprocess = Preprocess.from_dict(info["preprocess"])
+    return model
+
+
+def _training_batches(
+    config: TrainConfig, source: Source, model: VisionTransformer, accelerator: Any
+) -> tuple[EpochBatches, WatchedLoader]:
+    samples, world, size = source.splits["train"], accelerator.num_processes, config.batch_size or 1
+    batches = EpochBatches(len(samples), size, config.seed, accelerator.process_index, world)
+    if len(batches) < config.accumulate:
+        raise ValueError(
+            f"vit: {len(samples)} training images do not fill one optimizer step of {size} images x "
+            f"{config.accumulate} forward passes x {world} process(es); use a smaller --batch-size"
+        )
+    images = Images(samples, model.preprocess, _augment(config, model), config.seed)
+    on_gpu = accelerator.device.type == "cuda"
+    made = loader(images, batches, config.workers, pin_memory=on_gpu)
+    made.timeout = 0  # WatchedLoader finds stopped readers; without a timeout PyTorch looks for dead ones every 5 s
+    return batches, WatchedLoader(made)
+
+
+def _augment(config: TrainConfig, model: VisionTransformer) -> Augment | None:
+    if config.augment == "affine":
+        return Affine()
+    if config.augment == "crop":
+        return CropFlip(model.preprocess.img_size)
+    return None

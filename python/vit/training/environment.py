@@ -1,0 +1,135 @@
+"""accelerate's Accelerator, which only the configuration steers: no variable of the environment changes a result."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..backends import default_device, get
+from ..support.extras import require
+from .config import TrainConfig
+
+#: Names (or beginnings of names) that accelerate reads as options of a training. `accelerate launch` sets many of them,
+#: mostly to what is the default anyway.
+_OPTIONS = (
+    "ACCELERATE_",
+    "FSDP_",
+    "MEGATRON_LM_",
+    "PARALLELISM_CONFIG_",
+    "XLA_USE_BF16",
+    "XLA_DOWNCAST_BF16",
+    "DEEPSPEED_",
+)
+
+#: Those that ask for another way to compute than this loop has: going on without it would be a surprise.
+_REFUSED = {
+    "ACCELERATE_USE_FSDP": "sharded parameters",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "sharded parameters",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+    "ACCELERATE_USE_TP": "tensor parallelism",
+}
+
+#: Those with an option of vit train in their place, and the value that says the same as the default.
+_OURS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("--accumulate", "1"),
+    "ACCELERATE_MIXED_PRECISION": ("--amp", "no"),
+    "ACCELERATE_DYNAMO_BACKEND": ("nothing: the kernels are compiled already", "no"),
+    "ACCELERATE_USE_CPU": ("--backend cpu or reference", "false"),
+    "ACCELERATE_TORCH_DEVICE": ("--backend", ""),
+    "ACCELERATE_GRADIENT_CLIPPING": ("--clip", ""),
+    "ACCELERATE_DOWNCAST_BF16": ("--amp bf16", "no"),
+    "XLA_USE_BF16": ("--amp bf16", "0"),
+    "XLA_DOWNCAST_BF16": ("--amp bf16", "0"),
+}
+_OFF = ("", "0", "no", "false", "off", "n", "f")
+
+#: Beginnings of the variables that a run record keeps: they choose threads, kernels and devices.
+_RECORDED = (
+    "ACCELERATE_", "ATEN_", "CUBLAS_", "CUDA_", "FSDP_", "GOMP_", "KMP_", "MKL_", "NVIDIA_TF32_OVERRIDE", "OMP_",
+    "ONEAPI_", "SYCL_", "TORCH_", "VIT_", "WORLD_SIZE", "ZE_",
+)  # fmt: skip
+
+
+@contextmanager
+def without_options(report: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Hides accelerate's variables while it builds something. Those that ask for other results are reported, with the
+    option that does the same; ValueError for those that vit train has nothing like."""
+    hidden = {name: value for name, value in os.environ.items() if name.startswith(_OPTIONS)}
+    for name, what in _REFUSED.items():
+        if hidden.get(name, "").strip().lower() not in _OFF:
+            raise ValueError(f"vit: {name}={hidden[name]} asks for {what}, which vit train does not have; unset it")
+    for name, (option, default) in _OURS.items():
+        value = hidden.get(name, "").strip().lower()
+        if name in hidden and value != default and not (value in _OFF and default in _OFF):
+            report(f"{name}={hidden[name]} is not used: the options alone decide; for its effect give {option}")
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def accelerator(config: TrainConfig, report: Callable[[str], None] = lambda text: None) -> Any:
+    """accelerate's Accelerator for the device of the configuration's backend. Precision is the loop's own (`--amp`)."""
+    state = require("accelerate.state", "train")
+    on_cpu = default_device(config.backend).type == "cpu"
+    known = state.PartialState._shared_state
+    if known and known["distributed_type"] == state.DistributedType.NO and (known["device"].type == "cpu") != on_cpu:
+        # accelerate keeps one device per interpreter; a second training may be for another one.
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+    elif state.AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+        state.AcceleratorState._reset_state()  # and one precision, which another part of the program has chosen
+    plugin = require("accelerate.utils", "train").GradientAccumulationPlugin(
+        num_steps=config.accumulate, adjust_scheduler=False, sync_with_dataloader=False
+    )
+    if on_cpu and os.environ.get("ACCELERATE_USE_CPU"):
+        report = _but(report, "ACCELERATE_USE_CPU")  # what happens anyway
+    with without_options(report):
+        return require("accelerate", "train").Accelerator(
+            cpu=on_cpu, mixed_precision="no", gradient_accumulation_plugin=plugin
+        )
+
+
+def _but(report: Callable[[str], None], name: str) -> Callable[[str], None]:
+    return lambda text: None if text.startswith(f"{name}=") else report(text)
+
+
+def description(plan: dict[str, str]) -> dict[str, Any]:
+    """Versions, host, backends and environment: what a run record says of where a training ran."""
+    import accelerate
+    import safetensors
+
+    from ..version import __version__
+
+    return {
+        "versions": {
+            "vit": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "accelerate": accelerate.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "host": {
+            "name": socket.gethostname(),
+            "system": platform.platform(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "usable_cores": len(os.sched_getaffinity(0)),
+            "executable": sys.executable,
+        },
+        # Not vit.backends(): that would load every backend.
+        "backends": {name: get(name).info() for name in sorted(set(plan.values()))},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_RECORDED)},
+    }

@@ -1,0 +1,117 @@
+"""One optimizer step: batches in, loss and gradients, clipping, the update of weights and average, the counters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tasks import Task
+from .assembly import Parts
+from .evaluate import cpu_threads
+from .optim import learning_rate as schedule
+from .progress import Display
+from .state import Progress
+
+BAD_STEPS = 10  # steps in a row without a finite gradient before the training gives up
+
+
+class TrainError(RuntimeError):
+    """The training cannot go on; the text says why and what is left."""
+
+
+class Stepper:
+    """The arithmetic of a training's steps, on model, optimizer, average and progress.
+
+    `consistent` says whether these four are of the same step: only then may a checkpoint be made of them.
+    """
+
+    def __init__(
+        self, parts: Parts, progress: Progress, task: Task, accelerator: Any, display: Display, where: Path
+    ) -> None:
+        self.parts, self.progress, self.task = parts, progress, task
+        self.config, self.steps = parts.config, parts.steps
+        self.accelerator, self.display, self.where = accelerator, display, where
+        self.prepared, self.prepared_optimizer = accelerator.prepare(parts.model, parts.optimizer)
+        self.consistent = True
+
+    def step(self, passes: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """One optimizer step from `accumulate` batches; left out when its gradient is not finite."""
+        config, progress, accelerator = self.config, self.progress, self.accelerator
+        step = progress.epoch * self.steps + progress.step
+        rank, world = accelerator.process_index, accelerator.num_processes
+        batch = next(passes)  # before the seed: the first one starts a loader, which draws a number of PyTorch's
+        torch.manual_seed((config.seed + 1) * 0x9E3779B97F4A7C15 + step * world + rank & 0x7FFF_FFFF_FFFF_FFFF)
+        rate = self.learning_rate(progress.step)
+        for group in self.parts.optimizer.param_groups:
+            group["lr"] = rate
+        total, monitored = 0.0, [0.0] * len(self.task.monitored)
+        for number in range(config.accumulate):
+            with accelerator.accumulate(self.prepared):
+                figures = self._forward_backward(*(next(passes) if number else batch))
+                total += figures[0] / config.accumulate
+                monitored = [a + b / config.accumulate for a, b in zip(monitored, figures[1:], strict=True)]
+        norm = self._clip()
+        finite = math.isfinite(norm) and math.isfinite(total)
+        if not finite:
+            self.display.line(f"step {step + 1}: loss {total}, gradient norm {norm}: step left out")
+            if progress.skipped_in_a_row + 1 >= BAD_STEPS:
+                text = self._not_finite()
+                self.prepared_optimizer.zero_grad()
+                raise TrainError(text)
+        self.consistent = False
+        if finite:
+            self.prepared_optimizer.step()
+            if self.parts.average:
+                self.parts.average.update(self.parts.model, step + 1)
+            progress.loss_sum += total
+            progress.norm_sum += norm
+            progress.monitor_sums = [a + b for a, b in zip(progress.monitor_sums, monitored, strict=True)]
+        progress.skipped += not finite
+        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        progress.step += 1
+        self.consistent = True
+        self.prepared_optimizer.zero_grad()
+        self.display.step(f"loss {total:.4f}  lr {rate:.2e}")
+
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> list[float]:
+        """Adds the gradients of one batch; its loss and the task's monitored figures, as means over all processes."""
+        config, accelerator, task = self.config, self.accelerator, self.task
+        images, labels = images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
+            outputs = self.prepared(images)
+        loss = task.loss(outputs, labels, config.label_smoothing)
+        accelerator.backward(loss)
+        figures = torch.cat([loss.detach().float()[None], task.monitor(outputs, labels)])
+        found: list[float] = accelerator.reduce(figures, "mean").tolist()
+        return found
+
+    def _clip(self) -> float:
+        """Clips the gradients to the largest norm allowed; their norm before. In one thread: PyTorch's sums over many
+        elements depend on the number of threads in the last bits, and the bits of a training must not."""
+        on_cpu = self.accelerator.device.type == "cpu"
+        with cpu_threads(1 if on_cpu else 0):
+            return float(self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.clip or math.inf))
+
+    def learning_rate(self, step: int) -> float:
+        """Of optimizer step `step` of the current epoch."""
+        config = self.config
+        warmup = round((config.warmup_epochs or 0.0) * self.steps)
+        total = (config.epochs or 0) * self.steps
+        return schedule(self.progress.epoch * self.steps + step, total, warmup, config.lr or 0.0, config.min_lr)
+
+    def _not_finite(self) -> str:
+        parameters = self.parts.model.named_parameters()
+        names = [name for name, p in parameters if p.grad is not None and not p.grad.isfinite().all()]
+        more = ", ..." if len(names) > 5 else ""
+        where = f"not finite in the gradient of {', '.join(names[:5])}{more}; " if names else ""
+        best = self.progress.best_epoch
+        left = f"The weights of epoch {best}, the best so far, are in {self.where}" if best else "No epoch was finished"
+        return (
+            f"vit: {BAD_STEPS} steps in a row without a finite gradient; stopped in epoch {self.progress.epoch + 1}. "
+            f"{where}try a smaller --lr, a longer --warmup-epochs or --amp no. {left}"
+        )
