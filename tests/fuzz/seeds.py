@@ -224,11 +224,14 @@ def _run(folder: Path) -> None:
     from vit.training.progress import Silent
 
     class Stop(Silent):
-        steps = 0
+        steps, total = 0, 0
+
+        def start(self, done: int, total: int, *_: Any) -> None:
+            self.total = total
 
         def step(self, text: str) -> None:
             self.steps += 1
-            if self.steps == 5:
+            if self.steps == self.total - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     small = {"embed_dim": 16, "depth": 1, "num_heads": 2}

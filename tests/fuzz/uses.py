@@ -173,12 +173,17 @@ def pickle(path: Path) -> str:
 def folder(path: Path) -> str:
     """A model from a folder with its records: everything they can say is part of the digest."""
     model = vit.create(weights=path, backend="reference")
-    image = torch.linspace(-1, 1, model.in_chans * math.prod(model.img_size)).view(1, model.in_chans, *model.img_size)
+    image = _ramp(model.patch_embed.in_chans, *model.patch_embed.img_size)
     with torch.inference_mode():
         output = model(image)
     if not torch.isfinite(output).all():
         raise Wrong("the model's output is not finite")
     return digest_of(repr(model), repr(model.preprocess), model.class_names, model.state_dict(), output)
+
+
+def _ramp(*size: int) -> Tensor:
+    """An image [1, C, H, W] that is everywhere different."""
+    return torch.linspace(-1, 1, math.prod(size)).view(1, *size)
 
 
 def predict(path: Path) -> str:
@@ -235,8 +240,9 @@ def checkpoint(path: Path) -> str:
 
 def engine(path: Path) -> str:
     engine = vit.Engine.load(path)
-    image = torch.linspace(-2, 2, math.prod(engine.img_size) * engine.in_chans)
-    output = engine(image.view(1, engine.in_chans, *engine.img_size), outputs=("logits", "features", "tokens.0"))
+    sizes = engine._config
+    image = _ramp(sizes.channels, sizes.image_height, sizes.image_width)
+    output = engine(image, outputs=("logits", "features", "tokens.0"))
     return digest_of(output, repr(engine.preprocess), engine.class_names, engine.dtype)
 
 
@@ -320,6 +326,12 @@ def config(path: Path) -> str:
 def words(path: Path) -> str:
     """A command line, stored as JSON."""
     return digest_of(command(json.loads(path.read_text())))
+
+
+def script(path: Path) -> str:
+    """A Python text: what the tests of the watching itself run."""
+    exec(path.read_text(), {"Wrong": Wrong})
+    return "done"
 
 
 def command(words: list[str]) -> str:

@@ -211,7 +211,7 @@ class Worker:
         command = [sys.executable, "-m", f"{__package__}.worker"]
         with open(self.folder / "stderr", "wb") as errors:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0,  # select sees all
                 env=self.environment, cwd=self.folder, start_new_session=True,
             )  # fmt: skip
         if not isinstance(answer := self._answer(120.0), dict):
@@ -222,7 +222,7 @@ class Worker:
         """The next line; "hang", or how the process died."""
         assert self.process is not None
         assert self.process.stdout is not None
-        start, worked, since = self._seconds(), self._seconds(), time.monotonic()
+        start, worked, since = self._seconds(), 0.0, time.monotonic()
         while True:
             if select.select([self.process.stdout], [], [], 0.5)[0]:
                 line = self.process.stdout.readline()
@@ -232,21 +232,29 @@ class Worker:
                 name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 return f"{name}: {(self.folder / 'stderr').read_text(errors='replace')[-1500:]}"
             now = self._seconds()
-            if now > worked:
+            if now > worked or self._is_busy():
                 worked, since = now, time.monotonic()
             if now - start > most or time.monotonic() - since > ASLEEP:
                 return "hang"
 
     def _seconds(self) -> float:
-        """Processor time of the process and its children so far; a process that waits for a core counts as working."""
+        """Processor time of the process and its children so far."""
         assert self.process is not None
+        fields = self._stat(Path(f"/proc/{self.process.pid}/stat"))
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+    def _is_busy(self) -> bool:
+        """Whether a thread runs, waits for a core or for a disk: on a loaded machine that may take long."""
+        assert self.process is not None
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/stat")
+        return any(self._stat(task)[:1] in (["R"], ["D"]) for task in tasks)
+
+    @staticmethod
+    def _stat(path: Path) -> list[str]:
         try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            return path.read_text().rpartition(")")[2].split()
         except OSError:
-            return 0.0
-        ticks = sum(map(int, fields[11:15]))
-        waiting = 1e-6 * time.monotonic() if fields[0] == "R" else 0.0
-        return ticks / os.sysconf("SC_CLK_TCK") + waiting
+            return []
 
     def close(self) -> None:
         """Ends the process and all that it started."""
