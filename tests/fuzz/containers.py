@@ -115,7 +115,7 @@ CALLS = (
     _Call("subprocess.check_output", ["gs", "fuzz"]),
     _Call("builtins.exec", "import os; os.system('gs fuzz')"),
     _Call("builtins.eval", "__import__('os').system('gs fuzz')"),
-    _Call("builtins.getattr", pickle, "loads"),
+    _Call("builtins.getattr", "x", "upper"),
     _Call("builtins.print", "x"),
     _Call("os.mkdir", "made-by-a-pickle"),
     _Call("pathlib.Path.cwd"),

@@ -176,8 +176,6 @@ def folder(path: Path) -> str:
     image = _ramp(model.patch_embed.in_chans, *model.patch_embed.img_size)
     with torch.inference_mode():
         output = model(image)
-    if not torch.isfinite(output).all():
-        raise Wrong("the model's output is not finite")
     return digest_of(repr(model), repr(model.preprocess), model.class_names, model.state_dict(), output)
 
 
