@@ -1,4 +1,4 @@
-"""A minute of fuzzing (tests/fuzz) with a fixed seed: every input ends well, and the machinery notices those that do not."""
+"""A minute of fuzzing with a fixed seed: every input ends well, and what does not is noticed."""
 
 from __future__ import annotations
 

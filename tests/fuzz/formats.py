@@ -36,7 +36,6 @@ class Format:
     use: str
     change: Callable[[Draw, Path], Change]
     count: int
-    seeds: str = "*"
     names: bool = True  # errors name the input
     memory: int = 512 * MIB
     seconds: float = field(default=0.02, kw_only=True)  # of one input, about
@@ -206,7 +205,7 @@ FORMATS: dict[str, Format] = {
         120,
     ),
     "run": Format("predict", _predict, 60, seconds=0.05),
-    "resume": Format("resume", _resume, 12, seeds="", seconds=1.0),
+    "resume": Format("resume", _resume, 12, names=False, seconds=1.0),
     "checkpoint": Format("checkpoint", _file(change_safetensors, same=True), 150),
     "engine": Format("engine", _engine, 250),
     "idx": Format("idx", _idx, 120),
