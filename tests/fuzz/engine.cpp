@@ -367,7 +367,7 @@ void null_calls(vit_engine* engine, const std::string& folder) {
   refused(vit_engine_profile_read(nullptr, seconds));
   if (vit_engine_text(nullptr, "isa")) wrong("a text of no engine");
   vit_engine_destroy(nullptr);
-  for (const int32_t i : {-1, INT32_MIN, INT32_MAX, VIT_PHASES})
+  for (const int32_t i : {-1, INT32_MIN, INT32_MAX, static_cast<int32_t>(VIT_PHASES)})
     if (vit_engine_phase_name(i)) wrong("a phase that there is not");
   refused(vit_engine_name(-1, &name));
   refused(vit_engine_name(INT32_MAX, &name));
