@@ -10,6 +10,5 @@ formats.py      per format: its seeds, how they are changed, and what reads them
 uses.py         reading a file as a user would, and comparing with an independent reader
 worker.py       the process that reads, with limits on memory and time and without programs to start
 report.py       the table of figures and the folder of inputs that failed
-known.py        faults that were found once, as fixed inputs
 engine.cpp      the C API of the engine under sanitizers
 """
