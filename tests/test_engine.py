@@ -174,6 +174,7 @@ def test_excluded_layers_stay_bfloat16(tmp_path):
     model = make(depth=4)
     images = images_for(model, 8)
     expected = vit.Engine(model, "bfloat16")(images)
+    rounding = error(expected, vit.Engine(model)(images).double())
     layers = [f"blocks.{i}.{layer}" for i in range(4) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
     errors = []
     for count in (0, 8, 16):
@@ -181,24 +182,27 @@ def test_excluded_layers_stay_bfloat16(tmp_path):
         errors.append(error(engine(images), expected.double()))
         engine.save(tmp_path / "model.vit")
         assert torch.equal(vit.Engine.load(tmp_path / "model.vit")(images), engine(images))
-    assert errors[0] > errors[1] > errors[2] < 0.01  # smoothing rounds differently, so it is not 0
+    # Smoothing rounds differently: the last two engines are both bfloat16's own error away from float32.
+    assert errors[0] > errors[1] > errors[2] <= 2 * rounding
     with pytest.raises(ValueError, match=r"blocks\.9\.mlp\.fc1 cannot be excluded"):
         vit.Engine(model, "int8", exclude=["blocks.9.mlp.fc1"])
     with pytest.raises(ValueError, match="belong to dtype='int8'"):
         vit.Engine(model, "bfloat16", exclude=["blocks.0.mlp.fc1"])
 
 
-@pytest.mark.parametrize(("weights", "least", "bits"), [("int8", 0.999, 8.5), ("int4", 0.9, 4.5)])
-def test_weights_in_fewer_bits(tmp_path, weights, least, bits):
-    """Close to the float32 logits, as small as promised in the file and in memory, and bits as for every dtype."""
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8.5), ("int4", 4.5)])
+def test_weights_in_fewer_bits(tmp_path, weights, bits):
+    """Close to the logits of the rounded weights, as small as promised in the file and in memory, and bits as for every
+    dtype."""
     model = vit.create("vit_tiny_patch16_224", backend="reference", training=False)
     model.load_state_dict(seeded_state(model.state_dict()))
     images = smooth_images(5)
     with torch.no_grad():
-        truth = model(images)
+        truth, rounded = model(images), rounded_to_codes(model, weights)(images)
     engine = vit.Engine(model, "bfloat16", weights=weights, num_threads=1)
     got = engine(images)
-    assert cosine(got, truth) > least
+    assert cosine(got, rounded) > 0.999
+    assert weights != "int8" or cosine(got, truth) > 0.999
     in_blocks = 12 * 12 * 192**2
     plain = vit.Engine(model, "bfloat16").memory["weights"]
     saved = plain - engine.memory["weights"]

@@ -161,9 +161,12 @@ ALLOWED = {
     "tests/test_random.py": (r".", "this file"),
     "tests/test_data.py": (r"\.integers\(|default_rng", "bytes of image files, compared with what is read back"),
     "tests/test_training.py": (r"default_rng", "pixels of image files that are not looked at"),
+    "tests/test_images.py": (r"default_rng", "damaged bytes, and pixels that two ways of resizing share"),
     "tests/test_preprocess.py": (r"default_rng", "noise, resized by two libraries"),
+    "tests/test_weights_formats.py": (r"default_rng|RandomState", "pixels for two libraries, an object to pickle"),
     "tests/test_engine.py": (r"default_rng", "which bytes of a header are flipped"),
     "tests/test_engine_c.py": (r"default_rng", "images for two readers of one file"),
+    "benchmarks/int8_spread.py": (r"default_rng", "images of a published table, which shows a spread over seeds"),
     "benchmarks/gpu/ops.py": (r"\.random_\(\)", "a gigabyte whose values nobody looks at"),
 }  # fmt: skip
 

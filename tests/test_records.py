@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 
 import pytest
-from vit.support.records import MAX_DEPTH, Record, RecordError, parse_json, parse_yaml, read_json
+from vit.support.records import MAX_DEPTH, Record, RecordError, parse_json, parse_yaml, read_json, read_yaml
 from vit.support.text import printable
 
 
@@ -112,3 +113,16 @@ def test_long_values_are_cut_and_files_are_named(tmp_path):
 
 def test_printable():
     assert printable("äpfel \x1b[31m\n\udcff") == "äpfel \\x1b[31m\\n\\udcff"
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_what_is_no_regular_file_is_named_at_once(read, tmp_path):
+    """A pipe waits for its writer, a device has no end."""
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("device", "folder", "pipe"):
+        with pytest.raises(RecordError, match=f"{name} is no regular file"):
+            read(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "absent")

@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import draw
 import pytest
 import torch
 import yaml
@@ -245,7 +246,12 @@ def test_a_flipped_bit_of_the_kept_weights_is_named(whole: TrainResult, tmp_path
 
 def test_checksums_name_the_tensor(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    tensors = {"a": torch.randn(3), "b": torch.randn(2, 2).bfloat16(), "empty": torch.zeros(0), "n": torch.tensor(3)}
+    tensors = {
+        "a": draw.randn(3),
+        "b": draw.randn(2, 2, dtype=torch.bfloat16),
+        "empty": torch.zeros(0),
+        "n": torch.tensor(3),
+    }
     write_tensors(path, tensors, {"by": "mine"})
     about, read = read_tensors(path, required=True)
     assert about == {"by": "mine"}

@@ -310,6 +310,16 @@ def test_values_of_another_kind_are_named(change, tmp_path):
         vit.create(weights=tmp_path / "run")
 
 
+@pytest.mark.parametrize("change", [{"num_heads": 3}, {"proj_drop_rate": 1.0}], ids=str)
+def test_sizes_that_no_model_has_are_named_with_their_folder(change, tmp_path):
+    make_run(tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "model.json").read_text())
+    record["arch"] |= change
+    (tmp_path / "run" / "model.json").write_text(json.dumps(record))
+    with pytest.raises(WeightsError, match=rf"run.*{next(iter(change))}"):
+        vit.create(weights=tmp_path / "run")
+
+
 def test_a_ratio_without_bound_is_an_error():
     for ratio in (1e308, math.inf, math.nan):
         with pytest.raises(ValueError, match="mlp_"):

@@ -15,6 +15,7 @@ import sys
 import types
 from pathlib import Path
 
+import draw
 import numpy as np
 import pytest
 import timm
@@ -38,8 +39,9 @@ def model(seed: int = 0, **arch):
 def noisy(seed: int = 0, **arch):
     """A model none of whose parts is a zero or a one: what is left out shows."""
     found = model(seed, **arch)
+    draw.restart("noisy", seed)
     for parameter in found.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+        draw.normal_(parameter, std=0.2)
     return found
 
 
@@ -49,7 +51,7 @@ def create(source, **arch):
 
 @pytest.fixture
 def x():
-    return torch.randn(2, 3, 32, 32)
+    return draw.randn(2, 3, 32, 32)
 
 
 # ---- pooling ----
@@ -70,7 +72,7 @@ def test_the_place_of_the_last_norm_is_timms(class_token, fc_norm, x):
     arch = {"class_token": class_token, "global_pool": "avg", "fc_norm": fc_norm}
     theirs = timm.create_model(NAME, **TIMM, **arch).eval()
     for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+        draw.normal_(parameter, std=0.2)
     given = arch if class_token and fc_norm is False else {}  # the tensors alone do not tell it from a class token's
     found = create(theirs.state_dict(), **given)
     torch.testing.assert_close(found(x), theirs(x), rtol=1e-4, atol=1e-4)
@@ -101,7 +103,7 @@ def test_pooling_of_a_timm_config(place, name, tmp_path, x):
 
 def test_a_config_that_says_average_keeps_the_norm_before_it(tmp_path, x):
     theirs = timm.create_model(NAME, **TIMM, global_pool="avg", fc_norm=False).eval()
-    torch.nn.init.normal_(theirs.norm.weight)
+    draw.normal_(theirs.norm.weight)
     found = vit.create(weights=timm_folder(tmp_path / "m", theirs, global_pool="avg"), backend="reference").eval()
     torch.testing.assert_close(found(x), theirs(x), rtol=1e-4, atol=1e-5)
 
@@ -314,7 +316,7 @@ def hf(transformers, cls="ViTForImageClassification", **config):
     made = transformers.ViTConfig(**(sizes | {"image_size": 32, "patch_size": 8, "num_labels": 3} | config))
     found = getattr(transformers, cls)(made).eval()
     for parameter in found.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+        draw.normal_(parameter, std=0.2)
     return found
 
 

@@ -67,15 +67,14 @@ def create(
         check_fit(checkpoint, defaults | settings, given)
     scheme = settings.pop("weight_init", "")
 
-    model = VisionTransformer(
-        **settings,
-        weight_init="skip" if checkpoint else scheme,
-        backend=backend,
-        training=training,
-        name=name,
-        device=default_device(backend) if device is None else torch.device(device),
-        dtype=_dtype(dtype),
-    )
+    kind = {"device": default_device(backend) if device is None else torch.device(device), "dtype": _dtype(dtype)}
+    first = "skip" if checkpoint else scheme
+    try:
+        model = VisionTransformer(**settings, weight_init=first, backend=backend, training=training, name=name, **kind)
+    except ValueError as error:
+        if own is None or given:
+            raise
+        raise WeightsError(f"vit: {own.source}: {str(error).removeprefix('vit: ')}") from error
     model.weight_init = scheme
     model.preprocess = _preprocess(config.preprocess, own, model, "img_size" in given)
     if checkpoint:

@@ -27,6 +27,7 @@ from .planned import CallsOps, Planned
 from .pos_embed import sincos2d
 from .torch_layers import ACTIVATIONS, call, know, untouched
 
+#: Name of an activation -> what torch.nn.GELU calls it.
 APPROXIMATE = {name: approximate for approximate, name in ACTIVATIONS.items()}
 POOLS = ("token", "avg", "")
 POSITIONS = ("learned", "sincos2d", "none")

@@ -111,9 +111,9 @@ class NativeOp(BoundOp):
 
     def compiled(self, inputs: Sequence[Any]) -> Any:
         """In torch.compile's and torch.export's graphs."""
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
-            return self.dispatched.apply(*_distinct(inputs))
-        return self.forward(*inputs, False)[0]
+        # The registered op, which has gradients of its own: torch 2.6 traces no autograd.Function with a closure.
+        saved = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
+        return _tuple(self.fwd_op(*_distinct(inputs), saved))[0]
 
     def jit(self, inputs: Sequence[Any]) -> Any:
         """In a torch.jit trace: the registered op, which has gradients of its own.

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,8 +49,7 @@ def parse_json(text: str | bytes, source: str) -> Any:
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises OSError, or RecordError as `parse_json`."""
-    _check_size(path.stat().st_size, str(path))
-    return parse_json(path.read_bytes(), str(path))
+    return parse_json(_content(path), str(path))
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
@@ -77,8 +78,7 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """The value of a YAML file. Raises OSError, or RecordError as `parse_yaml`."""
-    _check_size(path.stat().st_size, str(path))
-    return parse_yaml(path.read_bytes(), str(path))
+    return parse_yaml(_content(path), str(path))
 
 
 def shown(value: Any, limit: int = 60) -> str:
@@ -203,6 +203,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a regular file. A pipe would wait for its writer, a device may have no end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError(f"vit: {path} is no regular file")
+        _check_size(status.st_size, str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
 
 
 def _check_size(size: int, source: str) -> None:

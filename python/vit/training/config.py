@@ -159,7 +159,10 @@ def from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(FIELDS)}"
             raise ValueError(f"vit: unknown option {shown(key)} in {where}{hint}")
         clean[name] = convert(name, value, where)
-    return TrainConfig(**clean)
+    try:
+        return TrainConfig(**clean)
+    except ValueError as error:
+        raise ValueError(f"{error} (in {where})") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import preprocess
 from ..model.init import SCHEMES
-from ..model.vision_transformer import ACTIVATIONS, POOLS, POSITIONS
+from ..model.vision_transformer import APPROXIMATE, POOLS, POSITIONS
 from ..support.records import Record, RecordError
 from .transformers_config import sides
 
@@ -16,7 +16,7 @@ _CHOICES = {
     "global_pool": POOLS,
     "pos_embed": POSITIONS,
     "patch_embed": ("conv", "linear"),
-    "act_layer": ACTIVATIONS,
+    "act_layer": APPROXIMATE,
     "weight_init": SCHEMES,
 }
 
