@@ -641,3 +641,15 @@ def test_timm_reads_the_models_own_preprocessing():
     assert (config["input_size"], config["mean"], config["std"]) == ((3, 48, 32), (0.1, 0.2, 0.3), (0.4,) * 3)
     assert config["crop_pct"] == 0.8
     assert model.default_cfg == model.pretrained_cfg
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_a_model_made_without_values(name):
+    theirs, _ = pair()
+    with torch.device("meta"):
+        model = vit.create(NAME, backend=name, **SMALL)
+        loaded = vit.create(NAME, backend=name, weights=theirs.state_dict(), **SMALL)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(theirs.state_dict(), assign=True)
+    for one in (model, loaded):
+        close(one.eval()(images()).cpu(), theirs(images()))
