@@ -71,7 +71,7 @@ def create(
     if device is None:  # under `with torch.device("meta")` a model without values, to be given them
         dry = backend in ("auto", "reference") and checkpoint is None and torch.get_default_device().type == "meta"
         device = "meta" if dry else default_device(backend)
-    kind = {"device": torch.device(device), "dtype": _dtype(dtype)}
+    kind: dict[str, Any] = {"device": torch.device(device), "dtype": _dtype(dtype)}
     first = "skip" if checkpoint else scheme
     try:
         model = VisionTransformer(**settings, weight_init=first, backend=backend, training=training, name=name, **kind)
