@@ -72,7 +72,8 @@ class _Watch:
 
     def __init__(self, readers: list[BaseProcess], patience: float) -> None:
         self.readers, self.patience = readers, patience
-        self.others = _processes()
+        self.others = set(multiprocessing.active_children())
+        self.started: set[BaseProcess] = set()
         self.asked: float | None = None  # since when the program waits for a batch
         self.stopped: list[int] = []  # readers that were killed for being stopped
         self.stopped_seconds = min(STOPPED_SECONDS, patience)
@@ -114,7 +115,9 @@ class _Watch:
             self.asked = None
 
     def _new(self) -> list[BaseProcess]:
-        return sorted(_processes() - self.others, key=lambda process: process.pid or 0)
+        """Processes started since; those that have died meanwhile, too, which multiprocessing forgets."""
+        self.started |= set(multiprocessing.process._children) - self.others  # type: ignore[attr-defined]
+        return sorted(self.started, key=lambda process: process.pid or 0)
 
     def _present(self) -> list[BaseProcess]:
         return list(self.readers) if self.complete or self.asked is None else self._new()
@@ -131,7 +134,8 @@ class _Watch:
                     self.stopped.append(reader.pid or 0)
                     reader.kill()
             asked = self.asked
-            if asked is not None and now - asked >= self.patience and not since:
+            late = asked is not None and now - asked >= self.patience
+            if late and not (since or self.dead or self.stuck):
                 self.dead = [reader for reader in readers if reader.exitcode is not None]
                 self.stuck = not self.dead
                 for reader in readers:
@@ -155,11 +159,6 @@ class _Watch:
             causes = [f"process {reader.pid} {_cause(reader)}" for reader in dead[:4]]
             return f"a reader process ended unexpectedly: {', '.join(causes)}"
         return f"the reader processes failed: {str(error).splitlines()[0].rstrip('. ')}" if certain else None
-
-
-def _processes() -> set[BaseProcess]:
-    """multiprocessing.active_children(), with those that have just died, which that forgets."""
-    return set(multiprocessing.process._children)  # type: ignore[attr-defined]
 
 
 def _cause(reader: BaseProcess) -> str:

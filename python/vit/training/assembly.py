@@ -84,11 +84,6 @@ def open_data(config: TrainConfig, report: Callable[[str], None]) -> Source:
     source = open_source(config.data, config.bad_images, config.validate, report)
     if source.skipped:
         report(f"skipped {describe(source.skipped, Path(config.data))}")
-    return divided(source, config)
-
-
-def divided(source: Source, config: TrainConfig) -> Source:
-    """The source with the three splits that the configuration draws."""
     fractions = {"val": config.val_fraction, "test": config.test_fraction}
     needed = ["train", *(name for name, fraction in fractions.items() if fraction or name in source.splits)]
     return source.divided(config.val_fraction, config.test_fraction, config.split_seed, needed)
