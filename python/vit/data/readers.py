@@ -124,7 +124,9 @@ class _Watch:
 
     def _look(self) -> None:
         since: dict[BaseProcess, float] = {}
-        while not self.done.wait(min(1.0, self.stopped_seconds / 4)):
+        pause = min(1.0, self.stopped_seconds / 4)
+        # Until hidden readers are known: PyTorch forgets one that dies with its first batch.
+        while not self.done.wait(pause if self.complete else 0.005):
             now = time.monotonic()
             readers = self._present()
             for reader in readers:
