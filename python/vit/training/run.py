@@ -24,7 +24,6 @@ from ..support.lock import NAME as LOCK
 from ..support.lock import FolderLock
 from ..support.records import Record, parse_json
 from ..support.tensors import read_tensors, write_tensors
-from .assembly import divided
 from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
 
@@ -106,14 +105,12 @@ class Run:
         return lock
 
     def source(self, data: str | None = None) -> Source:
-        """The run's data, or other `data` of the same classes, as it was found."""
-        config = self.config
-        source = open_source(data or config.data, config.bad_images, config.validate)
-        if list(source.class_names) != self.model["class_names"]:
-            raise DataError(
-                f"vit: {data or config.data} has the classes {list(source.class_names)}, "
-                f"{self.path} was trained on {self.model['class_names']}"
-            )
+        """The run's data, or other `data` with images of its classes or some of them, as they were found."""
+        config, names = self.config, self.model["class_names"]
+        source = open_source(data or config.data, config.bad_images, config.validate, classes=names if data else None)
+        if list(source.class_names) != names:
+            text = f"has the classes {list(source.class_names)}, {self.path} was trained on {names}"
+            raise DataError(f"vit: {config.data} {text}")
         return source
 
     def samples(self, split: str | None, data: str | None) -> Samples:
@@ -121,15 +118,8 @@ class Run:
 
         None means "test" for the run's own data and "all" for other data.
         """
-        source = self.source(data)
-        split = split or ("all" if data else "test")
-        if split == "all":
-            return Samples.concatenate(list(source.splits.values()))
-        if split == "train" or split not in source.splits:
-            source = divided(source, self.config)
-        if not len(source.splits[split]):
-            raise DataError(f"vit: the {split} split of {data or self.config.data} holds no usable image")
-        return source.splits[split]
+        config, split = self.config, split or ("all" if data else "test")
+        return self.source(data).select(split, config.val_fraction, config.test_fraction, config.split_seed)
 
     def load(self, backend: str | None = None) -> Any:
         """The kept model, planned for inference."""
