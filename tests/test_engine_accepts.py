@@ -13,6 +13,7 @@ from conftest import USABLE
 from torch import nn
 from torch.nn.modules import module as everywhere
 from torch.nn.utils import parametrizations, parametrize, prune
+from vit.model.blocks import Mlp
 from vit.model.layers import DropPath
 from vit.support.random import normal
 
@@ -248,6 +249,25 @@ def test_a_hook_for_all_modules_is_a_reason():
     finally:
         handle.remove()
     same_logits(make())
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, Mlp, vit.VisionTransformer], ids=lambda kind: kind.__name__)
+def test_a_forward_put_into_a_class_is_a_reason(kind, monkeypatch):
+    model, real = make(), kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: real(self, x) * 2)
+    with pytest.raises(vit.BackendError, match=f"the class {kind.__name__} has been given another forward"):
+        vit.Engine(model)
+    monkeypatch.undo()
+    same_logits(model)
+
+
+def test_a_scale_of_attention_is_a_reason_where_it_is_used():
+    model = make()
+    model.blocks[1].attn.scale = 0.1
+    same_logits(model)
+    model.blocks[1].attn.fused_attn = False
+    with pytest.raises(vit.BackendError, match=r"blocks\.1\.attn\.scale is 0\.1"):
+        vit.Engine(model)
 
 
 def test_a_subclass_is_a_reason():

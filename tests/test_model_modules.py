@@ -401,6 +401,78 @@ def test_other_changes(name, change):
     close(ours, theirs)
 
 
+@contextmanager
+def exchanged(kind: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Another function in a class, given the one before it."""
+    before = getattr(kind, name)
+    setattr(kind, name, lambda self, *args, **kwargs: function(before, self, *args, **kwargs))
+    try:
+        yield
+    finally:
+        setattr(kind, name, before)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["", "patch_embed", "patch_embed.proj", "blocks", "blocks.0", "blocks.0.attn", "blocks.0.mlp", "blocks.0.mlp.act",
+     "blocks.0.norm1", "blocks.0.mlp.drop1", "blocks.0.mlp.fc1", "blocks.0.ls1"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_forward_put_into_a_class_is_called(name, place):
+    """What token merging, quantisation in training and recorders of attention do."""
+    seen = []
+    for model in pair(name):
+        with exchanged(
+            type(model.get_submodule(place)), "forward", lambda before, *args, **kwargs: before(*args).flip(-1)
+        ):
+            seen.append(model(images()))
+        with pytest.raises(AssertionError):
+            close(model(images()), seen[-1])
+    close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("method", ["forward_features", "forward_head", "pool", "_pos_embed"])
+@pytest.mark.parametrize("owner", ["class", "instance"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_method_put_into_the_model_is_called(name, owner, method):
+    seen = []
+    for model in pair(name):
+        if owner == "class":
+            with exchanged(type(model), method, lambda before, *args, **kwargs: before(*args).flip(1)):
+                seen.append(model(images()))
+        else:
+            real = getattr(model, method)
+            setattr(model, method, lambda *args, real=real, **kwargs: real(*args).flip(1))
+            seen.append(model(images()))
+    close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_another_way_to_call_modules_is_taken(name):
+    seen = []
+    for model in pair(name):
+        names: list[str] = []
+        with exchanged(
+            nn.Module,
+            "__call__",
+            lambda before, self, *a, names=names, **k: (names.append(type(self).__name__), before(self, *a, **k))[1],
+        ):
+            model(images())
+        seen.append(sorted(names))
+    assert len(seen[1]) == len(seen[0])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_scale_of_attention_is_timms(fused):
+    def change(model: nn.Module) -> None:
+        for block in model.blocks:
+            block.attn.fused_attn = fused
+            block.attn.scale = 1.5
+
+    theirs, ours = logits_of_pair("reference", change)
+    close(ours, theirs)
+
+
 LINEARS = [
     "blocks.0.attn.qkv",
     "blocks.0.attn.proj",
@@ -569,3 +641,15 @@ def test_timm_reads_the_models_own_preprocessing():
     assert (config["input_size"], config["mean"], config["std"]) == ((3, 48, 32), (0.1, 0.2, 0.3), (0.4,) * 3)
     assert config["crop_pct"] == 0.8
     assert model.default_cfg == model.pretrained_cfg
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_a_model_made_without_values(name):
+    theirs, _ = pair()
+    with torch.device("meta"):
+        model = vit.create(NAME, backend=name, **SMALL)
+        loaded = vit.create(NAME, backend=name, weights=theirs.state_dict(), **SMALL)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(theirs.state_dict(), assign=True)
+    for one in (model, loaded):
+        close(one.eval()(images()).cpu(), theirs(images()))

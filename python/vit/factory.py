@@ -47,7 +47,8 @@ def create(
     num_classes, in_chans, img_size, and **arch (arguments of VisionTransformer)
               None: what the weights have, else the named model's value. num_classes=0 returns features.
     dtype     a torch dtype or its name; None: torch's default.
-    device    None: the named backend's device; for "auto" the first usable of cuda, xpu, cpu.
+    device    None: the named backend's device; for "auto" the first usable of cuda, xpu, cpu. Under
+              `with torch.device("meta")`, without weights, "auto" and "reference" take that one.
     training  False plans the forward only and returns the model in evaluation mode.
 
     Raises ValueError for an unknown name, argument or size, FileNotFoundError and WeightsError for weights
@@ -67,7 +68,10 @@ def create(
         check_fit(checkpoint, defaults | settings, given)
     scheme = settings.pop("weight_init", "")
 
-    kind = {"device": default_device(backend) if device is None else torch.device(device), "dtype": _dtype(dtype)}
+    if device is None:  # under `with torch.device("meta")` a model without values, to be given them
+        dry = backend in ("auto", "reference") and checkpoint is None and torch.get_default_device().type == "meta"
+        device = "meta" if dry else default_device(backend)
+    kind = {"device": torch.device(device), "dtype": _dtype(dtype)}
     first = "skip" if checkpoint else scheme
     try:
         model = VisionTransformer(**settings, weight_init=first, backend=backend, training=training, name=name, **kind)

@@ -19,6 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..model.blocks import Attention, Block, Mlp
 from ..model.layers import DropPath, PatchEmbed
+from ..model.torch_layers import as_known
 from ..model.vision_transformer import POOLS, VisionTransformer
 from ..weights.checkpoint import all_finite
 
@@ -145,6 +146,9 @@ def _listeners(modules: dict[str, Any]) -> Iterator[str]:
     """Whatever else than the modules' own forward happens when they are called; backward hooks change no logits."""
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         yield "a forward hook for all modules is registered (torch.nn.modules.module.register_module_forward_hook)"
+    for kind in dict.fromkeys(map(type_before_parametrizations, modules.values())):
+        if not as_known((kind,)):
+            yield f"the class {kind.__name__} has been given another forward"
     for path, module in modules.items():
         name = path or "the model"
         if module._forward_hooks or len(module._forward_pre_hooks) > len(_remakers(module)):
@@ -176,6 +180,9 @@ def _wrong_sizes(modules: dict[str, Any]) -> Iterator[str]:
     for what, values in alike.items():
         if len(values) > 1:
             yield f"{what} differs from layer to layer: {', '.join(map(str, sorted(values, key=str)))}"
+    for i, block in enumerate(blocks):
+        if not block.attn.fused_attn and block.attn.scale != block.attn.head_dim**-0.5:
+            yield f"blocks.{i}.attn.scale is {block.attn.scale:g}, the engine knows 1 / sqrt({block.attn.head_dim})"
     proj = embed.proj
     if isinstance(proj, nn.Conv2d) and not embed.cuts_patches(proj):
         yield "patch_embed.proj is not a convolution whose stride is its kernel's size, the patch"

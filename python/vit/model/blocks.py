@@ -17,7 +17,19 @@ from torch import Tensor, nn
 
 from .layers import DropPath
 from .planned import CallsOps
-from .torch_layers import ACTIVATIONS, call, dropout, hooked_everywhere, layer_norm, linear, plain, untouched, unwatched
+from .torch_layers import (
+    ACTIVATIONS,
+    as_known,
+    call,
+    dropout,
+    hooked_everywhere,
+    know,
+    layer_norm,
+    linear,
+    plain,
+    untouched,
+    unwatched,
+)
 
 
 class Attention(CallsOps, nn.Module):
@@ -33,6 +45,7 @@ class Attention(CallsOps, nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5  # as in timm, of probabilities that exist
         self.fused_attn = True
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.q_norm = nn.Identity()
@@ -65,7 +78,7 @@ class Attention(CallsOps, nn.Module):
     def _attend_unpacked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, N, D] -> [B, N, H, D]."""
         if not self.fused_attn:
-            probabilities = (q * self.head_dim**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+            probabilities = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
             return (self.attn_drop(probabilities) @ v).transpose(1, 2)
         rate = self.attn_drop.p if self.training else 0.0
         if rate == 0.0 and isinstance(q, Tensor):
@@ -142,6 +155,7 @@ class Block(CallsOps, nn.Module):
         return (
             tuple(map(type, below)) in _AS_BUILT
             and unwatched(below)
+            and as_known(_KINDS)
             and attn.fused_attn
             and plain([p for m in below for p in m._parameters.values()])
         )
@@ -183,3 +197,5 @@ def _kinds(drop_path: type) -> tuple[type, ...]:
 
 #: The classes of the modules of a block in order, without and with drop-path.
 _AS_BUILT = (_kinds(nn.Identity), _kinds(DropPath))
+_KINDS = tuple(dict.fromkeys((Block, *_kinds(DropPath))))
+know(*_KINDS)

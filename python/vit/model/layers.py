@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .patches import patchify
 from .planned import CallsOps
-from .torch_layers import call, is_patch_projection, plain, untouched
+from .torch_layers import call, is_patch_projection, know, plain, untouched
 
 PATCH_LAYOUTS = ("conv", "linear")
 
@@ -143,3 +143,6 @@ class PatchEmbed(CallsOps, nn.Module):
 
     def extra_repr(self) -> str:
         return f"img_size={self.img_size}, patch_size={self.patch_size}, grid_size={self.grid_size}"
+
+
+know(PatchEmbed)

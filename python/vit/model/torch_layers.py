@@ -8,13 +8,13 @@ arithmetic is the plan's all the same:
 * any other layer is called as timm calls it, with one tensor, and what it asks of PyTorch (`F.linear`, `F.layer_norm`,
   `F.gelu`, a convolution of patches) goes to the plan's kernels, if they can run it.
 
-Touched means: replaced by another class, hooked, given a `forward` of its own, parametrized, or holding weights with an
-arithmetic of their own (sharded or quantized tensors).
+Touched means: replaced by another class, hooked, given a `forward` of its own or through its class, parametrized, or
+holding weights with an arithmetic of their own (sharded or quantized tensors).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -31,10 +31,30 @@ from .patches import patchify
 ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
+#: Classes whose calls may be passed over -> their forward as it was at import: one that was put into a class since
+#: then (attention that keeps its probabilities, arithmetic in another format) is called.
+_FORWARDS: dict[type[nn.Module], Any] = {}
+_CALL = nn.Module.__call__
+
+
+def know(*kinds: type[nn.Module]) -> None:
+    """Remembers the forward of classes."""
+    _FORWARDS.update((kind, kind.forward) for kind in kinds)
+
+
+know(nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential)
+
+
+def as_known(kinds: Collection[type[nn.Module]]) -> bool:
+    """Whether nobody has put another forward into one of the classes: 0.25 us a class."""
+    # Lists, whose elements are compared by identity first: all() over a generator takes three times as long.
+    return [kind.forward for kind in kinds] == [_FORWARDS.get(kind, kind.forward) for kind in kinds]
+
+
 def hooked_everywhere() -> bool:
-    """Whether a hook looks at every module of the process."""
+    """Whether a hook, or another way to call modules, looks at every module of the process."""
     # Read as attributes, not kept: the tables are PyTorch's to replace.
-    return bool(
+    return nn.Module.__call__ is not _CALL or bool(
         everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
@@ -55,7 +75,11 @@ def unwatched(modules: Iterable[nn.Module]) -> bool:
 def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is exactly of that class and nobody would notice that it is not called."""
     return (
-        type(module) is kind and unwatched((module,)) and module._compiled_call_impl is None and not hooked_everywhere()
+        type(module) is kind
+        and unwatched((module,))
+        and module._compiled_call_impl is None
+        and as_known((kind,))
+        and not hooked_everywhere()
     )
 
 

@@ -26,7 +26,7 @@ from .layers import PatchEmbed
 from .planned import CallsOps, Planned
 from .pos_embed import sincos2d
 from .specs import APPROXIMATE, specs_of
-from .torch_layers import call, untouched
+from .torch_layers import call, know, untouched
 
 POOLS = ("token", "avg", "")
 POSITIONS = ("learned", "sincos2d", "none")
@@ -177,9 +177,7 @@ class VisionTransformer(CallsOps, Planned):
         return (
             self.global_pool == "token"
             and type(self) is VisionTransformer
-            and "forward_features" not in self.__dict__
-            and "forward_head" not in self.__dict__
-            and "pool" not in self.__dict__
+            and not any(n in self.__dict__ or getattr(VisionTransformer, n) is not f for n, f in _PATH.items())
             and untouched(self.blocks, nn.Sequential)
             and len(self.blocks) > 0
             and untouched(last := self.blocks[-1], Block)
@@ -194,10 +192,11 @@ class VisionTransformer(CallsOps, Planned):
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them."""
         ops = self.ops
         self._check_input(images)
-        tokens = self.patch_embed(images)  # [B, patches, C]
-        tokens = ops.movement.tokens(tokens, self.cls_token, self.pos_embed)  # [B, N, C]
-        tokens = call(ops, self.patch_drop, call(ops, self.pos_drop, tokens))
-        return call(ops, self.norm_pre, tokens)
+        return call(ops, self.norm_pre, call(ops, self.patch_drop, self._pos_embed(self.patch_embed(images))))
+
+    def _pos_embed(self, patches: Tensor) -> Tensor:
+        """patches [B, patches, C] -> with the class token before them and positions added [B, N, C]; timm's name."""
+        return call(self.ops, self.pos_drop, self.ops.movement.tokens(patches, self.cls_token, self.pos_embed))
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """tokens [B, N, C] -> logits [B, num_classes], or with pre_logits the pooled features [B, C]."""
@@ -361,6 +360,11 @@ class VisionTransformer(CallsOps, Planned):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward instead of keeping its activations."""
         self.grad_checkpointing = enable
+
+
+#: What the short way of `forward` passes over or gives other tokens; an exchanged one is called.
+_PATH = {name: getattr(VisionTransformer, name) for name in ("forward_features", "forward_head", "pool")}
+know(VisionTransformer)
 
 
 def _take_room(model: nn.Module, device: torch.device) -> None:
