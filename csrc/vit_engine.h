@@ -9,7 +9,8 @@
  *
  * Functions return a vit_status, or null where they return a pointer; vit_engine_last_error says what went wrong, what
  * was given and what is allowed. After an error the engine is as usable as before. All functions may be called from any
- * thread: one forward runs per engine at a time, others wait for it.
+ * thread: one forward runs per engine at a time, others wait for it. A forked child may use the engines of its parent,
+ * with one thread.
  */
 #ifndef VIT_ENGINE_H
 #define VIT_ENGINE_H
@@ -27,7 +28,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a struct or function of this file, or the format of engine files, changes. */
-#define VIT_ENGINE_VERSION 3
+#define VIT_ENGINE_VERSION 4
 
 typedef struct vit_engine vit_engine;
 
@@ -102,16 +103,24 @@ typedef struct vit_text {
   const char *key, *value;
 } vit_text;
 
-/* Opens an engine file by mapping it into memory. max_batch 0: no limit; a given one is a limit for which memory is
- * reserved now. */
+/* Reads an engine file, which may then be changed, truncated or removed. Checksums of header and data are compared:
+ * a damaged file is an error. max_batch 0: no limit; a given one is a limit for which memory is reserved now. */
 VIT_API vit_engine* vit_engine_create(const char* path, int64_t max_batch);
 
-/* Packs weights for this machine: what vit.Engine(model) of the Python package calls. Texts are kept with the weights.
+/* The same with the file mapped into memory, which all processes that map it share. Whoever maps a file promises that
+ * it does not change while the engine lives: one that is written over gives other results, one that becomes shorter
+ * kills the process (SIGBUS). vit_engine_save, or a rename over it, replaces a file without changing it. */
+VIT_API vit_engine* vit_engine_map(const char* path, int64_t max_batch);
+
+/* Packs weights for this machine; an error where a tensor is missing, is given twice, or belongs to no part of the
+ * network: what vit.Engine(model) of the Python package calls. Texts are kept with the weights.
  */
 VIT_API vit_engine* vit_engine_build(const vit_engine_config* config, const vit_tensor* tensors, int64_t num_tensors,
                                      const vit_text* texts, int64_t num_texts, int64_t max_batch);
 
-/* Writes the packed weights as one safetensors file, which runs on processors of the same instruction-set level. */
+/* Writes the packed weights as one safetensors file, which runs on processors of the same instruction-set level. The
+ * file is written beside its place, brought to the disk, and renamed: at every moment the old file or the new one is
+ * there. A symbolic link is replaced, not followed. */
 VIT_API int vit_engine_save(const vit_engine* engine, const char* path);
 
 /* images -> all wanted outputs. num_threads 0: as many as this process may use. Results depend neither on it nor on
@@ -119,9 +128,11 @@ VIT_API int vit_engine_save(const vit_engine* engine, const char* path);
 VIT_API int vit_engine_forward(vit_engine* engine, const vit_images* images, const vit_output* outputs,
                                int64_t num_outputs, int32_t num_threads);
 
+/* No call of this engine may be running. Null does nothing. */
 VIT_API void vit_engine_destroy(vit_engine* engine);
 
-/* What num_threads 0 means: the cores this process may use, or fewer where its container's quota is smaller. */
+/* What num_threads 0 means: the cores this process may use, or fewer where its container's quota is smaller or other
+ * work keeps cores busy. */
 VIT_API int32_t vit_engine_default_threads(void);
 
 /* Why the last call of this thread failed; valid until its next failure. */
@@ -129,18 +140,27 @@ VIT_API const char* vit_engine_last_error(void);
 /* And the vit_status of that failure, for the functions that return a pointer. */
 VIT_API int vit_engine_last_status(void);
 
-VIT_API void vit_engine_get_config(const vit_engine* engine, vit_engine_config* config);
+VIT_API int vit_engine_get_config(const vit_engine* engine, vit_engine_config* config);
 /* A text kept with the weights, or "isa"; null when there is none of that key. */
 VIT_API const char* vit_engine_text(const vit_engine* engine, const char* key);
-/* Bytes of the packed weights and of the memory for intermediate results. */
-VIT_API void vit_engine_memory(const vit_engine* engine, int64_t* weights, int64_t* intermediate);
+/* Bytes of the packed weights and of the memory for intermediate results; either may be null. */
+VIT_API int vit_engine_memory(const vit_engine* engine, int64_t* weights, int64_t* intermediate);
 
 /* Time of the first thread by phase, added up over forwards since profiling was switched on (on = 1) or off (0). */
 enum { VIT_PHASES = 10 };
-VIT_API void vit_engine_profile(vit_engine* engine, int32_t on);
-VIT_API void vit_engine_profile_read(vit_engine* engine, double seconds[VIT_PHASES]);
+VIT_API int vit_engine_profile(vit_engine* engine, int32_t on);
+VIT_API int vit_engine_profile_read(vit_engine* engine, double seconds[VIT_PHASES]);
 /* "embed", "norm", "qkv", ...; null beyond the last. */
 VIT_API const char* vit_engine_phase_name(int32_t phase);
+
+/* For callers in other languages, so that they type no number of this file again: the values of enums and the offsets
+ * of fields by name, for example {"precision", "bfloat16", VIT_BFLOAT16} and {"vit_images", "batch", 16}. Status
+ * VIT_INVALID for an index beyond the last. */
+typedef struct vit_name {
+  const char *of, *name;
+  int64_t value;
+} vit_name;
+VIT_API int vit_engine_name(int32_t index, vit_name* name);
 
 #ifdef __cplusplus
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -404,6 +404,82 @@ def test_bad_images_are_errors_and_the_engine_stays_usable(dtype):
         engine([1.0])
 
 
+def arrays(images: np.ndarray) -> dict[str, np.ndarray]:
+    """The same values in every kind of memory that NumPy has for them."""
+    spaced = np.zeros((*images.shape[:3], 2 * images.shape[3]), images.dtype)
+    spaced[..., ::2] = images
+    fields = np.zeros(images.shape, [("other", "u1"), ("pixel", images.dtype)])
+    fields["pixel"] = images
+    return {
+        "contiguous": images.copy(),
+        "reversed channels": images[:, ::-1].copy()[:, ::-1],
+        "reversed rows": images[:, :, ::-1].copy()[:, :, ::-1],
+        "reversed everything": images[::-1, ::-1, ::-1, ::-1].copy()[::-1, ::-1, ::-1, ::-1],
+        "F order": np.asfortranarray(images),
+        "transposed": np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2),
+        "every second": spaced[..., ::2],
+        "other byte order": images.astype(images.dtype.newbyteorder()),
+        "between fields": fields["pixel"],
+        "subclass": images[...].view(type("Mine", (np.ndarray,), {})),
+    }
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.uint8])
+def test_arrays_of_every_memory_layout(kind):
+    """Taken alike, writeable or not, and left as they were."""
+    engine = vit.Engine(make())
+    rng = np.random.default_rng(0)
+    images = (rng.random((2, 3, 32, 32)) * 255).astype(kind)
+    expected = engine(torch.from_numpy(images.copy()))
+    for name, array in arrays(images).items():
+        for writeable in (True, False):
+            array.flags.writeable = writeable
+            assert torch.equal(engine(array), expected), (name, writeable)
+            assert np.array_equal(array, images), name
+            last = array.transpose(0, 2, 3, 1)
+            assert torch.equal(engine(last, layout="NHWC"), expected), (name, writeable)
+    bgr = np.ascontiguousarray(images.transpose(0, 2, 3, 1)[..., ::-1])
+    assert torch.equal(engine(bgr[..., ::-1], layout="NHWC"), expected)
+    assert torch.equal(engine(np.broadcast_to(images[:1], images.shape)), expected[:1].expand(2, -1))
+    assert torch.equal(engine(torch.from_numpy(images.copy())[:1].expand(2, -1, -1, -1)), expected[:1].expand(2, -1))
+
+
+def test_arrays_that_are_no_images_are_named():
+    engine = vit.Engine(make())
+    good = np.zeros((1, 3, 32, 32), np.float32)
+    for kind in ("bool", "int8", "int64", "float64", "float16", "complex64", "object", "U1", "datetime64[s]", ">f8"):
+        for writeable in (True, False):
+            array = np.zeros(good.shape, kind)
+            array.flags.writeable = writeable
+            with pytest.raises(ValueError, match=r"images are .*; allowed are float32"):
+                engine(array)
+    for shape in ((), (3,), (3, 32, 32), (1, 1, 3, 32, 32), (0,)):
+        with pytest.raises(ValueError, match="images must be"):
+            engine(np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match="masked"):
+        engine(np.ma.masked_array(good, good == 0))
+    assert engine(np.zeros((0, 3, 32, 32), np.float32)).shape == (0, 10)
+
+
+def test_tensors_that_are_not_what_their_memory_holds():
+    engine = vit.Engine(make())
+    images = torch.randn(1, 3, 32, 32)
+    expected = engine(images)
+    negated = torch.complex(torch.zeros_like(images), -images).conj().imag  # the sign stands in a flag
+    assert negated.is_neg()
+    assert torch.equal(engine(negated), expected)
+    assert torch.equal(engine(images.clone().requires_grad_()), expected)
+    for bad in (images.to_sparse(), images.to_mkldnn(), torch.nested.nested_tensor([images[0]], layout=torch.jagged)):
+        with pytest.raises(ValueError, match=r"use images\.to_dense"):
+            engine(bad)
+    out = torch.complex(torch.zeros(1, 10), torch.zeros(1, 10)).conj().imag
+    for wrong in (out, torch.zeros(1, 10).to_sparse(), torch.zeros(1, 1).expand(1, 10)):
+        with pytest.raises(ValueError, match="must be contiguous float32"):
+            engine(images, out=wrong)
+    with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
+        engine(images, out={"logits": np.zeros((1, 10), np.float32)})
+
+
 def test_bad_arguments():
     model = make()
     engine = vit.Engine(model)
@@ -480,6 +556,24 @@ def test_the_file_is_safetensors(tmp_path):
         assert file.get_tensor("norm.weight").shape == (64,)
 
 
+def crc32c(data: bytes) -> int:
+    """CRC-32C bit by bit, as its definition says."""
+    remainder = 0xFFFFFFFF
+    for byte in data:
+        remainder ^= byte
+        for _ in range(8):
+            remainder = remainder >> 1 ^ (0x82F63B78 if remainder & 1 else 0)
+    return remainder ^ 0xFFFFFFFF
+
+
+def signed(text: bytes) -> bytes:
+    """An engine file's header of this JSON, with its checksum made anew: what somebody writes who means it."""
+    text = text.rstrip()
+    text += b" " * (-(8 + len(text)) % 64)
+    header = len(text).to_bytes(8, "little") + re.sub(rb'("crc32c header":")[0-9a-f]{8}', rb"\g<1>00000000", text)
+    return re.sub(rb'("crc32c header":")0{8}', rb"\g<1>%08x" % crc32c(header), header)
+
+
 def test_damaged_and_foreign_files_are_errors(tmp_path):
     from safetensors.torch import save_file
 
@@ -499,7 +593,7 @@ def test_damaged_and_foreign_files_are_errors(tmp_path):
     for size in (9, 100, 8 + header, len(good) // 2, len(good) - 1):
         refused(good[:size], "truncated|JSON|ends inside")
     for old, new, message in (
-        (b'"version":"3"', b'"version":"2"', "format version 2"),
+        (b'"version":"4"', b'"version":"3"', "format version 3"),
         (b'"isa":"', b'"isa":"x', "instruction-set level x"),
         (b'"embed_dim":"64"', b'"embed_dim":"65"', "not a multiple|damaged|embed_dim"),
         (b'"depth":"2"', b'"depth":"x"', 'depth is "x"'),
@@ -508,10 +602,9 @@ def test_damaged_and_foreign_files_are_errors(tmp_path):
         (b'"F32"', b'"F64"', "damaged"),
         (b'"data_offsets":[0,', b'"data_offsets":[7,', "offsets"),
     ):
-        text = good[8 : 8 + header].replace(old, new, 1).rstrip()
-        assert text != good[8 : 8 + header].rstrip()
-        text += b" " * (-(8 + len(text)) % 64)
-        refused(len(text).to_bytes(8, "little") + text + good[8 + header :], message)
+        text = good[8 : 8 + header].replace(old, new, 1)
+        assert text != good[8 : 8 + header]
+        refused(signed(text) + good[8 + header :], message)
     save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(OSError, match="other safetensors"):
         vit.Engine.load(tmp_path / "other.safetensors")
@@ -521,13 +614,12 @@ def test_damaged_and_foreign_files_are_errors(tmp_path):
         vit.Engine.load(tmp_path)
     with pytest.raises(OSError, match="cannot write"):
         vit.Engine(make()).save(tmp_path / "no" / "folder.vit")
-    rng = np.random.default_rng(0)  # whatever is flipped in the header: an error or the same sizes, never a crash
-    for _ in range(300):
-        broken = bytearray(good)
-        broken[int(rng.integers(0, 8 + header))] = int(rng.integers(0, 256))
-        (tmp_path / "bad.vit").write_bytes(broken)
-        with contextlib.suppress(OSError):
-            vit.Engine.load(tmp_path / "bad.vit")
+    rng = np.random.default_rng(0)  # whatever bit is flipped, in the header or in the data, is noticed
+    for end in (8 + header, len(good)):
+        for place in rng.integers(0, end, 200):
+            broken = bytearray(good)
+            broken[place] ^= 1 << int(rng.integers(0, 8))
+            refused(bytes(broken), "is not an engine file|is damaged|has format version|says nothing about")
 
 
 IN_CHILD = """

@@ -6,7 +6,6 @@
 // there are no initialisers that run at load time.
 #pragma once
 
-#include "cpu/engine/network.h"
 #include "vit.h"
 
 namespace vit {
@@ -29,11 +28,6 @@ struct Kernels {
   std::size_t (*linear_bwd_workspace)(const LinearBwd&);
   std::size_t (*attention_fwd_workspace)(const AttentionFwd&);
   std::size_t (*attention_bwd_workspace)(const AttentionBwd&);
-  // The inference engine: bytes of a packed matrix, packing, bytes of the arena of one forward, the forward.
-  int64_t (*engine_packed_bytes)(const engine::Linear&);
-  void (*engine_pack)(const engine::Packing&);
-  int64_t (*engine_bytes)(const engine::Network&, int64_t B, int threads);
-  void (*engine_forward)(const engine::Forward&);
 };
 
 // The kernels in use on this machine, and the name of their level.
@@ -60,10 +54,6 @@ std::size_t linear_fwd_workspace(const LinearFwd&);
 std::size_t linear_bwd_workspace(const LinearBwd&);
 std::size_t attention_fwd_workspace(const AttentionFwd&);
 std::size_t attention_bwd_workspace(const AttentionBwd&);
-int64_t engine_packed_bytes(const engine::Linear&);
-void engine_pack(const engine::Packing&);
-int64_t engine_bytes(const engine::Network&, int64_t B, int threads);
-void engine_forward(const engine::Forward&);
 
 extern const Kernels kernels;
 

@@ -21,10 +21,6 @@ const Kernels kernels = {
     linear_bwd_workspace,
     attention_fwd_workspace,
     attention_bwd_workspace,
-    engine_packed_bytes,
-    engine_pack,
-    engine_bytes,
-    engine_forward,
 };
 
 }  // namespace vit::VIT_ISA

@@ -45,11 +45,12 @@ struct Share {
 template <class T>
 struct Buffers {
   int64_t slice_tokens, slice_qkv, slice_attended, slice_pooled;
-  float* tokens;  // [rows, C]
-  T* qkv;         // [rows, 3, H, D]
-  T* attended;    // [rows, H, D]
-  float* pooled;  // [images, C], or a piece of normalised tokens
-  char* threads;  // of each thread: the parts below
+  Barrier* barriers;  // [1 + threads]
+  float* tokens;      // [rows, C]
+  T* qkv;             // [rows, 3, H, D]
+  T* attended;        // [rows, H, D]
+  float* pooled;      // [images, C], or a piece of normalised tokens
+  char* threads;      // of each thread: the parts below
   int64_t bytes_per_thread, bytes;
 
   struct Own {
@@ -70,6 +71,7 @@ struct Buffers {
     slice_attended = share.group * N * s.C;
     slice_pooled = max(share.images, s.pool == Pool::none ? kRows : 0) * s.C;
     Arena arena{base};
+    barriers = take<Barrier>(arena, 1 + threads);
     tokens = take<float>(arena, max(threads * slice_tokens, together * N * s.C));
     qkv = take<T>(arena, max(threads * slice_qkv, together * N * 3 * s.C));
     attended = take<T>(arena, max(threads * slice_attended, together * N * s.C));

@@ -10,8 +10,8 @@
 // column one code: two signed bytes or two signed halves of a byte, the first k in the lower one.
 #pragma once
 
-#include "cpu/engine/network.h"
 #include "cpu/gemm.h"
+#include "engine/network.h"
 
 namespace vit::VIT_ISA {
 

@@ -15,7 +15,7 @@
 #include "cpu/engine/block.h"
 #include "cpu/engine/embed.h"
 #include "cpu/engine/head.h"
-#include "cpu/kernels.h"
+#include "cpu/engine/kernels.h"
 
 namespace vit::VIT_ISA {
 namespace {
@@ -39,6 +39,7 @@ void forward(const Forward& f) {
     Buffers<T> memory;
     Share share;
   } region{f, Buffers<T>(f.network->shape, f.B, f.threads, f.arena), Share(f.network->shape, f.B, f.threads)};
+  for (int i = 0; i <= f.threads; ++i) region.memory.barriers[i] = Barrier();
   run_threads(
       f.threads,
       [](void* data, int thread, int threads) {
@@ -55,9 +56,9 @@ void forward(const Forward& f) {
         }
         const int64_t rest = f.B - threads * whole;
         if (rest == 0) return;
-        f.barriers[0].wait(threads);  // slices of other threads become part of the common memory
-        const Team team = Team::of<T>(thread, threads, rest * s.N(), s.C, f.barriers);
-        const Team of_rest = Team::of<T>(thread, threads, rest, s.C, f.barriers);
+        region.memory.barriers[0].wait(threads);  // slices of other threads become part of the common memory
+        const Team team = Team::of<T>(thread, threads, rest * s.N(), s.C, region.memory.barriers);
+        const Team of_rest = Team::of<T>(thread, threads, rest, s.C, region.memory.barriers);
         Pass<T> pass(f, region.memory, team, thread, clock, threads * whole, rest, rest);
         Pass<T> of_tokens(f, region.memory, of_rest, thread, clock, threads * whole, rest, rest);
         run(pass, of_tokens);
@@ -67,7 +68,7 @@ void forward(const Forward& f) {
 
 }  // namespace
 
-int64_t engine_bytes(const Network& network, int64_t B, int threads) {
+int64_t engine_arena_bytes(const Network& network, int64_t B, int threads) {
   const Shape& s = network.shape;
   return s.precision == Precision::float32 ? Buffers<float>(s, B, threads, nullptr).bytes
                                            : Buffers<bf16>(s, B, threads, nullptr).bytes;

@@ -2,8 +2,8 @@
 // patch projection reads them. Copying costs about 1 % of ViT-Ti and needs no second layout of the weights.
 #pragma once
 
-#include "cpu/engine/network.h"
 #include "cpu/simd.h"
+#include "engine/network.h"
 
 namespace vit::VIT_ISA {
 

@@ -12,8 +12,8 @@
 // adds a quarter to the squared error of the weights; activations of 7 bits instead would have four times theirs.
 #pragma once
 
-#include "cpu/engine/network.h"
 #include "cpu/linear.h"
+#include "engine/network.h"
 
 namespace vit::VIT_ISA {
 

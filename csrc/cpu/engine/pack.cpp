@@ -1,7 +1,7 @@
 // Weights into the layout that `tile` of gemm_tile.h reads, once per engine.
 #include "cpu/engine/compressed.h"
 #include "cpu/engine/int8.h"
-#include "cpu/kernels.h"
+#include "cpu/engine/kernels.h"
 
 namespace vit::VIT_ISA {
 namespace {

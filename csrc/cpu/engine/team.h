@@ -3,8 +3,9 @@
 
 #include <time.h>
 
-#include "cpu/engine/network.h"
 #include "cpu/gemm.h"
+#include "cpu/threads.h"
+#include "engine/network.h"
 
 namespace vit::VIT_ISA {
 

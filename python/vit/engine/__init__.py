@@ -1,4 +1,4 @@
 """The inference engine: a model frozen into packed weights, the whole network in one native call."""
 
 from .engine import Engine as Engine
-from .engine import Phase as Phase
+from .profile import Phase as Phase

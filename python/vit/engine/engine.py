@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import threading
 import weakref
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NoReturn, overload
 
 import numpy as np
@@ -17,22 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..preprocess import Preprocess
+from ..support.records import Record, RecordError, parse_json
+from ..support.text import printable
 from . import native
 from .freeze import freeze
+from .images import as_tensor, check_out, dense, room
+from .profile import Phase, flops, phases, timed
 
 Images = Tensor | np.ndarray
 Result = Tensor | dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the forward: its seconds per call on the first thread, its share of the call, and the floating-point
-    operations all threads do in it."""
-
-    name: str
-    seconds: float
-    share: float
-    flops: int
 
 
 class Engine:
@@ -48,7 +38,8 @@ class Engine:
                  by token when they are made; the rest is bfloat16, the head float32
     max_batch    a limit for which memory is taken now; None: no limit, memory grows with the batch up to a few images
                  per thread
-    num_threads  None: what torch.get_num_threads() says at each call, and no more than a container's quota
+    num_threads  None: at each call what torch.get_num_threads() says, no more than a container's quota, and fewer where
+                 other work keeps cores busy
     calibrate    int8: images as the model takes them, to smooth inputs before quantizing and to correct biases; None:
                  one image of noise that the package makes
     exclude      int8, weights: layers that stay bfloat16, such as ("blocks.0.mlp.fc2",)
@@ -56,7 +47,8 @@ class Engine:
                  for the memory; products stay bfloat16
 
     Results do not depend on the threads or on what else is in the batch. Any number of engines and Python threads may
-    run at once; calls of one engine run one after the other. The model is copied: later changes to it have no effect.
+    run at once; calls of one engine run one after the other. A forked child may go on using it, with one thread. The
+    model is copied: later changes to it have no effect.
 
     Raises BackendError when there is no native CPU backend or the engine cannot run the model.
     """
@@ -87,31 +79,48 @@ class Engine:
         )
         config = native.Config(**frozen.config)
         self._adopt(
-            native.made(library.build(config, tensors, len(tensors), texts, len(texts), _limit(max_batch))),
+            library,
+            library.made(library.build(config, tensors, len(tensors), texts, len(texts), _limit(max_batch))),
             max_batch,
             num_threads,
+            "the model",
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], max_batch: int | None = None, num_threads: int | None = None) -> Engine:
-        """An engine from the file that `save` wrote; the weights stay in the file and are mapped into memory.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        max_batch: int | None = None,
+        num_threads: int | None = None,
+        mmap: bool = False,
+    ) -> Engine:
+        """An engine from the file that `save` wrote; the checksums of all weights are compared.
+
+        The weights are read into memory, so that the file may be changed or removed later. With `mmap` they stay in the
+        file, and processes that load it share them; the caller promises that it does not change meanwhile: an
+        overwritten file gives other results, a shortened one kills the process. `save` and `mv` replace a file and
+        change nothing in the old one.
 
         Raises FileNotFoundError, or OSError for a file that is damaged, foreign, or made for another version of vit or
         another kind of processor.
         """
+        name = _file_name(path)
         if not os.path.exists(path):
             raise FileNotFoundError(f"vit.Engine: there is no file {os.fspath(path)}")
         engine = cls.__new__(cls)
-        handle = native.library().create(os.fsencode(path), _limit(max_batch))
-        engine._adopt(native.made(handle), max_batch, num_threads)
+        library = native.library()
+        handle = (library.map if mmap else library.create)(name, _limit(max_batch))
+        engine._adopt(library, library.made(handle), max_batch, num_threads, str(os.fspath(path)))
         return engine
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes packed weights, sizes and preprocessing as one safetensors file; OSError when that fails.
 
-        It runs on processors with the instruction-set level of this one (`isa`), in Python and from C.
+        It runs on processors with the instruction-set level of this one (`isa`), in Python and from C. After any error,
+        and whatever else writes there, the path has the old file or a whole new one. A symbolic link is replaced, not
+        followed.
         """
-        native.check(native.library().save(self._handle, os.fsencode(path)))
+        self._library.check(self._library.save(self._handle, _file_name(path)))
 
     def __reduce__(self) -> NoReturn:
         """A copy would share the native memory and use it after the original has gone."""
@@ -120,20 +129,21 @@ class Engine:
             "makes another one"
         )
 
-    def _adopt(self, handle: int, max_batch: int | None, num_threads: int | None) -> None:
-        library = native.library()
+    def _adopt(
+        self, library: native.Library, handle: int, max_batch: int | None, num_threads: int | None, source: str
+    ) -> None:
         self._handle = handle
         self._library = library
-        weakref.finalize(self, library.destroy, handle)
+        # Not at exit: daemon threads may be inside a call, and functions of atexit may still use the engine.
+        weakref.finalize(self, library.destroy, handle).atexit = False
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"vit.Engine: num_threads must be positive or None, got {num_threads}")
         self.max_batch = max_batch
         self.num_threads = num_threads
-        self._quota = library.default_threads() if num_threads is None else 0
         self._config = native.Config()
-        library.get_config(handle, self._config)
-        self._executor: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
+        library.check(library.get_config(handle, self._config))
+        self._executors: dict[int, ThreadPoolExecutor] = {}  # by process: a forked child has none of these threads
+        self._read_texts(source)
         c = self._config
         patches = -(-c.image_height // c.patch_height) * -(-c.image_width // c.patch_width)
         self._tokens = c.prefix_tokens + patches
@@ -147,33 +157,52 @@ class Engine:
     @property
     def dtype(self) -> str:
         """ "float32", "bfloat16" or "int8"."""
-        return next(name for name, code in native.PRECISIONS.items() if code == self._config.precision)
+        return native.PRECISIONS.name(self._config.precision)
+
+    def _read_texts(self, source: str) -> None:
+        """What the texts kept with the weights say; OSError for one that cannot be meant."""
+        where = f"{printable(source)}, an engine file"
+        try:
+            self._weights = self._text("weights")
+            if self._weights is not None and self._weights not in native.STORED:
+                raise RecordError(f"vit: {where}: weights is {self._weights!r}, not one of {', '.join(native.STORED)}")
+            self._isa, self._name = self._text("isa") or "", self._text("name") or ""
+            texts = {key: self._text(key) for key in ("preprocess", "class_names")}
+            values = {key: parse_json(text, f"{where}: {key}") for key, text in texts.items() if text is not None}
+            names, record = "class_names", Record(values, where)
+            self._class_names = record.texts(names) if names in record else None
+            known = "preprocess" in record  # a C program may have built it without
+            self._preprocess = Preprocess.from_dict(record.record("preprocess").values) if known else None
+        except (ValueError, TypeError, OverflowError, LookupError) as error:
+            about = "" if isinstance(error, RecordError) else f"vit: {where}: preprocess: "
+            raise OSError(f"{about}{error}") from error
 
     @property
     def weights(self) -> str | None:
         """ "int8" or "int4" where the weights of the blocks are stored in fewer bits than `dtype` has, else None."""
-        return self._text("weights")
+        return self._weights
 
     @property
     def isa(self) -> str:
         """The instruction-set level the weights are packed for."""
-        return self._text("isa") or ""
+        return self._isa
 
     @property
     def name(self) -> str:
         """The model's name."""
-        return self._text("name") or ""
+        return self._name
 
     @property
     def preprocess(self) -> Preprocess:
         """The transform that makes float images from PIL images; uint8 images need its resizing only."""
-        return Preprocess.from_dict(json.loads(self._text("preprocess") or "{}"))
+        if self._preprocess is None:
+            raise ValueError("vit.Engine: this engine was built without preprocess; it knows the size of images only")
+        return self._preprocess
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes, where the model has them."""
-        text = self._text("class_names")
-        return None if text is None else tuple(json.loads(text))
+        return self._class_names
 
     @property
     def config(self) -> dict[str, Any]:
@@ -184,14 +213,14 @@ class Engine:
     def memory(self) -> dict[str, int]:
         """Bytes of the packed weights and of the room for intermediate results."""
         weights, intermediate = ctypes.c_int64(), ctypes.c_int64()
-        self._library.memory(self._handle, weights, intermediate)
+        self._library.check(self._library.memory(self._handle, weights, intermediate))
         return {"weights": weights.value, "intermediate": intermediate.value}
 
     def __repr__(self) -> str:
         c = self._config
         size = f"{c.channels} x {c.image_height} x {c.image_width}"
         dtype = f"{self.dtype} from {self.weights} weights" if self.weights else self.dtype
-        return f"Engine({self.name}, {dtype}, {size} -> {c.num_classes or c.embed_dim}, {self.isa})"
+        return f"Engine({printable(self.name)}, {dtype}, {size} -> {c.num_classes or c.embed_dim}, {self.isa})"
 
     # ---- forward ----
 
@@ -240,14 +269,15 @@ class Engine:
     ) -> Future[Result]:
         """As a call, in the background; submitted calls run one after the other. Do not change the images until the
         result is there."""
-        with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"vit-{self.name}")
-                weakref.finalize(self, self._executor.shutdown, wait=False)
-        return self._executor.submit(self._forward, images, out, outputs, layout, self._threads())
+        process = os.getpid()
+        executor = self._executors.get(process)
+        if executor is None:  # one of two that come here at once keeps its executor, which has no thread yet
+            new = ThreadPoolExecutor(1, thread_name_prefix=f"vit-{self.name}")
+            executor = self._executors.setdefault(process, new)
+        return executor.submit(self._forward, images, out, outputs, layout, self._threads())
 
     def _threads(self) -> int:
-        return self.num_threads or min(torch.get_num_threads(), self._quota)
+        return self.num_threads or min(torch.get_num_threads(), self._library.default_threads())
 
     def _forward(
         self,
@@ -264,57 +294,46 @@ class Engine:
         wanted = (native.Output * len(names))(
             *[native.Output(*self._kind(name), t.data_ptr(), t.numel()) for name, t in places.items()]
         )
-        native.check(self._library.forward(self._handle, given, wanted, len(wanted), threads))
+        self._library.check(self._library.forward(self._handle, given, wanted, len(wanted), threads))
         del keep  # alive until here: `given` holds its address
         return places[names[0]] if single else places
 
     def _images(self, images: Images, layout: str) -> tuple[native.Images, Tensor]:
         if layout not in native.LAYOUTS:
             raise ValueError(f"vit.Engine: layout {layout!r} is not one of {', '.join(native.LAYOUTS)}")
-        if isinstance(images, np.ndarray):
-            images = torch.from_numpy(np.require(images, requirements="W"))  # a copy of a read-only one
-        if not isinstance(images, Tensor):
-            raise TypeError(f"vit.Engine: images must be a tensor or a NumPy array, got {type(images).__name__}")
-        if images.device.type != "cpu":
-            raise ValueError(f"vit.Engine: images are on {images.device}, the engine runs on the CPU; use images.cpu()")
-        if images.dtype not in (torch.uint8, torch.float32):
-            kind = str(images.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"vit.Engine: images are {kind}; allowed are float32 (normalised; images.float()) and uint8 (0 .. 255)"
-            )
+        images = as_tensor(images)
         c = self._config
         order = "[B, {0}, {1}, {2}]" if layout == "NCHW" else "[B, {1}, {2}, {0}]"
         if images.ndim != 4:
             hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
             wanted = order.format(c.channels, c.image_height, c.image_width)
             raise ValueError(f"vit.Engine: images must be {wanted}, got {list(images.shape)}{hint}")
-        images = images.detach()
         if layout == "NCHW":
             batch, channels, height, width = images.shape
             # A tensor in channels_last memory is read where it lies.
             if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
                 layout = "NHWC"
             else:
-                images = images.contiguous()
+                images = dense(images)
         else:
             batch, height, width, channels = images.shape
-            images = images.contiguous()
+            images = dense(images)
         if channels != c.channels:
             other = "NHWC" if layout == "NCHW" else "NCHW"
             swapped = height if layout == "NHWC" else width
             hint = f'; the images may be {other}: pass layout="{other}"' if swapped == c.channels else ""
             raise ValueError(f"vit.Engine: images have {channels} channels, the engine takes {c.channels}{hint}")
-        pixels = native.UINT8 if images.dtype == torch.uint8 else native.FLOAT32
+        pixels = native.PIXELS[str(images.dtype).removeprefix("torch.")]
         given = native.Images(images.data_ptr(), pixels, native.LAYOUTS[layout], batch, channels, height, width)
         return given, images
 
     def _kind(self, name: str) -> tuple[int, int]:
         """The kind and block of an output; ValueError for an unknown name."""
         if name in ("logits", "features"):
-            return (native.LOGITS if name == "logits" else native.FEATURES), 0
+            return native.OUTPUTS[name], 0
         kind, _, block = name.partition(".")
         if kind in ("tokens", "attention") and block.isdigit() and int(block) < self._config.depth:
-            return (native.TOKENS if kind == "tokens" else native.ATTENTION), int(block)
+            return native.OUTPUTS[kind], int(block)
         raise ValueError(
             f"vit.Engine: unknown output {name!r}; there are logits, features, and tokens.I and attention.I for I from "
             f"0 to {self._config.depth - 1}"
@@ -323,13 +342,13 @@ class Engine:
     def shape(self, output: str, batch: int) -> tuple[int, ...]:
         """The shape of an output for a batch of that size."""
         c = self._config
-        kind, _ = self._kind(output)
-        if kind == native.TOKENS:
+        self._kind(output)
+        if output.startswith("tokens."):
             return batch, self._tokens, c.embed_dim
-        if kind == native.ATTENTION:
+        if output.startswith("attention."):
             return batch, c.num_heads, self._tokens
         tokens = (self._tokens,) if c.pool == native.POOLS[""] else ()
-        last = c.num_classes if kind == native.LOGITS and c.num_classes else c.embed_dim
+        last = c.num_classes if output == "logits" and c.num_classes else c.embed_dim
         return batch, *tokens, last
 
     def _places(
@@ -339,20 +358,14 @@ class Engine:
         if not names or len(set(names)) != len(names):
             raise ValueError(f"vit.Engine: outputs must be different names, at least one; got {names}")
         if out is None:
-            return {name: torch.empty(self.shape(name, batch), dtype=torch.float32) for name in names}
+            return {name: room(self.shape(name, batch)) for name in names}
         if isinstance(out, Tensor) and not single:
             raise ValueError("vit.Engine: with several outputs `out` must be a dict of a tensor for each name")
         given = {names[0]: out} if isinstance(out, Tensor) else dict(out)
         if set(given) != set(names):
             raise ValueError(f"vit.Engine: out has {', '.join(given)}; wanted are {', '.join(names)}")
         for name, tensor in given.items():
-            shape = self.shape(name, batch)
-            good = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
-            if not good or tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"vit.Engine: out for {name!r} must be contiguous float32 {list(shape)} on the CPU, got "
-                    f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
-                )
+            check_out(name, tensor, self.shape(name, batch))
         return {name: given[name] for name in names}
 
     # ---- time ----
@@ -360,38 +373,18 @@ class Engine:
     def profile(self, images: Images, calls: int = 5, layout: str = "NCHW") -> list[Phase]:
         """Where the time of a call goes: its phases in order, averaged over `calls` calls after one that warms up."""
         self(images, layout=layout)
-        names = native.phases()
-        self._library.profile(self._handle, 1)
-        try:
+        with timed(self._library, self._handle) as seconds:
             for _ in range(calls):
                 self(images, layout=layout)
-            seconds = (ctypes.c_double * len(names))()
-            self._library.profile_read(self._handle, seconds)
-        finally:
-            self._library.profile(self._handle, 0)
-        flops = self._flops(len(images))
-        total = sum(seconds) or 1.0
-        return [
-            Phase(name, spent / calls, spent / total, flops.get(name, 0))
-            for name, spent in zip(names, seconds, strict=True)
-        ]
+        return phases(seconds, calls, flops(self._config, len(images)))
 
-    def _flops(self, batch: int) -> dict[str, int]:
-        c, N = self._config, self._tokens
-        rows = 2 * batch * N * c.depth
-        # Where pooling takes the class token, the last block computes only that one from its queries on.
-        late = rows - (2 * batch * (N - 1) if c.pool == native.POOLS["token"] else 0)
-        heads = N if c.pool == native.POOLS[""] else 1
-        values = c.channels * c.patch_height * c.patch_width
-        return {
-            "embed": 2 * batch * (N - c.prefix_tokens) * values * c.embed_dim,
-            "qkv": (2 * rows + late) * c.embed_dim**2,
-            "attention": 2 * late * N * c.embed_dim,
-            "proj": late * c.embed_dim**2,
-            "fc1": late * c.embed_dim * c.mlp_width,
-            "fc2": late * c.embed_dim * c.mlp_width,
-            "head": 2 * batch * heads * c.embed_dim * c.num_classes,
-        }
+
+def _file_name(path: str | os.PathLike[str]) -> bytes:
+    """The path as the system takes it; ValueError for one with a null character, which would end it early."""
+    name = os.fsencode(path)
+    if b"\0" in name:
+        raise ValueError(f"vit.Engine: the path {os.fspath(path)!r} holds a null character")
+    return name
 
 
 def _limit(max_batch: int | None) -> int:

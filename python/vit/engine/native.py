@@ -7,23 +7,60 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Callable, Iterator, Mapping
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 from ..backends import BackendError, NativeBackend, get
 
-PRECISIONS = {"float32": 0, "bfloat16": 1, "int8": 2}
-STORED = {"int8": 3, "int4": 4}  # precisions that only weights have
-POOLS = {"token": 0, "avg": 1, "": 2}
-ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2}
-UINT8, FLOAT32 = 0, 1
-LAYOUTS = {"NCHW": 0, "NHWC": 1}
-LOGITS, FEATURES, TOKENS, ATTENTION = range(4)
+#: The backend whose engine is meant where none is named.
+DEFAULT = "cpu"
 
-_FILE, _UNSUPPORTED, _MEMORY, _FAILED = 2, 3, 4, 6
+_STRUCTS: dict[str, type[Structure]] = {}
 
 
+class Codes(Mapping[str, int]):
+    """Names and values of one enum of vit_engine.h, as the compiled module has them."""
+
+    def __init__(self, of: str) -> None:
+        self.of = of
+
+    def __getitem__(self, name: str) -> int:
+        return library().codes[self.of][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(library().codes[self.of])
+
+    def __len__(self) -> int:
+        return len(library().codes[self.of])
+
+    def name(self, value: int) -> str:
+        """The name of a value."""
+        return next(name for name, code in self.items() if code == value)
+
+
+PRECISIONS = Codes("precision")
+STORED = Codes("stored")  # precisions that only weights have
+POOLS = Codes("pool")
+ACTIVATIONS = Codes("activation")
+PIXELS = Codes("pixels")
+LAYOUTS = Codes("layout")
+OUTPUTS = Codes("output")
+STATUS = Codes("status")
+
+
+def _struct(name: str) -> Callable[[type[Structure]], type[Structure]]:
+    """Marks the ctypes form of a struct of vit_engine.h, to be compared with it when the library is loaded."""
+
+    def mark(kind: type[Structure]) -> type[Structure]:
+        _STRUCTS[name] = kind
+        return kind
+
+    return mark
+
+
+@_struct("vit_engine_config")
 class Config(Structure):
     _fields_ = (
         *[(name, c_int32) for name in ("precision", "pool", "activation", "dynamic_pad", "norm_first")],
@@ -38,6 +75,7 @@ class Config(Structure):
     )
 
 
+@_struct("vit_images")
 class Images(Structure):
     _fields_ = (
         ("data", c_void_p),
@@ -47,20 +85,28 @@ class Images(Structure):
     )
 
 
+@_struct("vit_output")
 class Output(Structure):
     _fields_ = (("kind", c_int32), ("block", c_int32), ("data", c_void_p), ("count", c_int64))
 
 
+@_struct("vit_tensor")
 class Weight(Structure):
     _fields_ = (("name", c_char_p), ("data", c_void_p), ("count", c_int64), ("precision", c_int32))
 
 
+@_struct("vit_text")
 class Text(Structure):
     _fields_ = (("key", c_char_p), ("value", c_char_p))
 
 
+class _Name(Structure):
+    _fields_ = (("of", c_char_p), ("name", c_char_p), ("value", c_int64))
+
+
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "create": (c_void_p, (c_char_p, c_int64)),
+    "map": (c_void_p, (c_char_p, c_int64)),
     "build": (c_void_p, (POINTER(Config), POINTER(Weight), c_int64, POINTER(Text), c_int64, c_int64)),
     "save": (c_int, (c_void_p, c_char_p)),
     "forward": (c_int, (c_void_p, POINTER(Images), POINTER(Output), c_int64, c_int32)),
@@ -68,17 +114,18 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "last_error": (c_char_p, ()),
     "last_status": (c_int, ()),
     "default_threads": (c_int32, ()),
-    "get_config": (None, (c_void_p, POINTER(Config))),
+    "get_config": (c_int, (c_void_p, POINTER(Config))),
     "text": (c_char_p, (c_void_p, c_char_p)),
-    "memory": (None, (c_void_p, POINTER(c_int64), POINTER(c_int64))),
-    "profile": (None, (c_void_p, c_int32)),
-    "profile_read": (None, (c_void_p, POINTER(c_double))),
+    "memory": (c_int, (c_void_p, POINTER(c_int64), POINTER(c_int64))),
+    "profile": (c_int, (c_void_p, c_int32)),
+    "profile_read": (c_int, (c_void_p, POINTER(c_double))),
     "phase_name": (c_char_p, (c_int32,)),
+    "name": (c_int, (c_int32, POINTER(_Name))),
 }
 
 
 class Library:
-    """The functions of vit_engine.h without their prefix."""
+    """The functions of vit_engine.h without their prefix, and `codes`, the values of its enums by name."""
 
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path)
@@ -86,51 +133,52 @@ class Library:
             # Made from a prototype: the attributes of a CDLL would be shared with other users of the library.
             prototype = CFUNCTYPE(result, *arguments)
             setattr(self, name, prototype((f"vit_engine_{name}", library)))
+        self.codes: dict[str, dict[str, int]] = {}
+        found = _Name()
+        for index in itertools.count():
+            if self.name(index, found):
+                break
+            self.codes.setdefault(found.of.decode(), {})[found.name.decode()] = found.value
+        for struct, kind in _STRUCTS.items():
+            if self.codes.pop(struct) != {field[0]: getattr(kind, field[0]).offset for field in kind._fields_}:
+                raise BackendError(f"vit: {struct} of {path} has other fields than this vit: reinstall vit-kernels")
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
 
+    def check(self, status: int) -> None:
+        """Raises for a status that is not VIT_OK."""
+        if status:
+            raise self._failure(status)
+
+    def made(self, handle: int | None) -> int:
+        """A new engine, or what stopped it from being made."""
+        if handle is None:
+            raise self._failure(self.last_status())
+        return handle
+
+    def phases(self) -> tuple[str, ...]:
+        """The names of the phases whose times an engine tells apart, in the library's order."""
+        names = map(self.phase_name, itertools.count())
+        return tuple(name.decode() for name in itertools.takewhile(bool, names))
+
+    def _failure(self, status: int) -> Exception:
+        """What a vit_status that is not VIT_OK stands for."""
+        kinds = {"unsupported": BackendError, "memory": MemoryError, "file": OSError, "failed": RuntimeError}
+        kind = kinds.get(STATUS.name(status), ValueError)
+        return kind(self.last_error().decode(errors="replace"))  # it may quote a damaged file
+
 
 @cache
-def library() -> Library:
-    """The engine inside the compiled CPU module; BackendError when this machine has none."""
-    backend = get("cpu")
-    assert isinstance(backend, NativeBackend)
-    return Library(backend.lib.__file__)
-
-
-@cache
-def phases() -> tuple[str, ...]:
-    """The names of the phases whose times an engine tells apart, in the library's order."""
-    names = map(library().phase_name, itertools.count())
-    return tuple(name.decode() for name in itertools.takewhile(bool, names))
-
-
-def fail(status: int, text: str) -> NoReturn:
-    """Raises what a vit_status stands for."""
-    if status == _UNSUPPORTED:
-        raise BackendError(text)
-    if status == _MEMORY:
-        raise MemoryError(text)
-    if status == _FILE:
-        raise OSError(text)
-    if status == _FAILED:
-        raise RuntimeError(text)
-    raise ValueError(text)
-
-
-def _last_error() -> str:
-    return library().last_error().decode(errors="replace")  # it may quote a damaged file
-
-
-def check(status: int) -> None:
-    """Raises for a status that is not VIT_OK."""
-    if status:
-        fail(status, _last_error())
-
-
-def made(handle: int | None) -> int:
-    """A new engine, or what stopped it from being made."""
-    if handle is None:
-        fail(library().last_status(), _last_error())
-    return handle
+def library(backend: str = DEFAULT) -> Library:
+    """The engine inside a backend's compiled module; BackendError when this machine has none."""
+    found = get(backend)
+    if not isinstance(found, NativeBackend):
+        raise BackendError(f"vit: backend '{backend}' has no engine; there is one in '{DEFAULT}'")
+    try:
+        return Library(found.lib.__file__)
+    except AttributeError as error:
+        raise BackendError(
+            f"vit: the compiled module of backend '{backend}' lacks a part of the engine ({error}): "
+            f"it has none, or is of another version; reinstall vit-kernels. There is an engine in '{DEFAULT}'"
+        ) from error

@@ -1,7 +1,7 @@
 // The fields of vit_engine_config: their names in an engine file, the values that are allowed, and the sizes they mean.
 #pragma once
 
-#include "cpu/engine/network.h"
+#include "engine/network.h"
 #include "vit_engine.h"
 
 namespace vit::engine {
@@ -33,5 +33,8 @@ void for_fields(C& config, const F& f) {
 void check_config(const vit_engine_config& config);
 
 Shape shape_of(const vit_engine_config& config);
+
+// Whether mean and std of the pixels are numbers to normalise with.
+bool can_normalize(const Network& network);
 
 }  // namespace vit::engine

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/engine/file.h"
-#include "cpu/engine/network.h"
+#include "engine/file.h"
+#include "engine/network.h"
 
 namespace vit::engine {
 

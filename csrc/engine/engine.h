@@ -1,23 +1,31 @@
 // An engine: packed weights, memory for intermediate results, and the checks in front of the kernels.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <vector>
 
-#include "cpu/engine/error.h"
-#include "cpu/engine/file.h"
-#include "cpu/engine/memory.h"
-#include "cpu/engine/network.h"
+#include "engine/error.h"
+#include "engine/file.h"
+#include "engine/memory.h"
+#include "engine/network.h"
 
 namespace vit::engine {
+
+// Whether an engine has the weights of its file in memory of its own or where the system has the file.
+enum class Access { copy, map };
 
 class Engine {
  public:
   // Both throw EngineError or std::bad_alloc.
-  static std::unique_ptr<Engine> open(const std::string& path, int64_t max_batch);
+  static std::unique_ptr<Engine> open(const std::string& path, int64_t max_batch, Access access);
   static std::unique_ptr<Engine> build(const vit_engine_config& config, const vit_tensor* tensors, int64_t num_tensors,
                                        const Texts& texts, int64_t max_batch);
+
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+  ~Engine();
 
   void save(const std::string& path) const;
   void forward(const vit_images& images, const vit_output* outputs, int64_t num_outputs, int threads);
@@ -29,6 +37,9 @@ class Engine {
 
   void profile(bool on);
   void profile_read(double* seconds);
+
+  // In a forked child, whose only thread is the one that forked: a call that another thread was in never ends there.
+  void after_fork();
 
  private:
   Engine(const vit_engine_config& config, int64_t max_batch);
@@ -45,14 +56,11 @@ class Engine {
   Mapping image_;  // the bytes of the engine file
   Mapping arena_;
 
-  std::mutex mutex_;  // one forward at a time
-  std::vector<Barrier> barriers_;
+  std::mutex mutex_;                        // one forward at a time
+  std::atomic<bool> changing_{false};       // a forward is changing what follows, and arena_
   std::vector<float*> tokens_, attention_;  // of each block: where the current forward wants them
   bool profiling_ = false;
   double seconds_[kPhases] = {};
 };
-
-// Threads this process may use: its cores, or fewer where a control group limits its share of them.
-int default_threads();
 
 }  // namespace vit::engine

@@ -1,8 +1,11 @@
 // vit_engine.h on top of engine.h: exceptions become a status and a text of the calling thread.
 #include <new>
 
-#include "cpu/engine/engine.h"
+#include "engine/engine.h"
+#include "engine/executor.h"
+#include "engine/names.h"
 
+using vit::engine::Access;
 using vit::engine::Engine;
 using vit::engine::EngineError;
 using vit::engine::Texts;
@@ -33,7 +36,7 @@ int guarded(const F& f) {
   } catch (const std::bad_alloc&) {
     return fail(VIT_MEMORY, "vit engine: out of memory");
   } catch (const std::exception& error) {
-    return fail(VIT_FAILED, error.what());
+    return fail(VIT_FAILED, "vit engine: " + std::string(error.what()));
   }
 }
 
@@ -48,6 +51,11 @@ void require(bool given, const char* name) {
   if (!given) throw EngineError(VIT_INVALID, "vit engine: " + std::string(name) + " is null");
 }
 
+void require_array(const void* array, int64_t count, const std::string& name) {
+  if (count < 0) throw EngineError(VIT_INVALID, "vit engine: num_" + name + " is " + std::to_string(count));
+  if (count > 0 && !array) throw EngineError(VIT_INVALID, "vit engine: " + name + " is null");
+}
+
 static_assert(vit::engine::kPhases == VIT_PHASES);
 
 }  // namespace
@@ -57,7 +65,14 @@ extern "C" {
 vit_engine* vit_engine_create(const char* path, int64_t max_batch) {
   return made([&] {
     require(path, "path");
-    return Engine::open(path, max_batch);
+    return Engine::open(path, max_batch, Access::copy);
+  });
+}
+
+vit_engine* vit_engine_map(const char* path, int64_t max_batch) {
+  return made([&] {
+    require(path, "path");
+    return Engine::open(path, max_batch, Access::map);
   });
 }
 
@@ -65,9 +80,13 @@ vit_engine* vit_engine_build(const vit_engine_config* config, const vit_tensor* 
                              const vit_text* texts, int64_t num_texts, int64_t max_batch) {
   return made([&] {
     require(config, "config");
-    require(tensors, "tensors");
+    require_array(tensors, num_tensors, "tensors");
+    require_array(texts, num_texts, "texts");
     Texts kept;
-    for (int64_t i = 0; i < num_texts; ++i) kept[texts[i].key] = texts[i].value;
+    for (int64_t i = 0; i < num_texts; ++i) {
+      require(texts[i].key && texts[i].value, "key or value of a text");
+      kept[texts[i].key] = texts[i].value;
+    }
     return Engine::build(*config, tensors, num_tensors, kept, max_batch);
   });
 }
@@ -85,7 +104,7 @@ int vit_engine_forward(vit_engine* engine, const vit_images* images, const vit_o
   return guarded([&] {
     require(engine, "engine");
     require(images, "images");
-    require(outputs || num_outputs == 0, "outputs");
+    require_array(outputs, num_outputs, "outputs");
     engine->engine->forward(*images, outputs, num_outputs, num_threads);
   });
 }
@@ -95,23 +114,62 @@ void vit_engine_destroy(vit_engine* engine) { delete engine; }
 const char* vit_engine_last_error(void) { return last_error.c_str(); }
 int vit_engine_last_status(void) { return last_status; }
 
-void vit_engine_get_config(const vit_engine* engine, vit_engine_config* config) { *config = engine->engine->config(); }
-
-const char* vit_engine_text(const vit_engine* engine, const char* key) { return engine->engine->text(key); }
-
-void vit_engine_memory(const vit_engine* engine, int64_t* weights, int64_t* intermediate) {
-  *weights = engine->engine->weight_bytes();
-  *intermediate = engine->engine->arena_bytes();
+int vit_engine_get_config(const vit_engine* engine, vit_engine_config* config) {
+  return guarded([&] {
+    require(engine, "engine");
+    require(config, "config");
+    *config = engine->engine->config();
+  });
 }
 
-int32_t vit_engine_default_threads(void) { return vit::engine::default_threads(); }
+const char* vit_engine_text(const vit_engine* engine, const char* key) {
+  const char* text = nullptr;
+  guarded([&] {
+    require(engine, "engine");
+    require(key, "key");
+    text = engine->engine->text(key);
+  });
+  return text;
+}
 
-void vit_engine_profile(vit_engine* engine, int32_t on) { engine->engine->profile(on != 0); }
+int vit_engine_memory(const vit_engine* engine, int64_t* weights, int64_t* intermediate) {
+  return guarded([&] {
+    require(engine, "engine");
+    if (weights) *weights = engine->engine->weight_bytes();
+    if (intermediate) *intermediate = engine->engine->arena_bytes();
+  });
+}
 
-void vit_engine_profile_read(vit_engine* engine, double seconds[VIT_PHASES]) { engine->engine->profile_read(seconds); }
+int32_t vit_engine_default_threads(void) {
+  int32_t threads = 1;
+  guarded([&] { threads = vit::engine::default_threads(); });
+  return threads;
+}
+
+int vit_engine_profile(vit_engine* engine, int32_t on) {
+  return guarded([&] {
+    require(engine, "engine");
+    engine->engine->profile(on != 0);
+  });
+}
+
+int vit_engine_profile_read(vit_engine* engine, double seconds[VIT_PHASES]) {
+  return guarded([&] {
+    require(engine, "engine");
+    require(seconds, "seconds");
+    engine->engine->profile_read(seconds);
+  });
+}
 
 const char* vit_engine_phase_name(int32_t phase) {
   return phase >= 0 && phase < VIT_PHASES ? vit::engine::kPhaseNames[phase] : nullptr;
+}
+
+int vit_engine_name(int32_t index, vit_name* name) {
+  return guarded([&] {
+    require(name, "name");
+    *name = vit::engine::name_at(index);
+  });
 }
 
 }  // extern "C"

@@ -1,19 +1,47 @@
-#include "cpu/engine/engine.h"
+#include "engine/engine.h"
 
-#include <sched.h>
-#include <unistd.h>
+#include <pthread.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
+#include <new>
+#include <set>
 
-#include "cpu/engine/config.h"
-#include "cpu/kernels.h"
+#include "engine/config.h"
+#include "engine/executor.h"
 
 namespace vit::engine {
 namespace {
 
-constexpr int kMaxThreads = 1024;
+// The engines of this process, so that a forked child can free their locks. Never destroyed: at the end of a process
+// threads may still be at work.
+struct Registry {
+  std::mutex mutex;
+  std::set<Engine*> engines;
+};
+
+Registry& registry() {
+  static Registry& only = *[] {
+    pthread_atfork([] { registry().mutex.lock(); }, [] { registry().mutex.unlock(); },
+                   [] {
+                     for (Engine* engine : registry().engines) engine->after_fork();
+                     registry().mutex.unlock();
+                   });
+    return new Registry;
+  }();
+  return only;
+}
+
+// True for the time of a scope.
+class Flag {
+ public:
+  explicit Flag(std::atomic<bool>& flag) : flag_(flag) { flag_ = true; }
+  Flag(const Flag&) = delete;
+  Flag& operator=(const Flag&) = delete;
+  ~Flag() { flag_ = false; }
+
+ private:
+  std::atomic<bool>& flag_;
+};
 
 }  // namespace
 
@@ -25,6 +53,20 @@ Engine::Engine(const vit_engine_config& config, int64_t max_batch) : config_(con
   tokens_.resize(blocks_.size());
   attention_.resize(blocks_.size());
   network_.blocks = blocks_.data();
+  const std::lock_guard<std::mutex> lock(registry().mutex);
+  registry().engines.insert(this);
+}
+
+Engine::~Engine() {
+  const std::lock_guard<std::mutex> lock(registry().mutex);
+  registry().engines.erase(this);
+}
+
+void Engine::after_fork() {
+  new (&mutex_) std::mutex;
+  if (!changing_) return;
+  changing_ = false;
+  new (&arena_) Mapping;  // half changed, perhaps: left alone, not given back
 }
 
 const char* Engine::text(const std::string& key) const {
@@ -33,13 +75,11 @@ const char* Engine::text(const std::string& key) const {
 }
 
 void Engine::reserve(int64_t batch, int threads) {
-  const auto bytes = static_cast<std::size_t>(active_kernels().engine_bytes(network_, batch, threads));
+  const auto bytes = static_cast<std::size_t>(engine::arena_bytes(network_, batch, threads));
   if (bytes > arena_.size()) {
     arena_ = Mapping();  // first, so that never both are there
     arena_ = Mapping::anonymous(bytes, "intermediate results");
   }
-  if (barriers_.size() < static_cast<std::size_t>(threads) + 1)
-    barriers_ = std::vector<Barrier>(static_cast<std::size_t>(threads) + 1);
 }
 
 void Engine::check(const vit_images& images) const {
@@ -56,12 +96,19 @@ void Engine::check(const vit_images& images) const {
     invalid("images have " + std::to_string(images.channels) + " channels, the engine takes " +
             std::to_string(s.channels));
   const bool same = images.height == s.height && images.width == s.width;
-  const auto up = [](int64_t size, int64_t patch) { return (size + patch - 1) / patch; };
-  const bool fits = s.dynamic_pad && images.height > 0 && images.width > 0 &&
-                    up(images.height, s.patch_height) == s.rows() && up(images.width, s.patch_width) == s.columns();
+  // Between the whole patches that all rows but the last have, and all rows.
+  const auto padded_to = [](int64_t size, int64_t patch, int64_t count) {
+    return size > (count - 1) * patch && size <= count * patch;
+  };
+  const bool fits = s.dynamic_pad && padded_to(images.height, s.patch_height, s.rows()) &&
+                    padded_to(images.width, s.patch_width, s.columns());
   if (!same && !fits)
     invalid("images are " + std::to_string(images.height) + " x " + std::to_string(images.width) +
             ", the engine takes " + std::to_string(s.height) + " x " + std::to_string(s.width));
+  int64_t bytes = images.pixels == VIT_PIXELS_FLOAT32 ? sizeof(float) : 1;
+  for (const int64_t size : {images.batch, images.channels, images.height, images.width})
+    if (__builtin_mul_overflow(bytes, size, &bytes))
+      invalid("the batch is " + std::to_string(images.batch) + "; no memory holds so many images");
   if (images.batch && !images.data) invalid("images.data is null");
 }
 
@@ -70,9 +117,12 @@ void Engine::place(const vit_output& output, int64_t batch, Forward& f) {
   const Shape& s = network_.shape;
   const int64_t tokens = s.pool == Pool::none ? s.N() : 1;
   const auto write_to = [&](float*& at, int64_t count) {
-    if (output.count != batch * count)
+    int64_t wanted = 0;
+    if (__builtin_mul_overflow(batch, count, &wanted))
+      invalid("the batch is " + std::to_string(batch) + "; no memory holds so many outputs");
+    if (output.count != wanted)
       invalid("an output of kind " + std::to_string(output.kind) + " has room for " + std::to_string(output.count) +
-              " floats; it takes " + std::to_string(batch * count));
+              " floats; it takes " + std::to_string(wanted));
     if (at) invalid("output kind " + std::to_string(output.kind) + " is asked for twice");
     if (!output.data && output.count) invalid("output.data is null");
     at = output.data;
@@ -100,8 +150,10 @@ void Engine::place(const vit_output& output, int64_t batch, Forward& f) {
 void Engine::forward(const vit_images& images, const vit_output* outputs, int64_t num_outputs, int threads) {
   if (threads < 0) invalid("num_threads is " + std::to_string(threads) + "; 0 means as many as allowed");
   threads = std::min(threads ? threads : default_threads(), kMaxThreads);
+  if (num_outputs < 0) invalid("num_outputs is " + std::to_string(num_outputs));
   check(images);
   const std::lock_guard<std::mutex> lock(mutex_);
+  const Flag changing(changing_);
   std::fill(tokens_.begin(), tokens_.end(), nullptr);
   std::fill(attention_.begin(), attention_.end(), nullptr);
   int64_t not_finite = images.batch;
@@ -119,8 +171,7 @@ void Engine::forward(const vit_images& images, const vit_output* outputs, int64_
   if (images.batch == 0) return;
   reserve(images.batch, threads);
   f.arena = arena_.data();
-  f.barriers = barriers_.data();
-  active_kernels().engine_forward(f);
+  run(f);
   if (not_finite < images.batch)
     throw EngineError(kNotFinite, "vit engine: image " + std::to_string(not_finite) + " of " +
                                       std::to_string(images.batch) +
@@ -136,20 +187,6 @@ void Engine::profile(bool on) {
 void Engine::profile_read(double* seconds) {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::copy(std::begin(seconds_), std::end(seconds_), seconds);
-}
-
-int default_threads() {
-  cpu_set_t set;
-  int threads =
-      sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  // OpenMP does not know the quota of a container; more threads than it allows are stopped for parts of a second.
-  if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
-    double quota = 0, period = 0;
-    if (std::fscanf(file, "%lf %lf", &quota, &period) == 2 && period > 0)
-      threads = std::min(threads, static_cast<int>(std::ceil(quota / period)));
-    std::fclose(file);
-  }
-  return std::clamp(threads, 1, kMaxThreads);
 }
 
 }  // namespace vit::engine

@@ -1,9 +1,9 @@
-#include "cpu/engine/parts.h"
+#include "engine/parts.h"
 
 #include <algorithm>
 #include <iterator>
 
-#include "cpu/kernels.h"
+#include "engine/executor.h"
 
 namespace vit::engine {
 namespace {
@@ -14,8 +14,7 @@ const char* const kDtypes[] = {"F32", "BF16", "I8", "U16", "U8"};
 const char* dtype_of(Precision precision) { return kDtypes[static_cast<int>(precision)]; }
 
 int64_t bytes_of(const Part& part) {
-  return part.matrix ? active_kernels().engine_packed_bytes(*part.matrix)
-                     : part.count * static_cast<int64_t>(sizeof(float));
+  return part.matrix ? packed_bytes(*part.matrix) : part.count * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }

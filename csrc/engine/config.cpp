@@ -1,15 +1,19 @@
-#include "cpu/engine/config.h"
+#include "engine/config.h"
 
 #include <cmath>
+#include <cstdio>
 #include <string>
 #include <utility>
 
-#include "cpu/engine/error.h"
+#include "engine/error.h"
 
 namespace vit::engine {
 namespace {
 
 constexpr int64_t kMaxSize = int64_t{1} << 24;  // of any one size: no product of three overflows
+
+// Products of 255 and 127 summed in int32: beyond 66,311 they wrap. 2^16 is the last round number below.
+constexpr int64_t kMaxInt8Depth = int64_t{1} << 16;
 
 }  // namespace
 
@@ -22,6 +26,8 @@ void check_config(const vit_engine_config& c) {
   within("precision", c.precision, VIT_FLOAT32, VIT_INT8);
   within("pool", c.pool, VIT_POOL_TOKEN, VIT_POOL_NONE);
   within("activation", c.activation, VIT_GELU, VIT_GELU_TANH);
+  within("dynamic_pad", c.dynamic_pad, 0, 1);
+  within("norm_first", c.norm_first, 0, 1);
   within("channels", c.channels, 1, 4096);
   within("image_height", c.image_height, 1, 65536);
   within("image_width", c.image_width, 1, 65536);
@@ -31,12 +37,22 @@ void check_config(const vit_engine_config& c) {
   within("embed_dim", c.embed_dim, 1, 65536);
   within("depth", c.depth, 1, 4096);
   within("num_heads", c.num_heads, 1, c.embed_dim);
-  within("mlp_width", c.mlp_width, 1, kMaxSize);
+  within("mlp_width", c.mlp_width, 1, c.precision == VIT_INT8 ? kMaxInt8Depth : kMaxSize);
   within("num_classes", c.num_classes, 0, kMaxSize);
   if (c.embed_dim % c.num_heads)
     invalid("embed_dim " + std::to_string(c.embed_dim) + " is not a multiple of num_heads " +
             std::to_string(c.num_heads));
-  if (!(c.norm_eps >= 0 && std::isfinite(c.norm_eps))) invalid("norm_eps is " + std::to_string(c.norm_eps));
+  const Shape shape = shape_of(c);
+  if (!c.dynamic_pad && (c.image_height % c.patch_height || c.image_width % c.patch_width))
+    invalid("images of " + std::to_string(c.image_height) + " x " + std::to_string(c.image_width) +
+            " are not made of whole patches of " + std::to_string(c.patch_height) + " x " +
+            std::to_string(c.patch_width) + "; set dynamic_pad to pad them");
+  within("the number of patches", shape.patches(), 1, kMaxSize);
+  if (!(c.norm_eps >= 0 && c.norm_eps <= 1)) {
+    char eps[32];
+    std::snprintf(eps, sizeof eps, "%g", c.norm_eps);
+    invalid("norm_eps is " + std::string(eps) + "; allowed are 0 to 1");
+  }
   const int64_t multiple = c.precision == VIT_FLOAT32 ? 1 : c.precision == VIT_BFLOAT16 ? 2 : 4;
   for (const auto& [name, size] : {std::pair("embed_dim", c.embed_dim), std::pair("mlp_width", c.mlp_width)})
     if (size % multiple)
@@ -56,6 +72,12 @@ Shape shape_of(const vit_engine_config& c) {
   s.prefix = c.prefix_tokens, s.C = c.embed_dim, s.depth = c.depth, s.H = c.num_heads;
   s.hidden = c.mlp_width, s.classes = c.num_classes, s.eps = c.norm_eps;
   return s;
+}
+
+bool can_normalize(const Network& network) {
+  for (int64_t c = 0; c < network.shape.channels; ++c)
+    if (!std::isfinite(network.mean[c]) || !std::isfinite(network.std[c]) || !(network.std[c] > 0)) return false;
+  return true;
 }
 
 }  // namespace vit::engine

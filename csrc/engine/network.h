@@ -1,17 +1,16 @@
 // What the engine's parts share: the network with its packed weights, and one forward of it. Plain structs, because
-// both the code that owns memory and files and the kernels of each instruction-set level use them.
+// both the code that owns memory and files and the kernels of a backend use them.
 //
 // Letters as in vit.h: B batch, N tokens, C embed_dim, H heads, D head dimension.
 #pragma once
 
-#include "cpu/threads.h"
 #include "vit.h"
 
 namespace vit::engine {
 
 enum class Precision : int32_t { float32 = 0, bfloat16 = 1, int8 = 2, stored8 = 3, stored4 = 4 };
 
-// Whether a weight is compressed (compressed.h): it is multiplied as bfloat16.
+// Whether a weight is stored in fewer bits: it is multiplied as bfloat16.
 inline constexpr bool stored(Precision p) { return p == Precision::stored8 || p == Precision::stored4; }
 enum class Pool : int32_t { token = 0, average = 1, none = 2 };
 enum class Pixels : int32_t { uint8 = 0, float32 = 1 };
@@ -88,8 +87,7 @@ struct Forward {
   float* features;            // [B, C], [B, N, C] without pooling
   float* const* tokens;       // [depth] of [B, N, C]
   float* const* attention;    // [depth] of [B, H, N]
-  char* arena;                // forward_bytes(network, B, threads)
-  Barrier* barriers;          // [1 + threads]
+  char* arena;                // arena_bytes(network, B, threads)
   int64_t* first_not_finite;  // the first image that holds NaN or infinity; B when none does
   double* seconds;            // [kPhases] of the first thread, may be null
   int threads;                // that the arena has room for

@@ -1,0 +1,9 @@
+// The instruction-set levels this library is compiled for, from the lowest to the highest: VIT_CPU_LEVELS(F) is
+// F(baseline) F(v3) ...
+#pragma once
+
+#if defined(__x86_64__)
+#define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512bf16)
+#else
+#define VIT_CPU_LEVELS(F) F(baseline)
+#endif

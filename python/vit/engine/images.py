@@ -1,0 +1,93 @@
+"""What an engine is given, checked: images as a tensor that native code may read, tensors that it may write to.
+
+Where images need no change, nothing here calls a function of PyTorch that releases the GIL (torch.empty, detach,
+is_neg): before Python 3.14, a daemon thread inside such a function when the interpreter ends makes PyTorch abort the
+process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ALLOWED = "allowed are float32 (normalised; images.{}) and uint8 (0 .. 255)"
+
+
+def as_tensor(images: Any) -> Tensor:
+    """A dense tensor on the CPU, float32 or uint8, for a tensor or NumPy array; TypeError or ValueError for others.
+
+    An array is copied where PyTorch has no tensor for it: with negative strides (`bgr[..., ::-1]`), in the other byte
+    order, or read-only.
+    """
+    if isinstance(images, np.ndarray):
+        images = _of_array(images)
+    if not isinstance(images, Tensor):
+        raise TypeError(f"vit.Engine: images must be a tensor or a NumPy array, got {type(images).__name__}")
+    if images.device.type != "cpu":
+        raise ValueError(f"vit.Engine: images are on {images.device}, the engine runs on the CPU; use images.cpu()")
+    if images.dtype not in (torch.uint8, torch.float32):
+        kind = str(images.dtype).removeprefix("torch.")
+        raise ValueError(f"vit.Engine: images are {kind}; {ALLOWED.format('float()')}")
+    if images.layout != torch.strided or images.is_nested:
+        raise ValueError(f"vit.Engine: images are a tensor of {_layout(images)}; use images.to_dense()")
+    return images.detach().resolve_neg() if _negated(images) else images
+
+
+def dense(images: Tensor) -> Tensor:
+    """The images, contiguous."""
+    if images.is_contiguous():
+        return images
+    return (
+        images.detach().contiguous() if images.requires_grad else torch.from_numpy(np.array(images.numpy(), order="C"))
+    )
+
+
+def room(shape: tuple[int, ...]) -> Tensor:
+    """A float32 tensor for an output."""
+    return torch.from_numpy(np.empty(shape, np.float32))
+
+
+def _negated(tensor: Tensor) -> bool:
+    """Tensor.is_neg(): the values are those in memory with the other sign, as in z.conj().imag."""
+    return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Negative)
+
+
+def check_out(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    """TypeError or ValueError unless native code may write an output of that shape to the tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"vit.Engine: out for {name!r} must be a tensor, got {type(tensor).__name__}")
+    dense = tensor.layout == torch.strided and not tensor.is_nested and not _negated(tensor)
+    good = dense and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    if not good or tuple(tensor.shape) != shape:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"vit.Engine: out for {name!r} must be contiguous float32 {list(shape)} on the CPU, got {kind} "
+            f"{_sizes(tensor)} on {tensor.device}" + ("" if dense else f", a tensor of {_layout(tensor)}")
+        )
+
+
+def _of_array(images: np.ndarray) -> Tensor:
+    kind = images.dtype.newbyteorder("=")
+    if kind not in (np.float32, np.uint8):
+        raise ValueError(f"vit.Engine: images are {images.dtype}; {ALLOWED.format('astype(numpy.float32)')}")
+    if isinstance(images, np.ma.MaskedArray):
+        raise ValueError("vit.Engine: images are a masked array; fill what is masked with images.filled(value)")
+    steps_fit = all(step >= 0 and step % images.itemsize == 0 for step in images.strides)
+    if not (steps_fit and images.flags.writeable and images.flags.aligned and images.dtype == kind):
+        images = np.array(images, dtype=kind, order="C")
+    return torch.from_numpy(np.asarray(images))
+
+
+def _layout(tensor: Tensor) -> str:
+    if tensor.is_nested:
+        return "nested layout"
+    if tensor.layout != torch.strided:
+        return f"layout {str(tensor.layout).removeprefix('torch.')}"
+    return "negated values"
+
+
+def _sizes(tensor: Tensor) -> Any:
+    return "nested" if tensor.is_nested else list(tensor.shape)
