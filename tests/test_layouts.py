@@ -47,6 +47,35 @@ def mnist(root: Path, labels: list[int], test: list[int] | None = None) -> Path:
     return root
 
 
+# ---- IDX files by their names ----
+
+
+@pytest.mark.parametrize("test", ["t10k", "test", "T10K", "Test"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files_of_the_test_split_are_read_however_they_are_spelled(tmp_path: Path, test: str, packed: bool) -> None:
+    mnist(tmp_path, [0, 1] * 6)
+    for name, array in (("images-idx3", np.zeros((2, 4, 4), np.uint8)), ("labels.idx1", np.array([1, 0], np.uint8))):
+        idx_file(tmp_path / f"{test}-{name}-ubyte{'.gz' * packed}", array, packed)
+    assert open_source(str(tmp_path)).splits["test"].labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["emnist-letters-test-images-idx3-ubyte.gz", "valid-images-idx3-ubyte", "t10k-labels-idx2-int"]
+)
+def test_idx_files_that_are_not_read_are_named(tmp_path: Path, name: str) -> None:
+    mnist(tmp_path, [0, 1] * 6)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"has {name}, which is none of .*rename it"):
+        open_source(str(tmp_path))
+
+
+def test_idx_files_of_two_test_splits_are_refused(tmp_path: Path) -> None:
+    mnist(tmp_path, [0, 1] * 6, [0, 1])
+    idx_file(tmp_path / "test-labels-idx1-ubyte", np.zeros(2, np.uint8))
+    with pytest.raises(DataError, match=r"both t10k-labels-idx1-ubyte and test-labels-idx1-ubyte; keep one"):
+        open_source(str(tmp_path))
+
+
 # ---- splits ----
 
 

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ..support.text import printable
+from .arguments import filled
 
 COMMANDS = ("info", "train", "eval", "predict", "parity", "bench", "quantize")
 
@@ -93,6 +94,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+        for kind in (None, str):
+            self.register("type", kind, filled)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
@@ -106,14 +109,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {what} {printable(word)}{hint}\n")
 
     def _nearest(self, word: str) -> list[str]:
-        """Options that begin with the word, whose name its words abbreviate to (--learning-rate: --lr), or like it."""
+        """Options that begin with the word, that are the initials of its words (--learning-rate: --lr) or whose
+        initials it is (--bs: --batch-size), or like it."""
         options = [option for option in self._option_string_actions if option.startswith("--")]
         plain = word.lower().replace("_", "-")
-        initials = "--" + "".join(part[0] for part in plain.strip("-").split("-") if part)
         longer = [option for option in options if plain.strip("-") and option.startswith(plain)]
-        short = [option for option in options if option == initials]
+        short = [option for option in options if option == _initials(plain) or _initials(option) == plain]
         alike = difflib.get_close_matches(plain, options, n=3, cutoff=0.7)
         return list(dict.fromkeys(longer + short + alike))[:3] or difflib.get_close_matches(plain, options, n=1)
+
+
+def _initials(option: str) -> str:
+    return "--" + "".join(part[0] for part in option.strip("-").split("-") if part)
 
 
 def _expected() -> tuple[type[BaseException], ...]:

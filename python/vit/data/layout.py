@@ -111,8 +111,8 @@ def _refuse_splits_as_classes(root: Path, folders: Sequence[Path]) -> None:
         return
     names = " and ".join(f"{printable(entry.name)}/" for entry in named)
     raise DataError(
-        f"vit: {_shown(root)} has {names}, which would be taken for classes. If they are splits, call them train/, val/ "
-        f"and test/, with class folders in each; if they are classes, give them other names. {ALLOWED}"
+        f"vit: {_shown(root)} has {names}, which would be taken for classes. If they are splits, call them train/, "
+        f"val/ and test/, with class folders in each; if they are classes, give them other names. {ALLOWED}"
     )
 
 
@@ -134,7 +134,9 @@ def _refuse_splits_in(entry: Path) -> None:
 
 
 def _folders(base: Path) -> list[Path]:
-    entries = (entry for entry in sorted(base.iterdir()) if not entry.name.startswith(".") and entry.name not in _SYSTEM)
+    entries = (
+        entry for entry in sorted(base.iterdir()) if not entry.name.startswith(".") and entry.name not in _SYSTEM
+    )
     return [entry for entry in entries if entry.is_dir()]
 
 

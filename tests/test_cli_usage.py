@@ -1,0 +1,101 @@
+"""What a command line must not be taken for: empty words, numbers out of range, special files as targets."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import vit
+from PIL import Image
+from safetensors.torch import save_file
+from vit.cli import main
+from vit.support.files import write_text
+from vit.training.config import read_yaml
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--resume", ""],
+        ["train", "--out", ""],
+        ["train", "--config="],
+        ["train", "--recipe", ""],
+        ["train", "--data", ""],
+        ["train", "--weights", ""],
+        ["train", "--task", ""],
+        ["train", "--arch", ""],
+        ["eval", ""],
+        ["eval", "run", "--data", ""],
+        ["predict", "run", ""],
+        ["predict", "", "a.png"],
+        ["predict", "run", "a.png", "--csv", ""],
+        ["info", ""],
+        ["quantize", "run", "--calibrate", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_word_is_bad_usage(words, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8)).save("a.png")
+    assert main(words) == 2
+    assert "error: argument" in capsys.readouterr().err
+    assert os.listdir() == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["train", "--epochs", "-1"], "argument --epochs: is -1; allowed is any number from 1"),
+        (["train", "--lr", "nan"], "argument --lr: is nan; allowed is any number from 0.0"),
+        (["train", "--lr", "inf"], "argument --lr: is inf; allowed"),
+        (["train", "--seed", "9" * 20], f"argument --seed: is {'9' * 20}; allowed is 0 to"),
+        (["train", "--threads", "-1"], "argument --threads: is -1; allowed is 0 to 1024"),
+        (["train", "--ema", "1.5"], "argument --ema: is 1.5; allowed is 0.0 to 1.0"),
+        (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (
+            ["quantize", "r", "--calibrate", "d", "--max-drop", "nan"],
+            "argument --max-drop: must be from 0 to 1, got nan",
+        ),
+        (["quantize", "r", "--calibrate", "d", "--min-cosine", "2"], "argument --min-cosine: must be from -1 to 1"),
+        (["train", "--bs", "3"], "unknown option --bs; did you mean --batch-size?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_values_that_are_not_allowed_are_bad_usage(words, text: str, capsys) -> None:
+    assert main(words) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_an_option_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("batch-size: 3\nbatch_size: 4\n")
+    with pytest.raises(ValueError, match=r"c\.yaml: 'batch_size' stands twice"):
+        read_yaml(path)
+
+
+def test_no_file_takes_the_place_of_a_device_or_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="pipe is no regular file"):
+        write_text(pipe, "x")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_csv_goes_into_a_pipe_and_keeps_control_characters_out(tmp_path: Path) -> None:
+    model = vit.create("vit_digits", backend="reference")
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    picture = tmp_path / "a\x1b\nb.png"
+    Image.new("L", (8, 8)).save(picture)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    words = ["predict", str(tmp_path / "w.safetensors"), str(picture), "--model", "vit_digits", "--top", "1"]
+    assert main([*words, "--csv", str(pipe)]) == 0
+    lines = os.read(reader, 4096).splitlines()
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert len(lines) == 2
+    assert lines[1].startswith(os.fsencode(tmp_path) + rb"/a\x1b\nb.png,")
