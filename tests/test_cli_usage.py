@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from vit.cli import main
 from vit.support.files import write_text
 from vit.training.config import read_yaml
+from vit.training.record import _sessions
+from vit.viz.curves import curves
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,7 @@ def test_an_empty_word_is_bad_usage(words, tmp_path: Path, monkeypatch, capsys) 
             "argument --max-drop: must be from 0 to 1, got nan",
         ),
         (["quantize", "r", "--calibrate", "d", "--min-cosine", "2"], "argument --min-cosine: must be from -1 to 1"),
+        (["train", "--beta2", "1"], "argument --beta2: is 1.0; allowed is 0.0 to 0.999999"),
         (["train", "--bs", "3"], "unknown option --bs; did you mean --batch-size?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -99,3 +102,36 @@ def test_csv_goes_into_a_pipe_and_keeps_control_characters_out(tmp_path: Path) -
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert len(lines) == 2
     assert lines[1].startswith(os.fsencode(tmp_path) + rb"/a\x1b\nb.png,")
+
+
+def test_too_little_memory_is_a_text(tmp_path: Path, capsys) -> None:
+    words = ["train", "--out", str(tmp_path / "run"), "--arch", "embed_dim=100000000000000", "num_heads=1"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vit: not enough memory; a smaller model")
+    assert error.count("\n") == 1
+
+
+def test_a_loss_that_is_no_number_does_not_stop_the_curves(tmp_path: Path) -> None:
+    final = {"final": True, "test_accuracy": 0.5, "test_loss": None, "test_images": 2, "best_epoch": 1}
+    curves([{"epoch": 1, "val_loss": None, "val_accuracy": 0.5, "lr": 1e30}, final], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_errors_of_the_system_name_the_file_without_their_number(tmp_path: Path, capsys) -> None:
+    assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 1
+    assert capsys.readouterr().err == f"vit: {tmp_path / 'none.yaml'}: No such file or directory\n"
+
+
+@pytest.mark.parametrize("text", ["", "null\n", "data: digits\nepochs: 1\n"])
+def test_a_run_whose_config_lost_the_splits_is_damaged(text: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "model.json").write_text('{"name": "vit_digits", "arch": {}, "class_names": [], "preprocess": {}}')
+    assert main(["eval", str(tmp_path)]) == 1
+    assert "config.yaml is damaged: it lacks" in capsys.readouterr().err
+
+
+def test_a_damaged_record_of_the_sessions_says_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is not JSON.*; nothing but the record .* remove it to go on"):
+        _sessions(tmp_path / "run.json")

@@ -50,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _speak() -> None:
     """Output may hold any name: what the stream's encoding lacks is written as an escape. Pillow's remarks about a
-    picture stay out of it; what makes a picture unusable is an error."""
+    picture and PyTorch's about the number of workers stay out of it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more --workers than cores were asked for
 
 
 def _run(words: list[str]) -> int:
@@ -83,8 +84,14 @@ def _run(words: list[str]) -> int:
         return int(command.run(args))
     except BrokenPipeError:
         raise
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        why = printable(str(error).partition("\n")[0])
+        print(f"vit: not enough memory; a smaller model or --batch-size needs less ({why})", file=sys.stderr)
+        return 1
     except _expected() as error:
-        text = "\n".join(map(printable, str(error).split("\n"))) or type(error).__name__
+        text = "\n".join(map(printable, _text(error).split("\n"))) or type(error).__name__
         print(text if text.startswith("vit: ") else f"vit: {text}", file=sys.stderr)
         return 1
 
@@ -130,6 +137,25 @@ def _expected() -> tuple[type[BaseException], ...]:
     from ..weights import WeightsError
 
     return (BackendError, MissingExtra, WeightsError, ValueError, OSError)
+
+
+_LACKS_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Of the CPU PyTorch says it in a RuntimeError without a class of its own."""
+    import torch
+
+    out_of_memory = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, out_of_memory) or any(words in str(error) for words in _LACKS_MEMORY)
+
+
+def _text(error: BaseException) -> str:
+    """What an error says; of the system's errors the file and the reason, without their number."""
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return f"{named}{error.strerror}"
+    return str(error)
 
 
 def _command(name: str) -> ModuleType:

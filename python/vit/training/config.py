@@ -35,7 +35,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "min_lr": (0.0, math.inf),
     "warmup_epochs": (0.0, math.inf),
     "weight_decay": (0.0, math.inf),
-    "beta2": (0.0, 1.0),
+    "beta2": (0.0, 0.999999),
     "clip": (0.0, math.inf),
     "label_smoothing": (0.0, 1.0),
     "drop_path": (0.0, 1.0),

@@ -29,6 +29,10 @@ from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
 
 
+#: Options that say which images are the test images; the default in the place of a lost one could mix in others.
+_NEEDED = ("data", "val_fraction", "test_fraction", "split_seed")
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder: its path, the resolved configuration and the content of model.json."""
@@ -78,7 +82,10 @@ class Run:
         for name in ("config.yaml", "model.json"):
             if not (path / name).is_file():
                 raise ValueError(f"vit: {path} is not a run folder of vit train: it has no {name}")
-        config = from_mapping(read_yaml(path / "config.yaml"), str(path / "config.yaml"))
+        options = read_yaml(path / "config.yaml")
+        if missing := [name for name in _NEEDED if name not in options]:
+            raise ValueError(f"vit: {path / 'config.yaml'} is damaged: it lacks {', '.join(missing)}")
+        config = from_mapping(options, str(path / "config.yaml"))
         try:
             record = Record.read(path / "model.json")
             model = {
