@@ -28,7 +28,6 @@ from .assembly import divided
 from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
 
-
 #: Options that say which images are the test images; the default in the place of a lost one could mix in others.
 _NEEDED = ("data", "val_fraction", "test_fraction", "split_seed")
 
