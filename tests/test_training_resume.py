@@ -245,6 +245,26 @@ def test_a_flipped_bit_of_the_kept_weights_is_named(whole: TrainResult, tmp_path
             Run.open(run).evaluate()
 
 
+def test_eval_says_that_the_options_were_edited(whole: TrainResult, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(whole.run, tmp_path / "run")
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    assert "was changed" not in capsys.readouterr().err
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("split_seed: 0", "split_seed: 1"))
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    assert "config.yaml was changed after the training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["eval"], ["train", "--resume"]])
+def test_preprocessing_that_lost_its_size_is_damage(
+    stopped: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = stopped / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"preprocess": {}}))
+    assert main([*command, str(stopped)]) == 1
+    assert "model.json is damaged: preprocess lacks img_size" in capsys.readouterr().err
+
+
 def test_damaged_best_weights_are_named_before_the_training_goes_on(whole: TrainResult, tmp_path: Path) -> None:
     shutil.copytree(whole.run, tmp_path / "run")
     best = tmp_path / "run" / "best.safetensors"

@@ -12,6 +12,7 @@ curves.png, confusion.png   pictures of metrics.jsonl and of the test images
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from ..data import DataError, Samples, Source, open_source
 from ..factory import create
+from ..preprocess import Preprocess
 from ..support.files import append_line, refuse_link, remove_leftovers, to_json, write_text
 from ..support.lock import NAME as LOCK
 from ..support.lock import FolderLock
@@ -93,10 +95,20 @@ class Run:
                 "class_names": list(record.texts("class_names")),
                 "preprocess": dict(record.record("preprocess").values),
             }
+            Preprocess.from_dict(model["preprocess"])
         except ValueError as error:
             text = str(error).removeprefix("vit: ")
             raise ValueError(f"vit: {path / 'model.json'} is damaged: {text}") from error
         return cls(path, config, model)
+
+    def edited(self) -> bool:
+        """Whether config.yaml is not the one that the last session noted in run.json."""
+        try:
+            sessions = Record.read(self.path / "run.json").raw("sessions")
+            noted = Record(sessions[-1], "run.json").text("config_sha256")
+        except (OSError, ValueError, LookupError, TypeError):  # no record: of an earlier version, or damaged
+            return False
+        return bool(noted != hashlib.sha256((self.path / "config.yaml").read_bytes()).hexdigest())
 
     def lock(self) -> FolderLock:
         """Owns the folder for a training. FolderInUse if another one does, OSError for a link in place of a file."""
