@@ -1,137 +1,102 @@
-// The only file that knows Python: each function takes the fields of its params struct, in order, as plain numbers
-// (pointers as integers, a Context as its four fields) and releases the GIL while the kernel runs. Compiled once per
-// backend into vit._<backend>.
+// The only file that knows Python. Every function of ops.def takes the fields of its params struct, in the order of
+// ops.def, as plain numbers: pointers as integers, strides behind their pointer, a workspace as address and bytes, a
+// Context as its four fields. Compiled once per backend into vit._<backend>.
 //
-// The C interface of Python alone: with a library of bindings this file took 10 s to compile instead of 0.7.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+// A call returns None; or, before any work, the bytes of workspace it needs where fewer were given.
+//
+// pybind11 makes the module, the enumerations and their errors. The calls themselves are plain C functions of Python:
+// its own dispatch would convert each of up to 45 numbers through a caster, and a small op is called in half a
+// microsecond.
+#include <pybind11/native_enum.h>
+#include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <new>
+#include <string_view>
 
 #include "vit.h"
 
+namespace py = pybind11;
 using namespace vit;
 
 namespace {
 
-// A Python error is set.
-struct PythonError {};
+// How a field is read: `count` integers of 64 bits, or one value of another kind.
+enum class Kind { pointer, integer, number, code, workspace, context };
 
-// The arguments of a call, read one after the other.
-class Fields {
- public:
-  Fields(PyObject* const* arguments, Py_ssize_t count) : next_(arguments), count_(count) {}
-
-  // Reads all fields of the params struct of `name`.
-  template <class... Ts>
-  void operator()(const char* name, Ts&... to) {
-    constexpr Py_ssize_t wanted = (kWidth<Ts> + ...);
-    if (count_ != wanted) {
-      PyErr_Format(PyExc_TypeError, "%s takes %zd numbers, %zd were given", name, wanted, count_);
-      throw PythonError();
-    }
-    (read(to), ...);
-  }
-
- private:
-  template <class T>
-  static constexpr Py_ssize_t kWidth = std::is_same_v<T, Context> ? 4 : 1;
-
-  PyObject* const* next_;
-  Py_ssize_t count_;
-
-  template <class T>
-  static T checked(T value) {
-    if (value == static_cast<T>(-1) && PyErr_Occurred()) throw PythonError();
-    return value;
-  }
-
-  void read(void*& to) {
-    to = PyLong_AsVoidPtr(*next_++);
-    if (!to && PyErr_Occurred()) throw PythonError();
-  }
-  void read(const void*& to) {
-    void* p;
-    read(p);
-    to = p;
-  }
-  void read(int64_t& to) { to = checked<int64_t>(PyLong_AsLongLong(*next_++)); }
-  void read(double& to) { to = checked(PyFloat_AsDouble(*next_++)); }
-  void read(int32_t& to) {
-    int64_t wide;
-    read(wide);
-    to = static_cast<int32_t>(wide);
-    if (to == wide) return;
-    PyErr_Format(PyExc_OverflowError, "%lld does not fit in 32 bits", static_cast<long long>(wide));
-    throw PythonError();
-  }
-  void read(bool& to) { to = checked(PyObject_IsTrue(*next_++)) != 0; }
-  void read(DType& to) { to = static_cast<DType>(integer()); }
-  void read(Activation& to) { to = static_cast<Activation>(integer()); }
-  void read(Context& to) {
-    read(to.stream);
-    read(to.device);
-    read(to.num_threads);
-    read(to.allow_tf32);
-  }
-
-  int32_t integer() {
-    int32_t value;
-    read(value);
-    return value;
-  }
+struct Field {
+  Kind kind;
+  std::size_t offset;
+  int count = 1;
 };
 
-void read(Fields fields, LayerNormFwd& p) {
-  fields("layer_norm_fwd", p.x, p.weight, p.bias, p.y, p.mean, p.rstd, p.M, p.C, p.x_stride, p.eps, p.dtype,
-         p.param_dtype, p.context);
+// What a function of the contract is to Python; made when the module is loaded.
+struct Function {
+  const char* name;
+  const char* names;  // of the fields, as ops.def lists them
+  std::string doc;
+  std::size_t size;
+  std::vector<Field> fields;
+  Py_ssize_t count = 0;  // numbers of one call
+  void (*run)(const void* params);
+  std::size_t (*workspace)(const void* params);  // null: needs none
+  PyMethodDef method;
+};
+
+// Room for any params struct.
+union Params {
+#define VIT_OP(name, Params, ...) Params name##_params;
+#define VIT_ROUTINE VIT_OP
+#include "ops.def"
+  Params() {}
+};
+
+void add(Function& f, std::size_t offset, const void* const&) { f.fields.push_back({Kind::pointer, offset}); }
+void add(Function& f, std::size_t offset, void* const&) { f.fields.push_back({Kind::pointer, offset}); }
+void add(Function& f, std::size_t offset, const int64_t&) { f.fields.push_back({Kind::integer, offset}); }
+void add(Function& f, std::size_t offset, const double&) { f.fields.push_back({Kind::number, offset}); }
+void add(Function& f, std::size_t offset, const DType&) { f.fields.push_back({Kind::code, offset}); }
+void add(Function& f, std::size_t offset, const Activation&) { f.fields.push_back({Kind::code, offset}); }
+void add(Function& f, std::size_t offset, const Context&) { f.fields.push_back({Kind::context, offset}); }
+void add(Function& f, std::size_t offset, const int64_t (&)[6]) { f.fields.push_back({Kind::integer, offset, 6}); }
+void add_strided(Function& f, std::size_t offset, std::size_t strides, int count) {
+  f.fields.push_back({Kind::pointer, offset});
+  f.fields.push_back({Kind::integer, offset + strides, count});
+}
+void add(Function& f, std::size_t offset, const Matrix&) { add_strided(f, offset, offsetof(Matrix, batch), 3); }
+void add(Function& f, std::size_t offset, const Heads&) { add_strided(f, offset, offsetof(Heads, batch), 3); }
+void add(Function& f, std::size_t offset, const MutableHeads&) {
+  add_strided(f, offset, offsetof(MutableHeads, batch), 3);
+}
+void add(Function& f, std::size_t offset, const View&) { add_strided(f, offset, offsetof(View, strides), 6); }
+
+// The fields of a params struct in the order in which they are given.
+template <class... Fields>
+void add_all(Function& f, const void* params, const Fields&... fields) {
+  (add(f, static_cast<std::size_t>(reinterpret_cast<const char*>(&fields) - static_cast<const char*>(params)), fields),
+   ...);
 }
 
-void read(Fields fields, LayerNormBwd& p) {
-  fields("layer_norm_bwd", p.dy, p.x, p.weight, p.mean, p.rstd, p.dx, p.dweight, p.dbias, p.workspace, p.M, p.C,
-         p.x_stride, p.dtype, p.param_dtype, p.context);
+void finish(Function& f) {
+  if (f.workspace) f.fields[f.fields.size() - 2].kind = Kind::workspace;  // by ops.def the last but one
+  for (const Field& field : f.fields)
+    f.count += field.kind == Kind::context ? 4 : field.kind == Kind::workspace ? 2 : field.count;
+  f.doc = std::string(f.name) + "(" + f.names + ")";
 }
 
-void read(Fields fields, GeluFwd& p) { fields("gelu_fwd", p.x, p.y, p.n, p.activation, p.dtype, p.context); }
+// The module is compiled without optimisation, which halves its compile time; what runs in every call is not.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("O2")
+#endif
 
-void read(Fields fields, GeluBwd& p) { fields("gelu_bwd", p.dy, p.x, p.dx, p.n, p.activation, p.dtype, p.context); }
-
-void read(Fields fields, MatmulFwd& p) {
-  fields("matmul_fwd", p.a, p.b, p.c, p.workspace, p.batch, p.M, p.N, p.K, p.a_batch, p.a_row, p.a_col, p.b_batch,
-         p.b_row, p.b_col, p.dtype, p.context);
-}
-
-void read(Fields fields, MatmulBwd& p) {
-  fields("matmul_bwd", p.dc, p.a, p.b, p.da, p.db, p.workspace, p.batch, p.M, p.N, p.K, p.a_batch, p.a_row, p.a_col,
-         p.b_batch, p.b_row, p.b_col, p.dtype, p.context);
-}
-
-void read(Fields fields, LinearFwd& p) {
-  fields("linear_fwd", p.x, p.weight, p.bias, p.residual, p.y, p.preact, p.workspace, p.M, p.N, p.K, p.x_stride,
-         p.weight_stride, p.activation, p.dtype, p.param_dtype, p.out_dtype, p.context);
-}
-
-void read(Fields fields, LinearBwd& p) {
-  fields("linear_bwd", p.dy, p.x, p.weight, p.preact, p.dx, p.dweight, p.dbias, p.workspace, p.M, p.N, p.K, p.x_stride,
-         p.weight_stride, p.activation, p.dtype, p.param_dtype, p.out_dtype, p.context);
-}
-
-void read(Fields fields, AttentionFwd& p) {
-  fields("attention_fwd", p.q, p.k, p.v, p.out, p.lse, p.workspace, p.B, p.N, p.L, p.H, p.D, p.q_batch, p.q_token,
-         p.q_head, p.k_batch, p.k_token, p.k_head, p.v_batch, p.v_token, p.v_head, p.scale, p.dtype, p.context);
-}
-
-void read(Fields fields, AttentionBwd& p) {
-  fields("attention_bwd", p.dout, p.q, p.k, p.v, p.out, p.lse, p.dq, p.dk, p.dv, p.workspace, p.B, p.N, p.L, p.H, p.D,
-         p.q_batch, p.q_token, p.q_head, p.k_batch, p.k_token, p.k_head, p.v_batch, p.v_token, p.v_head, p.dq_batch,
-         p.dq_token, p.dq_head, p.dk_batch, p.dk_token, p.dk_head, p.dv_batch, p.dv_token, p.dv_head, p.scale, p.dtype,
-         p.context);
-}
-
+// Releases Python's lock for a scope. At the end of the process Python ends a daemon thread that asks for the lock, by
+// unwinding its stack (until 3.13): through a destructor or function that is noexcept, pybind11's among them, that
+// would end the whole process with SIGABRT.
 class WithoutGil {
  public:
   WithoutGil() : state_(PyEval_SaveThread()) {}
-  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  ~WithoutGil() noexcept(false) { PyEval_RestoreThread(state_); }
   WithoutGil(const WithoutGil&) = delete;
   WithoutGil& operator=(const WithoutGil&) = delete;
 
@@ -139,11 +104,89 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-// f() with C++ exceptions as Python's: vit::Error becomes RuntimeError.
-template <class F>
-PyObject* guarded(F f) noexcept {
+// A Python error is set.
+struct PythonError {};
+
+template <class T>
+T checked(T value) {
+  if (value == static_cast<T>(-1) && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+void* address(PyObject* number) {
+  void* p = PyLong_AsVoidPtr(number);
+  if (!p && PyErr_Occurred()) throw PythonError();
+  return p;
+}
+
+int32_t small(PyObject* number) {
+  const long long wide = checked(PyLong_AsLongLong(number));
+  if (static_cast<int32_t>(wide) == wide) return static_cast<int32_t>(wide);
+  PyErr_Format(PyExc_OverflowError, "%lld does not fit in 32 bits", wide);
+  throw PythonError();
+}
+
+// Fills the struct at `params`; returns the bytes of its workspace.
+std::size_t read(const Function& f, PyObject* const* next, char* params) {
+  std::size_t workspace = 0;
+  const Field* const end = f.fields.data() + f.fields.size();
+  for (const Field* at = f.fields.data(); at != end; ++at) {
+    const Field& field = *at;
+    char* to = params + field.offset;
+    switch (field.kind) {
+      case Kind::pointer:
+        *reinterpret_cast<void**>(to) = address(*next++);
+        break;
+      case Kind::integer:
+        for (int i = 0; i < field.count; ++i)
+          reinterpret_cast<int64_t*>(to)[i] = checked<long long>(PyLong_AsLongLong(*next++));
+        break;
+      case Kind::number:
+        *reinterpret_cast<double*>(to) = checked(PyFloat_AsDouble(*next++));
+        break;
+      case Kind::code:
+        *reinterpret_cast<int32_t*>(to) = small(*next++);
+        break;
+      case Kind::workspace:
+        *reinterpret_cast<void**>(to) = address(*next++);
+        workspace = static_cast<std::size_t>(checked<long long>(PyLong_AsLongLong(*next++)));
+        break;
+      case Kind::context: {
+        auto& context = *reinterpret_cast<Context*>(to);
+        context.stream = address(*next++);
+        context.device = small(*next++);
+        context.num_threads = small(*next++);
+        context.allow_tf32 = checked(PyObject_IsTrue(*next++)) != 0;
+        break;
+      }
+    }
+  }
+  return workspace;
+}
+
+PyObject* run(const Function& f, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != f.count) {
+    PyErr_Format(PyExc_TypeError, "%s takes %zd numbers, %zd were given", f.name, f.count, count);
+    throw PythonError();
+  }
+  Params params;
+  std::memset(static_cast<void*>(&params), 0, f.size);
+  const std::size_t given = read(f, arguments, reinterpret_cast<char*>(&params));
+  if (f.workspace) {
+    const std::size_t needed = f.workspace(&params);
+    if (needed > given) return PyLong_FromSize_t(needed);
+  }
+  {
+    const WithoutGil without_gil;
+    f.run(&params);
+  }
+  Py_RETURN_NONE;
+}
+
+// One for all functions: which one it is stands in the capsule that Python hands over as self.
+PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   try {
-    return f();
+    return run(*static_cast<const Function*>(PyCapsule_GetPointer(self, nullptr)), arguments, count);
   } catch (const PythonError&) {
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
@@ -153,95 +196,73 @@ PyObject* guarded(F f) noexcept {
   return nullptr;
 }
 
-// What Python calls for a kernel, and for <op>_workspace, which returns bytes.
-template <auto function>
-struct Bound;
-
 template <class P, void (*kernel)(const P&)>
-struct Bound<kernel> {
-  static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) noexcept {
-    return guarded([&] {
-      P params = {};
-      read({arguments, count}, params);
-      {
-        const WithoutGil without;
-        kernel(params);
-      }
-      Py_RETURN_NONE;
-    });
-  }
-};
-
+void run_as(const void* params) {
+  kernel(*static_cast<const P*>(params));
+}
 template <class P, std::size_t (*workspace)(const P&)>
-struct Bound<workspace> {
-  static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) noexcept {
-    return guarded([&] {
-      P params = {};
-      read({arguments, count}, params);
-      return PyLong_FromSize_t(workspace(params));
-    });
+std::size_t bytes_as(const void* params) {
+  return workspace(*static_cast<const P*>(params));
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+
+std::vector<Function> functions() {
+  std::vector<Function> all;
+#define VIT_FUNCTION(op, P, ...)                                                               \
+  {                                                                                            \
+    struct Lister : P {                                                                        \
+      void list(Function& f) { add_all(f, static_cast<P*>(this), __VA_ARGS__); }               \
+    };                                                                                         \
+    Lister lister = {};                                                                        \
+    all.push_back({#op, #__VA_ARGS__, "", sizeof(P), {}, 0, run_as<P, vit::op>, nullptr, {}}); \
+    lister.list(all.back());                                                                   \
   }
-};
-
-template <auto function>
-PyMethodDef method(const char* name) {
-  const auto call = reinterpret_cast<void (*)()>(Bound<function>::call);  // METH_FASTCALL says what it is
-  return {name, reinterpret_cast<PyCFunction>(call), METH_FASTCALL, nullptr};
+#define VIT_OP(op, P, ...) VIT_FUNCTION(op, P, __VA_ARGS__)
+#define VIT_ROUTINE(op, P, ...) \
+  if (&vit::op != nullptr) VIT_FUNCTION(op, P, __VA_ARGS__)
+#define VIT_WORKSPACE(op, P) \
+  for (Function& f : all)    \
+    if (std::string_view(f.name) == #op) f.workspace = bytes_as<P, vit::op##_workspace>;
+#include "ops.def"
+  return all;
 }
-
-// [(name, value), ...] of vit::info().
-PyObject* facts(PyObject*, PyObject*) noexcept {
-  return guarded([] {
-    const auto pairs = info();
-    PyObject* list = PyList_New(0);
-    for (const auto& [key, value] : pairs) {
-      PyObject* pair = list ? Py_BuildValue("(ss)", key.c_str(), value.c_str()) : nullptr;
-      if (pair && PyList_Append(list, pair) == 0) {
-        Py_DECREF(pair);
-        continue;
-      }
-      Py_XDECREF(pair);
-      Py_XDECREF(list);
-      throw PythonError();
-    }
-    return list;
-  });
-}
-
-PyMethodDef methods[] = {
-    {"info", facts, METH_NOARGS, nullptr},
-    method<layer_norm_fwd>("layer_norm_fwd"),
-    method<layer_norm_bwd>("layer_norm_bwd"),
-    method<layer_norm_bwd_workspace>("layer_norm_bwd_workspace"),
-    method<gelu_fwd>("gelu_fwd"),
-    method<gelu_bwd>("gelu_bwd"),
-    method<matmul_fwd>("matmul_fwd"),
-    method<matmul_fwd_workspace>("matmul_fwd_workspace"),
-    method<matmul_bwd>("matmul_bwd"),
-    method<matmul_bwd_workspace>("matmul_bwd_workspace"),
-    method<linear_fwd>("linear_fwd"),
-    method<linear_fwd_workspace>("linear_fwd_workspace"),
-    method<linear_bwd>("linear_bwd"),
-    method<linear_bwd_workspace>("linear_bwd_workspace"),
-    method<attention_fwd>("attention_fwd"),
-    method<attention_fwd_workspace>("attention_fwd_workspace"),
-    method<attention_bwd>("attention_bwd"),
-    method<attention_bwd_workspace>("attention_bwd_workspace"),
-    {nullptr, nullptr, 0, nullptr},
-};
-
-#define VIT_TEXT(name) #name
-#define VIT_NAME(name) VIT_TEXT(name)
-#define VIT_JOIN(a, b) a##b
-#define VIT_INIT(name) VIT_JOIN(PyInit_, name)
-
-PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, VIT_NAME(VIT_MODULE), nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC VIT_INIT(VIT_MODULE)() {
-  PyObject* module = PyModule_Create(&definition);
-  if (module && PyModule_AddIntConstant(module, "contract", kContract) != 0) Py_CLEAR(module);
-  return module;
+PYBIND11_MODULE(VIT_MODULE, m) {
+  m.attr("contract") = kContract;
+  m.def(
+      "info",
+      [] {
+        py::list facts;
+        for (const auto& [key, value] : info()) facts.append(py::make_tuple(key, value));
+        return facts;
+      },
+      "What this build is and what it found on this machine: [(name, value), ...]");
+
+#define VIT_VALUE(key, code) .value(#key, Enum::key)
+  {
+    using Enum = DType;
+    py::native_enum<Enum>(m, "DType", "enum.IntEnum") VIT_DTYPES(VIT_VALUE).finalize();
+  }
+  {
+    using Enum = Activation;
+    py::native_enum<Enum>(m, "Activation", "enum.IntEnum") VIT_ACTIVATIONS(VIT_VALUE).finalize();
+  }
+
+  // Of this module as long as the process lives.
+  static std::vector<Function> all = functions();
+  py::dict fields;
+  for (Function& f : all) {
+    finish(f);
+    const auto function = reinterpret_cast<void (*)()>(call);  // METH_FASTCALL says what it is
+    f.method = {f.name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, f.doc.c_str()};
+    m.add_object(f.name, py::reinterpret_steal<py::object>(
+                             PyCFunction_NewEx(&f.method, py::capsule(&f).release().ptr(), nullptr)));
+    fields[f.name] = py::str(f.names).attr("split")(", ");
+  }
+  m.attr("fields") = fields;
 }

@@ -8,16 +8,11 @@ namespace {
 [[noreturn]] void fail(const char* op, const std::string& text) { throw Error(std::string(op) + ": " + text); }
 
 std::string name(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return "float32";
-    case DType::float64:
-      return "float64";
-    case DType::bfloat16:
-      return "bfloat16";
-    case DType::float16:
-      return "float16";
-  }
+#define VIT_NAME(name, value) \
+  case DType::name:           \
+    return #name;
+  switch (dtype) { VIT_DTYPES(VIT_NAME) }
+#undef VIT_NAME
   return "unknown dtype " + std::to_string(static_cast<int>(dtype));
 }
 
@@ -31,11 +26,21 @@ void check_other_dtype(const char* op, const char* argument, DType other, DType 
                  name(dtype) + " and float32");
 }
 
+bool known(Activation activation) {
+#define VIT_KNOWN(name, value) case Activation::name:
+  switch (activation) { VIT_ACTIVATIONS(VIT_KNOWN) return true; }
+#undef VIT_KNOWN
+  return false;
+}
+
 void check_activation(const char* op, Activation activation, bool none) {
-  const int code = static_cast<int>(activation);
-  if (code < (none ? 0 : 1) || code > 2)
-    fail(op, "activation is " + std::to_string(code) + "; allowed are " + (none ? "0 (none), " : "") +
-                 "1 (gelu) and 2 (gelu_tanh)");
+  if (known(activation) && (none || activation != Activation::none)) return;
+  std::string allowed;
+#define VIT_LIST(name, value) \
+  if (none || value) allowed += (allowed.empty() ? "" : ", ") + std::to_string(value) + " (" #name ")";
+  VIT_ACTIVATIONS(VIT_LIST)
+#undef VIT_LIST
+  fail(op, "activation is " + std::to_string(static_cast<int>(activation)) + "; allowed are " + allowed);
 }
 
 void check_context(const char* op, const Context& context) {
@@ -115,7 +120,7 @@ void check(const MatmulFwd& p) {
   check_context(op, p.context);
   check_sizes(op, {{"batch", p.batch}, {"M", p.M}, {"N", p.N}, {"K", p.K}});
   const bool out = p.batch && p.M && p.N;
-  check_pointers(op, {{"a", p.a, out && p.K}, {"b", p.b, out && p.K}, {"c", p.c, out}});
+  check_pointers(op, {{"a", p.a.data, out && p.K}, {"b", p.b.data, out && p.K}, {"c", p.c, out}});
 }
 
 void check(const MatmulBwd& p) {
@@ -124,7 +129,7 @@ void check(const MatmulBwd& p) {
   check_context(op, p.context);
   check_sizes(op, {{"batch", p.batch}, {"M", p.M}, {"N", p.N}, {"K", p.K}});
   const bool work = p.batch && p.M && p.N && p.K;
-  check_pointers(op, {{"dc", p.dc, work}, {"a", p.a, work && p.db}, {"b", p.b, work && p.da}});
+  check_pointers(op, {{"dc", p.dc, work}, {"a", p.a.data, work && p.db}, {"b", p.b.data, work && p.da}});
 }
 
 void check(const LinearFwd& p) {
@@ -162,9 +167,9 @@ void check(const AttentionFwd& p) {
   check_context(op, p.context);
   check_sizes(op, {{"B", p.B}, {"N", p.N}, {"L", p.L}, {"H", p.H}, {"D", p.D}});
   const bool out = p.B && p.N && p.H && p.D;
-  check_pointers(op, {{"q", p.q, out},
-                      {"k", p.k, out && p.L},
-                      {"v", p.v, out && p.L},
+  check_pointers(op, {{"q", p.q.data, out},
+                      {"k", p.k.data, out && p.L},
+                      {"v", p.v.data, out && p.L},
                       {"out", p.out, out},
                       {"workspace", p.workspace, out && !p.workspace && attention_fwd_workspace(p) > 0}});
 }
@@ -176,15 +181,30 @@ void check(const AttentionBwd& p) {
   check_sizes(op, {{"B", p.B}, {"N", p.N}, {"L", p.L}, {"H", p.H}, {"D", p.D}});
   const bool queries = p.B && p.N && p.H && p.D, keys = p.B && p.L && p.H && p.D;
   check_pointers(op, {{"dout", p.dout, queries},
-                      {"q", p.q, queries},
+                      {"q", p.q.data, queries},
                       {"out", p.out, queries},
                       {"lse", p.lse, queries},
-                      {"dq", p.dq, queries},
-                      {"k", p.k, keys},
-                      {"v", p.v, keys},
-                      {"dk", p.dk, keys},
-                      {"dv", p.dv, keys},
+                      {"dq", p.dq.data, queries},
+                      {"k", p.k.data, keys},
+                      {"v", p.v.data, keys},
+                      {"dk", p.dk.data, keys},
+                      {"dv", p.dv.data, keys},
                       {"workspace", p.workspace, (queries || keys) && !p.workspace && attention_bwd_workspace(p) > 0}});
+}
+
+void check(const Move& p) {
+  const char* op = "move";
+  check_dtype(op, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"leads", p.leads}, {"terms", p.terms}});
+  int64_t count = 1;
+  for (const int64_t size : p.sizes) {
+    check_sizes(op, {{"sizes", size}});
+    count *= size;
+  }
+  if (p.leads > p.sizes[1])
+    fail(op, "leads is " + std::to_string(p.leads) + "; dimension 1 has " + std::to_string(p.sizes[1]));
+  check_pointers(op, {{"out", p.out, count > 0}});
 }
 
 }  // namespace vit

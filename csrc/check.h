@@ -9,15 +9,8 @@ namespace vit {
 bool takes(DType);
 extern const char* const kTakes;
 
-void check(const LayerNormFwd&);
-void check(const LayerNormBwd&);
-void check(const GeluFwd&);
-void check(const GeluBwd&);
-void check(const MatmulFwd&);
-void check(const MatmulBwd&);
-void check(const LinearFwd&);
-void check(const LinearBwd&);
-void check(const AttentionFwd&);
-void check(const AttentionBwd&);
+#define VIT_OP(name, Params, ...) void check(const Params&);
+#define VIT_ROUTINE VIT_OP
+#include "ops.def"
 
 }  // namespace vit

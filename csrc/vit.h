@@ -1,7 +1,8 @@
-// The native contract of vit: one plain struct and one function per op and direction.
+// The native contract of vit: one plain struct and one function per op and direction; ops.def is the list of them.
 //
-// Every backend (csrc/<backend>/) defines the functions declared here; bindings.cpp exposes them to Python under
-// the same names. Neither torch nor Python is known below this line: NumPy, torch and C++ callers are equal.
+// Every backend (csrc/<backend>/) defines the functions declared here, of the routines those it has; bindings.cpp
+// exposes them to Python under the same names. Neither torch nor Python is known below this line: NumPy, torch and C++
+// callers are equal.
 //
 // Letters      B batch, N tokens (queries), L tokens (keys), H heads, D head dimension, C channels, M rows.
 //              For products M, N, K are the usual sizes: [M, K] x [K, N].
@@ -25,13 +26,12 @@
 #include <utility>
 #include <vector>
 
+#include "codes.h"
+
 namespace vit {
 
 // Raised by one whenever a struct or function below changes: Python refuses a module built from another number.
-inline constexpr int kContract = 2;
-
-enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
-enum class Activation : int32_t { none = 0, gelu = 1, gelu_tanh = 2 };
+inline constexpr int kContract = 3;
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -42,6 +42,29 @@ struct Context {
   int32_t device = 0;       // device index of the stream
   int32_t num_threads = 1;  // CPU threads this call may use; 1 never touches a thread pool
   bool allow_tf32 = false;  // float32 products may round their inputs to TF32 (10 fraction bits); CUDA only
+};
+
+// A batch of matrices: element (i, row, column) lies i * batch + row * row + column * col after data. Any strides, also
+// zero (a broadcast batch) and those of a transposed matrix.
+struct Matrix {
+  const void* data;
+  int64_t batch, row, col;
+};
+
+// Vectors of one head each: element d of head h of token n of sample b lies b * batch + n * token + h * head + d after
+// data, so that a packed [B, N, 3, H, D] projection is read, and its gradient written, in place.
+template <class Data>
+struct HeadsOf {
+  Data data;
+  int64_t batch, token, head;
+};
+using Heads = HeadsOf<const void*>;
+using MutableHeads = HeadsOf<void*>;
+
+// Up to 6 dimensions of an array: element i lies sum over d of i[d] * strides[d] after data.
+struct View {
+  const void* data;
+  int64_t strides[6];
 };
 
 // layer_norm: y = (x - mean) * rstd * weight + bias over the last dimension, rstd = 1 / sqrt(var + eps).
@@ -93,29 +116,25 @@ struct GeluBwd {
   Context context;
 };
 
-// matmul: c = a b for each of `batch` pairs. Any strides, also zero (a broadcast batch) and transposed operands.
+// matmul: c = a b for each of `batch` pairs.
 struct MatmulFwd {
-  const void* a;    // [batch, M, K]
-  const void* b;    // [batch, K, N]
+  Matrix a;         // [batch, M, K]
+  Matrix b;         // [batch, K, N]
   void* c;          // [batch, M, N]
   void* workspace;  // matmul_fwd_workspace bytes
   int64_t batch, M, N, K;
-  int64_t a_batch, a_row, a_col;
-  int64_t b_batch, b_row, b_col;
   DType dtype;
   Context context;
 };
 
 struct MatmulBwd {
   const void* dc;   // [batch, M, N]
-  const void* a;    // [batch, M, K]
-  const void* b;    // [batch, K, N]
+  Matrix a;         // [batch, M, K]
+  Matrix b;         // [batch, K, N]
   void* da;         // [batch, M, K], may be null: not wanted
   void* db;         // [batch, K, N], may be null
   void* workspace;  // matmul_bwd_workspace bytes
   int64_t batch, M, N, K;
-  int64_t a_batch, a_row, a_col;
-  int64_t b_batch, b_row, b_col;
   DType dtype;
   Context context;
 };
@@ -153,66 +172,57 @@ struct LinearBwd {
   Context context;
 };
 
-// attention: out = softmax(scale q k^T) v for each batch and head. Strides of q, k, v let a packed [B, N, 3, H, D]
-// projection be read in place; elements of one head are adjacent.
+// attention: out = softmax(scale q k^T) v for each batch and head.
 struct AttentionFwd {
-  const void* q;    // [B, N, H, D]
-  const void* k;    // [B, L, H, D]
-  const void* v;    // [B, L, H, D]
+  Heads q;          // [B, N, H, D]
+  Heads k;          // [B, L, H, D]
+  Heads v;          // [B, L, H, D]
   void* out;        // [B, N, H, D]
   void* lse;        // [B, H, N] acc: natural logarithm of the softmax denominator; may be null: not wanted
   void* workspace;  // attention_fwd_workspace bytes
   int64_t B, N, L, H, D;
-  int64_t q_batch, q_token, q_head;
-  int64_t k_batch, k_token, k_head;
-  int64_t v_batch, v_token, v_head;
   double scale;
   DType dtype;
   Context context;
 };
 
-// The gradients have strides too, so that they can be written into one packed [B, N, 3, H, D] tensor.
 struct AttentionBwd {
   const void* dout;  // [B, N, H, D]
-  const void* q;     // [B, N, H, D]
-  const void* k;     // [B, L, H, D]
-  const void* v;     // [B, L, H, D]
+  Heads q;           // [B, N, H, D]
+  Heads k;           // [B, L, H, D]
+  Heads v;           // [B, L, H, D]
   const void* out;   // [B, N, H, D]
   const void* lse;   // [B, H, N] acc
-  void* dq;          // [B, N, H, D]; all three gradients are always computed
-  void* dk;          // [B, L, H, D]
-  void* dv;          // [B, L, H, D]
+  MutableHeads dq;   // [B, N, H, D]; all three gradients are always computed
+  MutableHeads dk;   // [B, L, H, D]
+  MutableHeads dv;   // [B, L, H, D]
   void* workspace;   // attention_bwd_workspace bytes
   int64_t B, N, L, H, D;
-  int64_t q_batch, q_token, q_head;
-  int64_t k_batch, k_token, k_head;
-  int64_t v_batch, v_token, v_head;
-  int64_t dq_batch, dq_token, dq_head;
-  int64_t dk_batch, dk_token, dk_head;
-  int64_t dv_batch, dv_token, dv_head;
   double scale;
   DType dtype;
   Context context;
 };
 
-void layer_norm_fwd(const LayerNormFwd&);
-void layer_norm_bwd(const LayerNormBwd&);
-void gelu_fwd(const GeluFwd&);
-void gelu_bwd(const GeluBwd&);
-void matmul_fwd(const MatmulFwd&);
-void matmul_bwd(const MatmulBwd&);
-void linear_fwd(const LinearFwd&);
-void linear_bwd(const LinearBwd&);
-void attention_fwd(const AttentionFwd&);
-void attention_bwd(const AttentionBwd&);
+// move: out = [lead; a] along dimension 1, plus b: views made contiguous, tokens put together, gradients added up.
+// A routine: backends whose threads are those of PyTorch's own copies need none.
+struct Move {
+  View a;     // [n0, n1 - leads, n2, ..., n5], may be null: zeros
+  View lead;  // [n0, leads, n2, ..., n5], may be null: zeros
+  View b;     // [n0, n1, n2, ..., n5], may be null: zeros
+  void* out;  // [n0, n1, n2, ..., n5]
+  int64_t sizes[6];
+  int64_t leads;
+  int64_t terms, term;  // instead of a the sum of `terms` of them, `term` elements apart, in blocks of 16 and in order
+  double divisor;       // and that divided by this
+  DType dtype;
+  Context context;
+};
 
-std::size_t layer_norm_bwd_workspace(const LayerNormBwd&);
-std::size_t matmul_fwd_workspace(const MatmulFwd&);
-std::size_t matmul_bwd_workspace(const MatmulBwd&);
-std::size_t linear_fwd_workspace(const LinearFwd&);
-std::size_t linear_bwd_workspace(const LinearBwd&);
-std::size_t attention_fwd_workspace(const AttentionFwd&);
-std::size_t attention_bwd_workspace(const AttentionBwd&);
+#define VIT_OP(name, Params, ...) void name(const Params&);
+#define VIT_WORKSPACE(name, Params) std::size_t name##_workspace(const Params&);
+#include "ops.def"
+#define VIT_ROUTINE(name, Params, ...) __attribute__((weak)) void name(const Params&);
+#include "ops.def"
 
 // What this build is and what it found on this machine ("isa", "threads", "compiler", ...), shown by `vit info`.
 std::vector<std::pair<std::string, std::string>> info();

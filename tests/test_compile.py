@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from typing import Any
 
 import draw
@@ -193,3 +195,87 @@ def test_the_recorder_sees_what_the_reference_does():
     text = " ".join(seen.heavy())
     for word in ("mm", "convolution", "softmax", "layer_norm", "gelu", "attention"):
         assert word in text, f"{word} not in {text}"
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+class TestTrace:
+    """torch.jit: a trace is its own check's equal, can be saved, frozen and trained, in whatever mode it was made."""
+
+    MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)
+
+    @pytest.fixture
+    def model(self, backend, device):
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+        return vit.create("vit_tiny_patch16_224", backend=backend, device=device, **sizes)
+
+    @pytest.mark.parametrize("train", [False, True])
+    @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
+    def test_a_model(self, model, device, mode, train):
+        model.train(train)
+        one, four = (draw.randn(n, 3, 32, 32, device=device) for n in (1, 4))
+        with mode():
+            traced = torch.jit.trace(model, one)
+        assert traced(one).equal(model(one))
+        assert traced(four).equal(model(four))
+        self.same_gradients(traced, model, four)
+
+    def test_saved_frozen_and_copied(self, model, device):
+        images = draw.randn(2, 3, 32, 32, device=device)
+        traced = torch.jit.trace(model.eval(), images)
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+        want = model(images)
+        for other in (loaded, torch.jit.freeze(loaded), torch.jit.freeze(traced), copy.deepcopy(traced)):
+            assert other(images).equal(want)
+        self.same_gradients(loaded, model, images)
+
+    @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
+    @pytest.mark.parametrize("op", OPS)
+    def test_an_op(self, backend, device, op, mode):
+        tensors, options = small(op, device=device, grad=True)
+
+        def f(*given: Tensor) -> Tensor:
+            return call(op, backend, dict(zip(tensors, given, strict=True)), options)
+
+        with mode():
+            traced = torch.jit.trace(f, tuple(x.detach() for x in tensors.values()))
+        y, eager = traced(*tensors.values()), f(*tensors.values())
+        assert y.equal(eager)
+        got, want = (torch.autograd.grad(z.square().sum(), list(tensors.values())) for z in (y, eager))
+        assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+
+    def test_no_second_derivative_is_lost(self, backend, device):
+        x = draw.randn(8, device=device, requires_grad=True)
+        traced = torch.jit.trace(lambda x: vit.ops.gelu(x, backend=backend), x)
+        (dx,) = torch.autograd.grad(traced(x).sum(), x, create_graph=True)
+        with pytest.raises(vit.BackendError, match="double backward"):
+            dx.sum().backward()
+
+    @staticmethod
+    def same_gradients(traced, model, images) -> None:
+        found = []
+        for module in (traced, model):
+            x = images.clone().requires_grad_()
+            found.append(torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()]))
+        assert all(a.equal(b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("export", ["trace", "export"])
+def test_onnx_gets_ops_it_knows(backend, device, monkeypatch, export):
+    """Its file runs without our kernels."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    x, weight = draw.randn(3, 4, device=device), torch.randn(5, 4, device=device)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return vit.ops.linear(x, weight, activation="gelu", backend=backend)
+
+    if export == "trace":
+        graph = str(torch.jit.trace(Layer(), x).inlined_graph)
+    else:
+        graph = str(torch.export.export(Layer(), (x,)).graph)
+    assert "gelu" in graph
+    assert "vit_" not in graph

@@ -463,7 +463,7 @@ def test_arrays_that_are_no_images_are_named():
 
 def test_tensors_that_are_not_what_their_memory_holds():
     engine = vit.Engine(make())
-    images = torch.randn(1, 3, 32, 32)
+    images = draw.randn(1, 3, 32, 32)
     expected = engine(images)
     negated = torch.complex(torch.zeros_like(images), -images).conj().imag  # the sign stands in a flag
     assert negated.is_neg()

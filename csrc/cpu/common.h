@@ -65,15 +65,33 @@ struct Arena {
   }
 };
 
-inline constexpr int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+inline constexpr int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return 4;
+    case DType::float64:
+      return 8;
+    case DType::bfloat16:
+    case DType::float16:
+      return 2;
+  }
+  return 0;
+}
 inline constexpr int64_t acc_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
 // Calls f(T{}) with the element type of dtype; arguments were checked in check.cpp.
 template <class F>
 VIT_INLINE void with_dtype(DType dtype, const F& f) {
-  if (dtype == DType::float32) return f(float{});
-  if (dtype == DType::float64) return f(double{});
-  f(bf16{});
+  switch (dtype) {
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    case DType::bfloat16:
+      return f(bf16{});
+    case DType::float16:  // refused by check.cpp
+      return;
+  }
 }
 
 // Calls f(P{}) where P is T or float: the type of parameters or outputs beside activations of type T.

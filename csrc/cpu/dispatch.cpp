@@ -75,11 +75,6 @@ void run(void (*Kernels::*kernel)(const P&), const P& p) {
   (active().kernels->*kernel)(p);
 }
 
-template <class P>
-std::size_t workspace(std::size_t (*Kernels::*function)(const P&), const P& p) {
-  return (active().kernels->*function)(p);
-}
-
 }  // namespace
 
 const Kernels& active_kernels() { return *active().kernels; }
@@ -88,24 +83,12 @@ const char* active_level() { return active().name; }
 bool takes(DType dtype) { return dtype == DType::float32 || dtype == DType::float64 || dtype == DType::bfloat16; }
 const char* const kTakes = "the cpu backend takes float32, float64 and bfloat16";
 
-void layer_norm_fwd(const LayerNormFwd& p) { run(&Kernels::layer_norm_fwd, p); }
-void layer_norm_bwd(const LayerNormBwd& p) { run(&Kernels::layer_norm_bwd, p); }
-void gelu_fwd(const GeluFwd& p) { run(&Kernels::gelu_fwd, p); }
-void gelu_bwd(const GeluBwd& p) { run(&Kernels::gelu_bwd, p); }
-void matmul_fwd(const MatmulFwd& p) { run(&Kernels::matmul_fwd, p); }
-void matmul_bwd(const MatmulBwd& p) { run(&Kernels::matmul_bwd, p); }
-void linear_fwd(const LinearFwd& p) { run(&Kernels::linear_fwd, p); }
-void linear_bwd(const LinearBwd& p) { run(&Kernels::linear_bwd, p); }
-void attention_fwd(const AttentionFwd& p) { run(&Kernels::attention_fwd, p); }
-void attention_bwd(const AttentionBwd& p) { run(&Kernels::attention_bwd, p); }
-
-std::size_t layer_norm_bwd_workspace(const LayerNormBwd& p) { return workspace(&Kernels::layer_norm_bwd_workspace, p); }
-std::size_t matmul_fwd_workspace(const MatmulFwd& p) { return workspace(&Kernels::matmul_fwd_workspace, p); }
-std::size_t matmul_bwd_workspace(const MatmulBwd& p) { return workspace(&Kernels::matmul_bwd_workspace, p); }
-std::size_t linear_fwd_workspace(const LinearFwd& p) { return workspace(&Kernels::linear_fwd_workspace, p); }
-std::size_t linear_bwd_workspace(const LinearBwd& p) { return workspace(&Kernels::linear_bwd_workspace, p); }
-std::size_t attention_fwd_workspace(const AttentionFwd& p) { return workspace(&Kernels::attention_fwd_workspace, p); }
-std::size_t attention_bwd_workspace(const AttentionBwd& p) { return workspace(&Kernels::attention_bwd_workspace, p); }
+#define VIT_OP(name, Params, ...) \
+  void name(const Params& p) { run(&Kernels::name, p); }
+#define VIT_ROUTINE VIT_OP
+#define VIT_WORKSPACE(name, Params) \
+  std::size_t name##_workspace(const Params& p) { return (active().kernels->name##_workspace)(p); }
+#include "ops.def"
 
 std::vector<std::pair<std::string, std::string>> info() {
   return {{"isa", active().name},

@@ -47,14 +47,28 @@ void backward(const GeluBwd& p) {
 void gelu_fwd(const GeluFwd& p) {
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    p.activation == Activation::gelu ? forward<T, false>(p) : forward<T, true>(p);
+    switch (p.activation) {
+      case Activation::none:  // refused by check.cpp
+        return;
+      case Activation::gelu:
+        return forward<T, false>(p);
+      case Activation::gelu_tanh:
+        return forward<T, true>(p);
+    }
   });
 }
 
 void gelu_bwd(const GeluBwd& p) {
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    p.activation == Activation::gelu ? backward<T, false>(p) : backward<T, true>(p);
+    switch (p.activation) {
+      case Activation::none:  // refused by check.cpp
+        return;
+      case Activation::gelu:
+        return backward<T, false>(p);
+      case Activation::gelu_tanh:
+        return backward<T, true>(p);
+    }
   });
 }
 

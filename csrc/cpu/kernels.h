@@ -11,23 +11,10 @@
 namespace vit {
 
 struct Kernels {
-  void (*layer_norm_fwd)(const LayerNormFwd&);
-  void (*layer_norm_bwd)(const LayerNormBwd&);
-  void (*gelu_fwd)(const GeluFwd&);
-  void (*gelu_bwd)(const GeluBwd&);
-  void (*matmul_fwd)(const MatmulFwd&);
-  void (*matmul_bwd)(const MatmulBwd&);
-  void (*linear_fwd)(const LinearFwd&);
-  void (*linear_bwd)(const LinearBwd&);
-  void (*attention_fwd)(const AttentionFwd&);
-  void (*attention_bwd)(const AttentionBwd&);
-  std::size_t (*layer_norm_bwd_workspace)(const LayerNormBwd&);
-  std::size_t (*matmul_fwd_workspace)(const MatmulFwd&);
-  std::size_t (*matmul_bwd_workspace)(const MatmulBwd&);
-  std::size_t (*linear_fwd_workspace)(const LinearFwd&);
-  std::size_t (*linear_bwd_workspace)(const LinearBwd&);
-  std::size_t (*attention_fwd_workspace)(const AttentionFwd&);
-  std::size_t (*attention_bwd_workspace)(const AttentionBwd&);
+#define VIT_OP(name, Params, ...) void (*name)(const Params&);
+#define VIT_ROUTINE VIT_OP
+#define VIT_WORKSPACE(name, Params) std::size_t (*name##_workspace)(const Params&);
+#include "ops.def"
 };
 
 // The kernels in use on this machine, and the name of their level.
@@ -37,23 +24,10 @@ const char* active_level();
 #ifdef VIT_ISA
 namespace VIT_ISA {
 
-void layer_norm_fwd(const LayerNormFwd&);
-void layer_norm_bwd(const LayerNormBwd&);
-void gelu_fwd(const GeluFwd&);
-void gelu_bwd(const GeluBwd&);
-void matmul_fwd(const MatmulFwd&);
-void matmul_bwd(const MatmulBwd&);
-void linear_fwd(const LinearFwd&);
-void linear_bwd(const LinearBwd&);
-void attention_fwd(const AttentionFwd&);
-void attention_bwd(const AttentionBwd&);
-std::size_t layer_norm_bwd_workspace(const LayerNormBwd&);
-std::size_t matmul_fwd_workspace(const MatmulFwd&);
-std::size_t matmul_bwd_workspace(const MatmulBwd&);
-std::size_t linear_fwd_workspace(const LinearFwd&);
-std::size_t linear_bwd_workspace(const LinearBwd&);
-std::size_t attention_fwd_workspace(const AttentionFwd&);
-std::size_t attention_bwd_workspace(const AttentionBwd&);
+#define VIT_OP(name, Params, ...) void name(const Params&);
+#define VIT_ROUTINE VIT_OP
+#define VIT_WORKSPACE(name, Params) std::size_t name##_workspace(const Params&);
+#include "ops.def"
 
 extern const Kernels kernels;
 

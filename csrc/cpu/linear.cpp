@@ -14,8 +14,16 @@ namespace vit::VIT_ISA {
 namespace {
 
 template <class T>
-VIT_INLINE Vec<Acc<T>> activate_grad(Activation activation, Vec<Acc<T>> x) {
-  return activation == Activation::gelu ? gelu_grad<T, false>(x) : gelu_grad<T, true>(x);
+VIT_INLINE Vec<Acc<T>> activation_derivative(Activation activation, Vec<Acc<T>> x) {
+  switch (activation) {
+    case Activation::none:
+      return broadcast(Acc<T>(1));
+    case Activation::gelu:
+      return gelu_grad<T, false>(x);
+    case Activation::gelu_tanh:
+      return gelu_grad<T, true>(x);
+  }
+  return x;
 }
 
 template <class T>
@@ -90,7 +98,8 @@ void make_dz(const LinearBwd& p, T* dz, Acc<T>* partial_bias) {
         for (int64_t j = 0; j < p.N; j += kLanes<A>) {
           const int64_t n = p.N - j, at = i * p.N + j;
           Vec<A> v = load<A>(dy + at, n);
-          if constexpr (kActivation != Activation::none) v *= activate_grad<T>(kActivation, load<A>(preact + at, n));
+          if constexpr (kActivation != Activation::none)
+            v *= activation_derivative<T>(kActivation, load<A>(preact + at, n));
           if (dz) store<A>(dz + at, v, n);
           if (total) store<A>(total + j, load<A>(total + j, n) + v, n);
         }

@@ -9,11 +9,17 @@ namespace vit::VIT_ISA {
 // kCoarse: see gelu_coarse.
 template <class T, bool kCoarse = false>
 VIT_INLINE Vec<Acc<T>> activate(Activation activation, Vec<Acc<T>> x) {
-  if constexpr (kCoarse) {
-    if (activation == Activation::gelu) return gelu_coarse(x);
+  switch (activation) {
+    case Activation::none:
+      return x;
+    case Activation::gelu:
+      if constexpr (kCoarse)
+        return gelu_coarse(x);
+      else
+        return gelu<T, false>(x);
+    case Activation::gelu_tanh:
+      return gelu<T, true>(x);
   }
-  if (activation == Activation::gelu) return gelu<T, false>(x);
-  if (activation == Activation::gelu_tanh) return gelu<T, true>(x);
   return x;
 }
 
@@ -24,9 +30,11 @@ struct Constant {
 };
 template <class F>
 VIT_INLINE void with_activation(Activation activation, const F& f) {
-  if (activation == Activation::gelu) return f(Constant<Activation::gelu>{});
-  if (activation == Activation::gelu_tanh) return f(Constant<Activation::gelu_tanh>{});
-  f(Constant<Activation::none>{});
+#define VIT_CALL(name, value) \
+  case Activation::name:      \
+    return f(Constant<Activation::name>{});
+  switch (activation) { VIT_ACTIVATIONS(VIT_CALL) }
+#undef VIT_CALL
 }
 
 template <class T, class O, Activation kActivation, bool kCoarse = false>

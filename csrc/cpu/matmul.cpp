@@ -65,7 +65,7 @@ std::size_t batch_bytes(int64_t batch, const Context& context, int64_t bytes) {
 
 template <class T>
 Matrix<T> left_of(const MatmulFwd& p, int64_t i) {
-  return matrix<T>(p.a, i * p.a_batch, p.a_row, p.a_col);
+  return matrix<T>(p.a.data, i * p.a.batch, p.a.row, p.a.col);
 }
 
 template <class T>
@@ -76,7 +76,7 @@ int64_t bytes_of(const MatmulFwd& p) {
 template <class T>
 void forward(const MatmulFwd& p) {
   for_batch(p.batch, p.context, p.workspace, bytes_of<T>(p), [&](int64_t i, int threads, char* workspace) {
-    multiply(threads, left_of<T>(p, i), matrix<T>(p.b, i * p.b_batch, p.b_row, p.b_col), {p.M, p.N, p.K},
+    multiply(threads, left_of<T>(p, i), matrix<T>(p.b.data, i * p.b.batch, p.b.row, p.b.col), {p.M, p.N, p.K},
              static_cast<T*>(p.c) + i * p.M * p.N, workspace);
   });
 }
@@ -88,7 +88,7 @@ Matrix<T> gradient_of(const MatmulBwd& p, int64_t i) {
 
 template <class T>
 Matrix<T> transposed_left_of(const MatmulBwd& p, int64_t i) {
-  return matrix<T>(p.a, i * p.a_batch, p.a_col, p.a_row);
+  return matrix<T>(p.a.data, i * p.a.batch, p.a.col, p.a.row);
 }
 
 template <class T>
@@ -102,7 +102,7 @@ void backward(const MatmulBwd& p) {
   for_batch(p.batch, p.context, p.workspace, bytes_of<T>(p), [&](int64_t i, int threads, char* workspace) {
     const Matrix<T> dc = gradient_of<T>(p, i);
     if (p.da)
-      multiply(threads, dc, matrix<T>(p.b, i * p.b_batch, p.b_col, p.b_row), {p.M, p.K, p.N},
+      multiply(threads, dc, matrix<T>(p.b.data, i * p.b.batch, p.b.col, p.b.row), {p.M, p.K, p.N},
                static_cast<T*>(p.da) + i * p.M * p.K, workspace);
     if (p.db)
       multiply(threads, transposed_left_of<T>(p, i), dc, {p.K, p.N, p.M}, static_cast<T*>(p.db) + i * p.K * p.N,

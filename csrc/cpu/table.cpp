@@ -4,23 +4,10 @@
 namespace vit::VIT_ISA {
 
 const Kernels kernels = {
-    layer_norm_fwd,
-    layer_norm_bwd,
-    gelu_fwd,
-    gelu_bwd,
-    matmul_fwd,
-    matmul_bwd,
-    linear_fwd,
-    linear_bwd,
-    attention_fwd,
-    attention_bwd,
-    layer_norm_bwd_workspace,
-    matmul_fwd_workspace,
-    matmul_bwd_workspace,
-    linear_fwd_workspace,
-    linear_bwd_workspace,
-    attention_fwd_workspace,
-    attention_bwd_workspace,
+#define VIT_OP(name, Params, ...) name,
+#define VIT_ROUTINE VIT_OP
+#define VIT_WORKSPACE(name, Params) name##_workspace,
+#include "ops.def"
 };
 
 }  // namespace vit::VIT_ISA

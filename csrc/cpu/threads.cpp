@@ -21,7 +21,8 @@ struct Runtime {
   std::string text;
 };
 
-std::atomic<bool> forked{false};
+std::atomic<bool> pooled{false};  // a region of several threads was opened
+std::atomic<bool> forked{false};  // this process is a child of one that had opened one
 
 bool resolve(void* library, Runtime& runtime) {
   runtime.parallel = reinterpret_cast<Parallel>(dlsym(library, "GOMP_parallel"));
@@ -38,7 +39,7 @@ std::string library_of(Parallel function) {
 Runtime find_runtime() {
   Runtime runtime;
   // An OpenMP pool does not survive fork(): a region in the child would wait for threads that are not there.
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  pthread_atfork(nullptr, nullptr, [] { forked = forked || pooled; });
   if (resolve(RTLD_DEFAULT, runtime)) {
     runtime.text = "OpenMP of the process (" + library_of(runtime.parallel) + ")";
     return runtime;
@@ -73,6 +74,7 @@ struct Call {
 
 void run_threads(int threads, void (*body)(void*, int, int), void* data) {
   if (threads <= 1 || !runtime().parallel || forked) return body(data, 0, 1);
+  if (!pooled.load(std::memory_order_relaxed)) pooled = true;
   Call call{body, data};
   runtime().parallel(
       [](void* argument) {
@@ -99,7 +101,7 @@ void Barrier::wait(int members) {
 }
 
 std::string threads_runtime() {
-  return forked ? "one thread: forked child of a process that may have used OpenMP" : runtime().text;
+  return forked ? "one thread: forked child of a process that used OpenMP's threads" : runtime().text;
 }
 
 }  // namespace vit

@@ -54,6 +54,8 @@ struct Head {
   T* data;
   int64_t token;
 
+  template <class Data>
+  __device__ Head(const HeadsOf<Data>& x, int64_t b, int64_t h) : Head(x.data, x.batch, x.token, x.head, b, h) {}
   __device__ Head(const void* base, int64_t batch_stride, int64_t token_stride, int64_t head_stride, int64_t b,
                   int64_t h)
       : data(const_cast<T*>(static_cast<const T*>(base)) + b * batch_stride + h * head_stride), token(token_stride) {}

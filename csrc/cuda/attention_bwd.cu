@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, D = static_cast<int>(p.D);
   const HeadBlock at = head_block(blockIdx.x, p.H, (p.N + kOwned - 1) / kOwned);
   const int64_t first = at.block * kOwned, head = (at.b * p.H + at.h) * p.N;
-  const Head<T> q(p.q, p.q_batch, p.q_token, p.q_head, at.b, at.h), k(p.k, p.k_batch, p.k_token, p.k_head, at.b, at.h),
-      v(p.v, p.v_batch, p.v_token, p.v_head, at.b, at.h), dq(p.dq, p.dq_batch, p.dq_token, p.dq_head, at.b, at.h),
+  const Head<T> q(p.q, at.b, at.h), k(p.k, at.b, at.h), v(p.v, at.b, at.h), dq(p.dq, at.b, at.h),
       dout(p.dout, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
   const bool active = first + row < p.N;
   const float scale = static_cast<float>(p.scale) * kLog2e;
@@ -104,9 +103,7 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const fl
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, D = static_cast<int>(p.D);
   const HeadBlock at = head_block(blockIdx.x, p.H, (p.L + kOwned - 1) / kOwned);
   const int64_t first = at.block * kOwned, head = (at.b * p.H + at.h) * p.N;
-  const Head<T> q(p.q, p.q_batch, p.q_token, p.q_head, at.b, at.h), k(p.k, p.k_batch, p.k_token, p.k_head, at.b, at.h),
-      v(p.v, p.v_batch, p.v_token, p.v_head, at.b, at.h), dk(p.dk, p.dk_batch, p.dk_token, p.dk_head, at.b, at.h),
-      dv(p.dv, p.dv_batch, p.dv_token, p.dv_head, at.b, at.h),
+  const Head<T> q(p.q, at.b, at.h), k(p.k, at.b, at.h), v(p.v, at.b, at.h), dk(p.dk, at.b, at.h), dv(p.dv, at.b, at.h),
       dout(p.dout, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
   const bool active = first + row < p.L;
   const float scale = static_cast<float>(p.scale) * kLog2e;
@@ -184,14 +181,14 @@ void run(const AttentionBwd& p, const float* delta, bool vectors, bool pairs) {
 }  // namespace
 
 void attention_bwd_mma(const AttentionBwd& p, const float* delta) {
-  const bool vectors =
-      is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) && is_aligned(p.dout) && p.D % (16 / bytes(p.dtype)) == 0 &&
-      strides_divide(16 / bytes(p.dtype),
-                     {p.q_batch, p.q_token, p.q_head, p.k_batch, p.k_token, p.k_head, p.v_batch, p.v_token, p.v_head});
-  const bool pairs = p.D % 2 == 0 && is_aligned(p.dq, 2 * bytes(p.dtype)) && is_aligned(p.dk, 2 * bytes(p.dtype)) &&
-                     is_aligned(p.dv, 2 * bytes(p.dtype)) &&
-                     strides_divide(2, {p.dq_batch, p.dq_token, p.dq_head, p.dk_batch, p.dk_token, p.dk_head,
-                                        p.dv_batch, p.dv_token, p.dv_head});
+  const bool vectors = is_aligned(p.q.data) && is_aligned(p.k.data) && is_aligned(p.v.data) && is_aligned(p.dout) &&
+                       p.D % (16 / bytes(p.dtype)) == 0 &&
+                       strides_divide(16 / bytes(p.dtype), {p.q.batch, p.q.token, p.q.head, p.k.batch, p.k.token,
+                                                            p.k.head, p.v.batch, p.v.token, p.v.head});
+  const bool pairs = p.D % 2 == 0 && is_aligned(p.dq.data, 2 * bytes(p.dtype)) &&
+                     is_aligned(p.dk.data, 2 * bytes(p.dtype)) && is_aligned(p.dv.data, 2 * bytes(p.dtype)) &&
+                     strides_divide(2, {p.dq.batch, p.dq.token, p.dq.head, p.dk.batch, p.dk.token, p.dk.head,
+                                        p.dv.batch, p.dv.token, p.dv.head});
   dispatch_mma(p.dtype, p.D, [&](auto element, auto head_dim) {
     run<decltype(element), decltype(head_dim)::value>(p, delta, vectors, pairs);
   });

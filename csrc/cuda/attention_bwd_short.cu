@@ -49,10 +49,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_bwd_short_kernel(Att
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = layout.keys / 16, threads = 32 * warps;
   const int D = static_cast<int>(p.D);
   const HeadBlock at = head_block(blockIdx.x, p.H, 1);
-  const Head<T> q(p.q, p.q_batch, p.q_token, p.q_head, at.b, at.h), k(p.k, p.k_batch, p.k_token, p.k_head, at.b, at.h),
-      v(p.v, p.v_batch, p.v_token, p.v_head, at.b, at.h), dq(p.dq, p.dq_batch, p.dq_token, p.dq_head, at.b, at.h),
-      dk(p.dk, p.dk_batch, p.dk_token, p.dk_head, at.b, at.h), dv(p.dv, p.dv_batch, p.dv_token, p.dv_head, at.b, at.h),
-      dout(p.dout, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h),
+  const Head<T> q(p.q, at.b, at.h), k(p.k, at.b, at.h), v(p.v, at.b, at.h), dq(p.dq, at.b, at.h), dk(p.dk, at.b, at.h),
+      dv(p.dv, at.b, at.h), dout(p.dout, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h),
       out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
 
   const auto load = [&](T* tile, const Head<T>& head, int from, int to, int64_t count) {
@@ -164,16 +162,17 @@ bool attention_bwd_short_supports(const AttentionBwd& p) {
   if (path() == Path::portable || !is_16_bit(p.dtype) || p.N == 0 || p.N > 1024 || p.L == 0 || p.L > 16 * kMaxWarps)
     return false;
   return p.D > 32 && p.D <= kD && p.D % 8 == 0 && Layout(p.N, p.L).bytes() <= shared_limit(p.context.device) &&
-         is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) && is_aligned(p.dout) && is_aligned(p.out, 4) &&
+         is_aligned(p.q.data) && is_aligned(p.k.data) && is_aligned(p.v.data) && is_aligned(p.dout) &&
+         is_aligned(p.out, 4) &&
          strides_divide(
-             8, {p.q_batch, p.q_token, p.q_head, p.k_batch, p.k_token, p.k_head, p.v_batch, p.v_token, p.v_head});
+             8, {p.q.batch, p.q.token, p.q.head, p.k.batch, p.k.token, p.k.head, p.v.batch, p.v.token, p.v.head});
 }
 
 void attention_bwd_short(const AttentionBwd& p) {
   const Layout layout(p.N, p.L);
-  const bool pairs = is_aligned(p.dq, 4) && is_aligned(p.dk, 4) && is_aligned(p.dv, 4) &&
-                     strides_divide(2, {p.dq_batch, p.dq_token, p.dq_head, p.dk_batch, p.dk_token, p.dk_head,
-                                        p.dv_batch, p.dv_token, p.dv_head});
+  const bool pairs = is_aligned(p.dq.data, 4) && is_aligned(p.dk.data, 4) && is_aligned(p.dv.data, 4) &&
+                     strides_divide(2, {p.dq.batch, p.dq.token, p.dq.head, p.dk.batch, p.dk.token, p.dk.head,
+                                        p.dv.batch, p.dv.token, p.dv.head});
   dispatch_16_bit(p.dtype, [&](auto element) {
     launch<attention_bwd_short_kernel<decltype(element)>>(
         {"attention_bwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, p.B * p.H, 2 * layout.keys,

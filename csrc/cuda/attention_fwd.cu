@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(AttentionFwd p,
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, D = static_cast<int>(p.D);
   const HeadBlock at = head_block(blockIdx.x, p.H, (p.N + kQueries - 1) / kQueries);
   const int64_t first = at.block * kQueries;
-  const Head<T> q(p.q, p.q_batch, p.q_token, p.q_head, at.b, at.h), k(p.k, p.k_batch, p.k_token, p.k_head, at.b, at.h),
-      v(p.v, p.v_batch, p.v_token, p.v_head, at.b, at.h), out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
+  const Head<T> q(p.q, at.b, at.h), k(p.k, at.b, at.h), v(p.v, at.b, at.h),
+      out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
   const bool active = first + row < p.N;  // a warp without queries only helps to copy
   const float scale = static_cast<float>(p.scale) * kLog2e;
 
@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(AttentionFwd p,
 }  // namespace
 
 void attention_fwd_mma(const AttentionFwd& p) {
-  const bool vectors = is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) &&
-                       strides_divide(16 / bytes(p.dtype), {p.q_batch, p.q_token, p.q_head, p.k_batch, p.k_token,
-                                                            p.k_head, p.v_batch, p.v_token, p.v_head});
+  const bool vectors = is_aligned(p.q.data) && is_aligned(p.k.data) && is_aligned(p.v.data) &&
+                       strides_divide(16 / bytes(p.dtype), {p.q.batch, p.q.token, p.q.head, p.k.batch, p.k.token,
+                                                            p.k.head, p.v.batch, p.v.token, p.v.head});
   const bool pairs = p.D % 2 == 0 && is_aligned(p.out, 2 * bytes(p.dtype));
   const int64_t blocks = p.B * p.H * divide_up(p.N, kQueries);
   dispatch_mma(p.dtype, p.D, [&](auto element, auto head_dim) {

@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kD, kKeys)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int D = static_cast<int>(p.D), N = static_cast<int>(p.N), keys = static_cast<int>(p.L);
   const HeadBlock at = head_block(blockIdx.x, p.H, parts);
-  const Head<T> q(p.q, p.q_batch, p.q_token, p.q_head, at.b, at.h), k(p.k, p.k_batch, p.k_token, p.k_head, at.b, at.h),
-      v(p.v, p.v_batch, p.v_token, p.v_head, at.b, at.h), out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
+  const Head<T> q(p.q, at.b, at.h), k(p.k, at.b, at.h), v(p.v, at.b, at.h),
+      out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
   const float scale = static_cast<float>(p.scale) * kLog2e;
 
   // Zeros where there is no key: a weight of 0 times anything left in shared memory could be NaN.
@@ -218,9 +218,9 @@ bool attention_fwd_hopper_supports(const AttentionFwd& p) {
   return path() == Path::automatic && has_hopper_kernels(p.context.device) && is_16_bit(p.dtype) && p.D % 8 == 0 &&
          p.D <= 128 && p.L <= kMostKeys && (p.L > 128 || compiled_head_dim(p.D) == 64) && p.N <= (1 << 20) &&
          p.scale > 0 &&  // the largest score is that of the largest product
-         is_aligned(p.q, 4) && is_aligned(p.k) && is_aligned(p.v) && is_aligned(p.out) &&
-         strides_divide(2, {p.q_batch, p.q_token, p.q_head}) &&
-         strides_divide(8, {p.k_batch, p.k_token, p.k_head, p.v_batch, p.v_token, p.v_head});
+         is_aligned(p.q.data, 4) && is_aligned(p.k.data) && is_aligned(p.v.data) && is_aligned(p.out) &&
+         strides_divide(2, {p.q.batch, p.q.token, p.q.head}) &&
+         strides_divide(8, {p.k.batch, p.k.token, p.k.head, p.v.batch, p.v.token, p.v.head});
 }
 
 void attention_fwd_hopper(const AttentionFwd& p) {

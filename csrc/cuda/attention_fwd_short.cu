@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2) attention_fwd_short_kernel(
   T* v_tile = k_tile + keys * R::kPitch;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = static_cast<int>(blockDim.x);
   const HeadBlock at = head_block(blockIdx.x, p.H, 1);
-  const Head<T> q(p.q, p.q_batch, p.q_token, p.q_head, at.b, at.h), k(p.k, p.k_batch, p.k_token, p.k_head, at.b, at.h),
-      v(p.v, p.v_batch, p.v_token, p.v_head, at.b, at.h), out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
+  const Head<T> q(p.q, at.b, at.h), k(p.k, at.b, at.h), v(p.v, at.b, at.h),
+      out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
   const float scale = static_cast<float>(p.scale) * kLog2e;
 
   const auto load = [&](T* tile, const Head<T>& head, int from, int to) {
@@ -101,9 +101,9 @@ bool attention_fwd_short_supports(const AttentionFwd& p) {
     return false;
   const int64_t reserved = 1024;  // of every block, by the driver
   return 2 * (shared_bytes(compiled(p.D), p.L) + reserved) <= shared_limit(p.context.device) + reserved &&
-         is_aligned(p.q, 4) && is_aligned(p.k) && is_aligned(p.v) &&
-         strides_divide(2, {p.q_batch, p.q_token, p.q_head}) &&
-         strides_divide(8, {p.k_batch, p.k_token, p.k_head, p.v_batch, p.v_token, p.v_head});
+         is_aligned(p.q.data, 4) && is_aligned(p.k.data) && is_aligned(p.v.data) &&
+         strides_divide(2, {p.q.batch, p.q.token, p.q.head}) &&
+         strides_divide(8, {p.k.batch, p.k.token, p.k.head, p.v.batch, p.v.token, p.v.head});
 }
 
 void attention_fwd_short(const AttentionFwd& p) {

@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(kThreads) fwd_scalar(AttentionFwd p) {
   const HeadBlock at = head_block(blockIdx.x, p.H, (p.N + kTile - 1) / kTile);
   const int64_t first = at.block * kTile;
   const int D = static_cast<int>(p.D);
-  const Head<T> q(p.q, p.q_batch, p.q_token, p.q_head, at.b, at.h), k(p.k, p.k_batch, p.k_token, p.k_head, at.b, at.h),
-      v(p.v, p.v_batch, p.v_token, p.v_head, at.b, at.h), out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
+  const Head<T> q(p.q, at.b, at.h), k(p.k, at.b, at.h), v(p.v, at.b, at.h),
+      out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
   const T scale = static_cast<T>(p.scale), infinity = static_cast<T>(INFINITY);
   T sum[kPer][B::kColumns] = {}, m[kPer], l[kPer];
 #pragma unroll
@@ -192,10 +192,9 @@ __global__ void __launch_bounds__(kThreads) bwd_scalar(AttentionBwd p, const T* 
   const HeadBlock at = head_block(blockIdx.x, p.H, (own_count + kTile - 1) / kTile);
   const int64_t first = at.block * kTile, head = (at.b * p.H + at.h) * p.N;
   const int D = static_cast<int>(p.D);
-  const Head<T> q(p.q, p.q_batch, p.q_token, p.q_head, at.b, at.h), k(p.k, p.k_batch, p.k_token, p.k_head, at.b, at.h),
-      v(p.v, p.v_batch, p.v_token, p.v_head, at.b, at.h), dout(p.dout, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h),
-      dq(p.dq, p.dq_batch, p.dq_token, p.dq_head, at.b, at.h), dk(p.dk, p.dk_batch, p.dk_token, p.dk_head, at.b, at.h),
-      dv(p.dv, p.dv_batch, p.dv_token, p.dv_head, at.b, at.h);
+  const Head<T> q(p.q, at.b, at.h), k(p.k, at.b, at.h), v(p.v, at.b, at.h),
+      dout(p.dout, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h), dq(p.dq, at.b, at.h), dk(p.dk, at.b, at.h),
+      dv(p.dv, at.b, at.h);
   const T scale = static_cast<T>(p.scale);
   const auto load_numbers = [&](int64_t query) {
     for (int i = threadIdx.x; i < kTile; i += kThreads) {

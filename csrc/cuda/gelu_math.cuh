@@ -84,15 +84,27 @@ __device__ inline A gelu_tanh_derivative(A x) {
 
 template <class T, class A = Acc<T>>
 __device__ inline A activate(Activation activation, A x) {
-  if (activation == Activation::gelu) return gelu<T>(x);
-  if (activation == Activation::gelu_tanh) return gelu_tanh<T>(x);
+  switch (activation) {
+    case Activation::none:
+      return x;
+    case Activation::gelu:
+      return gelu<T>(x);
+    case Activation::gelu_tanh:
+      return gelu_tanh<T>(x);
+  }
   return x;
 }
 
 template <class T, class A = Acc<T>>
 __device__ inline A activation_derivative(Activation activation, A x) {
-  if (activation == Activation::gelu) return gelu_derivative<T>(x);
-  if (activation == Activation::gelu_tanh) return gelu_tanh_derivative<T>(x);
+  switch (activation) {
+    case Activation::none:
+      return 1;
+    case Activation::gelu:
+      return gelu_derivative<T>(x);
+    case Activation::gelu_tanh:
+      return gelu_tanh_derivative<T>(x);
+  }
   return 1;
 }
 

@@ -20,17 +20,18 @@ Gemm product(DType dtype, int64_t batch, int64_t M, int64_t N, int64_t K, Operan
 }
 
 Gemm forward(const MatmulFwd& p) {
-  return product(p.dtype, p.batch, p.M, p.N, p.K, {p.a, p.a_row, p.a_col, p.a_batch},
-                 {p.b, p.b_col, p.b_row, p.b_batch}, p.c);
+  return product(p.dtype, p.batch, p.M, p.N, p.K, {p.a.data, p.a.row, p.a.col, p.a.batch},
+                 {p.b.data, p.b.col, p.b.row, p.b.batch}, p.c);
 }
 
 Gemm gradient_a(const MatmulBwd& p) {
-  return product(p.dtype, p.batch, p.M, p.K, p.N, {p.dc, p.N, 1, p.M * p.N}, {p.b, p.b_row, p.b_col, p.b_batch}, p.da);
+  return product(p.dtype, p.batch, p.M, p.K, p.N, {p.dc, p.N, 1, p.M * p.N}, {p.b.data, p.b.row, p.b.col, p.b.batch},
+                 p.da);
 }
 
 Gemm gradient_b(const MatmulBwd& p) {
-  Gemm g =
-      product(p.dtype, p.batch, p.K, p.N, p.M, {p.a, p.a_col, p.a_row, p.a_batch}, {p.dc, 1, p.N, p.M * p.N}, p.db);
+  Gemm g = product(p.dtype, p.batch, p.K, p.N, p.M, {p.a.data, p.a.col, p.a.row, p.a.batch}, {p.dc, 1, p.N, p.M * p.N},
+                   p.db);
   if (p.batch == 1) g.splits = gemm_splits(p.K, p.N, p.M);
   g.workspace = p.workspace;
   return g;

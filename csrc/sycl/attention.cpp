@@ -33,12 +33,6 @@ const Family kDividedHeads = {10, "attention.h", [](const std::vector<DType>& d)
                                                                 instance("attention_bwd_q", d[0])};
                               }};
 
-// Rows of one side of the scores: data [B, n, H, D] and its strides in elements.
-struct Heads {
-  const void* data;
-  int64_t batch, token, head;
-};
-
 // What all kernels are told: sizes as numbers of 32 bits.
 struct Sizes {
   int B, H, N, L, D;
@@ -148,8 +142,20 @@ struct Backward {
   }
 };
 
-int64_t span(int64_t B, int64_t n, int64_t H, int64_t D, int64_t batch, int64_t token, int64_t head) {
-  return extent(B, batch, n, token, H, head, D, 1);
+template <class P, class Data>
+int64_t span(const P& p, int64_t n, const HeadsOf<Data>& x) {
+  return extent(p.B, x.batch, n, x.token, p.H, x.head, p.D, 1);
+}
+
+// n tokens of every head, as kernels may read them.
+template <class P>
+Heads given(Call& call, const P& p, int64_t n, const Heads& x) {
+  return {call.in(x.data, span(p, n, x), size_of(p.dtype)), x.batch, x.token, x.head};
+}
+
+template <class P>
+void* written(Call& call, const P& p, int64_t n, const MutableHeads& x) {
+  return call.out(x.data, span(p, n, x), size_of(p.dtype));
 }
 
 }  // namespace
@@ -162,18 +168,12 @@ void attention_fwd(const AttentionFwd& p) {
   const std::size_t size = size_of(p.dtype), acc = size_of(accumulator(p.dtype));
   const Bundle& bundle = call.bundle(kForward, {p.dtype});
   const Forward f(p, static_cast<char*>(call.scratch(p.workspace, attention_fwd_workspace(p))));
-  const void* q = call.in(p.q, span(p.B, p.N, p.H, p.D, p.q_batch, p.q_token, p.q_head), size);
-  const Heads k = readable(
-      call, bundle, kForwardCopy, p,
-      {call.in(p.k, span(p.B, p.L, p.H, p.D, p.k_batch, p.k_token, p.k_head), size), p.k_batch, p.k_token, p.k_head},
-      p.L, f.k);
-  const Heads v = readable(
-      call, bundle, kForwardCopy, p,
-      {call.in(p.v, span(p.B, p.L, p.H, p.D, p.v_batch, p.v_token, p.v_head), size), p.v_batch, p.v_token, p.v_head},
-      p.L, f.v);
+  const void* q = given(call, p, p.N, p.q).data;
+  const Heads k = readable(call, bundle, kForwardCopy, p, given(call, p, p.L, p.k), p.L, f.k);
+  const Heads v = readable(call, bundle, kForwardCopy, p, given(call, p, p.L, p.v), p.L, f.v);
   call.launch(bundle, kForwardMain, f.units, q, k.data, v.data, call.out(p.out, p.B * p.N * p.H * p.D, size),
-              call.out(p.lse, p.B * p.H * p.N, acc), static_cast<void*>(f.scratch), s.B, s.H, s.N, s.L, s.D, p.q_batch,
-              p.q_token, p.q_head, k.batch, k.token, k.head, v.batch, v.token, v.head, p.scale, f.stride, f.units);
+              call.out(p.lse, p.B * p.H * p.N, acc), static_cast<void*>(f.scratch), s.B, s.H, s.N, s.L, s.D, p.q.batch,
+              p.q.token, p.q.head, k.batch, k.token, k.head, v.batch, v.token, v.head, p.scale, f.stride, f.units);
   call.finish();
 }
 
@@ -187,18 +187,13 @@ void attention_bwd(const AttentionBwd& p) {
   const Bundle& bundle = call.bundle(whole ? kWholeHeads : kDividedHeads, {p.dtype});
   const Backward b(p, static_cast<char*>(call.scratch(p.workspace, attention_bwd_workspace(p))));
   const int64_t row = p.H * p.D;
-  const Heads q{call.in(p.q, span(p.B, p.N, p.H, p.D, p.q_batch, p.q_token, p.q_head), size), p.q_batch, p.q_token,
-                p.q_head};
-  const Heads k{call.in(p.k, span(p.B, p.L, p.H, p.D, p.k_batch, p.k_token, p.k_head), size), p.k_batch, p.k_token,
-                p.k_head};
-  const Heads v{call.in(p.v, span(p.B, p.L, p.H, p.D, p.v_batch, p.v_token, p.v_head), size), p.v_batch, p.v_token,
-                p.v_head};
+  const Heads q = given(call, p, p.N, p.q), k = given(call, p, p.L, p.k), v = given(call, p, p.L, p.v);
   const Heads dout{call.in(p.dout, p.B * p.N * row, size), p.N * row, row, p.D};
   const void* out = call.in(p.out, p.B * p.N * row, size);
   const void* lse = call.in(p.lse, p.B * p.H * p.N, acc);
-  void* dq = call.out(p.dq, span(p.B, p.N, p.H, p.D, p.dq_batch, p.dq_token, p.dq_head), size);
-  void* dk = call.out(p.dk, span(p.B, p.L, p.H, p.D, p.dk_batch, p.dk_token, p.dk_head), size);
-  void* dv = call.out(p.dv, span(p.B, p.L, p.H, p.D, p.dv_batch, p.dv_token, p.dv_head), size);
+  void* dq = written(call, p, p.N, p.dq);
+  void* dk = written(call, p, p.L, p.dk);
+  void* dv = written(call, p, p.L, p.dv);
   void *delta = b.delta, *scratch = b.scratch;
 
   const Heads keys = readable(call, bundle, kBackwardCopy, p, k, p.L, b.k);
@@ -206,14 +201,14 @@ void attention_bwd(const AttentionBwd& p) {
   const Heads gradients = readable(call, bundle, kBackwardCopy, p, dout, p.N, b.dout);
   if (!whole)
     call.launch(bundle, kGradientOfQ, b.q_units, gradients.data, q.data, keys.data, values.data, out, lse, dq, delta,
-                scratch, s.B, s.H, s.N, s.L, s.D, gradients.batch, gradients.token, gradients.head, p.q_batch,
-                p.q_token, p.q_head, keys.batch, keys.token, keys.head, values.batch, values.token, values.head,
-                p.dq_batch, p.dq_token, p.dq_head, p.scale, b.q_stride, b.q_units);
+                scratch, s.B, s.H, s.N, s.L, s.D, gradients.batch, gradients.token, gradients.head, p.q.batch,
+                p.q.token, p.q.head, keys.batch, keys.token, keys.head, values.batch, values.token, values.head,
+                p.dq.batch, p.dq.token, p.dq.head, p.scale, b.q_stride, b.q_units);
   const Heads queries = copied(call, bundle, kBackwardCopy, p, q, p.N, b.q, p.scale);
   call.launch(bundle, kBackwardMain, b.units, gradients.data, queries.data, keys.data, values.data, out, lse, delta, dq,
               dk, dv, scratch, s.B, s.H, s.N, s.L, s.D, gradients.batch, gradients.token, gradients.head, queries.batch,
               queries.token, queries.head, keys.batch, keys.token, keys.head, values.batch, values.token, values.head,
-              p.dq_batch, p.dq_token, p.dq_head, p.dk_batch, p.dk_token, p.dk_head, p.dv_batch, p.dv_token, p.dv_head,
+              p.dq.batch, p.dq.token, p.dq.head, p.dk.batch, p.dk.token, p.dk.head, p.dv.batch, p.dv.token, p.dv.head,
               p.scale, b.stride, b.units);
   call.finish();
 }

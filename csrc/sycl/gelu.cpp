@@ -22,7 +22,7 @@ void gelu_fwd(const GeluFwd& p) {
   Call call("gelu_fwd", p.context);
   const std::size_t size = size_of(p.dtype);
   call.launch(call.bundle(kForward, {p.dtype}), 0, ceil_div(p.n, tiles::kElements), call.in(p.x, p.n, size),
-              call.out(p.y, p.n, size), p.n, static_cast<int>(p.activation));
+              call.out(p.y, p.n, size), p.n, p.activation);
   call.finish();
 }
 
@@ -32,7 +32,7 @@ void gelu_bwd(const GeluBwd& p) {
   Call call("gelu_bwd", p.context);
   const std::size_t size = size_of(p.dtype);
   call.launch(call.bundle(kBackward, {p.dtype}), 0, ceil_div(p.n, tiles::kElements), call.in(p.dy, p.n, size),
-              call.in(p.x, p.n, size), call.out(p.dx, p.n, size), p.n, static_cast<int>(p.activation));
+              call.in(p.x, p.n, size), call.out(p.dx, p.n, size), p.n, p.activation);
   call.finish();
 }
 

@@ -106,7 +106,7 @@ void linear_fwd(const LinearFwd& p) {
   call.launch(bundle, kForwardProduct, units, x.data, weight.data, call.in(p.bias, p.N, param),
               call.in(p.residual, p.M * p.N, result), call.out(p.y, p.M * p.N, result),
               call.out(p.preact, p.M * p.N, size), static_cast<int>(p.M), static_cast<int>(p.N), static_cast<int>(p.K),
-              x.row, static_cast<int>(p.activation), units);
+              x.row, p.activation, units);
   call.finish();
 }
 
@@ -124,7 +124,7 @@ void linear_bwd(const LinearBwd& p) {
   const int rows = static_cast<int>(b.rows);
   if (p.N && (made || (partial && !sums_later)))
     call.launch(bundle, kMakeDz, b.units, dy, call.in(p.preact, p.M * p.N, size), made, partial, static_cast<int>(p.M),
-                static_cast<int>(p.N), static_cast<int>(p.activation), rows, b.units);
+                static_cast<int>(p.N), p.activation, rows, b.units);
   if (p.dx && p.M && p.K) {
     b.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), param);
     const Packed weight = pack_right(call, bundle, kPackWeightRows, b.weight, b.dx, b.packed);

@@ -43,21 +43,21 @@ void run(Call& call, const Context& context, const Product& p, void* c, void* wo
 }
 
 Product forward(const MatmulFwd& p) {
-  return {{p.a, p.a_batch, p.a_row, p.a_col, p.dtype},
-          {p.b, p.b_batch, p.b_row, p.b_col, p.dtype},
+  return {{p.a.data, p.a.batch, p.a.row, p.a.col, p.dtype},
+          {p.b.data, p.b.batch, p.b.row, p.b.col, p.dtype},
           {p.batch, p.M, p.N, p.K, accumulator(p.dtype)}};
 }
 
 // da = dc b^T
 Product left_gradient(const MatmulBwd& p) {
   return {{p.dc, p.M * p.N, p.N, 1, p.dtype},
-          {p.b, p.b_batch, p.b_col, p.b_row, p.dtype},
+          {p.b.data, p.b.batch, p.b.col, p.b.row, p.dtype},
           {p.batch, p.M, p.K, p.N, accumulator(p.dtype)}};
 }
 
 // db = a^T dc
 Product right_gradient(const MatmulBwd& p) {
-  return {{p.a, p.a_batch, p.a_col, p.a_row, p.dtype},
+  return {{p.a.data, p.a.batch, p.a.col, p.a.row, p.dtype},
           {p.dc, p.M * p.N, p.N, 1, p.dtype},
           {p.batch, p.K, p.N, p.M, accumulator(p.dtype)}};
 }
@@ -70,8 +70,8 @@ void matmul_fwd(const MatmulFwd& p) {
   Call call("matmul_fwd", p.context);
   const std::size_t size = size_of(p.dtype);
   Product product = forward(p);
-  product.a.data = call.in(p.a, extent(p.batch, p.a_batch, p.M, p.a_row, p.K, p.a_col), size);
-  product.b.data = call.in(p.b, extent(p.batch, p.b_batch, p.K, p.b_row, p.N, p.b_col), size);
+  product.a.data = call.in(p.a.data, extent(p.batch, p.a.batch, p.M, p.a.row, p.K, p.a.col), size);
+  product.b.data = call.in(p.b.data, extent(p.batch, p.b.batch, p.K, p.b.row, p.N, p.b.col), size);
   void* c = call.out(p.c, p.batch * p.M * p.N, size);
   run(call, p.context, product, c, call.scratch(p.workspace, matmul_fwd_workspace(p)));
   call.finish();
@@ -87,12 +87,12 @@ void matmul_bwd(const MatmulBwd& p) {
   if (p.da && p.M && p.K) {
     Product product = left_gradient(p);
     product.a.data = dc;
-    product.b.data = call.in(p.b, extent(p.batch, p.b_batch, p.K, p.b_row, p.N, p.b_col), size);
+    product.b.data = call.in(p.b.data, extent(p.batch, p.b.batch, p.K, p.b.row, p.N, p.b.col), size);
     run(call, p.context, product, call.out(p.da, p.batch * p.M * p.K, size), workspace);
   }
   if (p.db && p.K && p.N) {
     Product product = right_gradient(p);
-    product.a.data = call.in(p.a, extent(p.batch, p.a_batch, p.M, p.a_row, p.K, p.a_col), size);
+    product.a.data = call.in(p.a.data, extent(p.batch, p.a.batch, p.M, p.a.row, p.K, p.a.col), size);
     product.b.data = dc;
     run(call, p.context, product, call.out(p.db, p.batch * p.K * p.N, size), workspace);
   }

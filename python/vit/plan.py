@@ -24,7 +24,7 @@ class Plan(Mapping[str, str]):
         for spec in self.specs:
             by_op.setdefault(spec.op, []).append(spec)
         for op, wanted in by_op.items():
-            self._choice[op] = choose(requested, wanted, purpose).name
+            self._choice[op] = choose(requested, wanted, OPS[op].limits, purpose).name
 
     def __getitem__(self, op: str) -> str:
         return self._choice[op]
@@ -89,6 +89,6 @@ def _refused_before(requested: str, chosen: str, specs: list[Spec]) -> str:
     for name, backend in records().items():
         if name == chosen:
             break
-        why = dict.fromkeys(reason for spec in specs for reason in reasons(backend, spec))
+        why = dict.fromkeys(reason for spec in specs for reason in reasons(backend, spec, OPS[spec.op].limits))
         refused.append(f"{name}: {'; '.join(why)}")
     return " | ".join(refused)

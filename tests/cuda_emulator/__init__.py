@@ -17,10 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pybind11
 import torch
 from vit.backends import NativeBackend
 from vit.ops import OPS
-from vit.ops import op as glue
+from vit.ops import bound as glue
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -41,7 +42,7 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     `sanitize`: with AddressSanitizer and UndefinedBehaviorSanitizer, to be loaded as `sanitizer_environment` says.
     """
     sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "bindings.cpp", CSRC / "check.cpp", HERE / "emulator.cpp"]
-    headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh"), *HERE.glob("*.cuh")]
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("*.def"), *CSRC.glob("cuda/*.cuh"), *HERE.glob("*.cuh")]
     content = b"".join(file.read_bytes() for file in [*sources, *sorted(headers)])
     digest = hashlib.sha256(content).hexdigest()[:16] + ("-sanitized" if sanitize else "")
     module = folder / digest / f"{NAME}.so"
@@ -52,7 +53,12 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     command = [compiler() or "g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"]
     command += ["-Wno-unknown-pragmas", f"-DVIT_MODULE={NAME}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
     command += ['-DVIT_CUDA_ARCHITECTURES="emulated"', '-DVIT_CUDA_COMPILER="emulated"', "-DVIT_CUDA_WITH_HOPPER=1"]
-    command += [f"-I{sysconfig.get_path('include')}", "-include", str(HERE / "hopper_instructions.cuh")]
+    command += [
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_path('include')}",
+        "-include",
+        str(HERE / "hopper_instructions.cuh"),
+    ]
 
     if sanitize:
         command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
@@ -131,8 +137,7 @@ class Emulated(NativeBackend):
     def unavailable(self) -> str | None:
         return None
 
-    @property
-    def lib(self) -> Any:
+    def load(self) -> Any:
         return self.module
 
     def context(self, device: torch.device) -> tuple[int, int, int, bool]:

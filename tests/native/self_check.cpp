@@ -184,11 +184,11 @@ void gelu(const Case& c, int64_t n, Activation activation) {
 void matmul(const Case& c, int64_t batch, int64_t M, int64_t N, int64_t K) {
   Array a = random(c.dtype, batch * K * M), b = random(c.dtype, K * N), dy = random(c.dtype, batch * M * N);
   Array y(c.dtype, batch * M * N), da(c.dtype, batch * M * K), db(c.dtype, batch * K * N);
-  MatmulFwd p{a.data(), b.data(), y.data(), nullptr, batch, M, N, K, K * M, 1, M, 0, N, 1, c.dtype, c.context};
+  const Matrix at{a.data(), K * M, 1, M}, one{b.data(), 0, N, 1};
+  MatmulFwd p{at, one, y.data(), nullptr, batch, M, N, K, c.dtype, c.context};
   const auto memory = workspace(matmul_fwd_workspace, p);
   matmul_fwd(p);
-  MatmulBwd q{dy.data(), a.data(), b.data(), da.data(), db.data(), nullptr, batch, M,       N,
-              K,         K * M,    1,        M,         0,         N,       1,     c.dtype, c.context};
+  MatmulBwd q{dy.data(), at, one, da.data(), db.data(), nullptr, batch, M, N, K, c.dtype, c.context};
   const auto more = workspace(matmul_bwd_workspace, q);
   matmul_bwd(q);
 
@@ -265,70 +265,18 @@ void attention(const Case& c, int64_t B, int64_t N, int64_t H, int64_t D) {
   const double scale = 1 / std::sqrt(static_cast<double>(D));
   Array qkv = random(c.dtype, B * batch), dout = random(c.dtype, B * N * H * D), dqkv(c.dtype, B * batch);
   Array out(c.dtype, B * N * H * D), lse(accumulator(c.dtype), B * H * N);
-  const auto part = [&](Array& packed, int i) {
-    return static_cast<unsigned char*>(packed.data()) + static_cast<std::size_t>(i * H * D) * bytes(c.dtype);
+  const auto part = [&](Array& packed, int i) -> MutableHeads {
+    auto* data = static_cast<unsigned char*>(packed.data()) + static_cast<std::size_t>(i * H * D) * bytes(c.dtype);
+    return {data, batch, token, D};
   };
-  AttentionFwd p{part(qkv, 0),
-                 part(qkv, 1),
-                 part(qkv, 2),
-                 out.data(),
-                 lse.data(),
-                 nullptr,
-                 B,
-                 N,
-                 N,
-                 H,
-                 D,
-                 batch,
-                 token,
-                 D,
-                 batch,
-                 token,
-                 D,
-                 batch,
-                 token,
-                 D,
-                 scale,
-                 c.dtype,
-                 c.context};
+  const auto given = [&](int i) -> Heads { return {part(qkv, i).data, batch, token, D}; };
+  AttentionFwd p{given(0), given(1), given(2), out.data(), lse.data(), nullptr, B,
+                 N,        N,        H,        D,          scale,      c.dtype, c.context};
   const auto memory = workspace(attention_fwd_workspace, p);
   attention_fwd(p);
-  AttentionBwd q{dout.data(),
-                 part(qkv, 0),
-                 part(qkv, 1),
-                 part(qkv, 2),
-                 out.data(),
-                 lse.data(),
-                 part(dqkv, 0),
-                 part(dqkv, 1),
-                 part(dqkv, 2),
-                 nullptr,
-                 B,
-                 N,
-                 N,
-                 H,
-                 D,
-                 batch,
-                 token,
-                 D,
-                 batch,
-                 token,
-                 D,
-                 batch,
-                 token,
-                 D,
-                 batch,
-                 token,
-                 D,
-                 batch,
-                 token,
-                 D,
-                 batch,
-                 token,
-                 D,
-                 scale,
-                 c.dtype,
-                 c.context};
+  AttentionBwd q{
+      dout.data(), given(0), given(1), given(2), out.data(), lse.data(), part(dqkv, 0), part(dqkv, 1), part(dqkv, 2),
+      nullptr,     B,        N,        N,        H,          D,          scale,         c.dtype,       c.context};
   const auto more = workspace(attention_bwd_workspace, q);
   attention_bwd(q);
 

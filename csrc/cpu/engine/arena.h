@@ -22,9 +22,9 @@ int64_t padded(int64_t K) {
 inline AttentionFwd attention_of(const Shape& s, int64_t images) {
   AttentionFwd p{};
   p.B = images, p.N = p.L = s.N(), p.H = s.H, p.D = s.D();
-  p.q_batch = p.k_batch = p.v_batch = s.N() * 3 * s.C;
-  p.q_token = p.k_token = p.v_token = 3 * s.C;
-  p.q_head = p.k_head = p.v_head = s.D();
+  p.q.batch = p.k.batch = p.v.batch = s.N() * 3 * s.C;
+  p.q.token = p.k.token = p.v.token = 3 * s.C;
+  p.q.head = p.k.head = p.v.head = s.D();
   p.scale = 1.0 / ::sqrt(static_cast<double>(s.D()));
   p.dtype = s.precision == Precision::float32 ? DType::float32 : DType::bfloat16;
   return p;

@@ -29,14 +29,14 @@ void project(Pass<T>& p, const Block& w, int64_t b, int64_t count, bool of_token
 // softmax(scale q k^T) of the class token, image b of the group, head h.
 template <class T>
 void class_attention(const AttentionFwd& a, int64_t b, int64_t h, float* out) {
-  const T* q = static_cast<const T*>(a.q) + b * a.q_batch + h * a.q_head;
-  const T* k = static_cast<const T*>(a.k) + b * a.k_batch + h * a.k_head;
+  const T* q = static_cast<const T*>(a.q.data) + b * a.q.batch + h * a.q.head;
+  const T* k = static_cast<const T*>(a.k.data) + b * a.k.batch + h * a.k.head;
   const float scale = static_cast<float>(a.scale * 1.44269504088896340736);
   float largest = -INFINITY;
   for (int64_t j = 0; j < a.L; ++j) {
     f32v dot{};
     for (int64_t d = 0; d < a.D; d += kLanes<float>)
-      dot = fma(load<float>(q + d, a.D - d), load<float>(k + j * a.k_token + d, a.D - d), dot);
+      dot = fma(load<float>(q + d, a.D - d), load<float>(k + j * a.k.token + d, a.D - d), dot);
     out[j] = scale * sum(dot);
     largest = max(largest, out[j]);
   }
@@ -57,7 +57,7 @@ void attend(Pass<T>& p, int64_t l, int64_t b, int64_t count, bool of_token) {
   const Shape& s = p.s;
   const Team& team = p.team;
   AttentionFwd a = attention_of(s, count);
-  a.q = p.qkv, a.k = p.qkv + s.C, a.v = p.qkv + 2 * s.C, a.out = p.attended;
+  a.q.data = p.qkv, a.k.data = p.qkv + s.C, a.v.data = p.qkv + 2 * s.C, a.out = p.attended;
   if (of_token) a.N = 1, a.out = p.attended + b * s.C;
   const int64_t units = attention_fwd_units(a);
   attention_fwd_range(a, p.own.scratch, part(units, team.member, team.members),

@@ -7,9 +7,10 @@
 // Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
 #pragma once
 
+#include "codes.h"
 #include "exp.h"
 
-enum Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };  // the codes of vit::Activation
+using vit::Activation;
 
 template <class A>
 struct Normal {
@@ -43,22 +44,43 @@ VIT_INLINE A tanh_gate(A x) {
 }
 
 template <class A>
-VIT_INLINE A activate(int activation, A x) {
-  if (activation == kGelu) return x * normal(x).cdf;
-  if (activation == kGeluTanh) return x * tanh_gate(x);
-  return x;
+VIT_INLINE A gelu_derivative(A x) {
+  const Normal<A> n = normal(x);
+  return sycl::fma(A(0.39894228040143267794) * x, n.bell, n.cdf);
 }
 
 template <class A>
-VIT_INLINE A activation_derivative(int activation, A x) {
-  if (activation == kGelu) {
-    const Normal<A> n = normal(x);
-    return sycl::fma(A(0.39894228040143267794) * x, n.bell, n.cdf);
-  }
+VIT_INLINE A gelu_tanh_derivative(A x) {
   const A limit = sizeof(A) == 8 ? A(21) : A(9.9);  // beyond it the derivative is 0 or 1, and e^-4u would overflow
   x = x > limit ? limit : x < -limit ? -limit : x;
   const A gate = tanh_gate(x);
   const A slope = A(1.5957691216057308) + A(3 * 0.071354816272600248) * x * x;  // of 2u
   const A other = tanh_gate(-x);                                                // 1 - gate, without its cancellation
   return sycl::fma(gate * other, x * slope, gate);
+}
+
+template <class A>
+VIT_INLINE A activate(Activation activation, A x) {
+  switch (activation) {
+    case Activation::none:
+      return x;
+    case Activation::gelu:
+      return x * normal(x).cdf;
+    case Activation::gelu_tanh:
+      return x * tanh_gate(x);
+  }
+  return x;
+}
+
+template <class A>
+VIT_INLINE A activation_derivative(Activation activation, A x) {
+  switch (activation) {
+    case Activation::none:
+      return A(1);
+    case Activation::gelu:
+      return gelu_derivative(x);
+    case Activation::gelu_tanh:
+      return gelu_tanh_derivative(x);
+  }
+  return A(1);
 }

@@ -7,7 +7,7 @@
 #include "activation.h"
 
 template <class T>
-VIT_KERNEL gelu_fwd(const T* x, T* y, int64 n, int activation) {
+VIT_KERNEL gelu_fwd(const T* x, T* y, int64 n, Activation activation) {
   using A = Acc<T>;
   const Place at = place();
   const int64 first = at.unit * vit::tiles::kElements;
@@ -20,7 +20,7 @@ VIT_KERNEL gelu_fwd(const T* x, T* y, int64 n, int activation) {
 }
 
 template <class T>
-VIT_KERNEL gelu_bwd(const T* dy, const T* x, T* dx, int64 n, int activation) {
+VIT_KERNEL gelu_bwd(const T* dy, const T* x, T* dx, int64 n, Activation activation) {
   using A = Acc<T>;
   const Place at = place();
   const int64 first = at.unit * vit::tiles::kElements;

@@ -14,7 +14,7 @@
 
 template <class T, class P, class O, class A>
 VIT_KERNEL linear_fwd(const A* x, const A* packed, const P* bias, const O* residual, O* y, T* preact, int M, int N,
-                      int K, int64 x_row, int activation, int64 units) {
+                      int K, int64 x_row, Activation activation, int64 units) {
   multiply<A>(x, packed, {M, N, K, x_row, 0, 0}, units, [=](int64, int row, int column, int lane, A value) VIT_ALWAYS {
     const int64 at = int64(row) * N + column;
     if (bias) {
@@ -37,8 +37,8 @@ VIT_KERNEL linear_fwd(const A* x, const A* packed, const P* bias, const O* resid
 
 // dz [M, N] (null: not wanted) and the sums of `rows` rows each, partial [units][N] (null likewise).
 template <class T, class O>
-VIT_KERNEL linear_dz(const O* dy, const T* preact, Acc<T>* dz, Acc<T>* partial, int M, int N, int activation, int rows,
-                     int64 units) {
+VIT_KERNEL linear_dz(const O* dy, const T* preact, Acc<T>* dz, Acc<T>* partial, int M, int N, Activation activation,
+                     int rows, int64 units) {
   using A = Acc<T>;
   const Place at = place();
   if (at.unit >= units) return;
@@ -52,7 +52,7 @@ VIT_KERNEL linear_dz(const O* dy, const T* preact, Acc<T>* dz, Acc<T>* partial, 
     A* out = dz + row * N;
     for_columns(N, lane, [&](int n) VIT_ALWAYS {
       A v = load<A>(in + n + lane);
-      if (activation != kNone) v *= activation_derivative(activation, load<A>(z + n + lane));
+      if (activation != Activation::none) v *= activation_derivative(activation, load<A>(z + n + lane));
       if (dz) out[n + lane] = v;
       if (partial) total[n + lane] += v;
     });

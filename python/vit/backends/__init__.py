@@ -8,16 +8,15 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ._base import CONTRACT, DTYPE_CODES, Backend, BackendError, HostWorkspace, NativeBackend, Spec
+from ._base import CONTRACT, Backend, BackendError, HostWorkspace, NativeBackend, Spec, constant, expect
 
 __all__ = [
     "CONTRACT",
-    "DTYPE_CODES",
     "Backend",
     "BackendError",
     "HostWorkspace",
@@ -25,7 +24,9 @@ __all__ = [
     "Spec",
     "backends",
     "choose",
+    "constant",
     "default_device",
+    "expect",
     "get",
     "reasons",
     "records",
@@ -62,37 +63,38 @@ def get(name: str) -> Backend:
         raise ValueError(f"vit: unknown backend {name!r}; known are {known}") from None
 
 
-def reasons(backend: Backend, spec: Spec) -> list[str]:
+#: Why no native kernel of an op can run a Spec; empty when they can.
+Limits = Callable[[Spec], list[str]]
+
+
+def reasons(backend: Backend, spec: Spec, limits: Limits) -> list[str]:
     """Why `backend` cannot run `spec`: its own reasons, then the limits every native kernel of the op has."""
-    from ..ops import OPS  # the ops stand above the backends; only this question looks up
-
-    shared = OPS[spec.op].limits(spec) if isinstance(backend, NativeBackend) else []
-    return backend.reasons(spec) + shared
+    return backend.reasons(spec) + (limits(spec) if isinstance(backend, NativeBackend) else [])
 
 
-def choose(name: str, specs: Sequence[Spec], purpose: str = "") -> Backend:
+def choose(name: str, specs: Sequence[Spec], limits: Limits, purpose: str = "") -> Backend:
     """The backend that runs every one of `specs` (calls of one op): the named one, or for "auto" the first that can.
 
     Raises BackendError with every candidate's reasons when there is none.
     """
     candidates = _RECORDS.values() if name == "auto" else [get(name)]
     for backend in candidates:
-        why = [reason for spec in specs for reason in reasons(backend, spec)]
+        why = [reason for spec in specs for reason in reasons(backend, spec, limits)]
         if not why:
             return backend
         if purpose and name == "auto" and not backend.unavailable() and specs[0].device_type in backend.device_types:
             log.info("%s of %s not on %s: %s", specs[0].op, purpose, backend.name, "; ".join(dict.fromkeys(why)))
-    failing = next((spec for spec in specs if any(reasons(backend, spec) for backend in candidates)), specs[0])
-    raise BackendError(refusal(name, failing, purpose))
+    failing = next((spec for spec in specs if any(reasons(b, spec, limits) for b in candidates)), specs[0])
+    raise BackendError(refusal(name, failing, limits, purpose))
 
 
-def refusal(name: str, spec: Spec, purpose: str = "") -> str:
+def refusal(name: str, spec: Spec, limits: Limits, purpose: str = "") -> str:
     """The text of a BackendError: what failed, the inputs, every candidate's reasons, what to do."""
     direction = "forward and backward" if spec.training else "forward"
     lines = [f"vit: backend '{name}' cannot run '{spec.op}' ({direction})" + (f" for {purpose}" if purpose else "")]
     lines.append(f"  inputs      {spec}")
     for other, backend in _RECORDS.items():
-        lines.append(f"  {other:<11} {'; '.join(reasons(backend, spec)) or 'ok'}")
+        lines.append(f"  {other:<11} {'; '.join(reasons(backend, spec, limits)) or 'ok'}")
     lines.append('Use backend="auto" to fall back per op, or backend="reference".')
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,10 +15,7 @@ from typing import Any
 import torch
 
 #: Must equal vit::kContract of csrc/vit.h.
-CONTRACT = 2
-
-#: Codes of vit::DType.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CONTRACT = 3
 
 
 class BackendError(RuntimeError):
@@ -97,14 +95,28 @@ class NativeBackend(Backend):
     def unavailable(self) -> str | None:
         return _load(self.name)[1]
 
-    @property
+    @cached_property
     def lib(self) -> Any:
         """The compiled module; raises BackendError with the reason when there is none."""
+        return self.load()
+
+    def load(self) -> Any:
+        """Imports the compiled module."""
         module, why = _load(self.name)
         if module is None:
             hint = 'Use backend="auto" or "reference".'
             raise BackendError(f"vit: backend '{self.name}' cannot be used: {why}. {hint}")
         return module
+
+    @cached_property
+    def codes(self) -> dict[torch.dtype, int]:
+        """Values of vit::DType."""
+        return {getattr(torch, name): int(value) for name, value in self.lib.DType.__members__.items()}
+
+    @cached_property
+    def activations(self) -> dict[str, int]:
+        """Values of vit::Activation by their names."""
+        return {name: int(value) for name, value in self.lib.Activation.__members__.items()}
 
     def context(self, device: torch.device) -> tuple[int, int, int, bool]:
         """The fields of vit::Context for a call on `device`: stream pointer, index, CPU threads, TF32 allowed."""
@@ -114,37 +126,32 @@ class NativeBackend(Backend):
         """Memory for a result: a contiguous tensor of any content."""
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A contiguous tensor of zeros."""
-        return self.empty(shape, dtype, device).zero_()
+    def scratch(self, device: torch.device) -> tuple[int, int]:
+        """Address and bytes of scratch memory that is at hand."""
+        return 0, 0
 
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Scratch memory for one call; the caller keeps the tensor alive until the kernel has been launched."""
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    #: Whether the backend has `move`; the others leave what it does to PyTorch, whose threads are theirs.
+    #: Whether the backend's routine `move` copies, not PyTorch: where PyTorch's copies would start threads of the CPU.
     moves = False
-
-    def move(
-        self,
-        shape: Sequence[int],
-        a: torch.Tensor | None,
-        lead: torch.Tensor | None = None,
-        b: torch.Tensor | None = None,
-        terms: int = 1,
-        term: int = 0,
-    ) -> torch.Tensor:
-        """A new tensor of `shape` (up to 6 dimensions): [lead; a] along dimension 1, plus b.
-
-        a, lead [shape[0], k, shape[-1]] and b are views whose last dimension is dense, None stands for zeros. With
-        `terms` > 1 the views a, `term` elements apart in memory, are added up in order.
-        """
-        raise NotImplementedError
 
     def info(self) -> dict[str, Any]:
         record = super().info() | {"build": build_record(self.name)}
         module, _ = _load(self.name)
         return record | (dict(module.info()) if module is not None else {})
+
+
+def expect(function: str, fields: str, optional: bool = False) -> None:
+    """Names the fields that Python will give to a function of the contract; a module of others is refused when loaded.
+
+    A routine is `optional`: a backend may lack it.
+    """
+    _EXPECTED[function] = fields.split(), optional
+
+
+_EXPECTED: dict[str, tuple[list[str], bool]] = {}
 
 
 def constant(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,6 +185,10 @@ def _import(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"the compiled module does not load: {error}"
     if module.contract != CONTRACT:
         return None, f"built for contract {module.contract}, this vit needs {CONTRACT}: reinstall vit-kernels"
+    for function, (fields, optional) in _EXPECTED.items():
+        found = module.fields.get(function)
+        if found != fields and not (optional and found is None):
+            return None, f"its {function} takes {found}, this vit gives {fields}: reinstall vit-kernels"
     try:
         module.info()  # chooses the kernels for this machine: a wrong VIT_CPU_ISA is a reason, not a crash later
     except RuntimeError as error:
@@ -190,10 +201,13 @@ class HostWorkspace(threading.local):
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.held = 0, 0  # address and bytes
 
     def take(self, nbytes: int) -> torch.Tensor:
+        """A buffer of at least so many bytes, which the next call finds as `held`."""
         if self.buffer.numel() < nbytes:
             self.buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            self.held = self.buffer.data_ptr(), nbytes
         return self.buffer
 
 

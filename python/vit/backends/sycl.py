@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._base import DTYPE_CODES, HostWorkspace, NativeBackend, Spec, constant
+from ._base import HostWorkspace, NativeBackend, Spec, constant
 from ._host_memory import MEMORY
 
 #: The library of every 2026 release of the runtime: the compiled module needs one of this name.
@@ -27,6 +27,7 @@ class Sycl(NativeBackend):
     device_types = ("cpu", "xpu")
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+    moves = True
     _workspace = HostWorkspace()
     #: Where large results on the CPU live.
     memory = MEMORY
@@ -34,10 +35,9 @@ class Sycl(NativeBackend):
     def unavailable(self) -> str | None:
         return _no_runtime() or super().unavailable()
 
-    @property
-    def lib(self) -> Any:
+    def load(self) -> Any:
         _no_runtime()  # before the module that needs it is imported
-        return super().lib
+        return super().load()
 
     def default_device(self) -> torch.device:
         if torch.xpu.is_available() and not self.unavailable() and not _foreign_runtime():
@@ -60,49 +60,13 @@ class Sycl(NativeBackend):
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return super().empty(shape, dtype, device) if device.type == "xpu" else self.memory.empty(shape, dtype)
 
+    def scratch(self, device: torch.device) -> tuple[int, int]:
+        return (0, 0) if device.type == "xpu" else self._workspace.held
+
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if device.type == "xpu":
             return super().workspace(nbytes, device)
         return self._workspace.take(nbytes)
-
-    moves = True
-
-    def move(
-        self,
-        shape: Sequence[int],
-        a: torch.Tensor | None,
-        lead: torch.Tensor | None = None,
-        b: torch.Tensor | None = None,
-        terms: int = 1,
-        term: int = 0,
-    ) -> torch.Tensor:
-        given = next(t for t in (a, lead, b) if t is not None)
-        return self._move(self.empty(shape, given.dtype, given.device), a, lead, b, terms, term)
-
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return self._move(self.empty(shape, dtype, device), None, None, None, 1, 0)
-
-    def _move(
-        self,
-        out: torch.Tensor,
-        a: torch.Tensor | None,
-        lead: torch.Tensor | None,
-        b: torch.Tensor | None,
-        terms: int,
-        term: int,
-    ) -> torch.Tensor:
-        fields = _Move()
-        fields.a, fields.lead, fields.b, fields.out = (0 if t is None else t.data_ptr() for t in (a, lead, b, out))
-        fields.n[:], fields.columns = _padded(out.shape[:-1], 1), out.shape[-1]
-        if lead is not None:
-            fields.leads, fields.lead_batch = lead.shape[1], lead.stride(0)
-        fields.terms, fields.term = terms, term
-        for strides, view in ((fields.a_strides, a), (fields.b_strides, b)):
-            strides[:] = [0] * 5 if view is None else _padded(view.stride()[:-1], 0)
-        fields.dtype, fields.stream = DTYPE_CODES[out.dtype], self.context(out.device)[0]
-        if error := _function("vit_sycl_move", ctypes.c_char_p)(ctypes.byref(fields)):
-            raise RuntimeError(error.decode(errors="replace"))
-        return out
 
     def info(self) -> dict[str, Any]:
         record = super().info()  # compiles, the first time
@@ -110,26 +74,6 @@ class Sycl(NativeBackend):
             record["runtime version"] = version("intel-sycl-rt")
         log = _compiler_log()
         return record | ({"compiler log": log} if log else {})
-
-
-class _Move(ctypes.Structure):
-    """vit::device::Move of csrc/sycl/move.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "lead", "b", "out")),
-        ("n", ctypes.c_int64 * 5),
-        *((name, ctypes.c_int64) for name in ("columns", "leads", "lead_batch", "terms", "term")),
-        ("a_strides", ctypes.c_int64 * 5),
-        ("b_strides", ctypes.c_int64 * 5),
-        ("dtype", ctypes.c_int64),
-        ("stream", ctypes.c_void_p),
-    )
-
-
-def _padded(sizes: Sequence[int], fill: int) -> list[int]:
-    """The outer sizes or strides of up to five dimensions as five: the new ones follow the second."""
-    sizes = [*sizes[:1], *([fill] if len(sizes) == 1 else []), *sizes[1:]] if sizes else [fill, fill]
-    return [*sizes, *[fill] * (5 - len(sizes))]
 
 
 @functools.cache

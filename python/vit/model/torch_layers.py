@@ -24,7 +24,7 @@ from torch.nn.modules import module as everywhere
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..ops.op import NativeOp
+from ..ops.bound import NativeOp
 from .patches import patchify
 
 #: Names of the activations that `linear` computes, by what torch.nn.GELU calls them.

@@ -225,7 +225,7 @@ class VisionTransformer(CallsOps, Planned):
         if self.global_pool == "token":
             return self.ops.movement.first(tokens, 1).squeeze(1)
         if self.global_pool == "avg":
-            return tokens[:, self.num_prefix_tokens :].mean(dim=1)
+            return self.ops.movement.mean(tokens, self.num_prefix_tokens)
         return tokens
 
     def forward_intermediates(

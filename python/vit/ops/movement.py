@@ -1,8 +1,9 @@
 """What a model does between its ops: patches cut, tokens put together, gradients added where a tensor has two users.
 
-Plain PyTorch, except on a backend whose threads are not PyTorch's: there a kernel of the backend does it, since each
-parallel op of PyTorch leaves OpenMP workers behind that spin on the cores the next kernel needs. Not an op of OPS:
-nothing is computed here that another backend would have to match, and no plan can refuse it.
+Plain PyTorch, except on a backend whose threads are the CPU's: there the backend's routine `move` does it. Each
+parallel region of PyTorch leaves OpenMP workers behind that spin on the cores the next kernel needs, and a forked child
+that opens one waits for ever. Not an op of OPS: nothing is computed here that another backend would have to match, and
+no plan can refuse it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import NativeBackend
-from .op import _ordinary
+from .bound import _ordinary
+from .launch import contiguous, move
 
 
 class Movement:
@@ -48,6 +50,10 @@ class Movement:
         """The first `count` tokens of each sample: [B, N, C] -> [B, count, C]."""
         return tokens[:, :count]
 
+    def mean(self, tokens: Tensor, skip: int) -> Tensor:
+        """The mean of all tokens but the first `skip`: [B, N, C] -> [B, C]."""
+        return tokens[:, skip:].mean(dim=1)
+
 
 class KernelMovement(Movement):
     """The functions on a backend that has `move`; in plain PyTorch where something traces or looks on."""
@@ -56,24 +62,34 @@ class KernelMovement(Movement):
         self.record, self.backend = record, record.name
 
     def contiguous(self, view: Tensor) -> Tensor:
-        if not self._movable(view) or view.is_contiguous() or view.dim() > 6 or view.stride(-1) != 1:
+        if view.is_contiguous() or view.dim() > 6 or not self._movable(view):
             return super().contiguous(view)
-        return _Contiguous.apply(self.record, view)
+        return _Contiguous.apply(self.record, view) if _graph(view) else move(self.record, view.shape, view)
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not (torch.is_grad_enabled() and x.requires_grad and self._movable(x)):
+        if not (_graph(x) and self._movable(x)):
             return super().fork(x)
         return _Fork.apply(self.record, x)
 
     def tokens(self, patches: Tensor, prefix: Tensor | None, position: Tensor | None) -> Tensor:
-        if not self._movable(patches, prefix, position) or (prefix is None and position is None):
+        if (prefix is None and position is None) or not self._movable(patches, prefix, position):
             return super().tokens(patches, prefix, position)
-        return _Tokens.apply(self.record, patches, prefix, position)
+        if _graph(patches, prefix, position):
+            return _Tokens.apply(self.record, patches, prefix, position)
+        return _put_together(self.record, patches, prefix, position)
 
     def first(self, tokens: Tensor, count: int) -> Tensor:
         if not self._movable(tokens) or tokens.shape[1] <= count:
             return super().first(tokens, count)
-        return _First.apply(self.record, tokens, count)
+        if _graph(tokens):
+            return _First.apply(self.record, tokens, count)
+        first = tokens[:, :count]
+        return move(self.record, first.shape, first)
+
+    def mean(self, tokens: Tensor, skip: int) -> Tensor:
+        if not self._movable(tokens) or tokens.shape[1] <= skip:
+            return super().mean(tokens, skip)
+        return _Mean.apply(self.record, tokens, skip) if _graph(tokens) else _mean(self.record, tokens, skip)
 
     def _movable(self, *tensors: Tensor | None) -> bool:
         """Whether a kernel may be given these: ordinary tensors of one dtype that the backend has, not empty."""
@@ -97,10 +113,32 @@ def of(backend: str) -> Movement:
 TORCH = Movement()
 
 
+def _graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _put_together(record: NativeBackend, patches: Tensor, prefix: Tensor | None, position: Tensor | None) -> Tensor:
+    """[prefix; patches] + position."""
+    batch, count, columns = patches.shape
+    leads = 0 if prefix is None else prefix.shape[1]
+    shape = (batch, leads + count, columns)
+    lead = None if prefix is None else prefix.expand(batch, -1, -1)
+    more = None if position is None else position.expand(shape)
+    return move(record, shape, patches, lead, more, leads=leads)
+
+
+def _mean(record: NativeBackend, tokens: Tensor, skip: int) -> Tensor:
+    """[B, N, C] -> [B, C]."""
+    batch, count, columns = tokens.shape
+    terms = count - skip
+    return move(record, (batch, columns), tokens[:, skip], terms=terms, term=tokens.stride(1), divisor=terms)
+
+
 class _Contiguous(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: NativeBackend, view: Tensor) -> Tensor:
-        return record.move(view.shape, view)
+        return move(record, view.shape, view)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -116,7 +154,13 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, first: Tensor, second: Tensor) -> Any:
-        return None, ctx.record.move(first.shape, first.contiguous(), b=second.contiguous())
+        return None, _sum(ctx.record, first, second)
+
+
+def _sum(record: NativeBackend, first: Tensor, second: Tensor) -> Tensor:
+    if first.dim() > 6:
+        return first + second
+    return move(record, first.shape, first, b=second)
 
 
 class _Tokens(torch.autograd.Function):
@@ -124,37 +168,45 @@ class _Tokens(torch.autograd.Function):
     def forward(
         ctx: Any, record: NativeBackend, patches: Tensor, prefix: Tensor | None, position: Tensor | None
     ) -> Tensor:
-        batch, count, columns = patches.shape
         ctx.record, ctx.leads = record, 0 if prefix is None else prefix.shape[1]
-        shape = torch.Size((batch, ctx.leads + count, columns))
-        lead = None if prefix is None else prefix.contiguous().expand(batch, -1, -1)
-        more = None if position is None else position.contiguous().expand(shape)
-        return record.move(shape, patches.contiguous(), lead, more)
+        return _put_together(record, patches, prefix, position)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        dy = dy.contiguous()
-        batch, count, columns = dy.shape
+        record = ctx.record
         _, patches, prefix, position = ctx.needs_input_grad
+        batch, distance = dy.shape[0], dy.stride(0)
         # Sums over the batch.
-        total = ctx.record.move((1, count, columns), dy[:1], terms=batch, term=count * columns) if position else None
-        dprefix = None
-        if prefix:
-            lead = dy[:1, : ctx.leads]
-            dprefix = ctx.record.move(lead.shape, lead, terms=batch, term=count * columns)
-        dpatches = dy[:, ctx.leads :]
-        return None, ctx.record.move(dpatches.shape, dpatches) if patches else None, dprefix, total
+        lead, rest = dy[:1, : ctx.leads], dy[:, ctx.leads :]
+        total = move(record, dy[:1].shape, dy[:1], terms=batch, term=distance) if position else None
+        dprefix = move(record, lead.shape, lead, terms=batch, term=distance) if prefix else None
+        return None, contiguous(record, rest) if patches else None, dprefix, total
 
 
 class _First(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: NativeBackend, tokens: Tensor, count: int) -> Tensor:
-        ctx.record, ctx.shape = record, tokens.shape
+        ctx.record, ctx.shape, ctx.count = record, tokens.shape, count
         first = tokens[:, :count]
-        return record.move(first.shape, first)
+        return move(record, first.shape, first)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return None, ctx.record.move(ctx.shape, None, dy.contiguous()), None
+        return None, move(ctx.record, ctx.shape, None, dy, leads=ctx.count), None
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, record: NativeBackend, tokens: Tensor, skip: int) -> Tensor:
+        ctx.record, ctx.shape, ctx.skip = record, tokens.shape, skip
+        return _mean(record, tokens, skip)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        batch, count, columns = ctx.shape
+        terms = count - ctx.skip
+        each = dy[:, None].expand(batch, terms, columns)
+        return None, move(ctx.record, ctx.shape, each, leads=ctx.skip, divisor=terms), None

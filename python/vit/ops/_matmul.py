@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import DTYPE_CODES, NativeBackend, Spec
-from .op import Op, autocast_dtype, call, launch, ptr
+from ..backends import NativeBackend, Spec
+from .bound import call
+from .launch import autocast_dtype, contiguous, launch, ptr
+from .op import Op
 
 
 def matmul(a: Tensor, b: Tensor, backend: str = "auto") -> Tensor:
@@ -25,10 +27,12 @@ def matmul(a: Tensor, b: Tensor, backend: str = "auto") -> Tensor:
 
 
 def reference(a: Tensor, b: Tensor) -> Tensor:
+    """The formula in PyTorch."""
     return torch.matmul(a, b)
 
 
 def limits(spec: Spec) -> list[str]:
+    """None but those of the backend."""
     return []
 
 
@@ -36,6 +40,7 @@ def limits(spec: Spec) -> list[str]:
 
 
 def arguments(a: Tensor, b: Tensor) -> tuple[tuple[Any, ...], Callable[[Tensor], Tensor]]:
+    """a [batch, M, K] and b [batch, K, N]; the product gets the wanted shape afterwards."""
     if a.dim() == 0 or b.dim() == 0:
         raise ValueError(f"vit.ops.matmul: both arguments need a dimension, got {list(a.shape)} and {list(b.shape)}")
     if (dtype := autocast_dtype(a)) is not None and b.dtype != torch.float64:
@@ -65,6 +70,7 @@ def arguments(a: Tensor, b: Tensor) -> tuple[tuple[Any, ...], Callable[[Tensor],
 
 
 def _size(shape: Any) -> int:
+    """The product of the sizes; torch.compile does not trace math.prod over its symbols."""
     count = 1
     for n in shape:
         count = count * n
@@ -72,52 +78,76 @@ def _size(shape: Any) -> int:
 
 
 FWD = "(Tensor a, Tensor b, bool save) -> Tensor c"
+FWD_FIELDS = "a b c batch M N K dtype workspace context"
 BWD = "(Tensor dc, Tensor a, Tensor b, bool[2] mask) -> (Tensor da, Tensor db)"
+BWD_FIELDS = "dc a b da db batch M N K dtype workspace context"
 
 
 def fwd_fake(a: Tensor, b: Tensor, save: bool) -> Tensor:
+    """c [batch, M, N]."""
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
-def fwd(backend: NativeBackend, a: Tensor, b: Tensor, save: bool) -> Tensor:
-    c = backend.empty((a.shape[0], a.shape[1], b.shape[2]), a.dtype, a.device)
-
-    pointers = (ptr(a), ptr(b), ptr(c))
-    values = _sizes(backend, a, b)
-    launch(backend, backend.lib.matmul_fwd, backend.lib.matmul_fwd_workspace, pointers, values, a.device)
+def launch_fwd(backend: NativeBackend, a: Tensor, b: Tensor, save: bool) -> Tensor:
+    """c [batch, M, N]; nothing is saved."""
+    batch, m, k = a.shape
+    n, dtype, device = b.shape[2], a.dtype, a.device
+    c = backend.empty((batch, m, n), dtype, device)
+    fields = (*_matrix(a), *_matrix(b), ptr(c), batch, m, n, k, backend.codes[dtype])
+    launch(backend, backend.lib.matmul_fwd, fields, device)
     return c
 
 
 def bwd_fake(dc: Tensor, a: Tensor, b: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor]:
+    """da [batch, M, K], db [batch, K, N]."""
     return dc.new_empty(a.shape if mask[0] else (0,)), dc.new_empty(b.shape if mask[1] else (0,))
 
 
-def bwd(
+def launch_bwd(
     backend: NativeBackend, dc: Tensor, a: Tensor, b: Tensor, mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    da = backend.empty(a.shape, dc.dtype, dc.device) if mask[0] else None
-    db = backend.empty(b.shape, dc.dtype, dc.device) if mask[1] else None
-
-    pointers = (ptr(dc), ptr(a), ptr(b), ptr(da), ptr(db))
-    values = _sizes(backend, a, b)
-    launch(backend, backend.lib.matmul_bwd, backend.lib.matmul_bwd_workspace, pointers, values, a.device)
+    """da [batch, M, K] and db [batch, K, N], each where `mask` wants it."""
+    dc = contiguous(backend, dc)
+    batch, m, k = a.shape
+    n, dtype, device = b.shape[2], a.dtype, a.device
+    da = backend.empty(a.shape, dtype, device) if mask[0] else None
+    db = backend.empty(b.shape, dtype, device) if mask[1] else None
+    fields = (ptr(dc), *_matrix(a), *_matrix(b), ptr(da), ptr(db), batch, m, n, k, backend.codes[dtype])
+    launch(backend, backend.lib.matmul_bwd, fields, device)
     return da, db
 
 
-def _sizes(backend: NativeBackend, a: Tensor, b: Tensor) -> tuple[Any, ...]:
-    batch, m, k = a.shape
-    return batch, m, b.shape[2], k, *a.stride(), *b.stride(), DTYPE_CODES[a.dtype], *backend.context(a.device)
+def _matrix(x: Tensor) -> tuple[int, ...]:
+    """The fields of a vit::Matrix."""
+    return (x.data_ptr(), *x.stride())
 
 
 def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    """Keeps a and b."""
     ctx.save_for_backward(*args)
 
 
 def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """da, db."""
     a, b = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:2])
     grads = kernel(dy, a, b, mask)
     return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=True))
 
 
-OP = Op("matmul", reference, arguments, FWD, fwd_fake, fwd, BWD, bwd_fake, bwd, save, backward, limits)
+OP = Op(
+    name="matmul",
+    reference=reference,
+    limits=limits,
+    arguments=arguments,
+    fwd_schema=FWD,
+    fwd_fake=fwd_fake,
+    launch_fwd=launch_fwd,
+    fwd_fields=FWD_FIELDS,
+    bwd_schema=BWD,
+    bwd_fake=bwd_fake,
+    launch_bwd=launch_bwd,
+    bwd_fields=BWD_FIELDS,
+    save=save,
+    backward=backward,
+)

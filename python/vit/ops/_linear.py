@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import DTYPE_CODES, NativeBackend, Spec
-from .op import Op, autocast_dtype, call, launch, ptrs, rows
+from ..backends import NativeBackend, Spec
+from .bound import call
+from .launch import autocast_dtype, contiguous, launch, ptr, row_count, rows
+from .op import Op
 
-#: Codes of vit::Activation.
-ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
+#: Names of vit::Activation by ours.
+ACTIVATIONS = {None: "none", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 
 
 def linear(
@@ -44,7 +45,8 @@ def reference(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    _activation_code(activation)
+    """The formula in PyTorch."""
+    _activation_name(activation)
     y = F.linear(x, weight, bias)
     if activation is not None:
         y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
@@ -52,6 +54,7 @@ def reference(
 
 
 def limits(spec: Spec) -> list[str]:
+    """None but those of the backend."""
     return []
 
 
@@ -65,7 +68,8 @@ def arguments(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> tuple[tuple[Any, ...], None]:
-    code = _activation_code(activation)
+    """x, weight, bias and residual in dtypes that go together, and the name of the activation."""
+    name = _activation_name(activation)
     shape, weight_shape, dtype, param_dtype = x.shape, weight.shape, x.dtype, weight.dtype
     if not shape or len(weight_shape) != 2 or shape[-1] != weight_shape[1]:
         raise ValueError(
@@ -92,55 +96,67 @@ def arguments(
             if out not in (dtype, torch.float32):
                 raise ValueError(f"vit.ops.linear: residual {residual.dtype} does not go with x {dtype}")
             residual = residual.to(out)
-    return (x, weight, bias, residual, code), None
+    return (x, weight, bias, residual, name), None
 
 
-def _activation_code(activation: str | None) -> int:
+def _activation_name(activation: str | None) -> str:
+    """vit::Activation's name of it; ValueError for an unknown one."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"vit.ops.linear: activation must be None, 'gelu' or 'gelu_tanh', got {activation!r}")
     return ACTIVATIONS[activation]
 
 
 FWD = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, bool save) -> (Tensor y, Tensor preact)"
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool save) -> (Tensor y, Tensor preact)"
+)
+FWD_FIELDS = (
+    "x weight bias residual y preact M N K x_stride weight_stride activation dtype param_dtype out_dtype"
+    " workspace context"
 )
 BWD = (
-    "(Tensor dy, Tensor? x, Tensor? weight, Tensor? preact, int activation, ScalarType dtype,"
+    "(Tensor dy, Tensor? x, Tensor? weight, Tensor? preact, str activation, ScalarType dtype,"
     " ScalarType param_dtype, bool[3] mask) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+BWD_FIELDS = (
+    "dy x weight preact dx dweight dbias M N K x_stride weight_stride activation dtype param_dtype out_dtype"
+    " workspace context"
 )
 
 
 def fwd_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int, save: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
+    """y and preact [..., N]."""
     shape = (*x.shape[:-1], weight.shape[0])
     y = x.new_empty(shape, dtype=x.dtype if residual is None else residual.dtype)
-    return y, x.new_empty(shape if save and activation else (0,))
+    return y, x.new_empty(shape if save and activation != "none" else (0,))
 
 
-def fwd(
-    b: NativeBackend,
+def launch_fwd(
+    backend: NativeBackend,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    activation: int,
+    activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    x, x_stride = rows(x)
-    weight, weight_stride = rows(weight)
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    """y [..., N]; preact [..., N] to be saved where there is an activation."""
+    x, x_stride = rows(backend, x)
+    weight, weight_stride = rows(backend, weight)
+    bias = None if bias is None else contiguous(backend, bias)
+    residual = None if residual is None else contiguous(backend, residual)
     n, k = weight.shape
-    leading, dtype, device, lib = x.shape[:-1], x.dtype, x.device, b.lib
+    shape, dtype, device, codes = (*x.shape[:-1], n), x.dtype, x.device, backend.codes
     out_dtype = dtype if residual is None else residual.dtype
-    y = b.empty((*leading, n), out_dtype, device)
-    preact = b.empty((*leading, n), dtype, device) if save and activation else None
-
-    pointers = ptrs(x, weight, bias, residual, y, preact)
-    sizes = (math.prod(leading), n, k, x_stride, weight_stride, activation)
-    dtypes = (DTYPE_CODES[dtype], DTYPE_CODES[weight.dtype], DTYPE_CODES[out_dtype])
-    launch(b, lib.linear_fwd, lib.linear_fwd_workspace, pointers, (*sizes, *dtypes, *b.context(device)), device)
+    y = backend.empty(shape, out_dtype, device)
+    preact = backend.empty(shape, dtype, device) if save and activation != "none" else None
+    fields = (
+        ptr(x), ptr(weight), ptr(bias), ptr(residual), ptr(y), ptr(preact),
+        row_count(shape), n, k, x_stride, weight_stride, backend.activations[activation],
+        codes[dtype], codes[weight.dtype], codes[out_dtype],
+    )  # fmt: skip
+    launch(backend, backend.lib.linear_fwd, fields, device)
     return y, preact
 
 
@@ -149,11 +165,12 @@ def bwd_fake(
     x: Tensor | None,
     weight: Tensor | None,
     preact: Tensor | None,
-    activation: int,
+    activation: str,
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [..., K], dweight [N, K], dbias [N]."""
     n = dy.shape[-1]
     return (
         dy.new_empty((*dy.shape[:-1], _columns(weight)), dtype=dtype) if mask[0] else dy.new_empty(0),
@@ -162,47 +179,53 @@ def bwd_fake(
     )
 
 
-def bwd(
-    b: NativeBackend,
+def launch_bwd(
+    backend: NativeBackend,
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
     preact: Tensor | None,
-    activation: int,
+    activation: str,
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    n, k = dy.shape[-1], _columns(x if weight is None else weight)
-    dx = b.empty((*dy.shape[:-1], k), dtype, dy.device) if mask[0] else None
-    dweight = b.empty((n, k), param_dtype, dy.device) if mask[1] else None
+    """dx [..., K], dweight [N, K], dbias [N], each where `mask` wants it."""
+    dy = contiguous(backend, dy)
+    shape, device, codes = dy.shape, dy.device, backend.codes
+    n, k = shape[-1], _columns(x if weight is None else weight)
+    dx = backend.empty((*shape[:-1], k), dtype, device) if mask[0] else None
+    dweight = backend.empty((n, k), param_dtype, device) if mask[1] else None
     dbias = dy.new_empty(n, dtype=param_dtype) if mask[2] else None
-    x, x_stride = (None, k) if x is None else rows(x)
-    weight, weight_stride = (None, k) if weight is None else rows(weight)
-    device, lib = dy.device, b.lib
-
-    pointers = ptrs(dy, x, weight, preact, dx, dweight, dbias)
-    sizes = (math.prod(dy.shape[:-1]), n, k, x_stride, weight_stride, activation)
-    dtypes = (DTYPE_CODES[dtype], DTYPE_CODES[param_dtype], DTYPE_CODES[dy.dtype])
-    launch(b, lib.linear_bwd, lib.linear_bwd_workspace, pointers, (*sizes, *dtypes, *b.context(device)), device)
+    x, x_stride = (None, k) if x is None else rows(backend, x)
+    weight, weight_stride = (None, k) if weight is None else rows(backend, weight)
+    fields = (
+        ptr(dy), ptr(x), ptr(weight), ptr(preact), ptr(dx), ptr(dweight), ptr(dbias),
+        row_count(shape), n, k, x_stride, weight_stride, backend.activations[activation],
+        codes[dtype], codes[param_dtype], codes[dy.dtype],
+    )  # fmt: skip
+    launch(backend, backend.lib.linear_bwd, fields, device)
     return dx, dweight, dbias
 
 
 def _columns(matrix: Tensor | None) -> int:
+    """K of x or of the weight; 0 where it was not kept."""
     return 0 if matrix is None else matrix.shape[-1]
 
 
 def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    """Keeps what the wanted gradients need of x, weight and preact."""
     x, weight, _, _, ctx.activation = args
     need_x, need_weight = ctx.needs_input_grad[:2]
     # A frozen layer keeps no activations, the first layer no weight.
     ctx.save_for_backward(
-        x if need_weight else None, weight if need_x else None, outputs[1] if ctx.activation else None
+        x if need_weight else None, weight if need_x else None, outputs[1] if ctx.activation != "none" else None
     )
     ctx.dtype, ctx.param_dtype = x.dtype, weight.dtype
 
 
 def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias, and dy itself for the residual."""
     x, weight, preact = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:3])
     dresidual = dy if ctx.needs_input_grad[3] else None
@@ -212,4 +235,19 @@ def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor |
     return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), dresidual, None
 
 
-OP = Op("linear", reference, arguments, FWD, fwd_fake, fwd, BWD, bwd_fake, bwd, save, backward, limits)
+OP = Op(
+    name="linear",
+    reference=reference,
+    limits=limits,
+    arguments=arguments,
+    fwd_schema=FWD,
+    fwd_fake=fwd_fake,
+    launch_fwd=launch_fwd,
+    fwd_fields=FWD_FIELDS,
+    bwd_schema=BWD,
+    bwd_fake=bwd_fake,
+    launch_bwd=launch_bwd,
+    bwd_fields=BWD_FIELDS,
+    save=save,
+    backward=backward,
+)

@@ -9,8 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import DTYPE_CODES, NativeBackend, Spec
-from .op import Op, acc_dtype, autocast_dtype, call, launch, ptr
+from ..backends import NativeBackend, Spec
+from .bound import call
+from .launch import acc_dtype, autocast_dtype, contiguous, launch, ptr, zeros
+from .op import Op
 
 #: Head dimensions every native kernel takes.
 MAX_HEAD_DIM = 256
@@ -30,8 +32,8 @@ def attention(
 
     q [B, N, H, D]; k, v [B, L, H, D], L >= 1, any strides on B, N (L) and H, so that views of a packed projection
     are read in place; out [B, N, H, D], contiguous. Under autocast all three are cast to its dtype. Without k and v, q
-    is the packed projection [B, N, 3, H, D] itself, and so is its gradient, which then needs no copy. `queries`: only
-    so many tokens ask, the first ones: out [B, queries, H, D].
+    is the packed projection [B, N, 3, H, D] itself, and so is its gradient, which then needs no copy. `queries`:
+    the output for the first so many tokens only, out [B, queries, H, D]; all tokens are keys.
     Raises ValueError for sizes or dtypes that do not fit, BackendError when the named backend cannot run it.
     """
     return call(OP, backend, q=q, k=k, v=v, scale=scale, queries=queries)
@@ -44,12 +46,14 @@ def reference(
     scale: float | None = None,
     queries: int | None = None,
 ) -> Tensor:
+    """The formula in PyTorch."""
     _check(q, k, v, queries)
     q, k, v = (t.transpose(1, 2) for t in _unpacked(q, k, v, queries))  # [B, H, N, D]
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def limits(spec: Spec) -> list[str]:
+    """Head dimensions and dropout that no kernel has."""
     reasons = []
     head_dim = spec.shapes.get("q", ("*",))[-1]
     if isinstance(head_dim, int) and not 1 <= head_dim <= MAX_HEAD_DIM:
@@ -69,6 +73,7 @@ def arguments(
     scale: float | None = None,
     queries: int | None = None,
 ) -> tuple[tuple[Any, ...], None]:
+    """q, k, v of one dtype, or a packed q alone; the scale; how many queries."""
     _check(q, k, v, queries)
     if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(
@@ -108,6 +113,7 @@ def _check(q: Tensor, k: Tensor | None, v: Tensor | None, queries: int | None) -
 
 
 def _shapes(q: Tensor, k: Tensor | None, v: Tensor | None) -> str:
+    """For error texts."""
     return ", ".join(f"{name} {list(t.shape)}" for name, t in (("q", q), ("k", k), ("v", v)) if t is not None)
 
 
@@ -119,47 +125,54 @@ def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None, queries: int | None
 
 
 FWD = "(Tensor q, Tensor? k, Tensor? v, float scale, int? queries, bool save) -> (Tensor out, Tensor lse)"
+FWD_FIELDS = "q k v out lse B N L H D scale dtype workspace context"
 BWD = (
     "(Tensor dout, Tensor q, Tensor? k, Tensor? v, Tensor out, Tensor lse, float scale)"
     " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+BWD_FIELDS = "dout q k v out lse dq dk dv B N L H D scale dtype workspace context"
 
 
 def fwd_fake(
     q: Tensor, k: Tensor | None, v: Tensor | None, scale: float, queries: int | None, save: bool
 ) -> tuple[Tensor, Tensor]:
+    """out [B, queries or N, H, D], lse [B, H, queries or N]."""
     q, _, _ = _unpacked(q, k, v, queries)
     return q.new_empty(q.shape), _new_lse(q) if save else q.new_empty(0)
 
 
 def _new_lse(q: Tensor) -> Tensor:
+    """Memory for the logarithms of the softmax denominators: [B, H, N]."""
     b, n, h, _ = q.shape
     return q.new_empty((b, h, n), dtype=acc_dtype(q.dtype))
 
 
-def fwd(
+def launch_fwd(
     backend: NativeBackend, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float, queries: int | None, save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    q, k, v = map(_heads, _unpacked(q, k, v, queries))
-    out, lse = backend.empty(q.shape, q.dtype, q.device), _new_lse(q) if save else None
-    sizes = _sizes(q, k, v)
-    code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
-
-    pointers = (ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse))
-    values = (*sizes, scale, code, *context)
-    launch(backend, backend.lib.attention_fwd, backend.lib.attention_fwd_workspace, pointers, values, q.device)
+    """out [B, queries or N, H, D]; lse [B, H, queries or N] to be saved."""
+    q, k, v = _unpacked(q, k, v, queries)
+    q, k, v = _adjacent(backend, q), _adjacent(backend, k), _adjacent(backend, v)
+    shape, dtype, device = q.shape, q.dtype, q.device
+    out, lse = backend.empty(shape, dtype, device), _new_lse(q) if save else None
+    b, n, h, d = shape
+    fields = (
+        *_heads(q), *_heads(k), *_heads(v), ptr(out), ptr(lse), b, n, k.shape[1], h, d, scale, backend.codes[dtype]
+    )  # fmt: skip
+    launch(backend, backend.lib.attention_fwd, fields, device)
     return out, lse
 
 
 def bwd_fake(
     dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv like q, k, v; of a packed q one gradient."""
     if k is None or v is None:
         return q.new_empty(q.shape), q.new_empty(0), q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def bwd(
+def launch_bwd(
     backend: NativeBackend,
     dout: Tensor,
     q: Tensor,
@@ -169,40 +182,64 @@ def bwd(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    queries = dout.shape[1]
-    # Tokens that did not ask have gradients of zero, which no kernel writes.
-    new = backend.empty if queries == q.shape[1] else backend.zeros
-    grads = tuple(None if t is None else new(t.shape, t.dtype, t.device) for t in (q, k, v))
-    dq, dk, dv = _unpacked(*grads, queries)  # type: ignore[arg-type, call-arg]
-    q, k, v = map(_heads, _unpacked(q, k, v, queries))
-    sizes = *_sizes(q, k, v), *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3]
-    code, context = DTYPE_CODES[q.dtype], backend.context(q.device)
+    """dq, dk, dv like q, k, v, all three; of a packed q one gradient."""
+    dout = contiguous(backend, dout)
+    queries, dtype, device = dout.shape[1], q.dtype, q.device
 
-    pointers = (ptr(dout), ptr(q), ptr(k), ptr(v), ptr(out), ptr(lse), ptr(dq), ptr(dk), ptr(dv))
-    values = (*sizes, scale, code, *context)
-    launch(backend, backend.lib.attention_bwd, backend.lib.attention_bwd_workspace, pointers, values, q.device)
+    def gradient(x: Tensor) -> Tensor:
+        if queries == q.shape[1]:
+            return backend.empty(x.shape, dtype, device)
+        return zeros(backend, x.shape, dtype, device)  # of the other tokens, which no kernel writes
+
+    grads = tuple(None if t is None else gradient(t) for t in (q, k, v))
+    dq, dk, dv = _unpacked(*grads, queries)  # type: ignore[arg-type, call-arg]
+    q, k, v = _unpacked(q, k, v, queries)
+    q, k, v = _adjacent(backend, q), _adjacent(backend, k), _adjacent(backend, v)
+    b, n, h, d = q.shape
+    fields = (
+        ptr(dout), *_heads(q), *_heads(k), *_heads(v), ptr(out), ptr(lse), *_heads(dq), *_heads(dk), *_heads(dv),
+        b, n, k.shape[1], h, d, scale, backend.codes[dtype],
+    )  # fmt: skip
+    launch(backend, backend.lib.attention_bwd, fields, device)
     return grads
 
 
-def _heads(t: Tensor) -> Tensor:
+def _adjacent(backend: NativeBackend, x: Tensor) -> Tensor:
     """Kernels read the elements of one head side by side; every other stride is free."""
-    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else contiguous(backend, x)
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    b, n, h, d = q.shape
-    return b, n, k.shape[1], h, d, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+def _heads(x: Tensor) -> tuple[int, ...]:
+    """The fields of a vit::Heads."""
+    return (x.data_ptr(), *x.stride()[:3])
 
 
 def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    """Keeps q, k, v, out and lse."""
     q, k, v, ctx.scale, _ = args
     ctx.save_for_backward(q, k, v, *outputs)
 
 
 def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv."""
     q, k, v, out, lse = ctx.saved_tensors
     dq, dk, dv = kernel(dy, q, k, v, out, lse, ctx.scale)
     return dq, None if k is None else dk, None if v is None else dv, None, None
 
 
-OP = Op("attention", reference, arguments, FWD, fwd_fake, fwd, BWD, bwd_fake, bwd, save, backward, limits)
+OP = Op(
+    name="attention",
+    reference=reference,
+    limits=limits,
+    arguments=arguments,
+    fwd_schema=FWD,
+    fwd_fake=fwd_fake,
+    launch_fwd=launch_fwd,
+    fwd_fields=FWD_FIELDS,
+    bwd_schema=BWD,
+    bwd_fake=bwd_fake,
+    launch_bwd=launch_bwd,
+    bwd_fields=BWD_FIELDS,
+    save=save,
+    backward=backward,
+)

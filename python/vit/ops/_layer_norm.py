@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import DTYPE_CODES, NativeBackend, Spec
-from .op import Op, acc_dtype, call, launch, ptrs, rows
+from ..backends import NativeBackend, Spec
+from .bound import call
+from .launch import acc_dtype, contiguous, launch, ptr, row_count, rows
+from .op import Op
 
 
 def layer_norm(
@@ -27,10 +29,12 @@ def layer_norm(
 
 
 def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """The formula in PyTorch."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def limits(spec: Spec) -> list[str]:
+    """None but those of the backend."""
     return []
 
 
@@ -40,6 +44,7 @@ def limits(spec: Spec) -> list[str]:
 def arguments(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[tuple[Any, ...], None]:
+    """x, and weight and bias of one dtype, which is x's or float32."""
     shape, dtype = x.shape, x.dtype
     if not shape:
         raise ValueError("vit.ops.layer_norm: x must have at least one dimension, got a scalar")
@@ -65,19 +70,23 @@ def arguments(
 
 
 def _param_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
+    """The dtype of weight and bias; x's where there are none."""
     return weight.dtype if weight is not None else bias.dtype if bias is not None else x.dtype
 
 
 FWD = "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool save) -> (Tensor y, Tensor mean, Tensor rstd)"
+FWD_FIELDS = "x weight bias y mean rstd M C x_stride eps dtype param_dtype context"
 BWD = (
     "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, ScalarType param_dtype, bool[3] mask)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
+BWD_FIELDS = "dy x weight mean rstd dx dweight dbias M C x_stride dtype param_dtype workspace context"
 
 
 def fwd_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y [..., C], mean and rstd [...]."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not save:
         return y, x.new_empty(0), x.new_empty(0)
@@ -85,19 +94,20 @@ def fwd_fake(
     return y, x.new_empty(x.shape[:-1], dtype=stats), x.new_empty(x.shape[:-1], dtype=stats)
 
 
-def fwd(
-    b: NativeBackend, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
+def launch_fwd(
+    backend: NativeBackend, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    x, stride = rows(x)
-    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
-    y = b.empty(x.shape, x.dtype, x.device)
-    mean = x.new_empty(x.shape[:-1], dtype=acc_dtype(x.dtype)) if save else None
+    """y [..., C]; mean and rstd [...] to be saved."""
+    x, stride = rows(backend, x)
+    param_dtype = _param_dtype(x, weight, bias)
+    weight, bias = (None if p is None else contiguous(backend, p) for p in (weight, bias))
+    shape, dtype, device = x.shape, x.dtype, x.device
+    y = backend.empty(shape, dtype, device)
+    mean = x.new_empty(shape[:-1], dtype=acc_dtype(dtype)) if save else None
     rstd = torch.empty_like(mean) if mean is not None else None
-    c = x.shape[-1]
-    b.lib.layer_norm_fwd(
-        *ptrs(x, weight, bias, y, mean, rstd),
-        x.numel() // c if c else 0, c, stride, eps,
-        DTYPE_CODES[x.dtype], DTYPE_CODES[_param_dtype(x, weight, bias)], *b.context(x.device),
+    backend.lib.layer_norm_fwd(
+        ptr(x), ptr(weight), ptr(bias), ptr(y), ptr(mean), ptr(rstd), row_count(shape), shape[-1], stride, eps,
+        backend.codes[dtype], backend.codes[param_dtype], *backend.context(device),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -111,16 +121,17 @@ def bwd_fake(
     param_dtype: torch.dtype,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [..., C], dweight and dbias [C]."""
     c = x.shape[-1]
     return (
-        torch.empty_like(dy) if mask[0] else dy.new_empty(0),
+        torch.empty_like(dy, memory_format=torch.contiguous_format) if mask[0] else dy.new_empty(0),
         dy.new_empty(c, dtype=param_dtype) if mask[1] else dy.new_empty(0),
         dy.new_empty(c, dtype=param_dtype) if mask[2] else dy.new_empty(0),
     )
 
 
-def bwd(
-    b: NativeBackend,
+def launch_bwd(
+    backend: NativeBackend,
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -129,21 +140,23 @@ def bwd(
     param_dtype: torch.dtype,
     mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, stride = rows(x)
-    weight = None if weight is None else weight.contiguous()
-    c = x.shape[-1]
-    dx = b.empty(dy.shape, dy.dtype, dy.device) if mask[0] else None
-    dweight = dy.new_empty(c, dtype=param_dtype) if mask[1] else None
-    dbias = dy.new_empty(c, dtype=param_dtype) if mask[2] else None
-    context = b.context(x.device)
-
-    pointers = ptrs(dy, x, weight, mean, rstd, dx, dweight, dbias)
-    values = (x.numel() // c if c else 0, c, stride, DTYPE_CODES[x.dtype], DTYPE_CODES[param_dtype], *context)
-    launch(b, b.lib.layer_norm_bwd, b.lib.layer_norm_bwd_workspace, pointers, values, x.device)
+    """dx [..., C], dweight and dbias [C], each where `mask` wants it."""
+    dy, (x, stride) = contiguous(backend, dy), rows(backend, x)
+    weight = None if weight is None else contiguous(backend, weight)
+    shape, device, codes = x.shape, x.device, backend.codes
+    dx = backend.empty(shape, dy.dtype, device) if mask[0] else None
+    dweight = dy.new_empty(shape[-1], dtype=param_dtype) if mask[1] else None
+    dbias = dy.new_empty(shape[-1], dtype=param_dtype) if mask[2] else None
+    fields = (
+        ptr(dy), ptr(x), ptr(weight), ptr(mean), ptr(rstd), ptr(dx), ptr(dweight), ptr(dbias),
+        row_count(shape), shape[-1], stride, codes[x.dtype], codes[param_dtype],
+    )  # fmt: skip
+    launch(backend, backend.lib.layer_norm_bwd, fields, device)
     return dx, dweight, dbias
 
 
 def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    """Keeps x, weight and the statistics."""
     x, weight, bias, _ = args
     _, mean, rstd = outputs
     ctx.save_for_backward(x, weight, mean, rstd)
@@ -151,10 +164,26 @@ def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
 
 
 def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias."""
     x, weight, mean, rstd = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:3])
     grads = kernel(dy, x, weight, mean, rstd, ctx.param_dtype, mask)
     return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None
 
 
-OP = Op("layer_norm", reference, arguments, FWD, fwd_fake, fwd, BWD, bwd_fake, bwd, save, backward, limits)
+OP = Op(
+    name="layer_norm",
+    reference=reference,
+    limits=limits,
+    arguments=arguments,
+    fwd_schema=FWD,
+    fwd_fake=fwd_fake,
+    launch_fwd=launch_fwd,
+    fwd_fields=FWD_FIELDS,
+    bwd_schema=BWD,
+    bwd_fake=bwd_fake,
+    launch_bwd=launch_bwd,
+    bwd_fields=BWD_FIELDS,
+    save=save,
+    backward=backward,
+)

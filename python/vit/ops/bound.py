@@ -1,0 +1,286 @@
+"""The callables of an op, one for each backend: `bind(op, backend)`.
+
+* For the reference: the plain PyTorch function, which autograd and torch.compile understand by themselves.
+* For a native backend, by what the arguments are:
+
+  - ordinary tensors, nothing looking on: the *launcher* (allocate outputs, pass pointers), directly where no gradient
+    is wanted, else inside one `autograd.Function`;
+  - anything else (torch.compile, fake tensors, a dispatch mode, tensor subclasses): the *registered op*
+    `torch.ops.vit_<backend>.<op>_fwd/_bwd`, since a raw kernel given a fake tensor would read address 0. Inside an
+    autograd.Function where torch.compile traces it, by itself in a torch.jit trace.
+
+`torch.library.custom_op` with `register_autograd` would be one line and costs 12 us per call against 4.2 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import backends
+from ..backends import BackendError, NativeBackend, Spec, constant
+from . import registration
+from .op import Op
+
+#: What a launcher may be given: anything else (subclasses, proxies) goes through the dispatcher.
+_ORDINARY = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple, torch.dtype})
+
+_NO_TRANSFORMS = (
+    "vit: {what} is not offered by the native kernel of '{op}' on backend '{backend}': its backward is a kernel, not a "
+    'differentiable function. Use backend="reference"; where PyTorch\'s fused attention cannot do it either, '
+    "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+)
+
+
+class BoundOp:
+    """An op on one backend: called with the op's public arguments, pickled and copied by its two names."""
+
+    def __init__(self, op: Op, backend: str) -> None:
+        self.op, self.backend = op, backend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _bind_by_name, (self.op.name, self.backend)
+
+    def __deepcopy__(self, memo: Any) -> BoundOp:
+        return self
+
+    def __repr__(self) -> str:
+        return f"vit.ops.{self.op.name} on {self.backend}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class ReferenceOp(BoundOp):
+    """The PyTorch formula itself."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.op.reference(*args, **kwargs)
+
+
+class AutoOp(BoundOp):
+    """The best backend for the arguments of each call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return call(self.op, "auto", *args, **kwargs)
+
+
+class NativeOp(BoundOp):
+    """A pair of compiled kernels behind one autograd.Function."""
+
+    def __init__(self, op: Op, backend: str) -> None:
+        super().__init__(op, backend)
+        record = backends.get(backend)
+        assert isinstance(record, NativeBackend)  # for the type checker: bind_all() looks before it calls
+        self.record = record
+        self.fwd_op, self.bwd_op = registration.register(op, record)
+        registration.register_gradients(op, self.fwd_op, self.backward, self.guard_second)
+        self.direct = _autograd_function(self, self.launched)
+        self.dispatched = _autograd_function(self, self.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.traced(self.compiled, *args, **kwargs)
+        if torch._C._get_tracing_state() is not None:
+            return self.traced(self.jit, *args, **kwargs)
+        inputs, finish = self.op.arguments(*args, **kwargs)
+        self.check_transforms(inputs)
+        self.check(inputs)
+        ordinary = _ordinary(inputs)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
+            y = (self.direct if ordinary else self.dispatched).apply(*inputs)
+        elif ordinary:
+            outputs = self.op.launch_fwd(self.record, *inputs, False)
+            y = outputs[0] if type(outputs) is tuple else outputs
+        else:
+            y = _tuple(self.fwd_op(*inputs, False))[0]
+        return y if finish is None else finish(y)
+
+    def traced(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """A call that becomes part of a graph."""
+        if _exporting_to_onnx():
+            return self.op.reference(*args, **kwargs)
+        inputs, finish = self.op.arguments(*args, **kwargs)
+        self.check(inputs)
+        y = call(inputs)
+        return y if finish is None else finish(y)
+
+    def compiled(self, inputs: Sequence[Any]) -> Any:
+        """In torch.compile's and torch.export's graphs."""
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
+            return self.dispatched.apply(*_distinct(inputs))
+        return self.forward(*inputs, False)[0]
+
+    def jit(self, inputs: Sequence[Any]) -> Any:
+        """In a torch.jit trace: the registered op, which has gradients of its own.
+
+        An autograd.Function would become a call into Python, which no trace can be compared by or saved with.
+        """
+        self.check_transforms(inputs)
+        return _tuple(self.fwd_op(*inputs, False))[0]
+
+    def launched(self, *args: Any) -> tuple[Any, ...]:
+        """The forward kernel by its launcher."""
+        return _tuple(self.op.launch_fwd(self.record, *args))
+
+    def forward(self, *args: Any) -> tuple[Any, ...]:
+        """The forward kernel, by the shortest path that is safe for these arguments."""
+        return self.launched(*args) if _ordinary(args) else _tuple(self.fwd_op(*args))
+
+    def backward(self, *args: Any) -> Any:
+        """The backward kernel, likewise."""
+        return self.op.launch_bwd(self.record, *args) if _ordinary(args) else self.bwd_op(*args)
+
+    def check_transforms(self, inputs: Sequence[Any]) -> None:
+        """Refuses what would silently lose a derivative or a batch dimension."""
+        if torch._C._are_functorch_transforms_active():
+            self.refuse("a torch.func transform (grad, vmap, jvp, ...)")
+        if forward_ad._current_level >= 0 and any(
+            isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in inputs
+        ):
+            self.refuse("forward-mode differentiation")
+
+    def check(self, inputs: Sequence[Any]) -> None:
+        """The guard of every call: one device of ours, a dtype of ours. The kernels check sizes themselves."""
+        device = inputs[0].device
+        fits = device.type in self.record.device_types and inputs[0].dtype in self.record.dtypes
+        for a in inputs:  # all(...) over a generator would be a fifth of a small call
+            if isinstance(a, Tensor) and a.device != device:
+                fits = False
+        if fits:
+            return
+        tensors = {name: a for name, a in zip(self.op.inputs, inputs, strict=False) if isinstance(a, Tensor)}
+        if len({t.device for t in tensors.values()}) > 1:
+            where = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
+            raise ValueError(f"vit.ops.{self.op.name}: all tensors must be on one device, got {where}")
+        spec = spec_of(self.op, tensors)
+        raise BackendError(backends.refusal(self.backend, spec, self.op.limits))
+
+    def guard_second(self, ctx: Any, dy: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients as they are, or, where a graph of them is made, so that their own backward is refused."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return tuple(grads)
+        kept = [g for g in grads if g is not None]
+        saved = [t for t in ctx.saved_tensors if t is not None]
+        guarded = iter(_NoSecondBackward.apply(self, len(kept), *kept, dy, *saved))
+        return tuple(None if g is None else next(guarded) for g in grads)
+
+    def refuse(self, what: str) -> NoReturn:
+        raise BackendError(_NO_TRANSFORMS.format(what=what, op=self.op.name, backend=self.backend))
+
+
+def spec_of(op: Op, tensors: dict[str, Tensor]) -> Spec:
+    """What a call with these tensors asks of a backend; the first one decides dtype and device."""
+    first = next(iter(tensors.values()))
+    return Spec(
+        op.name,
+        dtype=first.dtype,
+        shapes={name: tuple(t.shape) for name, t in tensors.items()},
+        training=torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()),
+        device_type=first.device.type,
+    )
+
+
+def call(op: Op, backend: str, *args: Any, **kwargs: Any) -> Tensor:
+    """A public op: the named backend, or for "auto" the most preferred one that can run these arguments."""
+    for name, allowed in op.tensors.items():
+        if name in kwargs and not isinstance(kwargs[name], allowed):
+            raise TypeError(f"vit.ops.{op.name}: {name} must be a torch.Tensor, got {type(kwargs[name]).__name__}")
+    if backend == "auto":
+        tensors = {n: a for n, a in (*zip(op.inputs, args, strict=False), *kwargs.items()) if isinstance(a, Tensor)}
+        backend = backends.choose("auto", [spec_of(op, tensors)], op.limits).name
+    return bind(op, backend)(*args, **kwargs)
+
+
+@constant
+def _exporting_to_onnx() -> bool:
+    """Whether what is traced becomes an ONNX file: it runs without our kernels, so it holds PyTorch's own ops."""
+    return torch.onnx.is_in_onnx_export()
+
+
+def _ordinary(args: Sequence[Any]) -> bool:
+    """Whether raw pointers may be taken: nothing traces, no dispatch mode is on, every tensor is exactly a Tensor."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and _ORDINARY.issuperset(map(type, args))
+        # The imaginary part of a conjugated tensor is a view whose sign only the dispatcher turns.
+        and not any(type(a) is Tensor and a.is_neg() for a in args)
+    )
+
+
+def _distinct(inputs: Sequence[Any]) -> list[Any]:
+    """The inputs with repeated tensors replaced by views: torch.compile refuses attention(x, x, x) otherwise."""
+    distinct: list[Any] = []
+    for a in inputs:
+        repeated = isinstance(a, Tensor) and any(a is other for other in distinct)
+        distinct.append(a.view_as(a) if repeated else a)
+    return distinct
+
+
+def _tuple(outputs: Any) -> tuple[Any, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _autograd_function(
+    bound: NativeOp, forward_kernel: Callable[..., tuple[Any, ...]]
+) -> type[torch.autograd.Function]:
+    op = bound.op
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            outputs = forward_kernel(*args, True)
+            op.save(ctx, args, outputs)
+            return outputs[0]
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            return bound.guard_second(ctx, dy, op.backward(ctx, bound.backward, dy))
+
+    Function.__name__ = Function.__qualname__ = f"{op.name}_{bound.backend}"
+    return Function
+
+
+class _NoSecondBackward(torch.autograd.Function):
+    """The identity on gradients made with create_graph=True, whose own backward says that there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, bound: NativeOp, count: int, *tensors: Tensor) -> Any:
+        ctx.bound = bound
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.bound.refuse("double backward")
+
+
+def bind(op: Op, backend: str) -> BoundOp:
+    """The op on a backend of that name, or on "auto"; ValueError for an unknown name."""
+    if (op.name, backend) not in _BOUND:
+        backends.get(backend)  # raises
+    return _BOUND[op.name, backend]
+
+
+#: Made once at import: torch.compile traces the look-up but not the making.
+_BOUND: dict[tuple[str, str], BoundOp] = {}
+
+
+def bind_all(op: Op) -> None:
+    """Makes the callables of a new op for every backend, and registers its kernels with torch.
+
+    Programs saved by torch.export name the registered ops, so they exist as soon as vit is imported.
+    """
+    _BOUND[op.name, "auto"] = AutoOp(op, "auto")
+    for record in backends.records().values():
+        native = isinstance(record, NativeBackend)
+        _BOUND[op.name, record.name] = (NativeOp if native else ReferenceOp)(op, record.name)
+
+
+def _bind_by_name(op: str, backend: str) -> BoundOp:
+    return _BOUND[op, backend]

@@ -1,0 +1,60 @@
+"""The kernels of an op as ops of torch's dispatcher: for torch.compile, torch.jit, fake tensors and profilers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import NativeBackend
+from .op import Op
+
+
+def register(op: Op, record: NativeBackend) -> tuple[Any, Any]:
+    """Defines vit_<backend>::<op>_fwd and _bwd, and returns them."""
+    namespace = f"vit_{record.name}"
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _LIBRARIES.append(library)
+    for direction, schema, launch, fake in (
+        ("fwd", op.fwd_schema, op.launch_fwd, op.fwd_fake),
+        ("bwd", op.bwd_schema, op.launch_bwd, op.bwd_fake),
+    ):
+        name = f"{op.name}_{direction}"
+        library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, _as_torch_wants(launch, record), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    ops = getattr(torch.ops, namespace)
+    return getattr(ops, f"{op.name}_fwd").default, getattr(ops, f"{op.name}_bwd").default
+
+
+def register_gradients(op: Op, fwd_op: Any, bwd: Callable[..., Any], guard: Callable[..., Any]) -> None:
+    """The registered forward op differentiates by itself wherever no autograd.Function of ours stands around it: in
+    torch.jit traces, whenever they run. `bwd` is the backward kernel, `guard` refuses a second backward."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *args, saved = inputs
+        # A trace says save=False whether or not its caller will want gradients: the forward is then run once more.
+        outputs = output if saved else fwd_op(*args, True)
+        op.save(ctx, tuple(args), outputs if isinstance(outputs, tuple) else (outputs,))
+
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return *guard(ctx, dy, op.backward(ctx, bwd, dy)), None
+
+    torch.library.register_autograd(fwd_op, backward, setup_context=keep, lib=_LIBRARIES[-1])
+
+
+_LIBRARIES: list[torch.library.Library] = []  # a Library undefines its ops when it is collected
+
+
+def _as_torch_wants(launch: Callable[..., Any], record: NativeBackend) -> Callable[..., Any]:
+    """A launcher as an op of torch: what was not computed (None) is an empty tensor, as the fakes say."""
+
+    def kernel(*args: Any) -> Any:
+        outputs = launch(record, *args)
+        if not isinstance(outputs, tuple):
+            return outputs
+        return tuple(args[0].new_empty(0) if y is None else y for y in outputs)
+
+    return kernel
