@@ -87,10 +87,10 @@ def test_no_file_takes_the_place_of_a_device_or_pipe(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["pipe"]
 
 
-def test_csv_goes_into_a_pipe_and_keeps_control_characters_out(tmp_path: Path) -> None:
+def test_csv_goes_into_a_pipe_and_escaped_onto_a_terminal(tmp_path: Path, monkeypatch) -> None:
     model = vit.create("vit_digits", backend="reference")
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    picture = tmp_path / "a\x1b\nb.png"
+    picture = tmp_path / "a.png"
     Image.new("L", (8, 8)).save(picture)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -101,7 +101,17 @@ def test_csv_goes_into_a_pipe_and_keeps_control_characters_out(tmp_path: Path) -
     os.close(reader)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert len(lines) == 2
-    assert lines[1].startswith(os.fsencode(tmp_path) + rb"/a\x1b\nb.png,")
+    assert lines[1].startswith(os.fsencode(picture) + b",")
+    read, write = os.openpty()
+    with os.fdopen(write, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        names = tmp_path / "names"
+        names.write_text("\x1b[31mred\n" * 10)
+        assert main([*words, "--csv", "-", "--class-names", str(names)]) == 0
+        shown = os.read(read, 4096)
+    os.close(read)
+    assert rb"\x1b[31mred" in shown
+    assert b"\x1b" not in shown
 
 
 def test_too_little_memory_is_a_text(tmp_path: Path, capsys) -> None:

@@ -140,11 +140,12 @@ def _show(answer: dict[str, Any]) -> None:
 def _table(target: str | None, top: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Gives a function that writes an answer as a line of CSV; a file is replaced when all lines are there."""
     fields = ("class", "index", "probability")
+    text_of = _plain if target == "-" and sys.stdout is not None and sys.stdout.isatty() else _utf8
     header = [f"{field}_{place}" if place > 1 else field for place in range(1, top + 1) for field in fields]
 
     def row(answer: dict[str, Any]) -> list[Any]:
         cells = [entry[field] for entry in answer.get("top", ()) for field in fields] or [""] * len(header)
-        return [_plain(cell) for cell in (answer["image"], *cells, answer.get("error", ""))]
+        return [text_of(cell) for cell in (answer["image"], *cells, answer.get("error", ""))]
 
     if not target:
         yield lambda answer: None
@@ -164,6 +165,11 @@ def _table(target: str | None, top: int) -> Iterator[Callable[[dict[str, Any]], 
             yield lambda answer: table.writerow(row(answer))
 
 
+def _utf8(cell: Any) -> Any:
+    r"""The cell; bytes of a file name that are not UTF-8 as \udc.. escapes, so that the file is UTF-8."""
+    return cell.encode("utf-8", "backslashreplace").decode() if isinstance(cell, str) else cell
+
+
 def _plain(cell: Any) -> Any:
-    """The cell; a text with escapes for control characters and for bytes of a file name that are not UTF-8."""
+    """The cell with its control characters as escapes: for a terminal, which would obey them."""
     return printable(cell) if isinstance(cell, str) else cell
