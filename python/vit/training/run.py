@@ -12,6 +12,7 @@ curves.png, confusion.png   pictures of metrics.jsonl and of the test images
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from ..data import DataError, Samples, Source, open_source
 from ..factory import create
+from ..preprocess import Preprocess
 from ..support.files import append_line, refuse_link, remove_leftovers, to_json, write_text
 from ..support.lock import NAME as LOCK
 from ..support.lock import FolderLock
@@ -26,6 +28,9 @@ from ..support.records import Record, parse_json
 from ..support.tensors import read_tensors, write_tensors
 from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
+
+#: Options that say which images are the test images; the default in the place of a lost one could mix in others.
+_NEEDED = ("data", "val_fraction", "test_fraction", "split_seed")
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,10 @@ class Run:
         for name in ("config.yaml", "model.json"):
             if not (path / name).is_file():
                 raise ValueError(f"vit: {path} is not a run folder of vit train: it has no {name}")
-        config = from_mapping(read_yaml(path / "config.yaml"), str(path / "config.yaml"))
+        options = read_yaml(path / "config.yaml")
+        if missing := [name for name in _NEEDED if name not in options]:
+            raise ValueError(f"vit: {path / 'config.yaml'} is damaged: it lacks {', '.join(missing)}")
+        config = from_mapping(options, str(path / "config.yaml"))
         try:
             record = Record.read(path / "model.json")
             model = {
@@ -86,10 +94,20 @@ class Run:
                 "class_names": list(record.texts("class_names")),
                 "preprocess": dict(record.record("preprocess").values),
             }
+            Preprocess.from_dict(model["preprocess"])
         except ValueError as error:
             text = str(error).removeprefix("vit: ")
             raise ValueError(f"vit: {path / 'model.json'} is damaged: {text}") from error
         return cls(path, config, model)
+
+    def edited(self) -> bool:
+        """Whether config.yaml is not the one that the last session noted in run.json."""
+        try:
+            sessions = Record.read(self.path / "run.json").raw("sessions")
+            noted = Record(sessions[-1], "run.json").text("config_sha256")
+        except (OSError, ValueError, LookupError, TypeError):  # no record: of an earlier version, or damaged
+            return False
+        return bool(noted != hashlib.sha256((self.path / "config.yaml").read_bytes()).hexdigest())
 
     def lock(self) -> FolderLock:
         """Owns the folder for a training. FolderInUse if another one does, OSError for a link in place of a file."""
