@@ -40,7 +40,7 @@ def rand(*size: Any, dtype: torch.dtype | None = None, device: Any = "cpu") -> T
 
 def randint(low: int, high: int, size: Any, dtype: torch.dtype = torch.int64, device: Any = "cpu") -> Tensor:
     """As torch.randint: whole numbers in [low, high)."""
-    return torch.from_numpy(_stream.integers(low, high, tuple(size))).to(device, dtype)
+    return torch.from_numpy(np.asarray(_stream.integers(low, high, tuple(size)))).to(device, dtype)
 
 
 def randperm(count: int) -> Tensor:

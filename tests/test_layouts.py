@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gzip
 import os
-import re
 import signal
 import struct
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from PIL import Image
 from vit.data import DataError, ReaderError, Samples, open_source
 from vit.data.folder import folder
 from vit.data.idx import read_idx
-from vit.data.loader import Images, InOrder, loader, reader_error
+from vit.data.loader import Images, InOrder, loader
 from vit.preprocess import Preprocess
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -45,6 +45,35 @@ def mnist(root: Path, labels: list[int], test: list[int] | None = None) -> Path:
             idx_file(root / f"{prefix}-labels-idx1-ubyte", np.array(values, np.uint8))
             idx_file(root / f"{prefix}-images-idx3-ubyte", np.zeros((len(values), 4, 4), np.uint8))
     return root
+
+
+# ---- IDX files by their names ----
+
+
+@pytest.mark.parametrize("test", ["t10k", "test", "T10K", "Test"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files_of_the_test_split_are_read_however_they_are_spelled(tmp_path: Path, test: str, packed: bool) -> None:
+    mnist(tmp_path, [0, 1] * 6)
+    for name, array in (("images-idx3", np.zeros((2, 4, 4), np.uint8)), ("labels.idx1", np.array([1, 0], np.uint8))):
+        idx_file(tmp_path / f"{test}-{name}-ubyte{'.gz' * packed}", array, packed)
+    assert open_source(str(tmp_path)).splits["test"].labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["emnist-letters-test-images-idx3-ubyte.gz", "valid-images-idx3-ubyte", "t10k-labels-idx2-int"]
+)
+def test_idx_files_that_are_not_read_are_named(tmp_path: Path, name: str) -> None:
+    mnist(tmp_path, [0, 1] * 6)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"has {name}, which is none of .*rename it"):
+        open_source(str(tmp_path))
+
+
+def test_idx_files_of_two_test_splits_are_refused(tmp_path: Path) -> None:
+    mnist(tmp_path, [0, 1] * 6, [0, 1])
+    idx_file(tmp_path / "test-labels-idx1-ubyte", np.zeros(2, np.uint8))
+    with pytest.raises(DataError, match=r"both t10k-labels-idx1-ubyte and test-labels-idx1-ubyte; keep one"):
+        open_source(str(tmp_path))
 
 
 # ---- splits ----
@@ -79,6 +108,12 @@ def test_split_folders_in_any_case(tmp_path: Path, train: str, val: str | None, 
         (["train/train/cat", "train/train/dog", "train/test/cat"], r"train holds test/ and train/"),
         (["train/cat", "train/dog", "test/cat", "test/Dog"], r"Dog is not a class of .*train; .*\(nearest: dog\)"),
         (["train/cat", "train/dog", "test/bird"], r"test/bird is not a class of .*train"),
+        (["train", "test"], r"has test/ and train/, which would be taken for classes. If they are splits, call"),
+        (["train_set/cat", "train_set/dog", "test_set/cat", "test_set/dog"], r"has test_set/ and train_set/, which"),
+        (["seg_train/seg_train/sea", "seg_test/seg_test/sea", "seg_pred/seg_pred"], r"has seg_test/ and seg_train/"),
+        (["train2017", "val2017"], r"has train2017/ and val2017/, which would be taken for classes"),
+        (["TrainImages", "TestImages"], r"has TestImages/ and TrainImages/, which would be taken for classes"),
+        (["training-data/a", "training-data/b", "holdout/a"], r"has holdout/ and training-data/, which"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -91,6 +126,18 @@ def test_layouts_that_could_mean_two_things_are_refused(tmp_path: Path, layout: 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     images(tmp_path, "bus", "car", "train")
     assert folder(tmp_path).class_names == ("bus", "car", "train")
+
+
+def test_some_of_many_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    classes = ("bullet_train", "constrain", "contest", "sea", "ship", "test_tube")
+    images(tmp_path, *classes)
+    assert folder(tmp_path).class_names == classes
+
+
+def test_folders_of_operating_systems_are_no_classes(tmp_path: Path) -> None:
+    images(tmp_path, "train/cat", "train/dog")
+    images(tmp_path, "__MACOSX/train/cat", "train/@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information")
+    assert folder(tmp_path).class_names == ("cat", "dog")
 
 
 def test_folders_without_images_beside_the_splits_are_left_alone(tmp_path: Path) -> None:
@@ -227,6 +274,8 @@ class Ending(Images):
         if key[1] == 2:
             if self.how == "exit":
                 os._exit(3)
+            if self.how == "sleep":
+                time.sleep(60)
             os.kill(os.getpid(), getattr(signal, self.how))
         return super().__getitem__(key)
 
@@ -234,10 +283,11 @@ class Ending(Images):
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ("SIGKILL", r"a reader process (was killed by a signal|ended unexpectedly)"),
-        ("SIGSEGV", r"a reader process (was killed by a signal|ended unexpectedly)"),
-        ("exit", "a reader process ended unexpectedly"),
-        ("SIGSTOP", "no reader process gave a batch within 3 s"),
+        ("SIGKILL", r"a reader process ended unexpectedly: process \d+ was ended by SIGKILL"),
+        ("SIGSEGV", r"a reader process ended unexpectedly: process \d+ was ended by SIGSEGV"),
+        ("exit", r"a reader process ended unexpectedly: process \d+ ended with exit code 3"),
+        ("sleep", "no reader process gave a batch within 3 s"),
+        ("SIGSTOP", r"a reader process does not answer: process \d+ was stopped for 3 s"),
     ],
 )
 def test_a_reader_that_dies_or_stops_is_an_error(how: str, text: str) -> None:
@@ -260,10 +310,3 @@ def test_a_sigterm_to_the_group_leaves_the_readers_to_their_parent() -> None:
     for pid in children.split():
         subprocess.run(["kill", "-TERM", pid], check=False)  # from another process than their parent
     assert sum(1 for _ in batches) == 38
-
-
-def test_other_errors_are_no_reader_errors() -> None:
-    assert reader_error(RuntimeError("CUDA out of memory")) is None
-    assert reader_error(ValueError("x")) is None
-    died = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    assert re.search("killed by a signal", str(reader_error(died)))

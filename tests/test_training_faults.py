@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 from training_helpers import SMALL, STEPS, TINY, Hook, children, figures, has_metrics, same_bits, vit_process, wait_for
+from vit.data import DataError, readers
+from vit.data.readers import WatchedLoader, leave_signals
 from vit.support.cores import available_cores, cgroup_quota, free_cores
 from vit.support.files import append_line, replacing, write_text
 from vit.support.lock import FolderInUse, FolderLock
 from vit.training import Interrupted, ReaderError, TrainError, train
-from vit.training import interrupt as interrupting
-from vit.training.interrupt import WatchedLoader
+from vit.training.interrupt import Signals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
@@ -53,7 +54,7 @@ def die(number: int) -> None:
 def test_a_reader_that_dies_is_named_with_its_signal(name: str) -> None:
     number = signal.Signals[name]
     numbers = torch.utils.data.DataLoader(Numbers(12, lambda: die(number)), batch_size=4, num_workers=2)
-    with interrupting.Signals(), pytest.raises(ReaderError, match=rf"process \d+ was ended by {name}"):
+    with Signals(), pytest.raises(ReaderError, match=rf"process \d+ was ended by {name}"):
         list(WatchedLoader(numbers))
 
 
@@ -64,7 +65,7 @@ def test_a_reader_that_leaves_is_named_with_its_exit_code() -> None:
 
 
 def test_a_stopped_reader_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupting, "STOPPED_SECONDS", 2.0)
+    monkeypatch.setattr(readers, "STOPPED_SECONDS", 2.0)
     numbers = torch.utils.data.DataLoader(Numbers(12, lambda: die(signal.SIGSTOP)), batch_size=4, num_workers=2)
     began = time.monotonic()
     with pytest.raises(ReaderError, match=r"process \d+ was stopped for 2 s"):
@@ -72,13 +73,82 @@ def test_a_stopped_reader_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert time.monotonic() - began < 60
 
 
-def test_what_a_reader_raises_comes_as_it_is() -> None:
+@pytest.mark.parametrize("error", [KeyError, FileNotFoundError, EOFError, DataError, RuntimeError])
+def test_what_a_reader_raises_comes_as_it_is(error: type[Exception]) -> None:
     def fail() -> None:
-        raise KeyError("eleven")
+        raise error("eleven")
 
     numbers = torch.utils.data.DataLoader(Numbers(11, fail), batch_size=4, num_workers=1)
-    with pytest.raises(KeyError, match="eleven"):
+    with pytest.raises(error, match="eleven") as caught:
         list(WatchedLoader(numbers))
+    assert not isinstance(caught.value, ReaderError)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+def test_of_several_readers_the_dead_one_is_named_and_none_is_left() -> None:
+    numbers = torch.utils.data.DataLoader(
+        Numbers(12, lambda: die(signal.SIGKILL)), batch_size=4, num_workers=4, persistent_workers=True
+    )
+    watched = WatchedLoader(numbers)
+    batches = iter(watched)
+    next(batches)
+    pids = [reader.pid for reader in watched.readers]
+    with pytest.raises(ReaderError, match=rf"ended unexpectedly: process {pids[3]} was ended by SIGKILL"):
+        list(batches)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_wrapper_that_hides_the_readers_changes_nothing(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    numbers = torch.utils.data.DataLoader(Numbers(12, lambda: die(signal.SIGKILL)), batch_size=4, num_workers=2)
+    wrapped = accelerate.Accelerator(cpu=True).prepare_data_loader(numbers)
+    with pytest.raises(ReaderError, match=r"process \d+ was ended by SIGKILL"):
+        list(WatchedLoader(wrapped))
+
+
+def test_processes_of_the_program_are_no_readers() -> None:
+    """Started while batches are read: they outlive the readers."""
+    numbers = torch.utils.data.DataLoader(Numbers(24, lambda: os._exit(3)), batch_size=4, num_workers=1)
+    batches = iter(WatchedLoader(numbers))
+    next(batches)
+    other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    other.start()
+    try:
+        with pytest.raises(ReaderError, match="exit code 3"):
+            list(batches)
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
+
+
+def test_a_lone_sigterm_to_a_reader_changes_nothing() -> None:
+    numbers = torch.utils.data.DataLoader(
+        Numbers(-1, None), batch_size=1, num_workers=2, worker_init_fn=leave_signals, persistent_workers=True
+    )
+    watched = WatchedLoader(numbers)
+    batches = iter(watched)
+    found = [next(batches), next(batches)]  # one of each: both are set up
+    for reader in watched.readers:
+        subprocess.run(["kill", "-TERM", str(reader.pid)], check=True)  # from another process than their parent
+    found += list(batches)
+    assert [int(number) for number in found] == list(range(40))
+    watched.close()
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_program_with_stopped_readers_comes_to_its_end(persistent: bool) -> None:
+    """Stopped after their last batch, when nobody reads any more. Python's exit waits for all processes."""
+    code = (
+        "import os, signal, torch; from vit.data.readers import WatchedLoader\n"
+        "data = torch.utils.data.DataLoader(list(range(8)), batch_size=1, num_workers=2, "
+        f"persistent_workers={persistent})\n"
+        "watched = WatchedLoader(data); batches = iter(watched); [next(batches) for _ in range(8)]\n"
+        "[os.kill(reader.pid, signal.SIGSTOP) for reader in watched.readers]\n"
+        "print(len(watched.readers), flush=True)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "2\n", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)

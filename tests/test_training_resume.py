@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import signal
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import save_file
 from training_helpers import SMALL, STEPS, Hook, figures, same_bits, terminate, vit_process, wait_for
 from vit.cli import main
-from vit.support.tensors import DamagedFile, read_tensors, write_tensors
+from vit.support.tensors import KEY, DamagedFile, read_tensors, write_tensors
 from vit.training import Interrupted, RefusedChange, Run, TrainError, TrainResult, train
 from vit.training import state as states
 from vit.training.resume import FREE
@@ -242,6 +244,43 @@ def test_a_flipped_bit_of_the_kept_weights_is_named(whole: TrainResult, tmp_path
             DamagedFile, match=r"best\.safetensors is damaged: it holds other bits than were written of"
         ):
             Run.open(run).evaluate()
+
+
+def test_eval_says_that_the_options_were_edited(whole: TrainResult, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(whole.run, tmp_path / "run")
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    assert "was changed" not in capsys.readouterr().err
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("split_seed: 0", "split_seed: 1"))
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    assert "config.yaml was changed after the training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["eval"], ["train", "--resume"]])
+def test_preprocessing_that_lost_its_size_is_damage(
+    stopped: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = stopped / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"preprocess": {}}))
+    assert main([*command, str(stopped)]) == 1
+    assert "model.json is damaged: preprocess lacks img_size" in capsys.readouterr().err
+
+
+def test_damaged_best_weights_are_named_before_the_training_goes_on(whole: TrainResult, tmp_path: Path) -> None:
+    shutil.copytree(whole.run, tmp_path / "run")
+    best = tmp_path / "run" / "best.safetensors"
+    best.write_bytes(best.read_bytes()[:-100])
+    watch = Hook(1, lambda: pytest.fail("a step was taken"))
+    with pytest.raises(ValueError, match=r"best\.safetensors is no safetensors file, or damaged.* start a new run"):
+        train(resume=tmp_path / "run", display=watch, changes={"epochs": SMALL.epochs + 1})
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"tensors": 3, "about": {}}', '{"tensors": {}, "about": []}'])
+def test_metadata_of_another_kind_is_damage(tmp_path: Path, content: str) -> None:
+    text = f"{zlib.crc32(content.encode()):08x} {content}"
+    save_file({}, tmp_path / "a.safetensors", {KEY: text})
+    with pytest.raises(ValueError, match=r"the metadata of .*a\.safetensors"):
+        read_tensors(tmp_path / "a.safetensors")
 
 
 def test_checksums_name_the_tensor(tmp_path: Path) -> None:

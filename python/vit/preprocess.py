@@ -125,8 +125,11 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """The inverse of to_dict; ValueError names unknown keys."""
-        return cls(**arguments(values, "preprocess"))
+        """The inverse of to_dict; ValueError names unknown keys, values of a wrong kind and a missing img_size."""
+        found = arguments(values, "preprocess")
+        if "img_size" not in found:
+            raise RecordError("vit: preprocess lacks img_size")
+        return cls(**found)
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) after the resize, rounded as the two tools do that made the published figures."""

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ..support.text import printable
+from .arguments import filled
 
 COMMANDS = ("info", "train", "eval", "predict", "parity", "bench", "quantize")
 
@@ -49,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _speak() -> None:
     """Output may hold any name: what the stream's encoding lacks is written as an escape. Pillow's remarks about a
-    picture stay out of it; what makes a picture unusable is an error."""
+    picture and PyTorch's about the number of workers stay out of it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more --workers than cores were asked for
 
 
 def _run(words: list[str]) -> int:
@@ -82,8 +84,14 @@ def _run(words: list[str]) -> int:
         return int(command.run(args))
     except BrokenPipeError:
         raise
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        why = printable(str(error).partition("\n")[0])
+        print(f"vit: not enough memory; a smaller model or --batch-size needs less ({why})", file=sys.stderr)
+        return 1
     except _expected() as error:
-        text = "\n".join(map(printable, str(error).split("\n"))) or type(error).__name__
+        text = "\n".join(map(printable, _text(error).split("\n"))) or type(error).__name__
         print(text if text.startswith("vit: ") else f"vit: {text}", file=sys.stderr)
         return 1
 
@@ -93,6 +101,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+        for kind in (None, str):
+            self.register("type", kind, filled)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
@@ -106,14 +116,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {what} {printable(word)}{hint}\n")
 
     def _nearest(self, word: str) -> list[str]:
-        """Options that begin with the word, whose name its words abbreviate to (--learning-rate: --lr), or like it."""
+        """Options that begin with the word, that are the initials of its words (--learning-rate: --lr) or whose
+        initials it is (--bs: --batch-size), or like it."""
         options = [option for option in self._option_string_actions if option.startswith("--")]
         plain = word.lower().replace("_", "-")
-        initials = "--" + "".join(part[0] for part in plain.strip("-").split("-") if part)
         longer = [option for option in options if plain.strip("-") and option.startswith(plain)]
-        short = [option for option in options if option == initials]
+        short = [option for option in options if option == _initials(plain) or _initials(option) == plain]
         alike = difflib.get_close_matches(plain, options, n=3, cutoff=0.7)
         return list(dict.fromkeys(longer + short + alike))[:3] or difflib.get_close_matches(plain, options, n=1)
+
+
+def _initials(option: str) -> str:
+    return "--" + "".join(part[0] for part in option.strip("-").split("-") if part)
 
 
 def _expected() -> tuple[type[BaseException], ...]:
@@ -123,6 +137,25 @@ def _expected() -> tuple[type[BaseException], ...]:
     from ..weights import WeightsError
 
     return (BackendError, MissingExtra, WeightsError, ValueError, OSError)
+
+
+_LACKS_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Of the CPU PyTorch says it in a RuntimeError without a class of its own."""
+    import torch
+
+    out_of_memory = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, out_of_memory) or any(words in str(error) for words in _LACKS_MEMORY)
+
+
+def _text(error: BaseException) -> str:
+    """What an error says; of the system's errors the file and the reason, without their number."""
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return f"{named}{error.strerror}"
+    return str(error)
 
 
 def _command(name: str) -> ModuleType:

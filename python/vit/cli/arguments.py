@@ -27,6 +27,34 @@ def _at_least(low: int, text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    return _between(0.0, text)
+
+
+def cosine(text: str) -> float:
+    """A number from -1 to 1."""
+    return _between(-1.0, text)
+
+
+def _between(low: float, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not low <= value <= 1.0:  # nan is none of them
+        raise argparse.ArgumentTypeError(f"must be from {low:g} to 1, got {value}")
+    return value
+
+
+def filled(text: str) -> str:
+    """A text that says something: what a script's unset variable gives would be taken for the current folder, or for
+    an option that is not there."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def device(text: str) -> str:
     """A device as torch names it."""
     import torch

@@ -72,6 +72,12 @@ def _run(args: argparse.Namespace) -> tuple[Any, Any]:
 
     run = Run.open(args.run)
     names, config = run.model["class_names"], run.config
+    if run.edited():
+        print(
+            f"vit: {printable(str(run.path / 'config.yaml'))} was changed after the training: the figures may not be "
+            "of the images that the training left out",
+            file=sys.stderr,
+        )
     if args.data is None:
         _say(args, f"{len(names)} classes, the {args.split or 'test'} images of {config.data}")
         return names, run.evaluate(args.split, None, args.backend, args.batch_size, args.workers)

@@ -6,7 +6,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +140,12 @@ def _show(answer: dict[str, Any]) -> None:
 def _table(target: str | None, top: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Gives a function that writes an answer as a line of CSV; a file is replaced when all lines are there."""
     fields = ("class", "index", "probability")
+    text_of = _plain if target == "-" and sys.stdout is not None and sys.stdout.isatty() else _utf8
     header = [f"{field}_{place}" if place > 1 else field for place in range(1, top + 1) for field in fields]
 
     def row(answer: dict[str, Any]) -> list[Any]:
         cells = [entry[field] for entry in answer.get("top", ()) for field in fields] or [""] * len(header)
-        return [_utf8(cell) for cell in (answer["image"], *cells, answer.get("error", ""))]
+        return [text_of(cell) for cell in (answer["image"], *cells, answer.get("error", ""))]
 
     if not target:
         yield lambda answer: None
@@ -153,7 +154,12 @@ def _table(target: str | None, top: int) -> Iterator[Callable[[dict[str, Any]], 
         table.writerow(["image", *header, "error"])
         yield lambda answer: table.writerow(row(answer))
     else:
-        with replacing(Path(target)) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        place = Path(target)
+        special = place.exists() and not place.is_file()  # a device or a pipe is written to, not replaced
+        with (
+            nullcontext(place) if special else replacing(place) as path,
+            open(path, "w", encoding="utf-8", newline="") as file,
+        ):
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["image", *header, "error"])
             yield lambda answer: table.writerow(row(answer))
@@ -162,3 +168,8 @@ def _table(target: str | None, top: int) -> Iterator[Callable[[dict[str, Any]], 
 def _utf8(cell: Any) -> Any:
     r"""The cell; bytes of a file name that are not UTF-8 as \udc.. escapes, so that the file is UTF-8."""
     return cell.encode("utf-8", "backslashreplace").decode() if isinstance(cell, str) else cell
+
+
+def _plain(cell: Any) -> Any:
+    """The cell with its control characters as escapes: for a terminal, which would obey them."""
+    return printable(cell) if isinstance(cell, str) else cell

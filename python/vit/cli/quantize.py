@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..support.files import to_json
-from .arguments import new_file, positive
+from .arguments import cosine, new_file, positive, share
 from .show import Progress, table
 
 HELP = "make an int8 engine, or one with int8 or int4 weights, and compare it with float32"
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights-only", choices=("int8", "int4"), help="store weights in so many bits, compute in bfloat16")
     add("--exclude", default="", metavar="A,B", help="layers that stay bfloat16, such as blocks.0.mlp.fc2")
     add("--sensitivity", action="store_true", help="quantize each layer alone and list what that costs")
-    add("--max-drop", type=float, default=0.01, help="allowed loss of top-1, as a share (default: %(default)s)")
-    add("--min-cosine", type=float, default=0.99, help="of the logits with float32's (default: %(default)s)")
+    add("--max-drop", type=share, default=0.01, help="allowed loss of top-1, as a share (default: %(default)s)")
+    add("--min-cosine", type=cosine, default=0.99, help="of the logits with float32's (default: %(default)s)")
     add("--output", type=new_file, metavar="FILE", help="where to save the engine, if recommended")
     add("--json", action="store_true", help="print one JSON object")
 

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 from ..support.extras import MissingExtra
 from ..support.files import to_json
 from ..support.records import parse_yaml
-from ..training.config import AUTO, CHOICES, FIELDS, TrainConfig, convert, flag, from_mapping, read_yaml, recipe_options
+from ..training.config import (
+    AUTO,
+    CHOICES,
+    FIELDS,
+    RANGES,
+    TrainConfig,
+    convert,
+    flag,
+    from_mapping,
+    in_range,
+    read_yaml,
+    recipe_options,
+    span,
+)
 from ..training.recipes import of_kind, recipes
+from .arguments import filled
 
 HELP = "train a model on digits (no arguments), a folder of class folders, or MNIST files"
 
@@ -146,12 +161,25 @@ def _add_options(parser: argparse._ActionsContainer) -> None:
         kind: Any = next(k for k in kinds if k is not type(None))
         parser.add_argument(
             flag(name),
-            type=_threads if name == "threads" else kind,
+            type=_checked(name, _threads if name == "threads" else kind),
             default=argparse.SUPPRESS,
             choices=CHOICES.get(name),
             metavar=None if name in CHOICES else name.upper(),
             help=text,
         )
+
+
+def _checked(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of a flag, whose values must also be in the option's range: others are bad usage."""
+
+    def read(text: str) -> Any:
+        value = filled(text) if kind is str else kind(text)
+        if name in RANGES and not in_range(name, value):
+            raise argparse.ArgumentTypeError(f"is {value}; allowed is {span(*RANGES[name])}")
+        return value
+
+    read.__name__ = getattr(kind, "__name__", "text")  # argparse: "invalid int value"
+    return read
 
 
 def _threads(text: str) -> int | str:

@@ -19,7 +19,7 @@ def kind_of(data: str) -> str:
     if data == "digits":
         return "digits"
     path = Path(data).expanduser()
-    if not path.exists():
+    if not data or not path.exists():
         raise DataError(f"vit: data {data!r} does not exist; allowed: {ALLOWED}")
     if not path.is_dir():
         raise DataError(f"vit: data {data!r} is a file; allowed: {ALLOWED}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -18,30 +19,56 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ..support.text import printable
 from .samples import DataError, Samples, Source
 
-# The two spellings in circulation: with a hyphen as published, with a dot as some archives unpack.
 PREFIXES = {"train": "train", "test": "t10k"}
 KINDS = {"images": 3, "labels": 1}
+
+#: What the files are called: with a hyphen as published, with a dot as some archives unpack; in any case of letters.
+_NAME = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx([13])-ubyte(\.gz)?", re.IGNORECASE)
+
+#: Files of other sets of this format (emnist-letters-train-images-idx3-ubyte, qmnist-test-labels-idx2-int).
+_ALIKE = re.compile(r".*[-.]idx\d-(ubyte|int)(\.gz)?", re.IGNORECASE)
 
 #: A byte of gzip stands for at most so many.
 _MOST_PACKED = 1032
 
 
 def find(folder: Path, split: str, kind: str) -> Path | None:
-    """The file of that split ("train", "test") and kind ("images", "labels") in `folder`, or None."""
-    stem = f"{PREFIXES[split]}-{kind}"
-    for separator in "-.":
-        for suffix in ("", ".gz"):
-            path = folder / f"{stem}{separator}idx{KINDS[kind]}-ubyte{suffix}"
-            if path.is_file():
-                return path
-    return None
+    """The file of that split ("train", "test") and kind ("images", "labels") in `folder`, or None.
+
+    Of a plain and a compressed file the plain one. Raises DataError for t10k- and test- files beside each other.
+    """
+    found = []
+    for path in _files(folder, _NAME):
+        prefix, what, dimensions, packed = _NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]
+        named = "train" if prefix.lower() == "train" else "test"
+        if (named, what.lower(), int(dimensions)) == (split, kind, KINDS[kind]):
+            found.append((bool(packed), path.name, path))
+    found.sort()
+    prefixes = {path.name[:4].lower() for _, _, path in found}
+    if len(prefixes) > 1:
+        raise DataError(f"vit: {folder} has both {found[0][1]} and {found[-1][1]}; keep one of them")
+    return found[0][2] if found else None
 
 
 def is_idx_folder(folder: Path) -> bool:
-    """Whether `folder` holds any of the files this module reads."""
-    return any(find(folder, split, kind) for split in PREFIXES for kind in KINDS)
+    """Whether `folder` holds IDX files, by their names."""
+    return bool(_files(folder, _ALIKE))
+
+
+def _files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name) and path.is_file()]
+
+
+def _refuse_others(folder: Path) -> None:
+    """Images that are not read, beside those that are, would be missed by nobody until the figures are."""
+    if others := [path.name for path in _files(folder, _ALIKE) if not _NAME.fullmatch(path.name)]:
+        raise DataError(
+            f"vit: {folder} has {printable(others[0])}, which is none of train-images-idx3-ubyte[.gz], "
+            "train-labels-idx1-ubyte[.gz], t10k-... or test-...; rename it or move it away"
+        )
 
 
 def idx(folder: Path, report: Callable[[str], None] | None = None, complete: bool = True) -> Source:
@@ -51,6 +78,7 @@ def idx(folder: Path, report: Callable[[str], None] | None = None, complete: boo
     complete: there must be training images, of every class; False for images to evaluate
     Raises DataError for a file that is missing, damaged or inconsistent.
     """
+    _refuse_others(folder)
     splits = {split: samples for split in PREFIXES if (samples := _pair(folder, split))}
     if complete and "train" not in splits:
         raise DataError(f"vit: {folder} has no training files (train-images-idx3-ubyte[.gz] and its labels)")

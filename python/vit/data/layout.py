@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,14 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 
+#: Words in the names of folders that are splits elsewhere: seg_train, test2017, TrainSet, dev.
+_SPLIT_WORDS = {word: split for split, words in SPLITS.items() for word in words} | {
+    "trainset": "train", "valset": "val", "dev": "val", "testset": "test", "eval": "test", "holdout": "test",
+}  # fmt: skip
+
+#: Folders that macOS, Windows, Synology and ext4 put beside the user's own.
+_SYSTEM = frozenset(["__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found"])
+
 ALLOWED = "Allowed: FOLDER/<class>/<image>, or FOLDER/train/<class>/<image> with val/ and test/ beside it"
 
 
@@ -26,11 +35,13 @@ def split_folders(root: Path) -> dict[str, Path]:
     """Split name -> folder of class folders: `root` itself as "train" unless it has split folders.
 
     A split folder is called so and has sub-folders; train/ beside bus/ and car/, with images in it, is a class.
-    Raises DataError for two folders of one split, images in other folders beside them, and splits one level too low.
+    Raises DataError for two folders of one split, images in other folders beside them, splits one level too low, and
+    folders that are splits by other names (train_set/, test_set/) or without class folders.
     """
     folders = _folders(root)
     splits = {entry: split for entry in folders if (split := _split_of(entry.name)) and _below(entry)}
     if not splits:
+        _refuse_splits_as_classes(root, folders)
         for entry in folders:
             _refuse_splits_in(entry)
         return {"train": root}
@@ -92,6 +103,25 @@ def _split_of(name: str) -> str | None:
     return next((split for split, names in SPLITS.items() if name.lower() in names), None)
 
 
+def _refuse_splits_as_classes(root: Path, folders: Sequence[Path]) -> None:
+    """Two splits by other names, or without class folders, would be told from each other. Classes such as bullet_train
+    and test_tube are a small part of theirs, so it takes half of the folders."""
+    named = {entry: split for entry in folders if (split := _split_word(entry.name))}
+    if len(set(named.values())) < 2 or 2 * len(named) < len(folders):
+        return
+    names = " and ".join(f"{printable(entry.name)}/" for entry in named)
+    raise DataError(
+        f"vit: {_shown(root)} has {names}, which would be taken for classes. If they are splits, call them train/, "
+        f"val/ and test/, with class folders in each; if they are classes, give them other names. {ALLOWED}"
+    )
+
+
+def _split_word(name: str) -> str | None:
+    """The split that a word in the name means: seg_train, TestImages, val2017."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    return next((split for word in words if (split := _SPLIT_WORDS.get(word.lower()))), None)
+
+
 def _refuse_splits_in(entry: Path) -> None:
     """A folder with train/ and test/ in it is a data set, or a class divided below: one class would mix the two."""
     inside = {split: path.name for path in _below(entry) if (split := _split_of(path.name))}
@@ -104,7 +134,10 @@ def _refuse_splits_in(entry: Path) -> None:
 
 
 def _folders(base: Path) -> list[Path]:
-    return [entry for entry in sorted(base.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    entries = (
+        entry for entry in sorted(base.iterdir()) if not entry.name.startswith(".") and entry.name not in _SYSTEM
+    )
+    return [entry for entry in entries if entry.is_dir()]
 
 
 def _below(entry: Path) -> list[Path]:

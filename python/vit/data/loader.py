@@ -7,11 +7,7 @@ save.
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..preprocess import Preprocess
 from ..support.random import Stream
 from .augment import Augment, generator
-from .samples import ReaderError, Samples
+from .readers import PATIENCE, WatchedLoader, leave_signals
+from .samples import Samples
 
 Key = tuple[int, int]  # epoch, index of the image
 
@@ -97,111 +94,24 @@ class InOrder:
             yield [(0, i) for i in self.indices[start : start + self.batch_size]]
 
 
-#: Seconds without a batch after which a reader counts as stuck: far above a slow disk, below a night.
-READER_TIMEOUT = 300.0
-
-_ADVICE = "Use fewer --workers (0 reads in the main process)"
-
-
 def loader(
     images: Images,
     batches: EpochBatches | InOrder,
     workers: int,
     pin_memory: bool = False,
-    timeout: float = READER_TIMEOUT,
-) -> DataLoader[Any]:
-    """A DataLoader over those batches: (images [B, C, H, W] float32, labels [B] int64).
+    timeout: float = PATIENCE,
+) -> WatchedLoader:
+    """Those batches, once per iteration: (images [B, C, H, W] float32, labels [B] int64).
 
-    Iterating raises ReaderError when one of the `workers` processes dies, or none gives a batch for `timeout` seconds.
+    Iterating raises ReaderError when one of the `workers` processes dies or is stopped, or none gives a batch for
+    `timeout` seconds.
     """
-    found = _Loader(
+    found: DataLoader[Any] = DataLoader(
         images,
         batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
-        worker_init_fn=_leave_signals,
+        worker_init_fn=leave_signals,
     )
-    found.patience = timeout
-    return found
-
-
-def reader_error(error: BaseException) -> ReaderError | None:
-    """The ReaderError for what PyTorch raises, wherever the main process then is, when a reader dies; else None."""
-    text = str(error)
-    if isinstance(error, ReaderError):
-        return error
-    if not isinstance(error, (RuntimeError, OSError, EOFError)) or isinstance(error, torch.cuda.OutOfMemoryError):
-        return None
-    if isinstance(error, RuntimeError) and "DataLoader" not in text:
-        return None
-    if killed := re.search(r"killed by signal: ([^.]*)", text):
-        why = f"a reader process was killed by a signal ({killed[1].strip()})"
-        why += "; the system does that when memory runs out" if "Killed" in killed[1] else ""
-    else:
-        why = "a reader process ended unexpectedly"
-    return ReaderError(f"vit: {why}. {_ADVICE}")
-
-
-class _Loader(DataLoader[Any]):
-    """A DataLoader whose dead or stopped workers are a ReaderError, and which leaves none of them behind then."""
-
-    patience = READER_TIMEOUT
-
-    def __iter__(self) -> Any:
-        batches = super().__iter__()
-        workers = getattr(batches, "_workers", ())
-        while True:
-            # Not DataLoader's own timeout: it does not hold while a batch is fetched from a process that has stopped.
-            stuck = threading.Event()
-            timer = threading.Timer(self.patience, _end_stuck, (workers, stuck))
-            timer.daemon = True
-            if workers:
-                timer.start()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except Exception as error:
-                if not workers or (failure := reader_error(error)) is None:
-                    raise
-                if stuck.is_set():
-                    failure = ReaderError(f"vit: no reader process gave a batch within {self.patience:g} s. {_ADVICE}")
-                _kill(workers)
-                self._iterator = None  # the next epoch, if there is one, starts new processes
-                raise failure from error
-            finally:
-                timer.cancel()
-            yield batch
-
-
-def _end_stuck(workers: Iterable[Any], stuck: threading.Event) -> None:
-    stuck.set()
-    for worker in workers:
-        worker.kill()
-
-
-def _kill(workers: Iterable[Any]) -> None:
-    """Ends processes that may not answer: one that is stopped takes no SIGTERM, and Python's exit would wait for it."""
-    for worker in workers:
-        while worker.is_alive():
-            try:
-                worker.kill()
-                worker.join()
-            except RuntimeError:  # PyTorch's handler of SIGCHLD raises, here, that a worker was killed
-                continue
-
-
-def _leave_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach all processes of a terminal or a service; the main one decides, and its workers end when
-    it says so. One that ends by itself would be an error that PyTorch raises wherever the main process then is."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of every thread of this process, for they inherit it
-    threading.Thread(target=_obey_parent, daemon=True).start()
-
-
-def _obey_parent() -> None:
-    """Only a signal handler in C or this wait learns who has sent a signal."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    return WatchedLoader(found, timeout)

@@ -146,7 +146,7 @@ class Source:
         order = np.array([places[name] for name in self.class_names], dtype=np.int64)
         splits = {name: replace(part, labels=order[part.labels]) for name, part in self.splits.items()}
         present = {label for part in splits.values() for label in np.unique(part.labels).tolist()}
-        if report and len(present) < len(classes):
+        if report and 0 < len(present) < len(classes):
             names = [printable(classes[label]) for label in sorted(present)[:10]]
             more = f" and {len(present) - 10} more" if len(present) > 10 else ""
             report(f"{self.name} holds {len(present)} of the model's {len(classes)} classes: {', '.join(names)}{more}")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BackendError
-from ..model.vision_transformer import APPROXIMATE, VisionTransformer
+from ..model.specs import APPROXIMATE
+from ..model.vision_transformer import VisionTransformer
 from . import native
 from .accepts import modules_of, refusals, tensor_of
 from .smooth import LAYERS, natural_image, observe, smooth

@@ -48,10 +48,23 @@ def classes(num_classes: int) -> None:
         raise ValueError(f"vit: num_classes must be 0 (features) or a whole number above, got {num_classes!r}")
 
 
-def pooling(global_pool: str, class_token: bool) -> None:
-    """There is a class token to pool."""
+def pooling(global_pool: str, class_token: bool, fc_norm: bool | None = None) -> None:
+    """There is a class token to pool; fc_norm is a choice or None."""
     if global_pool == "token" and not class_token:
         raise ValueError('vit: global_pool="token" needs class_token=True; use global_pool="avg"')
+    if fc_norm not in (None, False, True):
+        raise ValueError(f"vit: fc_norm must be True, False or None, got {fc_norm!r}")
+
+
+def mlp_width(embed_dim: int, num_heads: int, mlp_ratio: float) -> int:
+    """int(embed_dim * mlp_ratio), from 1; the heads divide embed_dim."""
+    number(0.0, mlp_ratio=mlp_ratio)
+    number(0.0, mlp_width=embed_dim * mlp_ratio)  # infinite for ratios that are finite, too
+    width = int(embed_dim * mlp_ratio)
+    positive(mlp_width=width)
+    if embed_dim % num_heads:
+        raise ValueError(f"vit: embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+    return width
 
 
 def _whole(value: object) -> bool:

@@ -16,16 +16,12 @@ PyTorch, on every processor and device, and (rounded) in every dtype.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..support.random import Stream, fresh_key
-
-if TYPE_CHECKING:
-    from .vision_transformer import VisionTransformer
 
 SCHEMES = ("", "jax", "jax_nlhb", "moco", "reset", "skip")
 
@@ -67,18 +63,18 @@ def _has_values(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
-def init_weights(model: VisionTransformer, scheme: str, num_classes: int) -> None:
+def init_weights(model: nn.Module, scheme: str, num_classes: int) -> None:
     """Initialises all parameters of a VisionTransformer in place."""
     if scheme == "skip":
         return
     draws = Draws()
     if isinstance(model.pos_embed, nn.Parameter):
         draws.normal(model.pos_embed, "pos_embed", 0.02)
-    if model.cls_token is not None:
+    if isinstance(model.cls_token, nn.Parameter):
         draws.normal(model.cls_token, "cls_token", 1e-6)
     for name, module in model.named_modules():
-        if module is model.patch_embed.proj:
-            _init_patch_projection(model.patch_embed.proj, name, scheme, draws)
+        if name == "patch_embed.proj" and isinstance(module, (nn.Conv2d, nn.Linear)):
+            _init_patch_projection(module, name, scheme, draws)
         elif isinstance(module, nn.Linear):
             init_linear(module, name, scheme, num_classes, draws)
         elif isinstance(module, nn.LayerNorm):

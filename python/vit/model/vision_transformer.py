@@ -12,7 +12,7 @@ mode. Modules and their names are timm's; what a hook, a wrapper or a replaced m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,9 @@ from .blocks import Block
 from .layers import PatchEmbed
 from .planned import CallsOps, Planned
 from .pos_embed import sincos2d
-from .torch_layers import ACTIVATIONS, call, know, untouched
+from .specs import APPROXIMATE, specs_of
+from .torch_layers import call, know, untouched
 
-#: Name of an activation -> what torch.nn.GELU calls it.
-APPROXIMATE = {name: approximate for approximate, name in ACTIVATIONS.items()}
 POOLS = ("token", "avg", "")
 POSITIONS = ("learned", "sincos2d", "none")
 
@@ -88,25 +87,17 @@ class VisionTransformer(CallsOps, Planned):
         checks.choice(global_pool=(global_pool, POOLS), pos_embed=(pos_embed, POSITIONS))
         checks.choice(act_layer=(act_layer, tuple(APPROXIMATE)), weight_init=(weight_init, init.SCHEMES))
         checks.positive(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        checks.number(0.0, mlp_ratio=mlp_ratio, norm_eps=norm_eps)
-        checks.number(0.0, mlp_width=embed_dim * mlp_ratio)  # infinite for ratios that are finite, too
-        hidden = int(embed_dim * mlp_ratio)
-        checks.positive(mlp_width=hidden)
+        checks.number(0.0, norm_eps=norm_eps)
         checks.rate(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate)
         checks.rate(attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         checks.classes(num_classes)
-        checks.pooling(global_pool, class_token)
-        if fc_norm not in (None, False, True):
-            raise ValueError(f"vit: fc_norm must be True, False or None, got {fc_norm!r}")
-        if embed_dim % num_heads:
-            raise ValueError(f"vit: embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        checks.pooling(global_pool, class_token, fc_norm)
 
-        self.name = name
-        self.backend = backend
+        self.name, self.backend = name, backend
         self.num_classes = num_classes
         self.embed_dim = self.num_features = embed_dim
         self.num_heads = num_heads
-        self.mlp_hidden = hidden
+        self.mlp_hidden = checks.mlp_width(embed_dim, num_heads, mlp_ratio)
         self.act_layer = act_layer
         self.attn_drop_rate = attn_drop_rate
         self.global_pool = global_pool
@@ -123,33 +114,11 @@ class VisionTransformer(CallsOps, Planned):
         self.patch_embed = PatchEmbed(image, patch, in_chans, embed_dim, patch_embed, dynamic_pad, **factory)
         # Now, so that a refusal comes before the large part is built.
         self._plan = self.plan_for(home.device, home.dtype, training)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if class_token else None
-        self.pos_embed: Tensor | None
-        if pos_embed == "learned":
-            rows = self.num_prefix_tokens + self.patch_embed.num_patches
-            self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim, **factory))
-        else:
-            self.register_buffer("pos_embed", None)
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.patch_drop = nn.Identity()
-        self.norm_pre = nn.Identity()
-        self.blocks = nn.Sequential(
-            *[
-                Block(
-                    embed_dim,
-                    num_heads,
-                    mlp_ratio,
-                    qkv_bias,
-                    proj_drop=proj_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    drop_path=drop_path_rate * i / max(depth - 1, 1),
-                    activation=act_layer,
-                    norm_eps=norm_eps,
-                    **factory,
-                )
-                for i in range(depth)
-            ]
-        )
+        self._build_embedding(class_token, pos_embed, pos_drop_rate, home)
+        options = {"proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate, "norm_eps": norm_eps, **factory}
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        sizes = (embed_dim, num_heads, mlp_ratio, qkv_bias)
+        self.blocks = nn.Sequential(*[Block(*sizes, drop_path=p, activation=act_layer, **options) for p in rates])
         after = self.norm_after_pool
         self.norm = nn.Identity() if after else nn.LayerNorm(embed_dim, norm_eps, **factory)
         self.fc_norm = nn.LayerNorm(embed_dim, norm_eps, **factory) if after else nn.Identity()
@@ -157,13 +126,28 @@ class VisionTransformer(CallsOps, Planned):
         self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
         _take_room(self, home.device)
         init.init_weights(self, weight_init, num_classes)
-        if pos_embed == "sincos2d":
-            self.pos_embed = sincos2d(self.patch_embed.grid_size, embed_dim, self.num_prefix_tokens).to(home)
 
         self.class_names: tuple[str, ...] | None = None
         self.preprocess = Preprocess(self.patch_embed.img_size, in_chans=in_chans)
         self.bind(self._plan)
         self.train(training)
+
+    def _build_embedding(self, class_token: bool, pos_embed: str, dropout: float, home: Tensor) -> None:
+        """What stands between the patches and the first block, in the order of timm's modules."""
+        width, prefix = self.embed_dim, self.num_prefix_tokens
+        factory: dict[str, Any] = {"device": "meta", "dtype": home.dtype}
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **factory)) if class_token else None
+        self.pos_embed: Tensor | None
+        if pos_embed == "learned":
+            rows = prefix + self.patch_embed.num_patches
+            self.pos_embed = nn.Parameter(torch.empty(1, rows, width, **factory))
+        else:
+            fixed = pos_embed == "sincos2d"
+            grid = self.patch_embed.grid_size
+            self.register_buffer("pos_embed", sincos2d(grid, width, prefix).to(home) if fixed else None)
+        self.pos_drop = nn.Dropout(dropout)
+        self.patch_drop = nn.Identity()
+        self.norm_pre = nn.Identity()
 
     # ---- forward ----
 
@@ -313,42 +297,7 @@ class VisionTransformer(CallsOps, Planned):
 
     def specs(self, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
         """Everything the forward asks of the ops, fused or not."""
-        C, H, hidden = self.embed_dim, self.num_heads, self.mlp_hidden
-        patches = self.patch_embed.num_patches
-        N = self.num_prefix_tokens + patches
-        asked: list[Spec] = []
-
-        def ask(op: str, options: Mapping[str, Any] | None = None, **shapes: tuple[int | str, ...]) -> None:
-            asked.append(Spec(op, dtype, shapes, training, options or {}, device.type))
-
-        def linear(rows: tuple[int | str, ...], inputs: int, outputs: int, **options: Any) -> None:
-            ask("linear", options, x=(*rows, inputs), weight=(outputs, inputs))
-
-        def block(tokens: int, options: dict[str, Any]) -> None:
-            """A block of which the first so many tokens are computed."""
-            rows, heads = ("*", tokens), ("*", N, H, C // H)
-            ask("attention", options, q=heads, k=heads, v=heads)
-            linear(rows, C, C)
-            ask("layer_norm", x=(*rows, C), weight=(C,))
-            linear(rows, C, hidden, activation=self.act_layer)
-            linear(rows, hidden, C)
-
-        linear(("*", patches), self.patch_embed.patch_values, C)
-        ask("layer_norm", x=("*", N, C), weight=(C,))
-        linear(("*", N), C, 3 * C)
-        dropout = {"dropout": self.attn_drop_rate} if training and self.attn_drop_rate else {}
-        block(N, dropout)
-        if self.global_pool == "token":
-            block(1, dropout | {"queries": 1})
-        # Where a hook or a replaced module is between them, the activation is an op of its own.
-        linear(("*", N), C, hidden)
-        ask("gelu", {"approximate": APPROXIMATE[self.act_layer]}, x=("*", N, hidden))
-        pooled = ("*", N) if self.global_pool == "" else ("*",)
-        if self.norm_after_pool:
-            ask("layer_norm", x=(*pooled, C), weight=(C,))
-        if self.num_classes:
-            linear(pooled, C, self.num_classes)
-        return asked
+        return specs_of(self, device, dtype, training)
 
     def extra_repr(self) -> str:
         return f"{self.name}, backend={self.backend!r} (runs on {self._plan!r})"

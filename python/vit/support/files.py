@@ -25,9 +25,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The temporary file is created for this write alone, under a name nobody can prepare a link at. After any error, a
     full disk included, `path` is what it was and the temporary file is gone; a kill leaves it behind (see
-    `remove_leftovers`). Raises OSError where `path` is a link.
+    `remove_leftovers`). Raises OSError where `path` is a link, or a device or pipe, which a rename would remove.
     """
     refuse_link(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"vit: {path} is no regular file, and a file is not put in its place; name another")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
     descriptor = os.open(temporary, flags, 0o666)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .files import replacing, to_json
-from .records import parse_json
+from .records import Record, parse_json
 
 KEY = "vit"
 
@@ -70,8 +70,8 @@ def _verified(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[str,
     checksum, _, content = text.partition(" ")
     if checksum != f"{zlib.crc32(content.encode()):08x}":
         raise DamagedFile(f"vit: {path} is damaged: its metadata is not what was written")
-    record = parse_json(content, f"the metadata of {path}")
-    expected = record["tensors"]
+    record = Record(parse_json(content, f"the metadata of {path}"), f"the metadata of {path}")
+    expected = record.record("tensors").values
     other = [name for name, tensor in tensors.items() if _checksum(name, tensor) != expected.get(name)]
     for problem, names in (
         ("lacks", sorted(expected.keys() - tensors.keys())),
@@ -81,8 +81,7 @@ def _verified(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[str,
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise DamagedFile(f"vit: {path} is damaged: it {problem} {', '.join(names[:5])}{more}")
-    about: dict[str, Any] = record["about"]
-    return about
+    return dict(record.record("about").values)
 
 
 def _checksum(name: str, tensor: Tensor) -> str:

@@ -1,9 +1,9 @@
 """Training and evaluation: one configuration, one loop, one run folder."""
 
+from ..data import ReaderError
 from ..tasks import Evaluation
 from .config import TrainConfig
 from .evaluate import evaluate
-from .interrupt import ReaderError
 from .loop import Interrupted, TrainError, TrainResult, train
 from .resume import RefusedChange
 from .run import Run

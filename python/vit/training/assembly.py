@@ -14,6 +14,7 @@ from ..data import Source, open_source
 from ..data.augment import Affine, Augment, CropFlip
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
+from ..data.readers import WatchedLoader
 from ..factory import create, settle
 from ..model import VisionTransformer, list_models
 from ..model.configs import get_config
@@ -21,7 +22,6 @@ from ..preprocess import Preprocess
 from ..support.text import printable
 from ..weights import WeightsError, read
 from .config import AUTO, TrainConfig
-from .interrupt import WatchedLoader
 from .optim import Average, make_optimizer
 from .threads import choose_threads
 
@@ -43,6 +43,11 @@ class Parts:
     def kept_model(self) -> Any:
         """The model whose weights are validated and kept."""
         return self.average.model if self.average else self.model
+
+    @property
+    def backend(self) -> str:
+        """The backend, or all of them if ops differ, that the plan names."""
+        return "+".join(sorted(set(self.model.plan.values())))
 
     @property
     def steps(self) -> int:
@@ -79,11 +84,6 @@ def open_data(config: TrainConfig, report: Callable[[str], None]) -> Source:
     source = open_source(config.data, config.bad_images, config.validate, report)
     if source.skipped:
         report(f"skipped {describe(source.skipped, Path(config.data))}")
-    return divided(source, config)
-
-
-def divided(source: Source, config: TrainConfig) -> Source:
-    """The source with the three splits that the configuration draws."""
     fractions = {"val": config.val_fraction, "test": config.test_fraction}
     needed = ["train", *(name for name, fraction in fractions.items() if fraction or name in source.splits)]
     return source.divided(config.val_fraction, config.test_fraction, config.split_seed, needed)
@@ -167,9 +167,7 @@ def _training_batches(
         )
     images = Images(samples, model.preprocess, _augment(config, model), config.seed)
     on_gpu = accelerator.device.type == "cuda"
-    made = loader(images, batches, config.workers, pin_memory=on_gpu)
-    made.timeout = 0  # WatchedLoader finds stopped readers; without a timeout PyTorch looks for dead ones every 5 s
-    return batches, WatchedLoader(made)
+    return batches, loader(images, batches, config.workers, pin_memory=on_gpu)
 
 
 def _augment(config: TrainConfig, model: VisionTransformer) -> Augment | None:

@@ -35,7 +35,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "min_lr": (0.0, math.inf),
     "warmup_epochs": (0.0, math.inf),
     "weight_decay": (0.0, math.inf),
-    "beta2": (0.0, 1.0),
+    "beta2": (0.0, 0.999999),
     "clip": (0.0, math.inf),
     "label_smoothing": (0.0, 1.0),
     "drop_path": (0.0, 1.0),
@@ -109,8 +109,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if value not in (None, AUTO) and (not low <= value <= high or math.isinf(value)):
-                raise ValueError(f"vit: {flag(name)} is {value}; allowed is " + _span(low, high))
+            if not in_range(name, value):
+                raise ValueError(f"vit: {flag(name)} is {value}; allowed is {span(low, high)}")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
@@ -135,7 +135,13 @@ class TrainConfig:
         return text
 
 
-def _span(low: float, high: float) -> str:
+def in_range(name: str, value: Any) -> bool:
+    """Whether an option's value is in its range; "auto" and None are."""
+    low, high = RANGES[name]
+    return value in (None, AUTO) or (low <= value <= high and not math.isinf(value))
+
+
+def span(low: float, high: float) -> str:
     return f"{low} to {high}" if math.isfinite(high) else f"any number from {low}"
 
 
@@ -172,7 +178,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"vit: {path} must hold lines of 'option: value', not a {type(values).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    names = [str(key).replace("-", "_") for key in values]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ValueError(f"vit: {path}: {shown(twice)} stands twice, with - and with _")
+    return dict(zip(names, values.values(), strict=True))
 
 
 def recipe_options(name: str) -> dict[str, Any]:
@@ -198,7 +207,7 @@ def convert(name: str, value: Any, where: str) -> Any:
     try:
         if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
             raise ValueError
-        if kind is str and not isinstance(value, (str, Path)):
+        if kind is str and not (isinstance(value, (str, Path)) and str(value)):
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from ..data import Samples
 from ..data.loader import Images, InOrder, loader
 from ..model import VisionTransformer
 from ..tasks import Evaluation, Task, get
-from .interrupt import WatchedLoader
 
 
 @contextmanager
@@ -52,12 +51,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     measured: list[tuple[Tensor, ...]] = []
-    batches = loader(Images(samples, model.preprocess), InOrder(len(samples), batch_size, rank, world), workers)
-    batches.timeout = 0  # see vit.training.assembly
-    for images, labels in WatchedLoader(batches):
-        measured.append(task.measure(model(images.to(model.device)), labels))
-        if advance:
-            advance()
+    order = InOrder(len(samples), batch_size, rank, world)
+    with closing(loader(Images(samples, model.preprocess), order, workers)) as batches:
+        for images, labels in batches:
+            measured.append(task.measure(model(images.to(model.device)), labels))
+            if advance:
+                advance()
     model.train(was_training)
     parts = gather([tuple(torch.cat(column) for column in zip(*measured, strict=True))] if measured else [])
     return task.summarize([torch.cat(column) for column in zip(*parts, strict=True)])

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import tasks
-from ..data import kind_of
+from ..data import ReaderError, kind_of
 from ..support.extras import require
 from ..tasks import Evaluation
 from . import resume as resuming
@@ -29,11 +29,10 @@ from .assembly import Parts, assemble
 from .config import TrainConfig
 from .environment import accelerator, without_options
 from .evaluate import cpu_threads, evaluate
-from .interrupt import ReaderError, Signals
-from .optim import used_decay
+from .interrupt import Signals
 from .progress import Display, Silent
 from .record import RunRecord
-from .report import announce, write_final
+from .report import announce, epoch_line, write_final
 from .run import Run, is_free, new_folder, new_path
 from .state import Progress
 from .step import Stepper, TrainError
@@ -108,7 +107,7 @@ class Training:
     def __init__(
         self, config: TrainConfig, resumed: Run | None, out: str | Path | None, name: str, display: Display
     ) -> None:
-        self.held = ExitStack()  # the lock of the run folder
+        self.held = ExitStack()  # the lock of the run folder, and the processes that read images
         self.signals = Signals()
         warnings: list[str] = []
         self.accelerator = accelerator(config, warnings.append)
@@ -129,6 +128,7 @@ class Training:
         fresh = resumed is not None and _is_unstarted(resumed)
         described = resumed.model if resumed and not fresh else None
         self.parts: Parts = assemble(config, described, self.accelerator, self.display.line)
+        self.held.callback(self.parts.loader.close)
         self.config = self.parts.config
         if isinstance(self.config.threads, int) and self.config.threads:
             torch.set_num_threads(self.config.threads)
@@ -184,11 +184,6 @@ class Training:
         )
 
     @property
-    def backend(self) -> str:
-        """The backend, or all of them if ops differ, that the plan names."""
-        return "+".join(sorted(set(self.parts.model.plan.values())))
-
-    @property
     def done(self) -> int:
         """Optimizer steps done."""
         return self.progress.epoch * self.steps + self.progress.step
@@ -221,7 +216,7 @@ class Training:
 
     def _fit(self) -> TrainResult:
         epochs = self.config.epochs or 0
-        announce(self)
+        announce(self.run, self.parts, self.accelerator.device, self.display.line)
         self.display.start(self.done, epochs * self.steps, self.images, self.config.log_seconds)
         try:
             with self.signals:
@@ -268,15 +263,16 @@ class Training:
         parts.batches.start = progress.step * config.accumulate
         first = progress.step
         if first < self.steps:
-            passes = iter(parts.loader)
-            while progress.step < self.steps:
-                self.stepper.step(passes)
-                self._after_step()
+            with closing(iter(parts.loader)) as passes:
+                while progress.step < self.steps:
+                    self.stepper.step(passes)
+                    self._after_step()
         speed = (self.steps - first) * self.images / max(time.monotonic() - began, 1e-9)
         figures = self._validate()
         better = not progress.best_epoch or not figures or self.task.better(figures, progress.best)
         self._keep(better)
-        line = self._line(figures, speed)
+        line = epoch_line(config, self.task, progress, self.steps, self.stepper.learning_rate(self.steps - 1), figures)
+        line |= {"images_per_second": round(speed, 1), "seconds": round(time.monotonic() - self.started, 3)}
         written = self.run.log(line, progress.metrics_bytes) if self.main else 0
         self.stepper.consistent = False
         if better:
@@ -290,27 +286,6 @@ class Training:
         self.display.epoch(line, config.epochs or 0)
         if self._checkpoint_due():
             self._checkpoint()
-
-    def _line(self, figures: Mapping[str, float], speed: float) -> dict[str, Any]:
-        """What metrics.jsonl says of the epoch that ends."""
-        progress = self.progress
-        taken = max(1, self.steps - progress.skipped)
-        line = {
-            "epoch": progress.epoch + 1,
-            "step": (progress.epoch + 1) * self.steps,
-            "lr": self.stepper.learning_rate(self.steps - 1),
-            "train_loss": progress.loss_sum / taken,
-            **{name: s / taken for name, s in zip(self.task.monitored, progress.monitor_sums, strict=True)},
-            "grad_norm": progress.norm_sum / taken,
-            "skipped_steps": progress.skipped,
-        }
-        if self.config.ema:
-            line["ema_decay"] = used_decay(self.config.ema, (progress.epoch + 1) * self.steps)
-        line |= {f"val_{name}": value for name, value in figures.items()}
-        return line | {
-            "images_per_second": round(speed, 1),
-            "seconds": round(time.monotonic() - self.started, 3),
-        }
 
     # ---- validation and test ----
 
@@ -349,9 +324,9 @@ class Training:
             test = evaluate(self.run.load(), samples, config.batch_size or 1, config.workers, task=self.task)
         seconds = time.monotonic() - self.started
         if self.main:
-            write_final(self, test, seconds)
+            write_final(self.run, self.parts, self.task, progress, test, seconds, self.display.line)
         return TrainResult(
-            self.run.path, test, config.epochs or 0, seconds, self.backend, progress.best_epoch, self.main
+            self.run.path, test, config.epochs or 0, seconds, self.parts.backend, progress.best_epoch, self.main
         )
 
     # ---- checkpoints and interruption ----

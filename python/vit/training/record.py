@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from ..support.files import to_json, write_text
@@ -25,10 +26,7 @@ class RunRecord:
         path = run.path / NAME
         self.sessions: list[Any] = []
         if path.is_file():
-            record = Record.read(path)
-            if not isinstance(sessions := record.raw("sessions", []), list):
-                record.refuse("sessions", "a list")
-            self.sessions = sessions
+            self.sessions = _sessions(path)
         self.session: dict[str, Any] = {
             "command": sys.argv,
             "folder": os.getcwd(),
@@ -54,6 +52,17 @@ class RunRecord:
         write_text(
             self.run.path / NAME, to_json({"format": 1, "sessions": self.sessions}, indent=2, default=str) + "\n"
         )
+
+
+def _sessions(path: Path) -> list[Any]:
+    """Those of an existing run.json. ValueError where it is damaged, which stops no run for good."""
+    try:
+        record = Record.read(path)
+        if not isinstance(sessions := record.raw("sessions", []), list):
+            record.refuse("sessions", "a list")
+        return sessions
+    except ValueError as error:
+        raise ValueError(f"{error}; nothing but the record of the sessions is in it, so remove it to go on") from error
 
 
 def _now() -> str:

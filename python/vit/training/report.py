@@ -1,31 +1,30 @@
-"""What a training says at its start, and what it writes at its end."""
+"""What a training says at its start, after an epoch, and at its end."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from ..tasks import Evaluation
+from ..tasks import Evaluation, Task
+from .assembly import Parts
+from .config import TrainConfig
 from .optim import used_decay
+from .run import Run
+from .state import Progress
 
-if TYPE_CHECKING:
-    from .loop import Training
 
-
-def announce(training: Training) -> None:
+def announce(run: Run, parts: Parts, device: torch.device, say: Callable[[str], None]) -> None:
     """The first lines of a session: run folder, data, backend, and the decay that the average reaches."""
-    config, source, say = training.config, training.parts.source, training.display.line
+    config, source = parts.config, parts.source
     sizes = ", ".join(f"{len(source.splits[name]):,} {name}" for name in ("train", "val", "test"))
-    say(
-        f"run {training.run.path}: {training.parts.info['name']} on {source.name} "
-        f"({len(source.class_names):,} classes; {sizes} images)"
-    )
+    say(f"run {run.path}: {parts.info['name']} on {source.name} ({len(source.class_names):,} classes; {sizes} images)")
     count = torch.get_num_threads()
-    threads = f", {count} thread{'s' * (count != 1)}" if training.accelerator.device.type == "cpu" else ""
-    say(f"backend {training.backend} on {training.accelerator.device}{threads}, {training.steps} steps per epoch")
+    threads = f", {count} thread{'s' * (count != 1)}" if device.type == "cpu" else ""
+    say(f"backend {parts.backend} on {device}{threads}, {parts.steps} steps per epoch")
     if config.ema:
-        total = (config.epochs or 0) * training.steps
+        total = (config.epochs or 0) * parts.steps
         reached = used_decay(config.ema, total)
         if reached < config.ema:
             say(
@@ -34,21 +33,49 @@ def announce(training: Training) -> None:
             )
 
 
-def write_final(training: Training, test: Evaluation | None, seconds: float) -> None:
+def epoch_line(
+    config: TrainConfig, task: Task, progress: Progress, steps: int, lr: float, figures: Mapping[str, float]
+) -> dict[str, Any]:
+    """What metrics.jsonl says of the epoch that ends, `lr` being its last learning rate and `figures` those of the
+    validation."""
+    taken = max(1, steps - progress.skipped)
+    line = {
+        "epoch": progress.epoch + 1,
+        "step": (progress.epoch + 1) * steps,
+        "lr": lr,
+        "train_loss": progress.loss_sum / taken,
+        **{name: s / taken for name, s in zip(task.monitored, progress.monitor_sums, strict=True)},
+        "grad_norm": progress.norm_sum / taken,
+        "skipped_steps": progress.skipped,
+    }
+    if config.ema:
+        line["ema_decay"] = used_decay(config.ema, (progress.epoch + 1) * steps)
+    return line | {f"val_{name}": value for name, value in figures.items()}
+
+
+def write_final(
+    run: Run,
+    parts: Parts,
+    task: Task,
+    progress: Progress,
+    test: Evaluation | None,
+    seconds: float,
+    say: Callable[[str], None],
+) -> None:
     """The last line of the metrics, the kept epoch in words, and the pictures."""
     from ..viz import curves
 
-    progress, splits, task = training.progress, training.parts.source.splits, training.task
+    splits = parts.source.splits
     final: dict[str, Any] = {"final": True, "best_epoch": progress.best_epoch}
     final |= {f"val_{name}": value for name, value in progress.best.items()}
     final["val_images"] = len(splits["val"])
     if test:
         final |= {f"test_{name}": value for name, value in task.figures(test).items()} | {"test_images": test.images}
-    final |= {"backend": training.backend, "seconds": round(seconds, 3)}
-    training.run.log(final, progress.metrics_bytes)
+    final |= {"backend": parts.backend, "seconds": round(seconds, 3)}
+    run.log(final, progress.metrics_bytes)
     if progress.best:
         chosen = task.describe(progress.best, len(splits["val"]))
-        training.display.line(f"kept epoch {progress.best_epoch}: {chosen} on {len(splits['val']):,} validation images")
-    curves(training.run.read_metrics(), *training.run.pictures("curves"))
+        say(f"kept epoch {progress.best_epoch}: {chosen} on {len(splits['val']):,} validation images")
+    curves(run.read_metrics(), *run.pictures("curves"))
     if test:
-        task.picture(test, training.parts.source.class_names, training.run.pictures(task.picture_name))
+        task.picture(test, parts.source.class_names, run.pictures(task.picture_name))

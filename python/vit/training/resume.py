@@ -13,6 +13,7 @@ import torch
 from ..backends import get
 from ..support.files import to_json
 from ..support.records import Record, shown
+from ..support.tensors import DamagedFile, read_tensors
 from .config import FIELDS, TrainConfig, flag
 from .run import Run
 from .state import Progress
@@ -108,6 +109,11 @@ def check(run: Run, config: TrainConfig, progress: Progress, steps: int, saved: 
     run.read_metrics(progress.metrics_bytes)  # a damaged line is named now, not when the curves are drawn
     if progress.best_epoch and not run.weights.is_file():
         raise ValueError(f"vit: {run.weights} is missing, the weights of epoch {progress.best_epoch}; put it back")
+    if progress.best_epoch:
+        try:
+            read_tensors(run.weights, required=True)  # damage is named now, not by the test after the last epoch
+        except DamagedFile as error:
+            raise ValueError(f"{error}; put it back or start a new run") from error
 
 
 def report_machine(saved: Record, now: dict[str, Any], report: Callable[[str], None]) -> None:

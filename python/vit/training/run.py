@@ -12,6 +12,7 @@ curves.png, confusion.png   pictures of metrics.jsonl and of the test images
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +20,17 @@ from typing import Any
 
 from ..data import DataError, Samples, Source, open_source
 from ..factory import create
+from ..preprocess import Preprocess
 from ..support.files import append_line, refuse_link, remove_leftovers, to_json, write_text
 from ..support.lock import NAME as LOCK
 from ..support.lock import FolderLock
 from ..support.records import Record, parse_json
 from ..support.tensors import read_tensors, write_tensors
-from .assembly import divided
 from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
+
+#: Options that say which images are the test images; the default in the place of a lost one could mix in others.
+_NEEDED = ("data", "val_fraction", "test_fraction", "split_seed")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ class Run:
         for name in ("config.yaml", "model.json"):
             if not (path / name).is_file():
                 raise ValueError(f"vit: {path} is not a run folder of vit train: it has no {name}")
-        config = from_mapping(read_yaml(path / "config.yaml"), str(path / "config.yaml"))
+        options = read_yaml(path / "config.yaml")
+        if missing := [name for name in _NEEDED if name not in options]:
+            raise ValueError(f"vit: {path / 'config.yaml'} is damaged: it lacks {', '.join(missing)}")
+        config = from_mapping(options, str(path / "config.yaml"))
         try:
             record = Record.read(path / "model.json")
             model = {
@@ -87,10 +94,20 @@ class Run:
                 "class_names": list(record.texts("class_names")),
                 "preprocess": dict(record.record("preprocess").values),
             }
+            Preprocess.from_dict(model["preprocess"])
         except ValueError as error:
             text = str(error).removeprefix("vit: ")
             raise ValueError(f"vit: {path / 'model.json'} is damaged: {text}") from error
         return cls(path, config, model)
+
+    def edited(self) -> bool:
+        """Whether config.yaml is not the one that the last session noted in run.json."""
+        try:
+            sessions = Record.read(self.path / "run.json").raw("sessions")
+            noted = Record(sessions[-1], "run.json").text("config_sha256")
+        except (OSError, ValueError, LookupError, TypeError):  # no record: of an earlier version, or damaged
+            return False
+        return bool(noted != hashlib.sha256((self.path / "config.yaml").read_bytes()).hexdigest())
 
     def lock(self) -> FolderLock:
         """Owns the folder for a training. FolderInUse if another one does, OSError for a link in place of a file."""
@@ -106,14 +123,12 @@ class Run:
         return lock
 
     def source(self, data: str | None = None) -> Source:
-        """The run's data, or other `data` of the same classes, as it was found."""
-        config = self.config
-        source = open_source(data or config.data, config.bad_images, config.validate)
-        if list(source.class_names) != self.model["class_names"]:
-            raise DataError(
-                f"vit: {data or config.data} has the classes {list(source.class_names)}, "
-                f"{self.path} was trained on {self.model['class_names']}"
-            )
+        """The run's data, or other `data` with images of its classes or some of them, as they were found."""
+        config, names = self.config, self.model["class_names"]
+        source = open_source(data or config.data, config.bad_images, config.validate, classes=names if data else None)
+        if list(source.class_names) != names:
+            text = f"has the classes {list(source.class_names)}, {self.path} was trained on {names}"
+            raise DataError(f"vit: {config.data} {text}")
         return source
 
     def samples(self, split: str | None, data: str | None) -> Samples:
@@ -121,15 +136,8 @@ class Run:
 
         None means "test" for the run's own data and "all" for other data.
         """
-        source = self.source(data)
-        split = split or ("all" if data else "test")
-        if split == "all":
-            return Samples.concatenate(list(source.splits.values()))
-        if split == "train" or split not in source.splits:
-            source = divided(source, self.config)
-        if not len(source.splits[split]):
-            raise DataError(f"vit: the {split} split of {data or self.config.data} holds no usable image")
-        return source.splits[split]
+        config, split = self.config, split or ("all" if data else "test")
+        return self.source(data).select(split, config.val_fraction, config.test_fraction, config.split_seed)
 
     def load(self, backend: str | None = None) -> Any:
         """The kept model, planned for inference."""

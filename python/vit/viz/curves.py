@@ -31,8 +31,9 @@ def curves(metrics: Sequence[dict[str, Any]], *paths: str | Path) -> None:
         if axes.get_legend_handles_labels()[0]:  # there may be nothing to draw
             axes.legend()
     if "test_accuracy" in final:
+        loss = final["test_loss"]  # null in JSON where it was no finite number
         figure.suptitle(
-            f"test error {100 - 100 * final['test_accuracy']:.2f} %, loss {final['test_loss']:.4f} "
+            f"test error {100 - 100 * final['test_accuracy']:.2f} %, loss {'nan' if loss is None else f'{loss:.4f}'} "
             f"({final['test_images']:,} images, weights of epoch {final['best_epoch']})",
             fontsize="medium",
         )

@@ -6,7 +6,8 @@ from typing import Any
 
 from .. import preprocess
 from ..model.init import SCHEMES
-from ..model.vision_transformer import APPROXIMATE, POOLS, POSITIONS
+from ..model.specs import APPROXIMATE
+from ..model.vision_transformer import POOLS, POSITIONS
 from ..support.records import Record, RecordError
 from .transformers_config import sides
 
