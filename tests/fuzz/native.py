@@ -58,7 +58,7 @@ def fuzz(work: Path, out: Path, seed: int, minutes: float | None = None) -> tupl
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(work / "input.vit", kept / "input.vit")
         (kept / "stderr.txt").write_text(done.stderr)
-        reason = next((line for line in done.stderr.splitlines() if "rror" in line), str(done.returncode))
+        reason = next((line for line in done.stderr.splitlines() if "error" in line.lower()), str(done.returncode))
         lines.append(f"{NAME} {case}: {kind}: {reason}\n  engine_fuzz FOLDER {seed} {case} 1    ({kept})")
         first = case + 1
         if len(lines) > 20:
