@@ -267,7 +267,7 @@ class TestTrace:
 def test_onnx_gets_ops_it_knows(backend, device, monkeypatch, export):
     """Its file runs without our kernels."""
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    x, weight = draw.randn(3, 4, device=device), torch.randn(5, 4, device=device)
+    x, weight = draw.randn(3, 4, device=device), draw.randn(5, 4, device=device)
 
     class Layer(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
