@@ -21,6 +21,15 @@ using namespace vit;
 
 namespace {
 
+// The enumerations once more, as types of this file alone: pybind11 makes one Python type of a C++ type in a process,
+// and the modules of several backends are loaded into one.
+namespace codes {
+#define VIT_ENUMERATOR(key, code) key = code,
+enum class DType : int32_t { VIT_DTYPES(VIT_ENUMERATOR) };
+enum class Activation : int32_t { VIT_ACTIVATIONS(VIT_ENUMERATOR) };
+#undef VIT_ENUMERATOR
+}  // namespace codes
+
 // How a field is read: `count` integers of 64 bits, or one value of another kind.
 enum class Kind { pointer, integer, number, code, workspace, context };
 
@@ -245,11 +254,11 @@ PYBIND11_MODULE(VIT_MODULE, m) {
 
 #define VIT_VALUE(key, code) .value(#key, Enum::key)
   {
-    using Enum = DType;
+    using Enum = codes::DType;
     py::native_enum<Enum>(m, "DType", "enum.IntEnum") VIT_DTYPES(VIT_VALUE).finalize();
   }
   {
-    using Enum = Activation;
+    using Enum = codes::Activation;
     py::native_enum<Enum>(m, "Activation", "enum.IntEnum") VIT_ACTIVATIONS(VIT_VALUE).finalize();
   }
 

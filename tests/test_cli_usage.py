@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,12 @@ def test_a_damaged_record_of_the_sessions_says_the_way_out(tmp_path: Path) -> No
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is not JSON.*; nothing but the record .* remove it to go on"):
         _sessions(tmp_path / "run.json")
+
+
+def test_a_name_in_mplbackend_is_nobodys_concern(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path\nfrom vit.viz.figure import new_figure, save\n"
+        f"save(new_figure(1, 1), Path({str(tmp_path / 'a.png')!r}))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"MPLBACKEND": "no-such"}, timeout=200)
+    assert (tmp_path / "a.png").stat().st_size > 100

@@ -283,6 +283,7 @@ def test_damaged_json_is_named(file, text, tmp_path):
         {"arch": {"norm_eps": {}}},
         {"arch": {"surprise": 1}},
         {"arch": {"fc_norm": "x"}},
+        {"preprocess": {}},
         {"preprocess": {"std": [0.0, 1, 1]}},
         {"preprocess": {"std": "x"}},
         {"preprocess": {"mean": [None]}},
@@ -303,9 +304,9 @@ def test_values_of_another_kind_are_named(change, tmp_path):
     make_run(tmp_path / "run")
     record = json.loads((tmp_path / "run" / "model.json").read_text())
     (part, values), *_ = change.items()
-    record[part] = record[part] | values if isinstance(values, dict) else values
+    record[part] = record[part] | values if isinstance(values, dict) and values else values
     (tmp_path / "run" / "model.json").write_text(json.dumps(record))
-    key = next(iter(values)) if isinstance(values, dict) else part
+    key = next(iter(values), part) if isinstance(values, dict) else part
     with pytest.raises(WeightsError, match=rf"model\.json.*{key}"):
         vit.create(weights=tmp_path / "run")
 

@@ -149,6 +149,11 @@ bool write_all(int file, const char* data, std::size_t size) {
 void replace_file(const std::string& path, const char* data, std::size_t size) {
   if (path.empty()) throw EngineError(kFile, "vit engine: the path of the file is empty");
   struct stat status{};
+  if (lstat(path.c_str(), &status) == 0 && S_ISLNK(status.st_mode))
+    throw EngineError(kFile,
+                      "vit engine: cannot write " + path +
+                          ": it is a symbolic link, and what it points to may belong to somebody else; remove it "
+                          "or name the file itself");
   if (stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode))
     throw EngineError(kFile, "vit engine: cannot write " + path + ": it is there and is not a file");
   const std::size_t slash = path.rfind('/');

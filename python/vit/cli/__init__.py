@@ -27,14 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors a user can do something about are one text on standard error, without a
     traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # `>&-`: Python would drop the answer without a word
+        print("vit: standard output is closed; send it to a file or to /dev/null", file=sys.stderr)
+        return 1
     _speak()
     try:
         try:
             return _run(words)
         finally:
             # here, so that a closed pipe is noticed below and not by the interpreter's exit
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader of the pipe has seen enough (`vit info | head`); what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

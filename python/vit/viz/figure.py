@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,20 @@ from ..support.files import replacing
 
 def new_figure(width: float, height: float) -> Any:
     """An empty figure of that size in inches, drawn by the Agg renderer."""
-    require("matplotlib", "train")
+    _headless()
     figure = require("matplotlib.figure", "train").Figure(figsize=(width, height), layout="constrained")
     require("matplotlib.backends.backend_agg", "train").FigureCanvasAgg(figure)
     return figure
+
+
+def _headless() -> None:
+    """Imports matplotlib, which stops where MPLBACKEND names no backend of its own: nothing here asks for one."""
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        require("matplotlib", "train")
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
 
 
 def save(figure: Any, path: Path) -> None:

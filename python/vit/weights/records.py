@@ -26,10 +26,13 @@ def run(record: Record) -> dict[str, Any]:
     """What model.json says, as arguments of Checkpoint."""
     arch = record.record("arch", None)
     names = record.texts("class_names", None) if record.raw("class_names", None) is not None else None
+    preprocessing = transform(record, "preprocess")
+    if preprocessing is not None and "img_size" not in preprocessing:  # a run always has it: the file was cut
+        record.refuse("preprocess", "the transform of a run, with img_size")
     return {
         "name": record.text("name", None),
         "arch": {} if arch is None else arguments(arch),
-        "preprocess": transform(record, "preprocess"),
+        "preprocess": preprocessing,
         "class_names": names or None,
     }
 
