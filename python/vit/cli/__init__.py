@@ -86,15 +86,15 @@ def _run(words: list[str]) -> int:
         return int(command.run(args))
     except BrokenPipeError:
         raise
+    except _expected() as error:
+        text = "\n".join(map(printable, _text(error).split("\n"))) or type(error).__name__
+        print(text if text.startswith("vit: ") else f"vit: {text}", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
             raise
         why = printable(str(error).partition("\n")[0])
         print(f"vit: not enough memory; a smaller model or --batch-size needs less ({why})", file=sys.stderr)
-        return 1
-    except _expected() as error:
-        text = "\n".join(map(printable, _text(error).split("\n"))) or type(error).__name__
-        print(text if text.startswith("vit: ") else f"vit: {text}", file=sys.stderr)
         return 1
 
 
