@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import NativeBackend, Spec
+from . import _gelu
 from .bound import call
 from .launch import autocast_dtype, contiguous, launch, ptr, row_count, rows
 from .op import Op
@@ -49,7 +50,7 @@ def reference(
     _activation_name(activation)
     y = F.linear(x, weight, bias)
     if activation is not None:
-        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+        y = _gelu.reference(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     return y if residual is None else y + residual
 
 
