@@ -32,8 +32,8 @@ def gelu(x: Tensor, approximate: str = "none", backend: str = "auto") -> Tensor:
 
 
 def reference(x: Tensor, approximate: str = "none") -> Tensor:
-    """The formula in PyTorch; in float64, the truth for every kernel, without the sum 1 + erf, which cancels in the left
-    tail: at x = -4.2 PyTorch's float64 GELU is wrong by 2e-13 of its value."""
+    """The formula in PyTorch; in float64, the truth for every kernel, without the sum 1 + erf, which cancels in the
+    left tail: at x = -4.2 PyTorch's float64 GELU is wrong by 2e-13 of its value."""
     if x.dtype == torch.float64 and approximate == "none":
         return x * (torch.special.erfc(x * -math.sqrt(0.5)) * 0.5)
     return F.gelu(x, approximate=approximate)
