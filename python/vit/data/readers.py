@@ -216,8 +216,14 @@ def leave_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM reach all processes of a terminal or a service; the main one decides, and its readers end when
     it says so. A lone SIGTERM to a reader changes nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Where a library has a thread of its own, whose mask is not ours, the signal ends nothing there either.
+    signal.signal(signal.SIGTERM, _nothing)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of every thread of this process, for they inherit it
     threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _nothing(number: int, frame: object) -> None:
+    """A handler, because a signal that is ignored is not waited for either."""
 
 
 def _obey_parent() -> None:
