@@ -136,6 +136,6 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast wants for matrix products of `x`; None when it is off or leaves `x` alone (float64, meta)."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64 or x.is_meta:
+    if x.is_meta or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(kind)
