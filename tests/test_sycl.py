@@ -15,7 +15,6 @@ import torch
 import vit
 from test_movement import same_movement
 from vit.backends import get, sycl
-from vit.backends import reasons as reasons_of
 from vit.ops import Spec
 from vit.parity import cases
 from vit.parity.runner import backend_ops, run
@@ -164,7 +163,7 @@ def test_forked_workers_after_a_queue_exists() -> None:
 def test_queues_of_another_runtime_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = Spec("gelu", torch.float32, {"x": (4,)}, device_type="xpu")
     monkeypatch.setattr(sycl, "_mapped_runtimes", lambda: {"/a/libsycl.so.8.0.0", "/b/libsycl.so.9.0.0"})
-    (why,) = reasons_of(BACKEND, spec)
+    (why,) = BACKEND.reasons(spec)
     assert "one SYCL runtime" in why
     assert "/a/libsycl.so.8.0.0, /b/libsycl.so.9.0.0" in why
     assert BACKEND.default_device().type in ("cpu", "xpu")
