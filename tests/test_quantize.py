@@ -85,7 +85,8 @@ def test_a_run_is_compared_on_its_own_test_split_and_calibrated_on_its_training_
     from vit.training.run import Run
 
     model = vit.create("vit_digits", backend="reference")
-    about = {"name": "vit_digits", "arch": {}, "class_names": [str(i) for i in range(10)], "preprocess": {}}
+    about = {"name": "vit_digits", "arch": {}, "class_names": [str(i) for i in range(10)]}
+    about["preprocess"] = model.preprocess.to_dict()
     run = Run.create(tmp_path / "run", TrainConfig(split_seed=3, test_fraction=0.3), about)
     args = Namespace(weights=str(run.path), calibrate="digits", images=10_000, evaluate=10_000)
     calibration, images, labels = _images(args, model)

@@ -118,7 +118,7 @@ CALLS = (
     _Call("builtins.getattr", "x", "upper"),
     _Call("builtins.print", "x"),
     _Call("os.mkdir", "made-by-a-pickle"),
-    _Call("pathlib.Path.cwd"),
+    _Call("os.getcwd"),
 )
 
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--evaluate", type=positive, default=1000, metavar="N", help="most images to compare on (default: %(default)s)")
     add("--batch-size", type=positive, default=8, metavar="N", help="images per forward (default: %(default)s)")
     add("--weights-only", choices=("int8", "int4"), help="store weights in so many bits, compute in bfloat16")
-    add("--exclude", default="", metavar="A,B", help="layers that stay bfloat16, such as blocks.0.mlp.fc2")
+    add("--exclude", default=None, metavar="A,B", help="layers that stay bfloat16, such as blocks.0.mlp.fc2")
     add("--sensitivity", action="store_true", help="quantize each layer alone and list what that costs")
     add("--max-drop", type=share, default=0.01, help="allowed loss of top-1, as a share (default: %(default)s)")
     add("--min-cosine", type=cosine, default=0.99, help="of the logits with float32's (default: %(default)s)")
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from ..factory import create
 
     model = create(args.model, backend="reference", weights=args.weights, dtype="float32", training=False)
-    exclude = [name for name in args.exclude.replace(" ", "").split(",") if name]
+    exclude = [name for name in (args.exclude or "").replace(" ", "").split(",") if name]
     check_layers(exclude, len(model.blocks))
     calibrate, images, labels = _images(args, model)
 
