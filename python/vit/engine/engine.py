@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..preprocess import Preprocess
+from ..preprocess import Preprocess, arguments
 from ..support.records import Record, RecordError, parse_json
 from ..support.text import printable
 from . import native
@@ -172,7 +172,9 @@ class Engine:
             names, record = "class_names", Record(values, where)
             self._class_names = record.texts(names) if names in record else None
             known = "preprocess" in record  # a C program may have built it without
-            self._preprocess = Preprocess.from_dict(record.record("preprocess").values) if known else None
+            self._preprocess = (
+                Preprocess(**arguments(record.record("preprocess").values, f"{where}: preprocess")) if known else None
+            )
         except (ValueError, TypeError, OverflowError, LookupError) as error:
             about = "" if isinstance(error, RecordError) else f"vit: {where}: preprocess: "
             raise OSError(f"{about}{error}") from error
