@@ -171,10 +171,10 @@ class Engine:
             values = {key: parse_json(text, f"{where}: {key}") for key, text in texts.items() if text is not None}
             names, record = "class_names", Record(values, where)
             self._class_names = record.texts(names) if names in record else None
-            known = "preprocess" in record  # a C program may have built it without
-            self._preprocess = (
-                Preprocess(**arguments(record.record("preprocess").values, f"{where}: preprocess")) if known else None
-            )
+            self._preprocess = None  # a C program may have built it without
+            if "preprocess" in record:
+                given = record.record("preprocess").values
+                self._preprocess = Preprocess(**arguments(given, f"{where}: preprocess"))
         except (ValueError, TypeError, OverflowError, LookupError) as error:
             about = "" if isinstance(error, RecordError) else f"vit: {where}: preprocess: "
             raise OSError(f"{about}{error}") from error
