@@ -22,12 +22,12 @@ from .eva_blocks import EvaBlock, EvaBlockPostNorm
 from .eva_options import EvaOptions
 from .layers import PatchDropout
 from .mlp import MLPS
-from .options import signature_of
+from .options import defaults_of, signature_of
 from .parts import make_norm
 from .pool import AttentionPoolLatent
 from .rope import Grid, Rotary, RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
 from .torch_layers import call, know
-from .vision_transformer import PLACE, VisionTransformer
+from .vision_transformer import PLACE, VisionTransformer, takes_short_way
 
 
 class PatchDropoutWithIndices(PatchDropout):
@@ -58,6 +58,7 @@ class Eva(VisionTransformer):
     """
 
     Options = EvaOptions
+    ARGUMENTS = defaults_of(EvaOptions)
     options: EvaOptions
 
     def _build_embedding(self, home: Tensor, factory: dict[str, Any]) -> None:
@@ -225,3 +226,4 @@ def _init_weights(model: Eva) -> None:
 
 
 know(Eva, PatchDropoutWithIndices)
+takes_short_way(Eva, EvaBlock)
