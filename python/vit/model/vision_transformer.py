@@ -25,7 +25,7 @@ from .blocks import Block
 from .checks import sides
 from .features import Intermediates
 from .layers import PatchDropout, PatchEmbed
-from .options import POOLS, POSITIONS, Options, defaults_of, signature_of, spelled
+from .options import DEFAULTS, POOLS, POSITIONS, Options, signature_of, spelled
 from .parts import NORM_KINDS, make_norm
 from .planned import CallsOps, HasBuffers, Planned
 from .pool import AttentionPoolLatent
@@ -70,6 +70,9 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
     named backend cannot run the model.
     """
 
+    #: The arguments that vit.create passes on -> their defaults, and how it writes them.
+    ARGUMENTS = DEFAULTS
+    spelled = staticmethod(spelled)
     #: Whether logits depend on the class token alone where that is what is pooled.
     reads_one_token = True
     #: What the arguments are checked by.
@@ -86,10 +89,10 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         **arch: Any,
     ) -> None:
         super().__init__()
-        positional = dict(zip(defaults_of(self.Options), sizes, strict=False))
+        positional = dict(zip(self.ARGUMENTS, sizes, strict=False))
         if twice := sorted(positional.keys() & arch.keys()):
             raise TypeError(f"vit: VisionTransformer got {', '.join(twice)} twice")
-        self.options = o = self.Options(**spelled(positional | arch))
+        self.options = o = self.Options(**self.spelled(positional | arch))
         self.name, self.backend = name, backend
         self.num_classes = o.num_classes
         self.embed_dim = self.num_features = self.head_hidden_size = o.embed_dim
