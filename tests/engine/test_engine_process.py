@@ -12,7 +12,7 @@ from conftest import USABLE
 
 pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the cpu backend is not usable here")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 START = """
