@@ -53,6 +53,8 @@ def describe(op: str, *args: Any, **kwargs: Any) -> Call:
         options = {"activation": given.get("activation")}
     elif op == "layer_norm":
         shapes, options = {name: tuple(given[name].shape) for name in ("x", "weight")}, {}
+    elif op in ("rotary", "swiglu"):
+        shapes, options = {"x": tuple(given["x"].shape)}, {"pairing": given.get("pairing")}
     else:
         shapes, options = {"x": tuple(given["x"].shape)}, {"approximate": given.get("approximate", "none")}
     first = next(iter(shapes))
@@ -65,6 +67,8 @@ PARAMETERS = {
     "layer_norm": ("x", "weight", "bias", "eps"),
     "gelu": ("x", "approximate"),
     "attention": ("q", "k", "v", "scale", "queries"),
+    "rotary": ("x", "table", "prefix", "pairing"),
+    "swiglu": ("x", "gate"),
 }
 
 

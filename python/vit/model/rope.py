@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .planned import HasBuffers
+
 Grid = tuple[int, int]
 INDEXING = ("ij", "xy")
 
 
-class Rotary(nn.Module):
+class Rotary(HasBuffers, nn.Module):
     """What the kinds share: the grid, how coordinates are disturbed in training, and buffers that are computed again when
     the module moves.
 
@@ -67,9 +69,7 @@ class Rotary(nn.Module):
             self.feat_shape = feat_shape
             self.init_non_persistent_buffers()
 
-    def init_non_persistent_buffers(
-        self, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def init_non_persistent_buffers(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Computes the buffers, where they are unless told otherwise. dtype: of the model."""
         self._dtype = dtype or self._dtype
         first = next(self.buffers(), None)
@@ -136,21 +136,21 @@ class RotaryEmbeddingCat(Rotary):
         bands = 1.0 / (float(self.temperature) ** exponent)
         made = {"bands": bands.to(device, _wide(dtype))}
         if self.feat_shape is not None:
-            made["pos_embed"] = self._table(self.feat_shape, bands, dtype).to(device)
+            made["pos_embed"] = self._table(self.feat_shape, bands, False).to(device, dtype)
         return made
 
     def get_embed(self, shape: Grid | None = None) -> Tensor:
         """[N, 2 D] in float32, or in the model's dtype where the table of feat_shape is kept."""
         if self.feat_shape is not None and self.pos_embed is not None and not self.disturbs:
             return self.pos_embed
-        return self._table(self.feat_shape or _given(shape), self.bands, self.disturbs and self.bands.dtype)
+        return self._table(self.feat_shape or _given(shape), self.bands, self.disturbs)
 
-    def _table(self, shape: Grid, bands: Tensor, dtype: Any) -> Tensor:
+    def _table(self, shape: Grid, bands: Tensor, disturb: bool) -> Tensor:
         grid = index_grid(shape, self.grid_indexing, bands.device, self.grid_offset, self.ref_feat_shape)
-        if self.disturbs:
+        if disturb:
             grid = self._disturbed(grid)
         angles = (grid[:, :, None] * bands).flatten(1)  # [N, D / 2]
-        return sines(angles, self.rotate_half, dtype or torch.float32)
+        return sines(angles, self.rotate_half, bands.dtype if disturb else torch.float32)
 
 
 class RotaryEmbeddingMixed(Rotary):
@@ -217,9 +217,7 @@ class RotaryEmbeddingMixed(Rotary):
         width = self.dim // self.num_heads
         size = 1.0 / (self.temperature ** (torch.arange(0, width, 4, device="cpu", dtype=torch.float32) / width))
         turned = [angle, angle + torch.pi / 2]
-        return torch.stack(
-            [torch.cat([size * f(a) for a in turned], dim=-1) for f in (torch.cos, torch.sin)]
-        )
+        return torch.stack([torch.cat([size * f(a) for a in turned], dim=-1) for f in (torch.cos, torch.sin)])
 
 
 class RotaryEmbeddingDinoV3(Rotary):

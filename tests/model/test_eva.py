@@ -305,7 +305,7 @@ def test_a_model_without_values_gets_tables_with_its_weights(name):
 def test_seven_billion_parameters_need_no_memory():
     with FakeTensorMode():
         model = vit.create("vit_7b_patch16_dinov3", backend="reference")
-    assert sum(p.numel() for p in model.parameters()) == 6_716_035_072
+    assert sum(p.numel() for p in model.parameters()) == 6_716_030_976
 
 
 def test_copies_and_pickles_compute_the_same():
@@ -320,9 +320,8 @@ def test_copies_and_pickles_compute_the_same():
         assert torch.equal(model(images(ours)), logits)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_ape_224"])
-def test_compiled_models_compute_the_same(name):
-    _, ours = pair(name, training=True)
+def test_compiled_models_compute_the_same():
+    _, ours = pair("vit_small_patch16_rope_mixed_ape_224", training=True, depth=1)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     x, again = images(ours).requires_grad_(), images(ours).requires_grad_()
     ours(x).square().sum().backward()
