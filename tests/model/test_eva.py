@@ -230,6 +230,20 @@ def test_heads_are_replaced_as_in_timm():
     near(ours(images(ours)), theirs(images(ours)))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_enormous_patch14_clip_224"])
+def test_masks_are_timms(name, fused):
+    theirs, ours = pair(name)
+    for block in (*theirs.blocks, *ours.blocks):
+        block.attn.fused_attn = fused
+    count = ours.forward_features(images(ours)).shape[1]
+    mask = draw.rand(count, count) > 0.3
+    mask.fill_diagonal_(True)
+    x = images(ours)
+    near(ours(x, attn_mask=mask[None, None]), theirs(x, attn_mask=mask[None, None]))
+    near(ours(x, is_causal=True), theirs(x, is_causal=True))
+
+
 def test_checkpointing_gives_the_same_gradients():
     gradients = []
     for recompute in (False, True):

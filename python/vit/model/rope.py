@@ -1,8 +1,8 @@
 """Rotary position embeddings (RoFormer, arXiv:2104.09864) of a grid of patches: tables of sines and cosines.
 
-A table is [N, 2 D]: the sines, then the cosines, of N patches in reading order, each D wide for heads of D elements. With
-the angles a [N, D / 2] of a patch the D columns are a repeated element by element, for neighbours that are rotated together
-("interleaved"), or as a whole ("half"). The prefix tokens (class, registers) have no row: they are not rotated.
+A table is [N, 2 D]: the sines, then the cosines, of N patches in reading order, each D wide for heads of D elements.
+With the angles a [N, D / 2] of a patch the D columns are a repeated element by element, for neighbours that are rotated
+together ("interleaved"), or as a whole ("half"). The prefix tokens (class, registers) have no row and are not rotated.
 
 Three kinds, with timm's names, buffers and numbers:
 
@@ -27,8 +27,8 @@ INDEXING = ("ij", "xy")
 
 
 class Rotary(HasBuffers, nn.Module):
-    """What the kinds share: the grid, how coordinates are disturbed in training, and buffers that are computed again when
-    the module moves.
+    """What the kinds share: the grid, how coordinates are disturbed in training, and buffers that are computed again
+    when the module moves.
 
     feat_shape: the grid whose table is kept; None: a table is made at each call of get_embed. shift_coords: every
     coordinate is moved by U(-s, s) of its axis; jitter_coords J: multiplied by a factor of its axis in [1 / J, J];
@@ -223,8 +223,8 @@ class RotaryEmbeddingMixed(Rotary):
 class RotaryEmbeddingDinoV3(Rotary):
     """Axial table of normalised coordinates: [N, 2 D], y's D / 4 periods, then x's.
 
-    Coordinates are the centres of patches, (i + 0.5) / h and (j + 0.5) / w, mapped to [-1, 1]. The published files store the
-    periods rounded to bfloat16; these are float32, as timm's.
+    Coordinates are the centres of patches, (i + 0.5) / h and (j + 0.5) / w, mapped to [-1, 1]. The published files
+    store the periods rounded to bfloat16; these are float32, as timm's.
     """
 
     pos_embed_cached: Tensor | None
