@@ -158,6 +158,8 @@ class Block(CallsOps, nn.Module):
 
     def drops_elements(self) -> bool:
         """Whether single elements are dropped at random, now."""
+        attn: Any
+        mlp: Any
         attn, mlp = self.attn, self.mlp
         rate = attn.attn_drop.p if attn.training else 0.0
         return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
@@ -165,6 +167,8 @@ class Block(CallsOps, nn.Module):
     def fused(self, x: Tensor, queries: int | None = None) -> Tensor:
         """`forward` where `can_fuse`. With `queries` only the first so many tokens are computed, [B, queries, C]: the
         others are read as keys and values."""
+        attn: Any
+        mlp: Any
         ops, attn, mlp = self.ops, self.attn, self.mlp
         branch, x = ops.movement.fork(x)
         if queries is not None:
@@ -197,6 +201,17 @@ def _add(
     return linear(ops, layer, y, None, x)
 
 
-_KINDS = (Block, Attention, Mlp, GluMlp, SwiGLU, nn.Identity, DropPath, LayerScale, nn.Linear, nn.Dropout)
+_KINDS: tuple[type[nn.Module], ...] = (
+    Block,
+    Attention,
+    Mlp,
+    GluMlp,
+    SwiGLU,
+    nn.Identity,
+    DropPath,
+    LayerScale,
+    nn.Linear,
+    nn.Dropout,
+)
 _KINDS = (*_KINDS, *NORM_KINDS, *ACTIVATION_KINDS)
 know(*_KINDS)

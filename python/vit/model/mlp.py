@@ -26,7 +26,8 @@ class Mlp(CallsOps, nn.Module):
         self.drop2 = nn.Dropout(options.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        ops, fc1, act = self.ops, self.fc1, self.act
+        ops, fc1 = self.ops, self.fc1
+        act: Any = self.act
         alone = isinstance(x, Tensor) and untouched(fc1, nn.Linear) and untouched(act, nn.GELU)
         if alone and plain([x, *fc1._parameters.values()]):
             x = linear(ops, fc1, x, ACTIVATIONS[act.approximate])  # [B, N, hidden]

@@ -67,8 +67,9 @@ def tags() -> dict[str, Tag]:
     found = {}
     for full, classes, size, crop, mode, interpolation, statistics, licence, hub, paper in _rows("tags.txt"):
         mean, std = STATISTICS[statistics]
-        preprocess = {"mean": mean, "std": std, "interpolation": interpolation}
-        preprocess |= {"crop_pct": float(crop), "crop_mode": mode}
+        preprocess: dict[str, Any]
+        preprocess = {"mean": mean, "std": std, "interpolation": interpolation, "crop_mode": mode}
+        preprocess["crop_pct"] = float(crop)
         name, _, tag = full.partition(".")
         where = f"timm/{full}" if hub == "timm" else None if hub == "-" else hub
         found[full] = Tag(
@@ -92,7 +93,7 @@ def defaults() -> dict[str, Tag]:
 @cache
 def aliases() -> dict[str, str]:
     """Names that timm gave up -> name.tag."""
-    return {old: new for old, new in _rows("aliases.txt")}
+    return {row[0]: row[1] for row in _rows("aliases.txt")}
 
 
 def _rows(file: str) -> Iterator[list[str]]:
