@@ -35,7 +35,9 @@ def load_into(model: VisionTransformer, checkpoint: Checkpoint, new_head: bool =
         log.info("%s: its last norm was moved behind the mean of the patches", checkpoint.source)
     _fit_patches(state, wanted, model)
     _fit_positions(state, wanted, model, checkpoint)
-    check_names(state, {key: tuple(value.shape) for key, value in wanted.items()}, checkpoint.source)
+    check_names(
+        state, {key: tuple(value.shape) for key, value in wanted.items()}, checkpoint.source, 0, checkpoint.origin()
+    )
     check_range(state, wanted, checkpoint.source)
     model.load_state_dict(state, strict=False)
 

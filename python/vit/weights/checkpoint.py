@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model.checks import sides
+from .layout import Mapped
 
 PATCHES = "patch_embed.proj.weight"
 POSITIONS = "pos_embed"
@@ -35,7 +36,8 @@ class Checkpoint:
     state: timm's parameter names -> tensors on the CPU. arch, preprocess: arguments of VisionTransformer and of
     Preprocess, as far as they are written beside the weights; likewise the model's name and the class names. implied:
     arguments of VisionTransformer that every model of this layout has, whatever its name. dropped: parts of a file that
-    a ViT does not have -> why they are left out.
+    a ViT does not have -> why they are left out. layout, mapped: whose names the file has, and what became of each.
+    base: the named model with the options of this layout, where the file names none.
     """
 
     state: Mapping[str, Tensor]
@@ -46,6 +48,9 @@ class Checkpoint:
     class_names: tuple[str, ...] | None = None
     implied: Mapping[str, Any] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
+    layout: str = "timm"
+    mapped: tuple[Mapped, ...] = ()
+    base: str | None = None
 
     def settings(self, name: str | None) -> dict[str, Any]:
         """Arguments of the model these weights belong to: what the tensors tell, and over it, unless another model
@@ -57,6 +62,10 @@ class Checkpoint:
         if self.arch.get("global_pool") == "avg" and "fc_norm" not in self.arch and self._has_norm():
             found["fc_norm"] = False  # the last norm is called norm where it comes before the pooling
         return found
+
+    def origin(self) -> dict[str, str]:
+        """timm's names -> those in the file, in layouts with others."""
+        return {target: " + ".join(one.sources) for one in self.mapped for target in one.targets}
 
     def describes(self, name: str | None) -> bool:
         """Whether what is written beside the tensors is about a model of that name: not where it names another one."""

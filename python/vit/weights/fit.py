@@ -40,7 +40,7 @@ def check_fit(checkpoint: Checkpoint, settings: Mapping[str, Any], given: Collec
     wanted = dict(_expected(settings, min(depth, have + 1)))
     if PATCHES in state and PATCHES not in _misshapen_patches(state[PATCHES], settings):
         del state[PATCHES], wanted[PATCHES]
-    check_names(state, wanted, checkpoint.source, more=12 * max(0, depth - have - 1))
+    check_names(state, wanted, checkpoint.source, 12 * max(0, depth - have - 1), checkpoint.origin())
 
 
 def moves_norm(settings: Mapping[str, Any]) -> bool:
@@ -138,8 +138,16 @@ def _expected(settings: Mapping[str, Any], depth: int) -> Iterator[tuple[str, tu
     yield f"{norm}.bias", (C,)
 
 
-def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: str, more: int = 0) -> None:
-    """Refuses names that are missing (and `more` of them beyond `wanted`) or unexpected, and shapes that differ."""
+def check_names(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, tuple[int, ...]],
+    source: str,
+    more: int = 0,
+    origin: Mapping[str, str] | None = None,
+) -> None:
+    """Refuses names that are missing (and `more` of them beyond `wanted`) or unexpected, and shapes that differ.
+    origin: timm's names -> those in the file, where they are other ones."""
+    origin = origin or {}
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
     shapes = [
@@ -153,7 +161,7 @@ def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...
     if missing:
         lines.append(f"  missing     {_list(missing, more)}")
     if unexpected:
-        near = [_with_nearest(key, wanted) for key in unexpected[:12]]
+        near = [_named(key, wanted, origin.get(key, key)) for key in unexpected[:12]]
         lines.append(f"  unexpected  {_list(near, len(unexpected) - len(near))}")
     if shapes:
         lines.append(f"  shape       {_list(shapes)}")
@@ -166,6 +174,9 @@ def _list(names: list[str], more: int = 0) -> str:
     return printable(some(names[:12])) + (f" and {rest} more" if rest else "")
 
 
-def _with_nearest(key: str, wanted: Collection[str]) -> str:
+def _named(key: str, wanted: Collection[str], origin: str) -> str:
+    """An unexpected name: as it stands in the file, what it means, and else which name is nearest."""
+    if origin != key:
+        return f"{origin[:200]} ({key})"
     near = difflib.get_close_matches(key[:200], wanted, n=1)
     return f"{key[:200]} (nearest: {near[0]})" if near else key[:200]
