@@ -505,7 +505,7 @@ def test_archives_that_lack_a_part_name_it(tmp_path):
     np.savez(tmp_path / "w.npz", **{key: value for key, value in arrays.items() if key != "embedding/bias"})
     with pytest.raises(WeightsError, match=r"w\.npz does not fit the model:\n  missing     patch_embed\.proj\.bias"):
         small(weights=tmp_path / "w.npz")
-    np.savez(tmp_path / "w.npz", **(arrays | {"embedding/kernel": np.zeros((3, 64), np.float32)}))
+    np.savez(tmp_path / "w.npz", **(arrays | {"embedding/kernel": np.zeros((3, 3, 64), np.float32)}))
     with pytest.raises(WeightsError, match=r"w\.npz holds a tensor of another shape than its name says"):
         small(weights=tmp_path / "w.npz")
 

@@ -123,11 +123,15 @@ class Converted:
 
 @dataclass(frozen=True)
 class Layout:
-    """name: for the report. marks: names of the patch projection; ranks: how many dimensions it may have. needs, lacks:
-    names of which one must (none may) be there as well. rules: what becomes of each name. dropped: names, as regular expressions, that no ViT has -> why;
-    outside: the same of what stands beside a prefix that all names of the ViT have. base: the model of timm's that has
-    this layout's options. implied: arguments that every model of this layout has. finish: what needs several tensors
-    at once. model_types, configure: the `model_type` of transformers' config.json, and its reader."""
+    """How one program names the parameters of a ViT.
+
+    name: for the report. marks: names of the patch projection; ranks: how many dimensions it may have. needs, lacks:
+    names of which one must (none may) be there as well. rules: what becomes of each name. dropped: names, as regular
+    expressions, that no ViT has -> why; outside: the same of what stands beside a prefix that all names of the ViT
+    have. base: the model of timm's that has this layout's options. implied: arguments that every model of this layout
+    has. finish: what needs several tensors at once. model_types, configure: the `model_type` of transformers'
+    config.json, and its reader.
+    """
 
     name: str
     marks: tuple[str, ...]

@@ -1,4 +1,7 @@
-"""One file for each layout of names in which weights are published. A new layout is a new file that defines `LAYOUT`."""
+"""One file for each layout of names in which weights are published.
+
+A new layout is a new file here that defines `LAYOUT`; no other file lists it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Microsoft's BEiT-3: of its two branches of every layer A sees images; positions have two rows before the class token."""
+"""Microsoft's BEiT-3: branch A of every layer sees images; two rows of positions stand before the class token's."""
 
 from __future__ import annotations
 

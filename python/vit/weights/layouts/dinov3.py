@@ -1,4 +1,4 @@
-"""Meta's own DINOv3: `storage_tokens`, one bias of q, k and v of which k's part is masked, rotary periods in bfloat16."""
+"""Meta's own DINOv3: `storage_tokens`, one bias of q, k and v with a mask on k's part, rotary periods in bfloat16."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..layout import Converted, Layout, to
-from .transformers_dinov3 import GATED
 from .timm import LAYOUT as TIMM
+from .transformers_dinov3 import GATED
 
 
 def without_keys(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,8 @@ LAYOUT = Layout(
     ),
     dropped={r"(.*\.)?rope\.freqs_(cos|sin)": "rotary tables, which follow from the sizes", **TIMM.dropped},
     outside={
-        r"(text|logit_scale|positional_embedding|transformer|token_embedding|ln_final|text_projection)\b.*": "the text tower"
+        r"(text|positional_embedding|transformer|token_embedding|ln_final|text_projection)\b.*": "the text tower",
+        r"logit_scale": "scale of a contrastive loss",
     },
     base="eva02_base_patch14_224",
     finish=_finish,

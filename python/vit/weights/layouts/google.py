@@ -39,6 +39,8 @@ NO_LAYER = "a layer before the head that this model does not have"
 
 def as_convolution(kernel: Tensor) -> Tensor:
     """HWIO -> OIHW; a matrix of rows of pixels is transposed."""
+    if kernel.ndim not in (2, 4):
+        raise RuntimeError(f"embedding/kernel is {list(kernel.shape)}")
     return (kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T).contiguous()
 
 

@@ -6,7 +6,6 @@ from ..layout import Layout, to, with_zero_bias
 from .openai_clip import TEXT
 from .timm import LAYOUT as TIMM
 
-
 LAYOUT = Layout(
     name="open_clip with timm's tower",
     marks=("trunk.patch_embed.proj.weight",),

@@ -33,7 +33,8 @@ LAYOUT = Layout(
     ),
     dropped={r"(head|norm)\..*": "what the model of the towers does not use"},
     outside={
-        r".*(adaptor|teacher|summary_idxs|input_conditioner|feature_normalizer|inter_feature).*": "heads of the teachers and statistics of the images"
+        r".*(adaptor|teacher|summary_idxs|feature_normalizer|inter_feature).*": "heads of the teachers",
+        r".*input_conditioner.*": "statistics of the images",
     },
     base="vit_base_patch16_radio_v3",
     implied={"norm_eps": 1e-6},

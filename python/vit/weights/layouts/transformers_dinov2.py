@@ -35,7 +35,7 @@ def configure(record: Record) -> dict[str, Any]:
 
 
 def fold_class_position(result: Converted) -> None:
-    """Registers take no positions, and in timm's model neither does the class token: its position becomes part of it."""
+    """Registers have no positions, and in timm's model neither has the class token: its position is added to it."""
     state = result.state
     if "reg_token" not in state or "pos_embed" not in state or "cls_token" not in state:
         return
