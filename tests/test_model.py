@@ -399,7 +399,7 @@ def test_initial_statistics():
         ({"depth": 0}, "depth must be a positive whole number, got 0"),
         ({"embed_dim": 64.0}, "embed_dim must be a positive whole number, got 64.0"),
         ({"drop_rate": 1.0}, "drop_rate must be at least 0 and below 1, got 1.0"),
-        ({"global_pool": "max"}, "global_pool='max' is not one of 'token', 'avg', ''"),
+        ({"global_pool": "sum"}, "global_pool='sum' is not one of 'token', 'avg', 'avgmax', 'max', 'map', ''"),
         ({"class_token": False}, 'global_pool="token" needs class_token=True'),
         ({"pos_embed": "rope"}, "pos_embed='rope' is not one of 'learned', 'sincos2d', 'none'"),
         ({"pos_embed": "sincos2d", "embed_dim": 6, "num_heads": 1}, "multiple of 4 and at least 8, got 6"),

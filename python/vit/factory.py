@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .backends import BackendError, default_device, get, records
 from .model.configs import get_config, nearest
+from .model.options import ALIASES, DEFAULTS, spelled
 from .model.vision_transformer import VisionTransformer
 from .preprocess import Preprocess
 from .weights import Checkpoint, WeightsError, check_fit, load_into, read
@@ -100,7 +100,7 @@ def settle(name: str | None, checkpoint: Checkpoint | None, given: Mapping[str, 
         settings = checkpoint.settings(name)
         name = name or checkpoint.name
     name = name or DEFAULT_NAME
-    return name, {**get_config(name).arch, **settings, **given}
+    return name, {**get_config(name).arch, **spelled(settings), **spelled(given)}
 
 
 def _check_backend(backend: str) -> None:
@@ -116,14 +116,12 @@ def _check_backend(backend: str) -> None:
 
 def _check_arch(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Refuses what is no argument of a model; the defaults of those that are."""
-    signature = inspect.signature(VisionTransformer).parameters
-    allowed = [name for name, p in signature.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     for key in settings:
-        if key not in allowed:
-            near = nearest(key, allowed)
+        if key not in DEFAULTS:
+            near = nearest(key, (*DEFAULTS, *ALIASES))
             hint = f"; did you mean {', '.join(near)}?" if near else "."
-            raise ValueError(f"vit: create has no argument {key!r}{hint} Allowed: {', '.join(allowed)}")
-    return {name: signature[name].default for name in allowed}
+            raise ValueError(f"vit: create has no argument {key!r}{hint} Allowed: {', '.join(DEFAULTS)}")
+    return dict(DEFAULTS)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
