@@ -13,6 +13,7 @@ DINO = "the projection of DINO's pretraining"
 LAYOUT = Layout(
     name="timm",
     marks=("patch_embed.proj.weight", "embeds.proj.weight"),
+    base="vit_base_patch16_224",
     lacks=(
         *("register_tokens", "storage_tokens", "blocks.{n}.mlp.w12.weight", "blocks.{n}.mlp.w1.weight"),
         *("rope_embed.periods", "blocks.0.{n}.norm1.weight", "blocks.{n}.attn.inner_attn_ln.weight"),
