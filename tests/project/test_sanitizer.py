@@ -15,7 +15,7 @@ import vit
 from conftest import USABLE
 from vit.parity import cases
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("odd", "corner")
 
 
@@ -73,7 +73,7 @@ def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path, environment):
 def test_the_engine_neither(environment):
     """Every option, output and bad input of test_engine.py; whole models would take too long."""
     chosen = "not every_name and not direction and not level and not profile"
-    tests = [str(ROOT / "tests/test_engine.py"), "-k", chosen]
+    tests = [str(ROOT / "tests/engine/test_engine.py"), "-k", chosen]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *tests],
         env=environment, capture_output=True, text=True, timeout=900,

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LEFTOVERS = ("build", "dist", "site", "runs", "*.egg-info", "*.so", "_build.json", "__pycache__", ".*_cache", ".venv*")
 VERSION = re.compile(r'^version = "(.+)"$', re.MULTILINE)
 BUILD_SWITCHES = {"VIT_BACKENDS", "CMAKE_ARGS", "MAX_JOBS", "PYTHONPATH"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import vit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import vit
 from conftest import USABLE
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LEVELS = vit.backends()["cpu"].get("isa available", "").split(", ")
 
 pytestmark = [

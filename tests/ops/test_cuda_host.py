@@ -230,8 +230,8 @@ def test_bad_arguments_are_errors(emulated, change, text):
     x, w, y = draw.randn(4, 8), draw.randn(6, 8), torch.empty(4, 6)
     fields = {
         "x": x.data_ptr(), "weight": w.data_ptr(), "bias": 0, "residual": 0, "y": y.data_ptr(), "preact": 0,
-        "workspace": 0, "M": 4, "N": 6, "K": 8, "x_stride": 8, "weight_stride": 8, "activation": 0, "dtype": 0,
-        "param_dtype": 0, "out_dtype": 0, "stream": 0, "device": 0, "threads": 1, "tf32": False,
+        "M": 4, "N": 6, "K": 8, "x_stride": 8, "weight_stride": 8, "activation": 0, "dtype": 0, "param_dtype": 0,
+        "out_dtype": 0, "workspace": 0, "workspace_bytes": 0, "stream": 0, "device": 0, "threads": 1, "tf32": False,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=text):
         emulated.module.linear_fwd(*(fields | change).values())
@@ -255,10 +255,13 @@ def attention(emulated: Emulated, n: int, d: int = 64, stream: int = 0, device: 
     """Runs and checks attention_fwd in bfloat16 on n tokens and one head, by the contract of vit.h."""
     q, k, v = draw.randn(3, n, d, dtype=torch.bfloat16)
     out = torch.empty_like(q)
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, 0)  # lse, workspace: not wanted
+    strides = (n * d, d, d)  # of a batch, a token and a head
+    heads = [number for tensor in (q, k, v) for number in (tensor.data_ptr(), *strides)]
     sizes = (1, n, n, 1, d)  # B, N, L, H, D
-    strides = (n * d, d, d) * 3
-    emulated.module.attention_fwd(*pointers, *sizes, *strides, d**-0.5, 2, stream, device, 1, False)
+    nothing = 0, 0  # no workspace
+    bfloat16 = emulated.module.DType.bfloat16
+    context = (stream, device, 1, False)
+    emulated.module.attention_fwd(*heads, out.data_ptr(), 0, *sizes, d**-0.5, bfloat16, *nothing, *context)
     truth = F.scaled_dot_product_attention(q[None].double(), k[None].double(), v[None].double())[0]
     assert (out.double() - truth).norm() <= 0.01 * truth.norm()
 
@@ -306,7 +309,8 @@ def test_what_a_machine_lacks_is_a_reason(monkeypatch, facts, torch_cuda, text):
     """As info() of the compiled module would tell it: no driver, an old one, no device."""
     module = importlib.import_module("vit.backends.cuda")
     found = {"driver": "13.0", "runtime": "13.0", "devices": "1"} | facts
-    monkeypatch.setattr(module.Cuda, "lib", SimpleNamespace(info=lambda: list(found.items())))
+    # In the instance, where a module that was loaded before would be found first.
+    monkeypatch.setitem(vars(module.BACKEND), "lib", SimpleNamespace(info=lambda: list(found.items())))
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     assert text in module._look_for_gpu()
 

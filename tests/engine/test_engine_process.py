@@ -12,7 +12,7 @@ from conftest import USABLE
 
 pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the cpu backend is not usable here")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 START = """
@@ -95,8 +95,7 @@ def test_leaving_python_during_a_call(what, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# Not yet "submit": an executor thread in a call while OpenMP's threads work can still end the process by SIGABRT.
-@pytest.mark.parametrize("what", ["call"])
+@pytest.mark.parametrize("what", ["call", "submit"])
 def test_leaving_python_while_openmp_threads_work(what):
     """The same without a fork before it: the pool of the process is at work."""
     for _ in range(3):
@@ -132,6 +131,7 @@ FORKS = {
     "during a call": "for_ever(lambda: engine(big)); time.sleep(0.05)",
     "during calls of many threads": "[for_ever(lambda: engine(big[:n])) for n in (1, 7, 40)]; time.sleep(0.05)",
     "during submit": "for_ever(lambda: engine.submit(big).result()); time.sleep(0.05)",
+    "while engines are made": "for_ever(lambda: vit.Engine(model, max_batch=3)); time.sleep(0.05)",
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vit.backends import records
 
-ASSETS = Path(__file__).resolve().parent.parent / "docs" / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "docs" / "assets"
 
 
 def test_the_committed_picture_is_what_the_script_draws():

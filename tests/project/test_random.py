@@ -17,7 +17,7 @@ from vit.model.layers import DropPath
 from vit.support import random
 from vit.support.random import Stream, fresh_key, normal
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def digest(array: np.ndarray | torch.Tensor) -> str:
@@ -158,14 +158,14 @@ ALLOWED = {
     "python/vit/support/random.py": (r"randint\(1 << 16|np\.random\.SFC64|numpy\.random|randn gives", "the generator"),
     "python/vit/model/layers.py": (r"torch\.rand\(", "drop-path, whose bits are pinned here; torch.compile knows it"),
     "tests/draw.py": (r"draw\.|As (torch|nn)\.|torch\.randn and", "names what it stands for"),
-    "tests/test_random.py": (r".", "this file"),
-    "tests/test_data.py": (r"\.integers\(|default_rng", "bytes of image files, compared with what is read back"),
-    "tests/test_training.py": (r"default_rng", "pixels of image files that are not looked at"),
-    "tests/test_images.py": (r"default_rng", "damaged bytes, and pixels that two ways of resizing share"),
-    "tests/test_preprocess.py": (r"default_rng", "noise, resized by two libraries"),
-    "tests/test_weights_formats.py": (r"default_rng|RandomState", "pixels for two libraries, an object to pickle"),
-    "tests/test_engine.py": (r"default_rng", "which bytes of a header are flipped"),
-    "tests/test_engine_c.py": (r"default_rng", "images for two readers of one file"),
+    "tests/project/test_random.py": (r".", "this file"),
+    "tests/data/test_data.py": (r"\.integers\(|default_rng", "bytes of image files, compared with what is read back"),
+    "tests/training/test_training.py": (r"default_rng", "pixels of image files that are not looked at"),
+    "tests/data/test_images.py": (r"default_rng", "damaged bytes, and pixels that two ways of resizing share"),
+    "tests/data/test_preprocess.py": (r"default_rng", "noise, resized by two libraries"),
+    "tests/weights/test_weights_formats.py": (r"default_rng|RandomState", "pixels for two libraries, an object to pickle"),
+    "tests/engine/test_engine.py": (r"default_rng", "which bytes of a header are flipped"),
+    "tests/engine/test_engine_c.py": (r"default_rng", "images for two readers of one file"),
     "benchmarks/int8_spread.py": (r"default_rng", "images of a published table, which shows a spread over seeds"),
     "benchmarks/gpu/ops.py": (r"\.random_\(\)", "a gigabyte whose values nobody looks at"),
 }  # fmt: skip
