@@ -87,9 +87,7 @@ class Options:
             checks.choice(embed_norm_layer=(self.embed_norm_layer, NORMS))
         if self.pos_resize is not None:
             checks.choice(pos_resize=(self.pos_resize, RESIZES))
-        checks.positive(
-            in_chans=self.in_chans, embed_dim=self.embed_dim, depth=self.depth, num_heads=self.num_heads
-        )
+        checks.positive(in_chans=self.in_chans, embed_dim=self.embed_dim, depth=self.depth, num_heads=self.num_heads)
         checks.number(0.0, norm_eps=self.norm_eps)
         checks.rate(**{f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_rate")})
         checks.classes(self.num_classes)

@@ -121,7 +121,7 @@ class _Load:
         return classes > 0
 
     def fit_patches(self) -> None:
-        """Brings the projection to the model's channels, patch size and layout; another width is left to check_names."""
+        """Brings the projection to the model's channels, patches and layout; another width is left to check_names."""
         weight, embed = self.state.get(PATCHES), getattr(self.model, "patch_embed", None)
         if embed is None or weight is None or weight.ndim not in (2, 4) or not weight.numel():
             return
@@ -142,7 +142,7 @@ class _Load:
         self.state[PATCHES] = weight.reshape(len(weight), *self.wanted[PATCHES].shape[1:])
 
     def fit_positions(self) -> None:
-        """Resamples learned positions to the model's patch grid. A fixed table is the model's own, right for its grid."""
+        """Resamples learned positions to the model's patch grid. A fixed table is the model's own."""
         table, own, model = self.state.get(POSITIONS), self.wanted.get(POSITIONS), self.model
         if own is not None and not isinstance(model.pos_embed, nn.Parameter):
             if table is not None and not _is_sincos2d(table, model):
