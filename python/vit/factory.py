@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .backends import BackendError, default_device, get, records
-from .model.configs import get_config, nearest
-from .model.options import ALIASES, DEFAULTS, spelled
+from .model.configs import get_config, model_class, nearest, resolve
+from .model.options import ALIASES
 from .model.vision_transformer import VisionTransformer
 from .preprocess import Preprocess
 from .weights import Checkpoint, WeightsError, check_fit, load_into, read
@@ -38,7 +38,8 @@ def create(
 ) -> VisionTransformer:
     """A Vision Transformer whose ops run on `backend`: [B, in_chans, height, width] -> [B, num_classes].
 
-    name      one of vit.list_models(); None: the one the weights were saved with, else vit_base_patch16_224.
+    name      one of vit.list_models(), or name.tag: the classes, image size and preprocessing of those published
+              weights. None: the one the weights were saved with, else vit_base_patch16_224. No weights are downloaded.
     backend   "auto" chooses the best per op (see model.plan); a named one ("reference", "cpu", "cuda",
               "sycl") is strict: BackendError when it cannot run the model here.
     weights   .safetensors, .npz (JAX), .pt/.pth (state dict), a run folder of `vit train`, a folder with
@@ -66,18 +67,19 @@ def create(
     )  # the weights' own model, not just its tensors
     name, settings = settle(name, checkpoint, given)
     config = get_config(name)
-    defaults = _check_arch(settings)
+    kind = model_class(config.kind)
+    defaults = _check_arch(settings, kind.ARGUMENTS)
     if checkpoint:
-        check_fit(checkpoint, defaults | settings, given, VisionTransformer)
+        check_fit(checkpoint, defaults | settings, given, kind)
     scheme = settings.pop("weight_init", "")
 
     if device is None:  # under `with torch.device("meta")` a model without values, to be given them
         dry = backend in ("auto", "reference") and checkpoint is None and torch.get_default_device().type == "meta"
         device = "meta" if dry else default_device(backend)
-    kind: dict[str, Any] = {"device": torch.device(device), "dtype": _dtype(dtype)}
+    place: dict[str, Any] = {"device": torch.device(device), "dtype": _dtype(dtype)}
     first = "skip" if checkpoint and not checkpoint.allow else scheme
     try:
-        model = VisionTransformer(**settings, weight_init=first, backend=backend, training=training, name=name, **kind)
+        model = kind(**settings, weight_init=first, backend=backend, training=training, name=name, **place)
     except ValueError as error:
         if own is None or given:
             raise
@@ -102,8 +104,10 @@ def settle(name: str | None, checkpoint: Checkpoint | None, given: Mapping[str, 
     if checkpoint:
         settings = checkpoint.settings(name)
         name = name or checkpoint.model_name()
-    name = name or DEFAULT_NAME
-    return name, {**get_config(name).arch, **spelled(settings), **spelled(given)}
+    name = resolve(name or DEFAULT_NAME)
+    config = get_config(name)
+    spelled = model_class(config.kind).spelled
+    return name, {**config.arch, **spelled(settings), **spelled(given)}
 
 
 def _check_backend(backend: str) -> None:
@@ -117,14 +121,14 @@ def _check_backend(backend: str) -> None:
     )
 
 
-def _check_arch(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _check_arch(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Refuses what is no argument of a model; the defaults of those that are."""
     for key in settings:
-        if key not in DEFAULTS:
-            near = nearest(key, (*DEFAULTS, *ALIASES))
+        if key not in defaults:
+            near = nearest(key, (*defaults, *ALIASES))
             hint = f"; did you mean {', '.join(near)}?" if near else "."
-            raise ValueError(f"vit: create has no argument {key!r}{hint} Allowed: {', '.join(DEFAULTS)}")
-    return dict(DEFAULTS)
+            raise ValueError(f"vit: create has no argument {key!r}{hint} Allowed: {', '.join(defaults)}")
+    return dict(defaults)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -70,6 +70,9 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
     named backend cannot run the model.
     """
 
+    #: The arguments that vit.create passes on -> their defaults, and how it writes them.
+    ARGUMENTS = DEFAULTS
+    spelled = staticmethod(spelled)
     #: Whether logits depend on the class token alone where that is what is pooled.
     reads_one_token = True
 
@@ -87,7 +90,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         positional = dict(zip(DEFAULTS, sizes, strict=False))
         if twice := sorted(positional.keys() & arch.keys()):
             raise TypeError(f"vit: VisionTransformer got {', '.join(twice)} twice")
-        self.options = o = Options(**spelled(positional | arch))
+        self.options = o = Options(**self.spelled(positional | arch))
         self.name, self.backend = name, backend
         self.num_classes = o.num_classes
         self.embed_dim = self.num_features = self.head_hidden_size = o.embed_dim

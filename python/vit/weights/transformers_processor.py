@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..model.configs import HALF, IMAGENET
+from ..model.zoo import CLIP, HALF, IMAGENET
 from ..support import torch_resize
 from ..support.records import Record
 from .transformers_config import ignore, sides
 
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
