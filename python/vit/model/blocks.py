@@ -22,13 +22,15 @@ from .torch_layers import (
     as_known,
     call,
     dropout,
-    hooked_everywhere,
     know,
     layer_norm,
     linear,
     plain,
+    planned,
     untouched,
     unwatched,
+    watched_everywhere,
+    watching_functions,
 )
 
 
@@ -81,6 +83,9 @@ class Attention(CallsOps, nn.Module):
             probabilities = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
             return (self.attn_drop(probabilities) @ v).transpose(1, 2)
         rate = self.attn_drop.p if self.training else 0.0
+        if isinstance(q, Tensor) and watching_functions():
+            with planned(self.ops):
+                return F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2)
         if rate == 0.0 and isinstance(q, Tensor):
             return self.ops.attention(*(t.transpose(1, 2) for t in (q, k, v)))
         return F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2)
@@ -149,7 +154,7 @@ class Block(CallsOps, nn.Module):
         """Whether nobody would notice that the modules below are not called, and all are what this file makes."""
         own = self._modules
         attn, mlp = own.get("attn"), own.get("mlp")
-        if type(self) is not Block or type(attn) is not Attention or type(mlp) is not Mlp or hooked_everywhere():
+        if type(self) is not Block or type(attn) is not Attention or type(mlp) is not Mlp or watched_everywhere():
             return False
         below: list[Any] = [*own.values(), *attn._modules.values(), *mlp._modules.values()]
         return (
