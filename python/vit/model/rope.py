@@ -67,9 +67,7 @@ class Rotary(nn.Module):
             self.feat_shape = feat_shape
             self.init_non_persistent_buffers()
 
-    def init_non_persistent_buffers(
-        self, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def init_non_persistent_buffers(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Computes the buffers, where they are unless told otherwise. dtype: of the model."""
         self._dtype = dtype or self._dtype
         first = next(self.buffers(), None)
@@ -217,9 +215,7 @@ class RotaryEmbeddingMixed(Rotary):
         width = self.dim // self.num_heads
         size = 1.0 / (self.temperature ** (torch.arange(0, width, 4, device="cpu", dtype=torch.float32) / width))
         turned = [angle, angle + torch.pi / 2]
-        return torch.stack(
-            [torch.cat([size * f(a) for a in turned], dim=-1) for f in (torch.cos, torch.sin)]
-        )
+        return torch.stack([torch.cat([size * f(a) for a in turned], dim=-1) for f in (torch.cos, torch.sin)])
 
 
 class RotaryEmbeddingDinoV3(Rotary):

@@ -200,7 +200,9 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         if attn_mask is not None or is_causal:
             self._check_masked()
             given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
-        elif isinstance(self.blocks, nn.Sequential) and not (self.grad_checkpointing or untouched(self.blocks, nn.Sequential)):
+        elif isinstance(self.blocks, nn.Sequential) and not (
+            self.grad_checkpointing or untouched(self.blocks, nn.Sequential)
+        ):
             return call(self.ops, self.norm, self.blocks(tokens))
         for block, more in zip(self.blocks, given, strict=True):
             tokens = self._run(block, tokens, **more)

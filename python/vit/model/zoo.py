@@ -16,7 +16,13 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SATELLITE = ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))
-STATISTICS = {"half": HALF, "imagenet": IMAGENET, "clip": CLIP, "sat493m": SATELLITE, "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
+STATISTICS = {
+    "half": HALF,
+    "imagenet": IMAGENET,
+    "clip": CLIP,
+    "sat493m": SATELLITE,
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 
 _FOLDER = Path(__file__).parent / "zoo"
 
