@@ -17,6 +17,7 @@ from . import zoo
 KINDS = {
     "vit": ("vision_transformer", "VisionTransformer"),
     "deit": ("deit", "VisionTransformerDistilled"),
+    "eva": ("eva", "Eva"),
 }
 
 

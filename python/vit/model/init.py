@@ -75,17 +75,7 @@ def init_weights(model: Any, scheme: str, num_classes: int) -> None:
         if isinstance(token, nn.Parameter):
             draws.normal(token, name, std)
     for name, module in model.named_modules():
-        if name == "patch_embed.proj" and isinstance(module, (nn.Conv2d, nn.Linear)):
-            _init_patch_projection(module, name, scheme, draws)
-        elif isinstance(module, nn.Linear):
-            init_linear(module, name, scheme, num_classes, draws)
-        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            module.reset_parameters()
-        elif isinstance(gamma := getattr(module, "gamma", None), nn.Parameter):
-            nn.init.constant_(gamma, module.init_values)
-        elif isinstance(latent := getattr(module, "latent", None), nn.Parameter):
-            # As timm: that deviation, before the normal distribution is cut off at twice of it.
-            draws.normal(latent, f"{name}.latent", latent.shape[-1] ** -0.5, bound=2.0)
+        init_module(module, name, scheme, num_classes, draws)
     for name, module in model.named_modules():
         if scheme != "reset" and name.endswith("mlp"):
             _open_gate(module, name, draws)
@@ -93,6 +83,21 @@ def init_weights(model: Any, scheme: str, num_classes: int) -> None:
         for i, block in enumerate(model.blocks):
             for layer in (block.attn.proj, block.mlp.fc2):
                 layer.weight.div_(math.sqrt(2.0 * (i + 1)))
+
+
+def init_module(module: nn.Module, name: str, scheme: str, num_classes: int, draws: Draws) -> None:
+    """Initialises the parameters of one layer; other modules stay."""
+    if name == "patch_embed.proj" and isinstance(module, (nn.Conv2d, nn.Linear)):
+        _init_patch_projection(module, name, scheme, draws)
+    elif isinstance(module, nn.Linear):
+        init_linear(module, name, scheme, num_classes, draws)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.reset_parameters()
+    elif isinstance(gamma := getattr(module, "gamma", None), nn.Parameter):
+        nn.init.constant_(gamma, module.init_values)
+    elif isinstance(latent := getattr(module, "latent", None), nn.Parameter):
+        # As timm: that deviation, before the normal distribution is cut off at twice of it.
+        draws.normal(latent, f"{name}.latent", latent.shape[-1] ** -0.5, bound=2.0)
 
 
 #: Standard deviations of the parameters that belong to no layer.

@@ -70,15 +70,19 @@ class PatchDropout(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.prob == 0.0:
-            return x
-        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        count = patches.shape[1]
+        return x if not self.training or self.prob == 0.0 else self.pick(x, self.kept(x))
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Indices of the patches that are kept [B, N'], drawn anew."""
+        count = x.shape[1] - self.num_prefix_tokens
         # Uniform float32 numbers: a seed's are the same on every processor (see DropPath).
         order = torch.rand(x.shape[0], count, dtype=torch.float32, device=x.device).argsort(dim=1)
-        kept = order[:, : max(1, int(count * (1.0 - self.prob)))]
-        patches = patches.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
-        return torch.cat([prefix, patches], dim=1)
+        return order[:, : max(1, int(count * (1.0 - self.prob)))]
+
+    def pick(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The prefix tokens and those patches."""
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return torch.cat([prefix, patches.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))], dim=1)
 
     def extra_repr(self) -> str:
         return f"prob={self.prob:g}, num_prefix_tokens={self.num_prefix_tokens}"
