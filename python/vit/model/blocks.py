@@ -210,11 +210,11 @@ def _add(
     ops: Any, x: Tensor, y: Tensor, layer: nn.Linear, scale: nn.Module, drop: nn.Dropout, drop_path: nn.Module
 ) -> Tensor:
     """x + drop_path(scale(drop(layer(y)))): one op unless something random stands between the branch and the sum."""
-    if type(scale) is LayerScale:
-        return x + drop_path(drop(linear(ops, layer, y)) * scale.gamma)
+    gamma = scale.gamma if isinstance(scale, LayerScale) else None
     if (drop.training and drop.p) or (drop_path.training and isinstance(drop_path, DropPath) and drop_path.drop_prob):
-        return x + drop_path(drop(linear(ops, layer, y)))
-    return linear(ops, layer, y, None, x)
+        branch = drop(linear(ops, layer, y))
+        return x + drop_path(branch if gamma is None else branch * gamma)
+    return linear(ops, layer, y, None, x, gamma)
 
 
 _KINDS: tuple[type[nn.Module], ...] = (
