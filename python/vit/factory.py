@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ def create(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | int | None = None,
     training: bool = True,
+    allow: Sequence[str] = (),
     **arch: Any,
 ) -> VisionTransformer:
     """A Vision Transformer whose ops run on `backend`: [B, in_chans, height, width] -> [B, num_classes].
@@ -50,13 +51,15 @@ def create(
     dtype     a torch dtype or its name; None: torch's default.
     device    None: the named backend's device; for "auto" the first usable of cuda, xpu, cpu. Under
               `with torch.device("meta")`, without weights, "auto" and "reference" take that one.
+    allow     names of parameters, `*` for any text, that the weights may have beyond the model or lack; any other
+              is an error. model.load_report says what became of each (vit.weights.report).
     training  False plans the forward only and returns the model in evaluation mode.
 
     Raises ValueError for an unknown name, argument or size, FileNotFoundError and WeightsError for weights
     that cannot be used, BackendError as above.
     """
     _check_backend(backend)
-    checkpoint = None if weights is None else read(weights)
+    checkpoint = None if weights is None else read(weights, allow=allow)
     given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     given = arch | {k: v for k, v in given.items() if v is not None}
     own = (
@@ -67,14 +70,14 @@ def create(
     kind = model_class(config.kind)
     defaults = _check_arch(settings, kind.ARGUMENTS)
     if checkpoint:
-        check_fit(checkpoint, defaults | settings, given)
+        check_fit(checkpoint, defaults | settings, given, kind)
     scheme = settings.pop("weight_init", "")
 
     if device is None:  # under `with torch.device("meta")` a model without values, to be given them
         dry = backend in ("auto", "reference") and checkpoint is None and torch.get_default_device().type == "meta"
         device = "meta" if dry else default_device(backend)
     place: dict[str, Any] = {"device": torch.device(device), "dtype": _dtype(dtype)}
-    first = "skip" if checkpoint else scheme
+    first = "skip" if checkpoint and not checkpoint.allow else scheme
     try:
         model = kind(**settings, weight_init=first, backend=backend, training=training, name=name, **place)
     except ValueError as error:
@@ -100,7 +103,7 @@ def settle(name: str | None, checkpoint: Checkpoint | None, given: Mapping[str, 
     settings: dict[str, Any] = {}
     if checkpoint:
         settings = checkpoint.settings(name)
-        name = name or checkpoint.name
+        name = name or checkpoint.model_name()
     name = resolve(name or DEFAULT_NAME)
     config = get_config(name)
     spelled = model_class(config.kind).spelled

@@ -131,8 +131,8 @@ def test_squash_is_timms(size, fraction):
     theirs = timm.data.create_transform((3, *size), crop_pct=fraction, crop_mode="squash", interpolation="bicubic")
     mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
     assert torch.equal(Preprocess(size, mean, std, "bicubic", fraction, crop_mode="squash")(image), theirs(image))
-    with pytest.raises(ValueError, match="crop_mode 'border' is not one of center, squash"):
-        Preprocess(size, crop_mode="border")
+    with pytest.raises(ValueError, match="crop_mode 'pad' is not one of center, squash, border"):
+        Preprocess(size, crop_mode="pad")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from .eva_options import EvaOptions
 from .layers import DropPath
 from .parts import activation_name, make_norm, norm
 from .planned import CallsOps
-from .torch_layers import as_known, call, hooked_everywhere, know, linear, plain, unwatched
+from .torch_layers import as_known, call, know, linear, plain, unwatched, watched_everywhere
 
 
 class EvaBlock(CallsOps, nn.Module):
@@ -61,7 +61,7 @@ class EvaBlock(CallsOps, nn.Module):
     def can_fuse(self) -> bool:
         """Whether nobody would notice that the modules below are not called, and all are of the classes that were put
         here."""
-        if type(self) is not EvaBlock or hooked_everywhere():
+        if type(self) is not EvaBlock or watched_everywhere():
             return False
         below = self._below()
         attn: Any = self.attn

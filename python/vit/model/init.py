@@ -6,8 +6,8 @@
     "moco"      Xavier-uniform, with q, k and v of a qkv weight treated as three matrices
     "reset"     PyTorch's defaults everywhere
     "skip"      nothing: for weights that are about to be loaded
-In all but "skip": position embedding trunc-normal(0.02), class token and registers N(0, 1e-6), norms 1 and 0, LayerScale
-its init_values, the query of attention pooling trunc-normal(C^-1/2); gated MLPs begin with one factor near 1.
+In all but "skip": position embedding trunc-normal(0.02), class token and registers N(0, 1e-6), norms 1 and 0,
+LayerScale its init_values, the query of attention pooling trunc-normal(C^-1/2), one factor of gated MLPs near 1.
 
 A key is taken from PyTorch's default generator, so torch.manual_seed fixes a model and every call makes another one.
 From there on a parameter depends on the key and its name alone: one seed gives the same weights with every version of
@@ -17,6 +17,7 @@ PyTorch, on every processor and device, and (rounded) in every dtype.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def _has_values(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, scheme: str, num_classes: int) -> None:
+def init_weights(model: Any, scheme: str, num_classes: int) -> None:
     """Initialises all parameters of a VisionTransformer in place."""
     if scheme == "skip":
         return
@@ -103,7 +104,7 @@ def init_module(module: nn.Module, name: str, scheme: str, num_classes: int, dra
 _TOKENS = {"pos_embed": 0.02, "cls_token": 1e-6, "reg_token": 1e-6, "dist_token": 0.02}
 
 
-def _open_gate(mlp: nn.Module, name: str, draws: Draws) -> None:
+def _open_gate(mlp: Any, name: str, draws: Draws) -> None:
     """What timm's gated MLPs begin with: one factor near 1 (bias 1, weight near 0), of the packed form the second."""
     if hasattr(mlp, "fc1_g"):
         layer, rows, name = mlp.fc1_g, slice(None), f"{name}.fc1_g"

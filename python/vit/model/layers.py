@@ -209,13 +209,13 @@ class PatchEmbed(CallsOps, nn.Module):
             raise ValueError(f"vit: the image size {height} x {width} is empty")
         if self.dynamic_img_pad:
             return -(-height // patch_h), -(-width // patch_w)
-        if height % patch_h or width % patch_w:
-            if not self.drop_edge or height < patch_h or width < patch_w:
-                raise ValueError(
-                    f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x {patch_w}; "
-                    "choose another img_size or patch_size, or dynamic_img_pad=True (dynamic_pad=True) to pad the bottom "
-                    "and right edges"
-                )
+        fits = not (height % patch_h or width % patch_w)
+        if not fits and not (self.drop_edge and height >= patch_h and width >= patch_w):
+            raise ValueError(
+                f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x {patch_w}; "
+                "choose another img_size or patch_size, or dynamic_img_pad=True (dynamic_pad=True) to pad the bottom "
+                "and right edges"
+            )
         return height // patch_h, width // patch_w
 
     def _check(self, images: Tensor) -> None:

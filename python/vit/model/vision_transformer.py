@@ -73,6 +73,8 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
     #: The arguments that vit.create passes on -> their defaults, and how it writes them.
     ARGUMENTS = DEFAULTS
     spelled = staticmethod(spelled)
+    reg_token: nn.Parameter | None
+    head: nn.Module
     #: Whether logits depend on the class token alone where that is what is pooled.
     reads_one_token = True
     #: What the arguments are checked by.
@@ -134,7 +136,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             return nn.Parameter(torch.empty(1, count, width, **factory)) if count else None
 
         self.cls_token = tokens(int(o.class_token))
-        self.reg_token = tokens(o.reg_tokens)
+        self.register_parameter("reg_token", tokens(o.reg_tokens))
         self.pos_embed: Tensor | None
         rows = 0 if o.no_embed_class else self.num_prefix_tokens
         if o.pos_embed == "learned":
@@ -168,9 +170,9 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             wanted = o.final_norm and here
             return make_norm(o.norm_layer, o.embed_dim, o.norm_eps, **factory) if wanted else nn.Identity()
 
-        self.norm = last_norm(not o.norm_after_pool)
+        self.norm: nn.Module = last_norm(not o.norm_after_pool)
         self.attn_pool = AttentionPoolLatent(o, **factory) if o.global_pool == "map" else None
-        self.fc_norm = last_norm(o.norm_after_pool)
+        self.fc_norm: nn.Module = last_norm(o.norm_after_pool)
         self.head_drop = nn.Dropout(o.drop_rate)
         self.head = nn.Linear(o.embed_dim, o.num_classes, **factory) if o.num_classes else nn.Identity()
 

@@ -77,8 +77,9 @@ def tags() -> dict[str, Tag]:
         *_rows("eva_tags.txt"),
     ):
         mean, std = STATISTICS[statistics]
-        preprocess = {"mean": mean, "std": std, "interpolation": interpolation}
-        preprocess |= {"crop_pct": float(crop), "crop_mode": mode}
+        preprocess: dict[str, Any]
+        preprocess = {"mean": mean, "std": std, "interpolation": interpolation, "crop_mode": mode}
+        preprocess["crop_pct"] = float(crop)
         name, _, tag = full.partition(".")
         where = f"timm/{full}" if hub == "timm" else None if hub == "-" else hub
         found[full] = Tag(
@@ -102,7 +103,7 @@ def defaults() -> dict[str, Tag]:
 @cache
 def aliases() -> dict[str, str]:
     """Names that timm gave up -> name.tag."""
-    return {old: new for old, new in _rows("aliases.txt")}
+    return {row[0]: row[1] for row in _rows("aliases.txt")}
 
 
 def _rows(file: str) -> Iterator[list[str]]:
