@@ -1,8 +1,8 @@
 """Every named model against timm: `python -m tests.zoo_against_timm [PATTERN] [--backend cpu] [--depth 2]`.
 
-Random weights, the published width, depth cut to 2, six patches that form no square. State dicts are exchanged strictly
-in both directions; logits must agree within 1e-5 of the largest, input gradients within 2e-4, in float32. Prints one line
-for each name that differs, and how many of each tier agree; the exit code is 1 if one does not.
+Random weights, the published width, depth cut to 2, six patches that form no square. State dicts are exchanged
+strictly in both directions; logits must agree within 1e-5 of the largest, input gradients within 2e-4, in float32.
+Prints one line for each name that differs, and how many agree; the exit code is 1 if one does not.
 """
 
 from __future__ import annotations

@@ -114,6 +114,11 @@ def test_split_folders_in_any_case(tmp_path: Path, train: str, val: str | None, 
         (["train2017", "val2017"], r"has train2017/ and val2017/, which would be taken for classes"),
         (["TrainImages", "TestImages"], r"has TestImages/ and TrainImages/, which would be taken for classes"),
         (["training-data/a", "training-data/b", "holdout/a"], r"has holdout/ and training-data/, which"),
+        (
+            ["fold1/cat", "fold1/dog", "fold2/cat", "fold2/dog"],
+            r"has fold1/ to fold2/, .* with \['cat', 'dog'\] in each",
+        ),
+        (["Part_0/a", "Part_0/b", "Part_0/c", "Part_1/a", "Part_1/b"], r"has Part_0/ to Part_1/, which"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -126,6 +131,21 @@ def test_layouts_that_could_mean_two_things_are_refused(tmp_path: Path, layout: 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     images(tmp_path, "bus", "car", "train")
     assert folder(tmp_path).class_names == ("bus", "car", "train")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["fold1", "fold2"],
+        ["set1/front", "set1/back", "set2/front"],
+        ["cat/a", "cat/b", "dog/a", "dog/b"],
+        ["fold1/a", "x/a"],
+    ],
+    ids=" ".join,
+)
+def test_folders_with_other_folders_in_them_are_classes(tmp_path: Path, layout: list[str]) -> None:
+    images(tmp_path, *layout)
+    assert folder(tmp_path).class_names == tuple(sorted({path.split("/")[0] for path in layout}))
 
 
 def test_some_of_many_classes_may_be_called_like_splits(tmp_path: Path) -> None:

@@ -24,9 +24,15 @@ PARITY = [(name, case) for name in USABLE for case in cases(NATIVE[name].default
 #: One small call of each op: positional tensors, then options.
 SMALL = {
     "layer_norm": ({"x": (2, 5, 16), "weight": (16,), "bias": (16,)}, {}),
+    "rms_norm": ({"x": (2, 5, 16), "weight": (16,)}, {}),
     "gelu": ({"x": (2, 5, 16)}, {}),
+    "swiglu": ({"x": (2, 5, 16), "gate": (2, 5, 16)}, {}),
     "matmul": ({"a": (2, 5, 8), "b": (2, 8, 6)}, {}),
-    "linear": ({"x": (2, 5, 8), "weight": (6, 8), "bias": (6,), "residual": (2, 5, 6)}, {"activation": "gelu"}),
+    "linear": (
+        {"x": (2, 5, 8), "weight": (6, 8), "bias": (6,), "residual": (2, 5, 6), "scale": (6,)},
+        {"activation": "gelu"},
+    ),
+    "rotary": ({"x": (2, 5, 2, 8), "table": (2, 4, 16)}, {"prefix": 1}),
     "attention": ({"q": (2, 5, 2, 8), "k": (2, 7, 2, 8), "v": (2, 7, 2, 8)}, {}),
 }
 
@@ -308,9 +314,27 @@ def test_tensors_on_two_devices_are_refused(backend, device, op):
 
 WRONG_SHAPES = {
     "layer_norm": [{"weight": (15,)}, {"bias": (17,)}, {"x": ()}, {"weight": (1, 16)}],
+    "rms_norm": [{"weight": (15,)}, {"x": ()}, {"weight": (1, 16)}],
     "gelu": [],
+    "swiglu": [{"x": ()}, {"gate": (2, 5, 8)}, {"gate": (5, 16)}],
     "matmul": [{"b": (2, 7, 6)}, {"a": (3, 5, 8)}],
-    "linear": [{"weight": (6, 9)}, {"bias": (5,)}, {"residual": (2, 5, 7)}, {"weight": (8,)}, {"x": ()}],
+    "linear": [
+        {"weight": (6, 9)},
+        {"bias": (5,)},
+        {"residual": (2, 5, 7)},
+        {"weight": (8,)},
+        {"x": ()},
+        {"scale": (5,)},
+    ],
+    "rotary": [
+        {"x": (2, 5, 16)},
+        {"x": (2, 5, 2, 7)},
+        {"table": (5, 16)},
+        {"table": (4, 8)},
+        {"table": (3, 4, 16)},
+        {"table": (3, 1, 4, 16)},
+        {"table": (1, 2, 1, 4, 16)},
+    ],
     "attention": [
         {"q": (2, 5, 16)},
         {"k": (2, 7, 2, 16)},
@@ -348,7 +372,7 @@ def test_mixed_dtypes_are_refused_or_documented(backend, device, op):
     tensors, options = small(op, torch.bfloat16, device)
     second = list(tensors)[1]
     tensors[second] = tensors[second].to(torch.float32)
-    if op == "layer_norm":
+    if op in ("layer_norm", "rms_norm", "rotary"):
         assert call(op, backend, tensors, options).dtype == torch.bfloat16
         return
     with pytest.raises(ValueError, match="one dtype"):

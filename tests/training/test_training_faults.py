@@ -235,6 +235,37 @@ def test_another_way_to_compute_is_refused_by_name(tmp_path: Path, monkeypatch: 
     train(dataclasses.replace(SMALL, epochs=1), out=tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 asks for 2 processes, but RANK does not say .*torchrun"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4 asks for 4 processes"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x is no number"),
+        ({"LOCAL_WORLD_SIZE": "-1"}, "LOCAL_WORLD_SIZE=-1 is no number"),
+        ({"RANK": "1"}, "RANK=1, but WORLD_SIZE is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2, but WORLD_SIZE=2"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_half_of_a_launchers_variables_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^vit: {text}"):
+        train(SMALL, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": ""}], ids="+".join)
+def test_a_launcher_of_one_process_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    train(dataclasses.replace(SMALL, epochs=1), out=tmp_path / "run")
+
+
 def test_accelerates_state_of_another_program_part_does_not_matter(tmp_path: Path) -> None:
     code = (
         "import sys, accelerate; from pathlib import Path; accelerate.Accelerator(cpu=True, mixed_precision='bf16', "

@@ -115,13 +115,14 @@ def _options(model: Any) -> Iterator[str]:
         if value not in allowed:
             yield f"{name}={value!r}: the engine computes {' or '.join(map(repr, allowed))}"
     if model.global_pool not in POOLS:
-        yield f"global_pool={model.global_pool!r}: the engine computes {', '.join(map(repr, POOLS))}"
+        computed = ", ".join(map(repr, POOLS))
+        yield f"global_pool {model.global_pool!r} does not go with this model: the engine computes {computed}"
     if model.pool_include_prefix and model.num_prefix_tokens and model.global_pool == "avg":
         yield "pool_include_prefix=True: the engine averages the patches alone"
     embed = model.patch_embed
-    if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad:
-        if any(side % size for side, size in zip(embed.img_size, embed.patch_size, strict=True)):
-            yield f"drop_edge=True: the engine takes images of whole patches, not {list(embed.img_size)}"
+    cuts_edge = isinstance(embed, PatchEmbed) and embed.drop_edge and not embed.dynamic_img_pad
+    if cuts_edge and any(side % size for side, size in zip(embed.img_size, embed.patch_size, strict=True)):
+        yield f"drop_edge=True: the engine takes images of whole patches, not {list(embed.img_size)}"
 
 
 def modules_of(model: nn.Module) -> dict[str, Any]:

@@ -21,7 +21,18 @@ from .mlp import MLPS, GluMlp, Mlp, SwiGLU
 from .options import Options
 from .parts import ACTIVATION_KINDS, NORM_KINDS, activation_of, make_norm, norm
 from .planned import CallsOps
-from .torch_layers import as_known, call, hooked_everywhere, know, linear, plain, untouched, unwatched
+from .torch_layers import (
+    as_known,
+    call,
+    know,
+    linear,
+    plain,
+    planned,
+    untouched,
+    unwatched,
+    watched_everywhere,
+    watching_functions,
+)
 
 
 class Attention(CallsOps, nn.Module):
@@ -82,6 +93,11 @@ class Attention(CallsOps, nn.Module):
             probabilities = _masked(scores, attn_mask, is_causal).softmax(dim=-1)
             return (self.attn_drop(probabilities) @ v).transpose(1, 2)
         rate = self.attn_drop.p if self.training else 0.0
+        if isinstance(q, Tensor) and watching_functions():
+            with planned(self.ops):
+                return F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=attn_mask, dropout_p=rate, is_causal=is_causal
+                ).transpose(1, 2)
         if rate == 0.0 and isinstance(q, Tensor) and attn_mask is None and not is_causal:
             return self.ops.attention(*(t.transpose(1, 2) for t in (q, k, v)))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate, is_causal=is_causal)
@@ -145,7 +161,7 @@ class Block(CallsOps, nn.Module):
 
     def can_fuse(self) -> bool:
         """Whether nobody would notice that the modules below are not called, and all are what this file makes."""
-        if type(self) is not Block or hooked_everywhere():
+        if type(self) is not Block or watched_everywhere():
             return False
         below = self._below()
         return (
@@ -158,6 +174,8 @@ class Block(CallsOps, nn.Module):
 
     def drops_elements(self) -> bool:
         """Whether single elements are dropped at random, now."""
+        attn: Any
+        mlp: Any
         attn, mlp = self.attn, self.mlp
         rate = attn.attn_drop.p if attn.training else 0.0
         return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
@@ -165,6 +183,8 @@ class Block(CallsOps, nn.Module):
     def fused(self, x: Tensor, queries: int | None = None) -> Tensor:
         """`forward` where `can_fuse`. With `queries` only the first so many tokens are computed, [B, queries, C]: the
         others are read as keys and values."""
+        attn: Any
+        mlp: Any
         ops, attn, mlp = self.ops, self.attn, self.mlp
         branch, x = ops.movement.fork(x)
         if queries is not None:
@@ -197,6 +217,17 @@ def _add(
     return linear(ops, layer, y, None, x)
 
 
-_KINDS = (Block, Attention, Mlp, GluMlp, SwiGLU, nn.Identity, DropPath, LayerScale, nn.Linear, nn.Dropout)
+_KINDS: tuple[type[nn.Module], ...] = (
+    Block,
+    Attention,
+    Mlp,
+    GluMlp,
+    SwiGLU,
+    nn.Identity,
+    DropPath,
+    LayerScale,
+    nn.Linear,
+    nn.Dropout,
+)
 _KINDS = (*_KINDS, *NORM_KINDS, *ACTIVATION_KINDS)
 know(*_KINDS)

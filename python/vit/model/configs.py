@@ -17,6 +17,7 @@ from . import zoo
 KINDS = {
     "vit": ("vision_transformer", "VisionTransformer"),
     "deit": ("deit", "VisionTransformerDistilled"),
+    "eva": ("eva", "Eva"),
 }
 
 
@@ -42,7 +43,7 @@ def model_class(kind: str) -> Any:
     return getattr(importlib.import_module(f".{module}", __package__), name)
 
 
-def _gray(name: str, mean: float, std: float, **arch: Any) -> Config:
+def _gray(name: str, mean: float, std: float, arch: dict[str, Any]) -> Config:
     preprocess = {"mean": (mean,), "std": (std,), "interpolation": "bilinear", "crop_pct": 1.0}
     arch = {"in_chans": 1, "num_classes": 10} | arch
     return Config(MappingProxyType(arch), MappingProxyType(preprocess), name=name)
@@ -53,14 +54,20 @@ PRESETS = {
     # The 8 x 8 grey digits of scikit-learn: 16 tokens of 2 x 2 pixels. On 1,259 images fixed positions learn better
     # than learned ones: after 100 epochs 99.0 % against 98.8 % right (mean of the last 20 epochs, two splits).
     "vit_digits": _gray(
-        *("vit_digits", 0.5, 0.5),
-        **{"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0},
-        pos_embed="sincos2d",
+        "vit_digits",
+        mean=0.5,
+        std=0.5,
+        arch={
+            **{"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0},
+            "pos_embed": "sincos2d",
+        },
     ),
     # A small MNIST model: 16 tokens of 7 x 7 pixels; the statistics are those of the MNIST training images.
     "vit_mnist_demo": _gray(
-        *("vit_mnist_demo", 0.1307, 0.3081),
-        **{"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 2, "num_heads": 8, "proj_drop_rate": 0.1},
+        "vit_mnist_demo",
+        mean=0.1307,
+        std=0.3081,
+        arch={"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 2, "num_heads": 8, "proj_drop_rate": 0.1},
     ),
 }
 
@@ -102,9 +109,8 @@ def list_models(pattern: str = "*", *, tags: bool = False) -> list[str]:
     if not (tags or "." in pattern):
         return sorted(fnmatch.filter(CONFIGS, pattern))
     known = [full for full, tag in zoo.tags().items() if tag.tag and tag.hub]
-    return sorted(
-        full for full in known if fnmatch.fnmatch(full, pattern) or fnmatch.fnmatch(full.split(".")[0], pattern)
-    )
+    by_name = [full for full in known if fnmatch.fnmatch(full.partition(".")[0], pattern)]
+    return sorted({*by_name, *fnmatch.filter(known, pattern)})
 
 
 def resolve(name: str) -> str:

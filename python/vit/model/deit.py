@@ -34,7 +34,9 @@ class VisionTransformerDistilled(VisionTransformer):
     def _build_head(self, factory: dict[str, Any]) -> None:
         super()._build_head(factory)
         o = self.options
-        self.head_dist = nn.Linear(o.embed_dim, o.num_classes, **factory) if o.num_classes else nn.Identity()
+        self.head_dist: nn.Module = nn.Identity()
+        if o.num_classes:
+            self.head_dist = nn.Linear(o.embed_dim, o.num_classes, **factory)
         self.distilled_training = False
 
     def _prefix(self) -> Tensor:

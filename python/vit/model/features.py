@@ -48,10 +48,10 @@ class Intermediates:
         masks = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
         if masks:
             self._check_masked()
-        tokens = self.embed(images)
+        tokens, given = self.start(images)
         taken: list[Tensor] = []
         for i, block in enumerate(self.blocks[: last + 1]):
-            tokens = block(tokens, **masks) if masks else self._run(block, tokens)
+            tokens = self._run(block, tokens, **given[i], **masks)
             if i in wanted:
                 taken.append(call(self.ops, self.norm, tokens) if norm else tokens)
         pairs = [_split_prefix(self, x, images, output_fmt) for x in taken]

@@ -6,8 +6,8 @@
     "moco"      Xavier-uniform, with q, k and v of a qkv weight treated as three matrices
     "reset"     PyTorch's defaults everywhere
     "skip"      nothing: for weights that are about to be loaded
-In all but "skip": position embedding trunc-normal(0.02), class token and registers N(0, 1e-6), norms 1 and 0, LayerScale
-its init_values, the query of attention pooling trunc-normal(C^-1/2); gated MLPs begin with one factor near 1.
+In all but "skip": position embedding trunc-normal(0.02), class token and registers N(0, 1e-6), norms 1 and 0,
+LayerScale its init_values, the query of attention pooling trunc-normal(C^-1/2), one factor of gated MLPs near 1.
 
 A key is taken from PyTorch's default generator, so torch.manual_seed fixes a model and every call makes another one.
 From there on a parameter depends on the key and its name alone: one seed gives the same weights with every version of
@@ -17,6 +17,7 @@ PyTorch, on every processor and device, and (rounded) in every dtype.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def _has_values(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, scheme: str, num_classes: int) -> None:
+def init_weights(model: Any, scheme: str, num_classes: int) -> None:
     """Initialises all parameters of a VisionTransformer in place."""
     if scheme == "skip":
         return
@@ -74,17 +75,7 @@ def init_weights(model: nn.Module, scheme: str, num_classes: int) -> None:
         if isinstance(token, nn.Parameter):
             draws.normal(token, name, std)
     for name, module in model.named_modules():
-        if name == "patch_embed.proj" and isinstance(module, (nn.Conv2d, nn.Linear)):
-            _init_patch_projection(module, name, scheme, draws)
-        elif isinstance(module, nn.Linear):
-            init_linear(module, name, scheme, num_classes, draws)
-        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            module.reset_parameters()
-        elif isinstance(gamma := getattr(module, "gamma", None), nn.Parameter):
-            nn.init.constant_(gamma, module.init_values)
-        elif isinstance(latent := getattr(module, "latent", None), nn.Parameter):
-            # As timm: that deviation, before the normal distribution is cut off at twice of it.
-            draws.normal(latent, f"{name}.latent", latent.shape[-1] ** -0.5, bound=2.0)
+        init_module(module, name, scheme, num_classes, draws)
     for name, module in model.named_modules():
         if scheme != "reset" and name.endswith("mlp"):
             _open_gate(module, name, draws)
@@ -94,11 +85,26 @@ def init_weights(model: nn.Module, scheme: str, num_classes: int) -> None:
                 layer.weight.div_(math.sqrt(2.0 * (i + 1)))
 
 
+def init_module(module: nn.Module, name: str, scheme: str, num_classes: int, draws: Draws) -> None:
+    """Initialises the parameters of one layer; other modules stay."""
+    if name == "patch_embed.proj" and isinstance(module, (nn.Conv2d, nn.Linear)):
+        _init_patch_projection(module, name, scheme, draws)
+    elif isinstance(module, nn.Linear):
+        init_linear(module, name, scheme, num_classes, draws)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.reset_parameters()
+    elif isinstance(gamma := getattr(module, "gamma", None), nn.Parameter):
+        nn.init.constant_(gamma, module.init_values)
+    elif isinstance(latent := getattr(module, "latent", None), nn.Parameter):
+        # As timm: that deviation, before the normal distribution is cut off at twice of it.
+        draws.normal(latent, f"{name}.latent", latent.shape[-1] ** -0.5, bound=2.0)
+
+
 #: Standard deviations of the parameters that belong to no layer.
 _TOKENS = {"pos_embed": 0.02, "cls_token": 1e-6, "reg_token": 1e-6, "dist_token": 0.02}
 
 
-def _open_gate(mlp: nn.Module, name: str, draws: Draws) -> None:
+def _open_gate(mlp: Any, name: str, draws: Draws) -> None:
     """What timm's gated MLPs begin with: one factor near 1 (bias 1, weight near 0), of the packed form the second."""
     if hasattr(mlp, "fc1_g"):
         layer, rows, name = mlp.fc1_g, slice(None), f"{name}.fc1_g"

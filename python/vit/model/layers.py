@@ -70,15 +70,19 @@ class PatchDropout(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.prob == 0.0:
-            return x
-        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        count = patches.shape[1]
+        return x if not self.training or self.prob == 0.0 else self.pick(x, self.kept(x))
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Indices of the patches that are kept [B, N'], drawn anew."""
+        count = x.shape[1] - self.num_prefix_tokens
         # Uniform float32 numbers: a seed's are the same on every processor (see DropPath).
         order = torch.rand(x.shape[0], count, dtype=torch.float32, device=x.device).argsort(dim=1)
-        kept = order[:, : max(1, int(count * (1.0 - self.prob)))]
-        patches = patches.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
-        return torch.cat([prefix, patches], dim=1)
+        return order[:, : max(1, int(count * (1.0 - self.prob)))]
+
+    def pick(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The prefix tokens and those patches."""
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return torch.cat([prefix, patches.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))], dim=1)
 
     def extra_repr(self) -> str:
         return f"prob={self.prob:g}, num_prefix_tokens={self.num_prefix_tokens}"
@@ -205,13 +209,13 @@ class PatchEmbed(CallsOps, nn.Module):
             raise ValueError(f"vit: the image size {height} x {width} is empty")
         if self.dynamic_img_pad:
             return -(-height // patch_h), -(-width // patch_w)
-        if height % patch_h or width % patch_w:
-            if not self.drop_edge or height < patch_h or width < patch_w:
-                raise ValueError(
-                    f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x {patch_w}; "
-                    "choose another img_size or patch_size, or dynamic_img_pad=True (dynamic_pad=True) to pad the bottom "
-                    "and right edges"
-                )
+        fits = not (height % patch_h or width % patch_w)
+        if not fits and not (self.drop_edge and height >= patch_h and width >= patch_w):
+            raise ValueError(
+                f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x {patch_w}; "
+                "choose another img_size or patch_size, or dynamic_img_pad=True (dynamic_pad=True) to pad the bottom "
+                "and right edges"
+            )
         return height // patch_h, width // patch_w
 
     def _check(self, images: Tensor) -> None:

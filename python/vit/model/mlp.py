@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .options import Options
-from .parts import activate, activation_name, gated, make_activation, make_norm, norm
+from .parts import activate, activation_name, gated, gated_packed, make_activation, make_norm, norm
 from .planned import CallsOps
 from .torch_layers import ACTIVATIONS, call, dropout, know, linear, plain, untouched
 
@@ -26,7 +26,8 @@ class Mlp(CallsOps, nn.Module):
         self.drop2 = nn.Dropout(options.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        ops, fc1, act = self.ops, self.fc1, self.act
+        ops, fc1 = self.ops, self.fc1
+        act: Any = self.act
         alone = isinstance(x, Tensor) and untouched(fc1, nn.Linear) and untouched(act, nn.GELU)
         if alone and plain([x, *fc1._parameters.values()]):
             x = linear(ops, fc1, x, ACTIVATIONS[act.approximate])  # [B, N, hidden]
@@ -67,8 +68,8 @@ class GluMlp(CallsOps, nn.Module):
     def inner(self, x: Tensor, activation: str) -> Tensor:
         """What fc2 is given, where no module need be called."""
         ops = self.ops
-        gate, x = linear(ops, self.fc1, x).chunk(2, dim=-1)
-        return norm(ops, self.norm, dropout(ops, self.drop1, gated(ops, activation, gate, x)))
+        x = gated_packed(ops, activation, linear(ops, self.fc1, x))
+        return norm(ops, self.norm, dropout(ops, self.drop1, x))
 
 
 class SwiGLU(CallsOps, nn.Module):
@@ -104,9 +105,11 @@ class SwiGLU(CallsOps, nn.Module):
 
 def _gate(mlp: GluMlp, packed: Tensor) -> Tensor:
     """act(first half) * second half, by one op unless somebody looks at the activation."""
-    gate, x = packed.chunk(2, dim=-1)
     name = activation_name(mlp.act) if isinstance(packed, Tensor) and plain((packed,)) else None
-    return gated(mlp.ops, name, gate, x) if name else call(mlp.ops, mlp.act, gate) * x
+    if name:
+        return gated_packed(mlp.ops, name, packed)
+    gate, x = packed.chunk(2, dim=-1)
+    return call(mlp.ops, mlp.act, gate) * x
 
 
 def _inner_norm(options: Options, dim: int, **factory: Any) -> nn.Module:

@@ -20,7 +20,7 @@ RESIZES = ("bicubic-aa", "bicubic", "bilinear-aa", "bilinear", "bilinear-corners
 
 #: timm's spelling of a value, or the name of the class that timm takes in its place -> ours.
 _SPELLINGS: dict[str, dict[Any, Any]] = {
-    "pos_embed": {"learn": "learned", "": "none"},
+    "pos_embed": {"learn": "learned", "": "none", True: "learned", False: "none"},
     "act_layer": {None: "gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"},
     "norm_layer": {None: "layernorm", "LayerNorm": "layernorm", "RMSNorm": "rmsnorm", "RmsNorm": "rmsnorm"},
     "embed_norm_layer": {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm", "RmsNorm": "rmsnorm"},
@@ -123,8 +123,23 @@ class Options:
 
 #: The names of all options -> their defaults.
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
+
+
+def defaults_of(kind: type[Options]) -> dict[str, Any]:
+    """The names of the options of a class of models -> their defaults."""
+    return {f.name: f.default for f in fields(kind)}
+
+
 #: Older names of options.
-ALIASES = {"dynamic_pad": "dynamic_img_pad"}
+ALIASES = {
+    "dynamic_pad": "dynamic_img_pad",
+    "num_reg_tokens": "reg_tokens",
+    "use_abs_pos_emb": "pos_embed",
+    "use_fc_norm": "fc_norm",
+    "use_pre_transformer_norm": "pre_norm",
+    "scale_mlp": "scale_mlp_norm",
+    "scale_attn_inner": "scale_attn_norm",
+}
 
 
 def spelled(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,8 +170,8 @@ def _name_of(value: Any) -> tuple[Any, float | None]:
     return (value.__name__ if isinstance(value, type) else value), eps
 
 
-def signature_of(extra: Mapping[str, Any]) -> inspect.Signature:
+def signature_of(extra: Mapping[str, Any], kind: type[Options] = Options) -> inspect.Signature:
     """The signature of a model's constructor: the options, then keyword-only `extra` arguments and their defaults."""
     kinds = inspect.Parameter
-    given = [kinds(n, kinds.POSITIONAL_OR_KEYWORD, default=d) for n, d in DEFAULTS.items()]
+    given = [kinds(n, kinds.POSITIONAL_OR_KEYWORD, default=d) for n, d in defaults_of(kind).items()]
     return inspect.Signature([*given, *(kinds(n, kinds.KEYWORD_ONLY, default=d) for n, d in extra.items())])

@@ -63,4 +63,9 @@ def activate(ops: Any, name: str, x: Tensor) -> Tensor:
 
 def gated(ops: Any, name: str, gate: Tensor, x: Tensor) -> Tensor:
     """activation(gate) * x: two tensors of one shape."""
-    return activate(ops, name, gate) * x
+    return ops.swiglu(x, gate) if name == "silu" else activate(ops, name, gate) * x
+
+
+def gated_packed(ops: Any, name: str, packed: Tensor) -> Tensor:
+    """activation(first half) * second half: [..., 2 H] -> [..., H]."""
+    return ops.swiglu(packed) if name == "silu" else gated(ops, name, *packed.chunk(2, dim=-1))

@@ -35,12 +35,11 @@ class AttentionPoolLatent(CallsOps, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ops = self.ops
-        B, N, C = x.shape
         heads = self.num_heads, self.head_dim
         if untouched(self.q, nn.Linear):
-            q = call(ops, self.q, self.latent).expand(B, -1, -1)  # one row, whatever the batch
+            q = call(ops, self.q, self.latent).expand(x.shape[0], -1, -1)  # one row, whatever the batch
         else:
-            q = call(ops, self.q, self.latent.expand(B, -1, -1))
+            q = call(ops, self.q, self.latent.expand(x.shape[0], -1, -1))
         q = q.unflatten(2, heads)  # [B, 1, H, D]
         k, v = call(ops, self.kv, x).unflatten(2, (2, *heads)).unbind(2)  # [B, N, H, D]
         if not (untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)):

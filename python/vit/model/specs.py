@@ -30,10 +30,12 @@ class Sizes(Protocol):
 
 def specs_of(model: Sizes, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
     """Every kind of call that the forward makes, fused or not. B is "*": any number of images."""
-    return _Asking(model, device, dtype, training).everything()
+    return Asking(model, device, dtype, training).everything()
 
 
-class _Asking:
+class Asking:
+    """The calls of a VisionTransformer."""
+
     def __init__(self, model: Sizes, device: torch.device, dtype: torch.dtype, training: bool) -> None:
         self.model, self.o = model, model.options
         self.device, self.dtype, self.training = device, dtype, training
@@ -96,7 +98,10 @@ class _Asking:
             self.linear(rows, C, hidden)
         if o.mlp_layer == "swiglu_packed":
             hidden //= 2
-        if o.mlp_layer != "mlp":
+        if o.mlp_layer != "mlp" and o.act_layer == "silu":
+            packed = o.mlp_layer == "swiglu_packed"
+            self.ask("swiglu", x=(*rows, 2 * hidden if packed else hidden))
+        elif o.mlp_layer != "mlp":
             self.activation(rows, hidden)
         if o.scale_mlp_norm and inner_norm:
             self.norm(o.norm_layer, rows, hidden)
@@ -105,16 +110,16 @@ class _Asking:
     def head(self) -> None:
         o, model, C = self.o, self.model, self.o.embed_dim
         if model.global_pool == "map":
-            self.attention_pool()
+            self.attention_pool(o, self.tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens))
         pooled: tuple[int | str, ...] = ("*", self.tokens) if model.global_pool == "" else ("*",)
         if o.norm_after_pool and o.final_norm:
             self.norm(o.norm_layer, pooled, C)
         if model.num_classes:
             self.linear(pooled, C, model.num_classes)
 
-    def attention_pool(self) -> None:
-        o, C, H, D = self.o, self.o.embed_dim, self.o.num_heads, self.o.embed_dim // self.o.num_heads
-        count = self.tokens - (0 if self.model.pool_include_prefix else self.model.num_prefix_tokens)
+    def attention_pool(self, o: Options, count: int) -> None:
+        """The pooling by attention over so many tokens."""
+        C, H, D = o.embed_dim, o.num_heads, o.embed_dim // o.num_heads
         self.linear(("*", 1), C, C)
         self.linear(("*", count), C, 2 * C)
         self.ask("attention", q=("*", 1, H, D), k=("*", count, H, D), v=("*", count, H, D))

@@ -16,6 +16,9 @@ class TimmTools:
 
     name: str
     preprocess: Any
+    class_names: tuple[str, ...] | None
+    pos_embed: Any
+    attn_pool: Any
     blocks: Any
     head: Any
     num_classes: int

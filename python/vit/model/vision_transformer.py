@@ -27,7 +27,7 @@ from .features import Intermediates
 from .layers import PatchDropout, PatchEmbed
 from .options import DEFAULTS, POOLS, POSITIONS, Options, signature_of, spelled
 from .parts import NORM_KINDS, make_norm
-from .planned import CallsOps, Planned
+from .planned import CallsOps, HasBuffers, Planned
 from .pool import AttentionPoolLatent
 from .pos_embed import resample, sincos2d
 from .specs import specs_of
@@ -73,8 +73,12 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
     #: The arguments that vit.create passes on -> their defaults, and how it writes them.
     ARGUMENTS = DEFAULTS
     spelled = staticmethod(spelled)
+    reg_token: nn.Parameter | None
+    head: nn.Module
     #: Whether logits depend on the class token alone where that is what is pooled.
     reads_one_token = True
+    #: What the arguments are checked by.
+    Options: type[Options] = Options
 
     def __init__(
         self,
@@ -87,10 +91,10 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         **arch: Any,
     ) -> None:
         super().__init__()
-        positional = dict(zip(DEFAULTS, sizes, strict=False))
+        positional = dict(zip(self.ARGUMENTS, sizes, strict=False))
         if twice := sorted(positional.keys() & arch.keys()):
             raise TypeError(f"vit: VisionTransformer got {', '.join(twice)} twice")
-        self.options = o = Options(**self.spelled(positional | arch))
+        self.options = o = self.Options(**self.spelled(positional | arch))
         self.name, self.backend = name, backend
         self.num_classes = o.num_classes
         self.embed_dim = self.num_features = self.head_hidden_size = o.embed_dim
@@ -113,10 +117,11 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         self._plan = self.plan_for(home.device, home.dtype, training)
         self._build_embedding(home, factory)
         rates = [o.drop_path_rate * i / max(o.depth - 1, 1) for i in range(o.depth)]
-        self.blocks = nn.Sequential(*[Block(o.embed_dim, o.num_heads, o, p, **factory) for p in rates])
+        self.blocks = self._build_blocks(rates, factory)
         self._build_head(factory)
         _take_room(self, home.device)
-        init.init_weights(self, o.weight_init, o.num_classes)
+        self._place_buffers(home.device, home.dtype)
+        self._init_weights()
 
         self.class_names: tuple[str, ...] | None = None
         self.preprocess = Preprocess(self.patch_embed.img_size, in_chans=o.in_chans)
@@ -131,7 +136,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             return nn.Parameter(torch.empty(1, count, width, **factory)) if count else None
 
         self.cls_token = tokens(int(o.class_token))
-        self.reg_token = tokens(o.reg_tokens)
+        self.register_parameter("reg_token", tokens(o.reg_tokens))
         self.pos_embed: Tensor | None
         rows = 0 if o.no_embed_class else self.num_prefix_tokens
         if o.pos_embed == "learned":
@@ -145,6 +150,19 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         self.patch_drop = PatchDropout(dropped, self.num_prefix_tokens) if dropped else nn.Identity()
         self.norm_pre = make_norm(o.norm_layer, width, o.norm_eps, **factory) if o.pre_norm else nn.Identity()
 
+    def _build_blocks(self, rates: list[float], factory: dict[str, Any]) -> Any:
+        o = self.options
+        return nn.Sequential(*[Block(o.embed_dim, o.num_heads, o, rate, **factory) for rate in rates])
+
+    def _init_weights(self) -> None:
+        init.init_weights(self, self.options.weight_init, self.num_classes)
+
+    def _place_buffers(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Computes what no state dict holds where the parameters are."""
+        for module in self.modules():
+            if isinstance(module, HasBuffers):
+                module.init_non_persistent_buffers(device, dtype)
+
     def _build_head(self, factory: dict[str, Any]) -> None:
         o = self.options
 
@@ -152,7 +170,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             wanted = o.final_norm and here
             return make_norm(o.norm_layer, o.embed_dim, o.norm_eps, **factory) if wanted else nn.Identity()
 
-        self.norm = last_norm(not o.norm_after_pool)
+        self.norm: nn.Module = last_norm(not o.norm_after_pool)
         self.attn_pool = AttentionPoolLatent(o, **factory) if o.global_pool == "map" else None
         self.fc_norm = last_norm(o.norm_after_pool)
         self.head_drop = nn.Dropout(o.drop_rate)
@@ -165,29 +183,29 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             return self.forward_head(self.forward_features(images, attn_mask, is_causal))
         if not (isinstance(images, Tensor) and self._class_token_is_enough()):
             return self.forward_head(self.forward_features(images))
-        tokens = self.embed(images)
+        tokens, given = self.start(images)
         last: Any
         *blocks, last = self.blocks
-        for block in blocks:
-            tokens = self._run(block, tokens)
+        for block, more in zip(blocks, given, strict=False):
+            tokens = self._run(block, tokens, **more)
         # Of the last block only what the logits depend on: 6 % less work in ViT-B/16, forward and backward.
-        return self.forward_head(call(self.ops, self.norm, self._run(last.fused, tokens, 1)))
+        return self.forward_head(call(self.ops, self.norm, self._run(last.fused, tokens, queries=1, **given[-1])))
 
     def forward_features(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """images [B, in_chans, height, width] -> tokens [B, N, C] after the last norm.
 
         attn_mask (True: may be seen, or added to the scores) and is_causal are scaled_dot_product_attention's.
         """
-        tokens = self.embed(images)
+        tokens, given = self.start(images)
         if attn_mask is not None or is_causal:
             self._check_masked()
-            for block in self.blocks:
-                tokens = block(tokens, attn_mask=attn_mask, is_causal=is_causal)
-            return call(self.ops, self.norm, tokens)
-        if not (self.grad_checkpointing or untouched(self.blocks, nn.Sequential)):
+            given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
+        elif isinstance(self.blocks, nn.Sequential) and not (
+            self.grad_checkpointing or untouched(self.blocks, nn.Sequential)
+        ):
             return call(self.ops, self.norm, self.blocks(tokens))
-        for block in self.blocks:
-            tokens = self._run(block, tokens)
+        for block, more in zip(self.blocks, given, strict=True):
+            tokens = self._run(block, tokens, **more)
         return call(self.ops, self.norm, tokens)
 
     def _check_masked(self) -> None:
@@ -203,17 +221,20 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         return (
             self.global_pool == "token"
             and self.attn_pool is None
-            and type(self) is VisionTransformer
-            and not any(n in self.__dict__ or getattr(VisionTransformer, n) is not f for n, f in _PATH.items())
-            and untouched(self.blocks, nn.Sequential)
+            and (kind := _ONE_TOKEN.get(type(self))) is not None
+            and not any(n in self.__dict__ or getattr(type(self), n) is not f for n, f in _PATH[type(self)].items())
+            and untouched(self.blocks, type(self.blocks))
             and len(self.blocks) > 0
-            and untouched(last := self.blocks[-1], Block)
-            and isinstance(last, Block)  # for the type checker
+            and untouched(last := self.blocks[-1], kind)
             and untouched(self.norm, type(self.norm))
             and type(self.norm) in (*NORM_KINDS, nn.Identity)
             and last.can_fuse()
             and not last.drops_elements()  # random numbers would be drawn for other tokens
         )
+
+    def start(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """images -> tokens as the first block takes them, and what else each block takes."""
+        return self.embed(images), [{}] * len(self.blocks)
 
     def embed(self, images: Tensor) -> Tensor:
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them."""
@@ -268,12 +289,12 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             return largest if kind == "max" else 0.5 * (largest + self.ops.movement.mean(tokens, skip))
         return tokens
 
-    def _run(self, block: Callable[..., Tensor], tokens: Tensor, *args: Any) -> Tensor:
+    def _run(self, block: Callable[..., Tensor], tokens: Tensor, **more: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint  # torch 2.6 brings sympy with it: 0.5 s
 
-            return checkpoint(block, tokens, *args, use_reentrant=False)
-        return block(tokens, *args)
+            return checkpoint(block, tokens, use_reentrant=False, **more)
+        return block(tokens, **more)
 
     def _check_input(self, images: Tensor) -> None:
         if type(images).__module__ == "torch.fx.proxy" or type(self.patch_embed) is not PatchEmbed:
@@ -313,7 +334,18 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
 
 VisionTransformer.__signature__ = signature_of(PLACE)  # type: ignore[attr-defined]
 #: What the short way of `forward` passes over or gives other tokens; an exchanged one is called.
-_PATH = {name: getattr(VisionTransformer, name) for name in ("forward_features", "forward_head", "pool")}
+_PATH: dict[type, dict[str, Any]] = {}
+#: Classes of models that take it -> the class of their blocks.
+_ONE_TOKEN: dict[type, type[nn.Module]] = {}
+
+
+def takes_short_way(model: type, block: type[nn.Module]) -> None:
+    """Remembers a class of models whose last block may compute the class token alone."""
+    _ONE_TOKEN[model] = block
+    _PATH[model] = {name: getattr(model, name) for name in ("forward_features", "forward_head", "pool")}
+
+
+takes_short_way(VisionTransformer, Block)
 know(VisionTransformer)
 
 

@@ -15,7 +15,14 @@ from typing import Any
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-STATISTICS = {"half": HALF, "imagenet": IMAGENET, "clip": CLIP, "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
+SATELLITE = ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))
+STATISTICS = {
+    "half": HALF,
+    "imagenet": IMAGENET,
+    "clip": CLIP,
+    "sat493m": SATELLITE,
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 
 _FOLDER = Path(__file__).parent / "zoo"
 
@@ -52,7 +59,7 @@ class Tag:
 def names() -> dict[str, Name]:
     """Every name."""
     found = {}
-    for name, kind, patch, width, depth, heads, hidden, *options in _rows("names.txt"):
+    for name, kind, patch, width, depth, heads, hidden, *options in (*_rows("names.txt"), *_rows("eva_names.txt")):
         sizes: dict[str, Any] = {"patch_size": int(patch), "embed_dim": int(width), "depth": int(depth)}
         sizes |= {"num_heads": int(heads), "mlp_ratio": _ratio(int(width), int(hidden))}
         more = dict(_option(text) for text in options)
@@ -65,10 +72,14 @@ def names() -> dict[str, Name]:
 def tags() -> dict[str, Tag]:
     """Every name.tag; of a name the default first."""
     found = {}
-    for full, classes, size, crop, mode, interpolation, statistics, licence, hub, paper in _rows("tags.txt"):
+    for full, classes, size, crop, mode, interpolation, statistics, licence, hub, paper in (
+        *_rows("tags.txt"),
+        *_rows("eva_tags.txt"),
+    ):
         mean, std = STATISTICS[statistics]
-        preprocess = {"mean": mean, "std": std, "interpolation": interpolation}
-        preprocess |= {"crop_pct": float(crop), "crop_mode": mode}
+        preprocess: dict[str, Any]
+        preprocess = {"mean": mean, "std": std, "interpolation": interpolation, "crop_mode": mode}
+        preprocess["crop_pct"] = float(crop)
         name, _, tag = full.partition(".")
         where = f"timm/{full}" if hub == "timm" else None if hub == "-" else hub
         found[full] = Tag(
@@ -92,7 +103,7 @@ def defaults() -> dict[str, Tag]:
 @cache
 def aliases() -> dict[str, str]:
     """Names that timm gave up -> name.tag."""
-    return {old: new for old, new in _rows("aliases.txt")}
+    return {row[0]: row[1] for row in _rows("aliases.txt")}
 
 
 def _rows(file: str) -> Iterator[list[str]]:
