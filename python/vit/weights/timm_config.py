@@ -13,6 +13,7 @@ from ..model.options import POOLS
 from ..preprocess import CROP_MODES, INTERPOLATIONS
 from ..support.records import Record
 from .records import arguments, known_arguments
+from .records import transform as transform_of
 
 #: Where the weights come from, texts about them, and sizes that only other models or other evaluations use.
 _IRRELEVANT = (
@@ -66,6 +67,12 @@ def about(record: Record) -> dict[str, Any]:
         arch |= _arguments(args, None if name is None else name.partition(".")[0])
     names = _labels(record, cfg)
     transform = _transform(cfg)
+    own = record.record("vit", None)
+    if own is not None:  # of a config that vit wrote
+        if (values := own.record("arch", None)) is not None:
+            arch |= arguments(values, known_arguments(None if name is None else name.partition(".")[0]))
+        transform = (transform_of(own, "preprocess") or transform) if own.raw("preprocess", None) else transform
+        own.finish()
     for one in (record, cfg):
         for key in _IRRELEVANT:
             one.raw(key, None)
