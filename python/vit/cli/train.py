@@ -108,7 +108,7 @@ def _list_recipes(as_json: bool) -> int:
 
 
 def _print_config(args: argparse.Namespace, given: dict[str, Any]) -> int:
-    from ..data import kind_of
+    from ..data import recipe_of
     from ..training import Run
     from ..training.resume import changed
 
@@ -116,7 +116,7 @@ def _print_config(args: argparse.Namespace, given: dict[str, Any]) -> int:
         config = changed(Run.open(args.resume), given)
     else:
         config = from_mapping(given, _where(args))
-        config = config.resolved(kind_of(config.data))
+        config = config.resolved(recipe_of(config.data))
     print(config.to_yaml(), end="")
     return 0
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import tasks
-from ..data import ReaderError, kind_of
+from ..data import ReaderError, kind_of, recipe_of
 from ..support.extras import require
 from ..tasks import Evaluation
 from . import resume as resuming
@@ -85,7 +85,7 @@ def train(
     run = Run.open(resume) if resume is not None else None
     config = resuming.changed(run, _absolute(changes or {})) if run else config or TrainConfig()
     kind = kind_of(config.data)
-    config = dataclasses.replace(config, **_absolute({"data": config.data})).resolved(kind)
+    config = dataclasses.replace(config, **_absolute({"data": config.data})).resolved(recipe_of(config.data))
     name = "digits" if kind == "digits" else Path(config.data).name
     if not run:
         new_path(out, name)  # a folder in use is refused before the data are read
