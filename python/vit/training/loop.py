@@ -221,7 +221,7 @@ class Training:
         try:
             with self.signals:
                 try:
-                    while self.progress.epoch < epochs:
+                    while self.progress.epoch < epochs and not self._is_patience_over():
                         self._epoch()
                     self._checkpoint()
                 except Exception as error:
@@ -229,6 +229,14 @@ class Training:
         finally:
             self.display.stop()
         return self._finish()
+
+    def _is_patience_over(self) -> bool:
+        """Whether --patience epochs have passed since the best one."""
+        progress, patience = self.progress, self.config.patience
+        over = bool(patience and progress.epoch - progress.best_epoch >= patience)
+        if over:
+            self.display.line(f"ends after epoch {progress.epoch}: none of the last {patience} was better")
+        return over
 
     def _stop_for(self, error: Exception) -> None:
         """Leaves a checkpoint of the last whole step, and raises the error in words that say how to go on."""
@@ -326,7 +334,7 @@ class Training:
         if self.main:
             write_final(self.run, self.parts, self.task, progress, test, seconds, self.display.line)
         return TrainResult(
-            self.run.path, test, config.epochs or 0, seconds, self.parts.backend, progress.best_epoch, self.main
+            self.run.path, test, progress.epoch, seconds, self.parts.backend, progress.best_epoch, self.main
         )
 
     # ---- checkpoints and interruption ----
