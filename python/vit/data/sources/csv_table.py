@@ -85,6 +85,11 @@ def _is_pixel(name: str) -> bool:
     return name.isdigit() or (name.startswith("pixel") and name[5:].isdigit())
 
 
+def is_pixel_table(path: Path) -> bool:
+    """Whether it is a CSV file of pixels, with labels or without."""
+    return path.is_file() and _is_pixels(_header(path))
+
+
 def read_pixels(path: Path) -> Pixels:
     """The images in a CSV file of pixels. DataError names the line and the value that cannot be."""
     header = _header(path)
