@@ -25,6 +25,9 @@ _SPLIT_WORDS = {word: split for split, words in SPLITS.items() for word in words
     "trainset": "train", "valset": "val", "dev": "val", "testset": "test", "eval": "test", "holdout": "test",
 }  # fmt: skip
 
+#: Names of the parts of a data set, for cross-validation or from several archives.
+_PART = re.compile(r"(k?fold|split|part(ition)?|chunk|shard|set|subset)s?[-_. ]?\d+", re.IGNORECASE)
+
 #: Folders that macOS, Windows, Synology and ext4 put beside the user's own.
 _SYSTEM = frozenset(["__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found"])
 
@@ -42,6 +45,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     splits = {entry: split for entry in folders if (split := _split_of(entry.name)) and _below(entry)}
     if not splits:
         _refuse_splits_as_classes(root, folders)
+        _refuse_parts_as_classes(root, folders)
         for entry in folders:
             _refuse_splits_in(entry)
         return {"train": root}
@@ -113,6 +117,22 @@ def _refuse_splits_as_classes(root: Path, folders: Sequence[Path]) -> None:
     raise DataError(
         f"vit: {_shown(root)} has {names}, which would be taken for classes. If they are splits, call them train/, "
         f"val/ and test/, with class folders in each; if they are classes, give them other names. {ALLOWED}"
+    )
+
+
+def _refuse_parts_as_classes(root: Path, folders: Sequence[Path]) -> None:
+    """fold1/ and fold2/ with the same folders in each are parts of one data set, and those folders its classes."""
+    parts = [entry for entry in folders if _PART.fullmatch(entry.name)]
+    if len(parts) < 2 or len(parts) < len(folders):
+        return
+    inside = [{path.name for path in _below(entry)} for entry in parts]
+    common = sorted(set.intersection(*inside))
+    if len(common) < 2:
+        return
+    raise DataError(
+        f"vit: {_shown(root)} has {printable(parts[0].name)}/ to {printable(parts[-1].name)}/, which would be taken for "
+        f"classes, with {listed(common)} in each. If they are parts of one data set, put what is trained on below "
+        f"train/ and the rest below val/ or test/; if they are classes, give them other names. {ALLOWED}"
     )
 
 
