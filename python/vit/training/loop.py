@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -109,6 +110,8 @@ class Training:
     ) -> None:
         self.held = ExitStack()  # the lock of the run folder, and the processes that read images
         self.signals = Signals()
+        if self.accelerator.num_processes > 1:
+            self.signals.launcher = os.getppid()
         warnings: list[str] = []
         self.accelerator = accelerator(config, warnings.append)
         self.main = bool(self.accelerator.is_main_process)
