@@ -83,6 +83,6 @@ def test_the_engine_neither(environment):
 
 
 def test_the_c_api_with_damaged_files_and_calls(tmp_path):
-    """Random networks, calls and engine files; of one instruction-set level, as what is tried lies above the kernels."""
+    """Random networks, calls and engine files, on the lowest instruction-set level: what is tried lies above it."""
     good, text = native.fuzz(tmp_path, tmp_path / "kept", seed=0)
     assert good, text

@@ -110,10 +110,10 @@ class Training:
     ) -> None:
         self.held = ExitStack()  # the lock of the run folder, and the processes that read images
         self.signals = Signals()
-        if self.accelerator.num_processes > 1:
-            self.signals.launcher = os.getppid()
         warnings: list[str] = []
         self.accelerator = accelerator(config, warnings.append)
+        if self.accelerator.num_processes > 1:
+            self.signals.launcher = os.getppid()
         self.main = bool(self.accelerator.is_main_process)
         self.display: Display = display if self.main else Silent()
         for text in warnings:
