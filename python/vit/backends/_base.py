@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -95,6 +95,21 @@ class NativeBackend(Backend):
     def unavailable(self) -> str | None:
         return _load(self.name)[1]
 
+    def reasons(self, spec: Spec) -> list[str]:
+        return super().reasons(spec) + self.lacking(spec)
+
+    def lacking(self, spec: Spec) -> list[str]:
+        """What `spec` asks for and the compiled module has not."""
+        module, _ = _load(self.name)
+        if module is None:
+            return []
+        if f"{spec.op}_fwd" not in module.fields:
+            return [f"its compiled module has no {spec.op}_fwd"]
+        activation = spec.options.get("activation")
+        if activation is not None and activation not in module.Activation.__members__:
+            return [f"its compiled module has no activation {activation}"]
+        return []
+
     @cached_property
     def lib(self) -> Any:
         """The compiled module; raises BackendError with the reason when there is none."""
@@ -114,9 +129,14 @@ class NativeBackend(Backend):
         return {getattr(torch, name): int(value) for name, value in self.lib.DType.__members__.items()}
 
     @cached_property
+    def pairings(self) -> dict[str, int]:
+        """Values of vit::Pairing by their names."""
+        return {name: int(value) for name, value in self.lib.Pairing.__members__.items()}
+
+    @cached_property
     def activations(self) -> dict[str, int]:
         """Values of vit::Activation by their names."""
-        return {name: int(value) for name, value in self.lib.Activation.__members__.items()}
+        return _Activations({name: int(value) for name, value in self.lib.Activation.__members__.items()})
 
     def context(self, device: torch.device) -> tuple[int, int, int, bool]:
         """The fields of vit::Context for a call on `device`: stream pointer, index, CPU threads, TF32 allowed."""
@@ -143,15 +163,20 @@ class NativeBackend(Backend):
         return record | (dict(module.info()) if module is not None else {})
 
 
-def expect(function: str, fields: str, optional: bool = False) -> None:
+class _Activations(dict[str, int]):
+    def __missing__(self, name: str) -> NoReturn:
+        raise BackendError(f'vit: the compiled module has no activation {name}. Use backend="reference".')
+
+
+def expect(function: str, fields: str) -> None:
     """Names the fields that Python will give to a function of the contract; a module of others is refused when loaded.
 
-    A routine is `optional`: a backend may lack it.
+    A backend may lack a function: then it refuses what needs it.
     """
-    _EXPECTED[function] = fields.split(), optional
+    _EXPECTED[function] = fields.split()
 
 
-_EXPECTED: dict[str, tuple[list[str], bool]] = {}
+_EXPECTED: dict[str, list[str]] = {}
 
 
 def constant(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,15 +210,29 @@ def _import(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"the compiled module does not load: {error}"
     if module.contract != CONTRACT:
         return None, f"built for contract {module.contract}, this vit needs {CONTRACT}: reinstall vit-kernels"
-    for function, (fields, optional) in _EXPECTED.items():
+    for function, fields in _EXPECTED.items():
         found = module.fields.get(function)
-        if found != fields and not (optional and found is None):
+        if found is None:
+            setattr(module, function, _refusing(name, function))
+        elif found != fields:
             return None, f"its {function} takes {found}, this vit gives {fields}: reinstall vit-kernels"
     try:
         module.info()  # chooses the kernels for this machine: a wrong VIT_CPU_ISA is a reason, not a crash later
     except RuntimeError as error:
         return None, str(error)
     return module, None
+
+
+def _refusing(name: str, function: str) -> Callable[..., NoReturn]:
+    """Stands where a compiled module lacks a function."""
+
+    def refuse(*fields: Any) -> NoReturn:
+        raise BackendError(
+            f"vit: backend '{name}' cannot run '{function}': its compiled module has none. "
+            'Use backend="auto" or "reference".'
+        )
+
+    return refuse
 
 
 class HostWorkspace(threading.local):

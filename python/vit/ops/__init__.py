@@ -9,19 +9,41 @@ backend; the reference is plain PyTorch, whose own errors (most are RuntimeError
 from __future__ import annotations
 
 from ..backends import Spec
-from . import _attention, _gelu, _layer_norm, _linear, _matmul, bound
+from . import _attention, _gelu, _layer_norm, _linear, _matmul, _rms_norm, _rotary, _swiglu, bound
 from ._attention import attention
-from ._gelu import gelu
+from ._gelu import gelu, quick_gelu, silu
 from ._layer_norm import layer_norm
 from ._linear import linear
 from ._matmul import matmul
+from ._rms_norm import rms_norm
+from ._rotary import rotary
+from ._swiglu import swiglu
 from .bound import BoundOp
 from .movement import TORCH as movement  # what modules without a plan use
 from .op import Op
 
-__all__ = ["OPS", "BoundOp", "Op", "Spec", "attention", "bind", "gelu", "layer_norm", "linear", "matmul", "movement"]
+__all__ = [
+    "OPS",
+    "BoundOp",
+    "Op",
+    "Spec",
+    "attention",
+    "bind",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "movement",
+    "quick_gelu",
+    "rms_norm",
+    "rotary",
+    "silu",
+    "swiglu",
+]
 
-OPS: dict[str, Op] = {m.OP.name: m.OP for m in (_layer_norm, _gelu, _matmul, _linear, _attention)}
+_MODULES = (_layer_norm, _rms_norm, _gelu, _swiglu, _matmul, _linear, _rotary, _attention)
+
+OPS: dict[str, Op] = {m.OP.name: m.OP for m in _MODULES}
 
 for _record in OPS.values():
     bound.bind_all(_record)

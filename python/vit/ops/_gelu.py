@@ -1,4 +1,4 @@
-"""The Gaussian error linear unit (Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
+"""The Gaussian error linear unit and its approximations (Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from .bound import call
 from .launch import contiguous, ptr
 from .op import Op
 
-#: Name of vit::Activation by torch's name of the approximation.
-APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh"}
+#: Name of vit::Activation by torch's name of the approximation; "quick" and "silu" are ours.
+APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu", "silu": "silu"}
 
 
 def gelu(x: Tensor, approximate: str = "none", backend: str = "auto") -> Tensor:
     """Weighs each element by the normal distribution function of its value.
 
     y = x Phi(x) = x (1 + erf(x / sqrt(2))) / 2 for approximate="none";
-    y = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 for approximate="tanh".
+    y = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 for approximate="tanh";
+    y = x / (1 + exp(-1.702 x)) for approximate="quick", OpenAI CLIP's "quick GELU"; y = x / (1 + exp(-x)) for "silu".
 
     x of any shape; y like x, contiguous. As the formula says, gelu(inf) = inf, and gelu(-inf) = -inf * 0 is NaN.
     Raises ValueError for another approximation, BackendError when the named backend cannot run it.
@@ -31,12 +32,38 @@ def gelu(x: Tensor, approximate: str = "none", backend: str = "auto") -> Tensor:
     return call(OP, backend, x=x, approximate=approximate)
 
 
+def quick_gelu(x: Tensor, backend: str = "auto") -> Tensor:
+    """GELU by the logistic function: y = x / (1 + exp(-1.702 x)); the op `gelu` with approximate="quick"."""
+    return gelu(x, "quick", backend)
+
+
+def silu(x: Tensor, backend: str = "auto") -> Tensor:
+    """The sigmoid linear unit: y = x / (1 + exp(-x)); the op `gelu` with approximate="silu"."""
+    return gelu(x, "silu", backend)
+
+
 def reference(x: Tensor, approximate: str = "none") -> Tensor:
     """The formula in PyTorch; in float64, the truth for every kernel, without the sum 1 + erf, which cancels in the
     left tail: at x = -4.2 PyTorch's float64 GELU is wrong by 2e-13 of its value."""
+    _check(approximate)
+    if approximate == "silu":
+        return F.silu(x)
+    if approximate == "quick":
+        return x * torch.sigmoid(QUICK * x)
     if x.dtype == torch.float64 and approximate == "none":
         return x * (torch.special.erfc(x * -math.sqrt(0.5)) * 0.5)
     return F.gelu(x, approximate=approximate)
+
+
+#: With it the logistic function is nearest to the normal distribution function.
+QUICK = 1.702
+
+
+def _check(approximate: str) -> None:
+    """ValueError for an unknown approximation."""
+    if approximate not in APPROXIMATE:
+        known = ", ".join(map(repr, APPROXIMATE))
+        raise ValueError(f"vit.ops.gelu: approximate must be one of {known}, got {approximate!r}")
 
 
 def limits(spec: Spec) -> list[str]:
@@ -49,8 +76,7 @@ def limits(spec: Spec) -> list[str]:
 
 def arguments(x: Tensor, approximate: str = "none") -> tuple[tuple[Any, ...], None]:
     """x and the name of its activation."""
-    if approximate not in APPROXIMATE:
-        raise ValueError(f"vit.ops.gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    _check(approximate)
     return (x, APPROXIMATE[approximate]), None
 
 

@@ -1,4 +1,5 @@
-"""The affine map of a fully connected layer, with the activation and the residual sum that follow it fused in."""
+"""The affine map of a fully connected layer, with the activation, the scale and the residual sum that follow it fused
+in."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from .launch import autocast_dtype, contiguous, launch, ptr, row_count, rows
 from .op import Op
 
 #: Names of vit::Activation by ours.
-ACTIVATIONS = {None: "none", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
+ACTIVATIONS = {None: "none"} | {name: name for name in _gelu.APPROXIMATE.values()}
+_APPROXIMATE = {name: approximate for approximate, name in _gelu.APPROXIMATE.items()}
 
 
 def linear(
@@ -25,18 +27,21 @@ def linear(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Multiplies by a weight matrix, adds the bias, applies the activation, adds the residual.
+    """Multiplies by a weight matrix, adds the bias, applies activation and scale, adds the residual.
 
-    y = activation(x weight^T + bias) + residual, activation one of None, "gelu" (erf), "gelu_tanh".
+    y = scale * activation(x weight^T + bias) + residual, activation one of None, "gelu" (erf), "gelu_tanh",
+    "quick_gelu", "silu" (formulas: vit.ops.gelu). The scale is that of LayerScale (Touvron et al., 2021,
+    arXiv:2103.17239).
 
-    x [..., K], weight [N, K], bias [N] or None; residual [..., N] (the shape of y) or None; y [..., N], contiguous,
-    in x's dtype, or in the wider of x's and the residual's. Under autocast the product is in the autocast dtype;
-    weight and bias keep theirs, and so do their gradients.
+    x [..., K], weight [N, K], bias [N] or None; residual [..., N] (the shape of y) or None; scale [N] or None;
+    y [..., N], contiguous, in x's dtype, or in the widest of x's, the residual's and the scale's. Under autocast the
+    product is in the autocast dtype; weight and bias keep theirs, and so do their gradients.
     Raises ValueError for sizes or dtypes that do not fit, BackendError when the named backend cannot run it.
     """
-    return call(OP, backend, x=x, weight=weight, bias=bias, activation=activation, residual=residual)
+    return call(OP, backend, x=x, weight=weight, bias=bias, activation=activation, residual=residual, scale=scale)
 
 
 def reference(
@@ -45,12 +50,15 @@ def reference(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The formula in PyTorch."""
     _activation_name(activation)
     y = F.linear(x, weight, bias)
     if activation is not None:
-        y = _gelu.reference(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+        y = _gelu.reference(y, _APPROXIMATE[activation])
+    if scale is not None:
+        y = y * scale
     return y if residual is None else y + residual
 
 
@@ -68,7 +76,8 @@ def arguments(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-) -> tuple[tuple[Any, ...], None]:
+    scale: Tensor | None = None,
+) -> tuple[tuple[Any, ...], Callable[[Tensor], Tensor] | None]:
     """x, weight, bias and residual in dtypes that go together, and the name of the activation."""
     name = _activation_name(activation)
     shape, weight_shape, dtype, param_dtype = x.shape, weight.shape, x.dtype, weight.dtype
@@ -97,13 +106,21 @@ def arguments(
             if out not in (dtype, torch.float32):
                 raise ValueError(f"vit.ops.linear: residual {residual.dtype} does not go with x {dtype}")
             residual = residual.to(out)
+    if scale is not None:
+        if scale.shape != weight_shape[:1]:
+            raise ValueError(f"vit.ops.linear: scale must have shape [{weight_shape[0]}], got {list(scale.shape)}")
+        if scale.dtype not in (dtype, torch.float32):
+            raise ValueError(f"vit.ops.linear: scale must be {dtype} like x, or torch.float32, got {scale.dtype}")
+        # No kernel scales yet.
+        return (x, weight, bias, None, name), lambda y: y * scale if residual is None else y * scale + residual
     return (x, weight, bias, residual, name), None
 
 
 def _activation_name(activation: str | None) -> str:
     """vit::Activation's name of it; ValueError for an unknown one."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"vit.ops.linear: activation must be None, 'gelu' or 'gelu_tanh', got {activation!r}")
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"vit.ops.linear: activation must be one of {known}, got {activation!r}")
     return ACTIVATIONS[activation]
 
 

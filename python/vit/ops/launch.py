@@ -13,7 +13,7 @@ from ..backends import NativeBackend
 from ..backends import expect as _expect
 
 #: The fields of vit::Move, in the order in which `move` gives them.
-_expect("move", "a lead b out sizes leads terms term divisor dtype context", optional=True)
+_expect("move", "a lead b out sizes leads terms term divisor dtype context")
 
 
 def ptr(tensor: Tensor | None) -> int:

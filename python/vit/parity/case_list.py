@@ -102,8 +102,25 @@ def _layer_norm() -> Iterator[Case]:
     yield _case("layer_norm", "large", "m3152 c384")
 
 
+def _rms_norm() -> Iterator[Case]:
+    for sizes in _words("m197 c384, m197 c768, b2 m50 c1024, b2 m197 c64"):
+        yield _case("rms_norm", "regular", sizes)
+    for sizes in _words("m1 c1, m3 c2, m5 c7, m7 c127, b2 m3 c33, m11 c1280, c768, c5, m9 c31, m6 c17, m301 c72"):
+        yield _case("rms_norm", "odd", sizes)
+    yield _case("rms_norm", "odd", "m13 c96", weight=False)
+    yield _case("rms_norm", "odd", "m13 c96", eps=1e-3)
+    for layout in _words("rows, offset1, offset3, columns, transposed, expanded"):
+        yield _case("rms_norm", "odd", "m13 c95", layout=layout)
+    yield _case("rms_norm", "odd", "b3 m5 c40", layout="tokens")
+    for sizes in _words("m0 c64, b0 m5 c64"):
+        yield _case("rms_norm", "corner", sizes)
+    for values in _words("offset_x, constant_x, zero_x, huge_x, tiny_x, nan_x, inf_x, nan_weight"):
+        yield _case("rms_norm", "corner", "m19 c130", values=values)
+    yield _case("rms_norm", "large", "m1576 c768")
+
+
 def _gelu() -> Iterator[Case]:
-    for approximate in _words("none, tanh"):
+    for approximate in _words("none, tanh, quick, silu"):
         option = {} if approximate == "none" else {"approximate": approximate}
         for sizes in _words("m197 c768, m17 c256"):
             yield _case("gelu", "regular", sizes, **option)
@@ -115,6 +132,23 @@ def _gelu() -> Iterator[Case]:
         for values in _words("huge_x, tiny_x, wide_x, zero_x, nan_x, inf_x"):
             yield _case("gelu", "corner", "m7 c61", values=values, **option)
     yield _case("gelu", "large", "m1576 c3072")
+
+
+def _swiglu() -> Iterator[Case]:
+    for packed in (True, False):
+        for sizes in _words("m197 c512, m50 c2048"):
+            yield _case("swiglu", "regular", sizes, packed=packed)
+        for sizes in _words("m1 c1, m3 c5, c7, m5 c17, m9 c129, b2 m3 c31, m33 c341"):
+            yield _case("swiglu", "odd", sizes, packed=packed)
+        for layout in _words("rows, offset1, offset3, columns, transposed, expanded"):
+            yield _case("swiglu", "odd", "m13 c37", layout=layout, packed=packed)
+        yield _case("swiglu", "odd", "b3 m5 c40", layout="tokens", packed=packed)
+        for sizes in _words("m0 c8, m3 c0"):
+            yield _case("swiglu", "corner", sizes, packed=packed)
+        for values in _words("huge_x, tiny_x, wide_x, zero_x, nan_x, inf_x"):
+            yield _case("swiglu", "corner", "m7 c61", values=values, packed=packed)
+    yield _case("swiglu", "corner", "m7 c61", values="huge_gate", packed=False)
+    yield _case("swiglu", "large", "m1576 c2048", packed=True)
 
 
 def _matmul() -> Iterator[Case]:
@@ -187,6 +221,50 @@ def _linear() -> Iterator[Case]:
     yield _case("linear", "large", "m197 n768 k3072", **residual)
 
 
+def _scaled() -> Iterator[Case]:
+    """LayerScale in linear, and the activations that came with it."""
+    scale: dict[str, Any] = {"scale": True}
+    yield _case("linear", "regular", "m197 n384 k384", **scale, residual=True)
+    yield _case("linear", "regular", "m197 n192 k768", **scale, residual=True)
+    yield _case("linear", "regular", "m197 n1536 k384", activation="quick_gelu")
+    for sizes in _words("m7 n13 k11, m9 n49 k17, m50 n98 k33, m1 n1 k1, n13 k7, b2 m3 n5 k7"):
+        yield _case("linear", "odd", sizes, **scale, residual=True)
+        yield _case("linear", "odd", sizes, **scale, activation="silu")
+        yield _case("linear", "odd", sizes, activation="quick_gelu", residual=True)
+    yield _case("linear", "odd", "m13 n50 k29", bias=False, **scale)
+    yield _case("linear", "odd", "m13 n50 k29", bias=False, **scale, activation="gelu", residual=True)
+    for layout in _words("rows, offset1, columns, transposed, expanded"):
+        yield _case("linear", "odd", "m37 n53 k41", layout=layout, **scale, residual=True)
+    for sizes in _words("m0 n8 k16, m3 n0 k16, m5 n8 k0"):
+        yield _case("linear", "corner", sizes, **scale, residual=True)
+    for values in _words("huge_x, nan_scale, zero_scale, tiny_scale, nan_residual"):
+        yield _case("linear", "corner", "m21 n50 k35", values=values, **scale, residual=True)
+    for activation in _words("quick_gelu, silu"):
+        for values in _words("huge_x, wide_x, inf_x"):
+            yield _case("linear", "corner", "m21 n50 k35", values=values, activation=activation)
+    yield _case("linear", "large", "m1576 n768 k3072", **scale, residual=True)
+
+
+def _rotary() -> Iterator[Case]:
+    for pairing in _words("interleaved, half"):
+        option: dict[str, Any] = {} if pairing == "interleaved" else {"pairing": pairing}
+        yield _case("rotary", "regular", "b2 n197 h6 d64", layout="packed", prefix=1, **option)
+        yield _case("rotary", "regular", "b1 n201 h3 d64", layout="packed", prefix=5, **option)
+        for sizes in _words("b1 n1 h1 d2, b2 n3 h1 d6, b1 n5 h2 d10, b2 n7 h3 d34, b1 n12 h2 d80, b1 n9 h1 d256"):
+            yield _case("rotary", "odd", sizes, **option)
+        for table in _words("heads, samples, both"):
+            yield _case("rotary", "odd", "b3 n11 h2 d24", table=table, prefix=2, **option)
+        for layout in _words("packed, heads_first, rows, offset1, offset3, columns, expanded, tokens"):
+            yield _case("rotary", "odd", "b2 n27 h3 d24", layout=layout, prefix=1, **option)
+        yield _case("rotary", "odd", "b2 n3 h1 d6", prefix=3, **option)
+        for sizes in _words("b0 n5 h2 d16, b2 n0 h2 d16, b2 n5 h0 d16, b2 n5 h2 d0"):
+            yield _case("rotary", "corner", sizes, **option)
+        for values in _words("huge_x, tiny_x, zero_x, nan_x, nan_table, inf_x"):
+            yield _case("rotary", "corner", "b2 n7 h2 d32", values=values, prefix=1, **option)
+    yield _case("rotary", "large", "b8 n197 h12 d64", layout="packed", prefix=1)
+    yield _case("rotary", "large", "b4 n257 h12 d64", table="heads")
+
+
 def _attention() -> Iterator[Case]:
     for sizes in _words("b1 n197 h3 d64, b2 n197 h6 d64, b2 n50 h12 d64"):
         yield _case("attention", "regular", sizes, layout="packed")
@@ -226,18 +304,23 @@ def _mixed() -> Iterator[Case]:
     for sizes in _words("m197 c384, m13 c33, m5 c1"):
         yield dataclasses.replace(_case("layer_norm", "odd", sizes), **mixed)
     yield dataclasses.replace(_case("layer_norm", "odd", "m13 c33", bias=False), **mixed)
+    for sizes in _words("m197 c384, m13 c33, m5 c1"):
+        yield dataclasses.replace(_case("rms_norm", "odd", sizes), **mixed)
+    for table in _words("shared, heads"):
+        yield dataclasses.replace(_case("rotary", "odd", "b2 n19 h3 d24", table=table, prefix=1), **mixed)
     options: tuple[dict[str, Any], ...] = (
         {},
         {"activation": "gelu"},
         {"residual": True},
         {"activation": "gelu_tanh", "residual": True},
+        {"scale": True, "residual": True},
         {"bias": False},
     )
     for sizes in _words("m197 n384 k384, m31 n50 k37"):
         for option in options:
             case = dataclasses.replace(_case("linear", "odd", sizes, **option), dtype="bfloat16")
             yield dataclasses.replace(case, param_dtype="float32")
-            if case.option("residual"):
+            if case.option("residual"):  # and the scale has its type
                 yield dataclasses.replace(case, out_dtype="float32")
                 yield dataclasses.replace(case, param_dtype="float32", out_dtype="float32")
 
@@ -250,7 +333,9 @@ def _without_gradient(case: Case) -> bool:
 def _expand(dtypes: Iterable[str], tf32: bool = False) -> Iterator[Case]:
     """Every shape in every dtype and direction; with `tf32` the products of float32 in TF32, too."""
     dtypes = tuple(dtypes)
-    base = [*_layer_norm(), *_gelu(), *_matmul(), *_linear(), *_attention()]
+    norms = [*_layer_norm(), *_rms_norm()]
+    products = [*_matmul(), *_linear(), *_scaled()]
+    base = [*norms, *_gelu(), *_swiglu(), *products, *_rotary(), *_attention()]
     shapes = [
         dataclasses.replace(case, dtype=dtype)
         for case in base

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..support.records import Record, RecordError
 from ..support.text import printable
-from . import records, timm_config, transformers_config
+from . import records, timm_config, transformers_processor, transformers_records
 from .checkpoint import Checkpoint, WeightsError, some
 from .file import SUFFIXES, checkpoint_of, read_file, shown
 
@@ -64,8 +64,8 @@ def _about(folder: Path) -> dict[str, Any]:
     record = Record.read(folder / "config.json")
     if record.raw("architecture", None) is not None or record.raw("model_type", None) in (None, "timm_wrapper"):
         return timm_config.about(record)
-    about = transformers_config.about(record)
-    about["preprocess"] = transformers_config.preprocess(folder / "preprocessor_config.json")
+    about = transformers_records.about(record)
+    about["preprocess"] = transformers_processor.preprocess(folder / "preprocessor_config.json")
     return about
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -24,15 +25,23 @@ def load(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     return dict(read(source).state)
 
 
-def read(source: str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint, non_finite: str = "error") -> Checkpoint:
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint,
+    non_finite: str = "error",
+    allow: Sequence[str] = (),
+) -> Checkpoint:
     """Everything a source of weights says; a mapping is taken as a state dict.
 
     non_finite: whether NaN and infinities are an "error" or make a "warn"-ing that names their parameters.
+    allow: names of parameters, also with wildcards (`*`), that a load may leave out of the file or, of the model, at
+    their first values.
     Raises FileNotFoundError when there is no such file, WeightsError when it cannot be read safely.
     """
+    if isinstance(allow, str):
+        raise TypeError("vit: allow must be a list of names, not one text")
     if isinstance(source, Checkpoint):
-        return source
-    checkpoint = _read(source)
+        return replace(source, allow=(*source.allow, *allow)) if allow else source
+    checkpoint = replace(_read(source), allow=tuple(allow))
     if checkpoint.dropped:
         reasons: dict[str, list[str]] = {}
         for key, why in checkpoint.dropped.items():

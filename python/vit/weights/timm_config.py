@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from ..model.vision_transformer import POOLS
-from ..preprocess import INTERPOLATIONS
+from ..preprocess import CROP_MODES, INTERPOLATIONS
 from ..support.records import Record
 from .records import arguments
 
@@ -164,7 +164,7 @@ def _transform(cfg: Record) -> dict[str, Any]:
     if cfg.raw("crop_pct", None) is not None:
         found["crop_pct"] = cfg.number("crop_pct", low=math.ulp(0.0), high=1.0)
     if cfg.raw("crop_mode", None) is not None:
-        found["crop_mode"] = cfg.choice("crop_mode", ("center", "squash"))
+        found["crop_mode"] = cfg.choice("crop_mode", CROP_MODES)
     if cfg.raw("crop_border_pixels", None) not in (None, 0):
         cfg.refuse("crop_border_pixels", "0")
     return found
