@@ -355,7 +355,6 @@ def test_transformers_model_without_a_head(theirs, tmp_path, x, caplog):
     ("change", "key"),
     [
         ({"hidden_act": "relu"}, "hidden_act"),
-        ({"hidden_act": "relu"}, "hidden_act"),
         ({"hidden_act": "swoosh"}, "hidden_act"),
         ({"hidden_act": 3}, "hidden_act"),
         ({"hidden_size": 0}, "hidden_size"),
