@@ -130,8 +130,8 @@ def _refuse_parts_as_classes(root: Path, folders: Sequence[Path]) -> None:
     if len(common) < 2:
         return
     raise DataError(
-        f"vit: {_shown(root)} has {printable(parts[0].name)}/ to {printable(parts[-1].name)}/, which would be taken for "
-        f"classes, with {listed(common)} in each. If they are parts of one data set, put what is trained on below "
+        f"vit: {_shown(root)} has {printable(parts[0].name)}/ to {printable(parts[-1].name)}/, which would be taken "
+        f"for classes, with {listed(common)} in each. If they are parts of one data set, put what is trained on below "
         f"train/ and the rest below val/ or test/; if they are classes, give them other names. {ALLOWED}"
     )
 
