@@ -230,6 +230,20 @@ def test_heads_are_replaced_as_in_timm():
     near(ours(images(ours)), theirs(images(ours)))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_enormous_patch14_clip_224"])
+def test_masks_are_timms(name, fused):
+    theirs, ours = pair(name)
+    for block in (*theirs.blocks, *ours.blocks):
+        block.attn.fused_attn = fused
+    count = ours.forward_features(images(ours)).shape[1]
+    mask = draw.rand(count, count) > 0.3
+    mask.fill_diagonal_(True)
+    x = images(ours)
+    near(ours(x, attn_mask=mask[None, None]), theirs(x, attn_mask=mask[None, None]))
+    near(ours(x, is_causal=True), theirs(x, is_causal=True))
+
+
 def test_checkpointing_gives_the_same_gradients():
     gradients = []
     for recompute in (False, True):
@@ -305,7 +319,7 @@ def test_a_model_without_values_gets_tables_with_its_weights(name):
 def test_seven_billion_parameters_need_no_memory():
     with FakeTensorMode():
         model = vit.create("vit_7b_patch16_dinov3", backend="reference")
-    assert sum(p.numel() for p in model.parameters()) == 6_716_035_072
+    assert sum(p.numel() for p in model.parameters()) == 6_716_030_976
 
 
 def test_copies_and_pickles_compute_the_same():
@@ -320,9 +334,8 @@ def test_copies_and_pickles_compute_the_same():
         assert torch.equal(model(images(ours)), logits)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_ape_224"])
-def test_compiled_models_compute_the_same(name):
-    _, ours = pair(name, training=True)
+def test_compiled_models_compute_the_same():
+    _, ours = pair("vit_small_patch16_rope_mixed_ape_224", training=True, depth=1)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     x, again = images(ours).requires_grad_(), images(ours).requires_grad_()
     ours(x).square().sum().backward()

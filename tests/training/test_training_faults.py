@@ -297,7 +297,8 @@ def test_accelerates_state_of_another_program_part_does_not_matter(tmp_path: Pat
         "import dataclasses; from training_helpers import SMALL; from vit.training import train\n"
         f"train(dataclasses.replace(SMALL, epochs=1), out=Path({str(tmp_path / 'other')!r}))"
     )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=120)
     same_bits(train(dataclasses.replace(SMALL, epochs=1), out=tmp_path / "plain").run, tmp_path / "other")
 

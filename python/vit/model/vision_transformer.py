@@ -172,7 +172,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
 
         self.norm: nn.Module = last_norm(not o.norm_after_pool)
         self.attn_pool = AttentionPoolLatent(o, **factory) if o.global_pool == "map" else None
-        self.fc_norm = last_norm(o.norm_after_pool)
+        self.fc_norm: nn.Module = last_norm(o.norm_after_pool)
         self.head_drop = nn.Dropout(o.drop_rate)
         self.head = nn.Linear(o.embed_dim, o.num_classes, **factory) if o.num_classes else nn.Identity()
 

@@ -77,7 +77,7 @@ def checkpoint_of(found: Mapping[str, Any], source: str, **about: Any) -> Checkp
         return Checkpoint(tensors, source, dropped=dropped, **about)
     result = _convert(layout, tensors, source)
     dropped |= result.dropped
-    about.setdefault("base", layout.base)
+    about["base"] = result.base or about.get("base") or layout.base
     return Checkpoint(
         result.state,
         source,

@@ -22,6 +22,8 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+#: The weights of a run of `vit train`.
+BEST = "best.safetensors"
 RECORDS = ("config.json", "preprocessor_config.json")
 
 
@@ -34,10 +36,15 @@ def read_folder(folder: Path) -> Checkpoint:
         raise WeightsError(str(error)) from error
 
 
+def is_of_run(path: Path) -> bool:
+    """Whether a file is the weights of a run, beside its model.json."""
+    return path.name == BEST and (path.parent / "model.json").is_file()
+
+
 def _read_run(folder: Path) -> Checkpoint:
     record = Record.read(folder / "model.json")
     about = records.run(record)
-    weights = folder / "best.safetensors"
+    weights = folder / BEST
     if not weights.exists():
         raise FileNotFoundError(
             f"vit: run {str(folder)!r} has no best.safetensors: its training never finished an epoch"
