@@ -692,3 +692,23 @@ def test_a_class_token_that_is_missing_is_named():
         create(state)
     with pytest.raises(FileNotFoundError, match="the name is too long"):
         create("a" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("saved", "name"), [("safetensors", "w.bin"), ("zip", "w.safetensors"), ("old", "w.safetensors")]
+)
+def test_the_content_decides_where_the_suffix_is_another_kinds(saved, name, tmp_path):
+    state = noisy().state_dict()
+    if saved == "safetensors":
+        save_file(state, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=saved == "zip")
+    found = vit.create(NAME, backend="reference", weights=tmp_path / name, **A).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.npz"])
+def test_a_pointer_of_git_lfs_is_called_so(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(WeightsError, match=f"{name}.*pointer of Git LFS.*git lfs pull"):
+        vit.create(NAME, backend="reference", weights=tmp_path / name, **A)
