@@ -44,9 +44,9 @@ def layer_norm(sample: SampleInput) -> tuple[Tensors, dict[str, Any]] | None:
 
 def rms_norm(sample: SampleInput) -> tuple[Tensors, dict[str, Any]] | None:
     shape, weight, eps = _arguments(sample, ("normalized_shape", None), ("weight", None), ("eps", None))
-    if len(shape) != 1 or sample.input.dim() == 0 or eps is None:  # PyTorch's eps follows the dtype where none is given
+    if len(shape) != 1 or sample.input.dim() == 0:
         return None
-    given = {"weight": weight is not None, "eps": eps}
+    given = {"weight": weight is not None, "eps": torch.finfo(sample.input.dtype).eps if eps is None else eps}
     return {"x": sample.input} | ({} if weight is None else {"weight": weight}), given
 
 
