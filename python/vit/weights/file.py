@@ -54,11 +54,11 @@ def _kind(path: Path, suffix: str) -> str:
         raise WeightsError(
             f"vit: weights {str(path)!r} are a pointer of Git LFS, not the file itself; fetch it with: git lfs pull"
         )
-    if suffix == ".safetensors" and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80"):
+    # The length of safetensors' header comes first, and may begin with a pickle's 0x80.
+    tensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+    if suffix == ".safetensors" and not tensors and start.startswith((b"PK\x03\x04", b"\x80")):
         return ".pt"
-    if suffix in PICKLES and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        return ".safetensors"
-    return suffix
+    return ".safetensors" if suffix in PICKLES and tensors else suffix
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
