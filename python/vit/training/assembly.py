@@ -22,6 +22,7 @@ from ..model.configs import get_config
 from ..preprocess import Preprocess
 from ..support.text import printable
 from ..weights import WeightsError, read
+from ..weights.infer import is_eva
 from .config import AUTO, TrainConfig
 from .optim import Average, make_optimizer
 from .threads import choose_threads
@@ -148,7 +149,10 @@ def fitting_models(state: dict[str, Any]) -> list[str]:
     positions = state.get("pos_embed")
     found: dict[str, bool] = {}
     for name in sorted(list_models(), key=lambda name: (not name.startswith("vit_"), name)):  # DeiT has ViT's sizes
-        arch = get_config(name).arch
+        config = get_config(name)
+        arch = config.arch
+        if (config.kind == "eva") != is_eva(state) or bool(arch.get("pre_norm")) != ("norm_pre.weight" in state):
+            continue
         sizes = (arch.get("embed_dim", 768), arch.get("depth", 12), arch.get("patch_size", 16))
         if sizes != (patches.shape[0], depth, patches.shape[-1]):
             continue
