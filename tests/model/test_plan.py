@@ -51,8 +51,6 @@ def describe(op: str, *args: Any, **kwargs: Any) -> Call:
     elif op == "linear":
         shapes = {name: tuple(given[name].shape) for name in ("x", "weight")}
         options = {"activation": given.get("activation")}
-    elif op == "swiglu":
-        shapes, options = {"x": tuple(given["x"].shape)}, {}
     elif op in ("layer_norm", "rms_norm"):
         shapes, options = {name: tuple(given[name].shape) for name in ("x", "weight")}, {}
     elif op in ("rotary", "swiglu"):
@@ -67,7 +65,6 @@ def describe(op: str, *args: Any, **kwargs: Any) -> Call:
 PARAMETERS = {
     "linear": ("x", "weight", "bias", "activation", "residual", "scale"),
     "rms_norm": ("x", "weight", "eps"),
-    "swiglu": ("x", "gate"),
     "layer_norm": ("x", "weight", "bias", "eps"),
     "gelu": ("x", "approximate"),
     "attention": ("q", "k", "v", "scale", "queries"),
