@@ -51,10 +51,10 @@ def describe(op: str, *args: Any, **kwargs: Any) -> Call:
     elif op == "linear":
         shapes = {name: tuple(given[name].shape) for name in ("x", "weight")}
         options = {"activation": given.get("activation")}
-    elif op == "swiglu":
-        shapes, options = {"x": tuple(given["x"].shape)}, {}
     elif op in ("layer_norm", "rms_norm"):
         shapes, options = {name: tuple(given[name].shape) for name in ("x", "weight")}, {}
+    elif op in ("rotary", "swiglu"):
+        shapes, options = {"x": tuple(given["x"].shape)}, {"pairing": given.get("pairing")}
     else:
         shapes, options = {"x": tuple(given["x"].shape)}, {"approximate": given.get("approximate", "none")}
     first = next(iter(shapes))
@@ -65,10 +65,11 @@ def describe(op: str, *args: Any, **kwargs: Any) -> Call:
 PARAMETERS = {
     "linear": ("x", "weight", "bias", "activation", "residual", "scale"),
     "rms_norm": ("x", "weight", "eps"),
-    "swiglu": ("x", "gate"),
     "layer_norm": ("x", "weight", "bias", "eps"),
     "gelu": ("x", "approximate"),
     "attention": ("q", "k", "v", "scale", "queries"),
+    "rotary": ("x", "table", "prefix", "pairing"),
+    "swiglu": ("x", "gate"),
 }
 
 

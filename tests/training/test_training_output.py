@@ -22,6 +22,7 @@ from vit import tasks
 from vit.cli import main
 from vit.tasks.classification import wilson
 from vit.training import Run, TrainConfig, TrainResult, train
+from vit.training.config import from_mapping, recipe_options
 from vit.training.optim import used_decay
 from vit.training.progress import Lines
 from vit.training.recipes import get_recipe, recipes
@@ -227,13 +228,23 @@ def test_what_is_better() -> None:
 
 
 def test_recipes_are_files(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(recipes()) == ["digits", "folder", "mnist"]
+    assert {"digits", "folder", "mnist", "kaggle_digits", "cifar10", "deit3_s16_in1k", "linear_probe"} <= set(recipes())
     assert main(["train", "--list-recipes"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(recipes())
     assert main(["train", "--list-recipes", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["mnist"]["options"] == get_recipe("mnist").options
+    listed = {recipe["name"]: recipe for recipe in json.loads(capsys.readouterr().out)}
+    assert list(listed) == list(recipes())
+    assert all(recipe.keys() >= {"task", "data", "metric", "expected", "minutes"} for recipe in listed.values())
+    assert listed["mnist"]["options"] == get_recipe("mnist").options
     assert main(["train", "--recipe", "mnits"]) == 1
-    assert "there is no recipe 'mnits'; known are digits, folder, mnist" in capsys.readouterr().err
+    assert "there is no recipe 'mnits'; known are cifar10, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_a_recipe_says_what_its_model_and_schedule_are(name: str) -> None:
+    config = from_mapping(recipe_options(name), name)
+    assert None not in (config.epochs, config.batch_size, config.lr, config.warmup_epochs, config.augment)
+    vit.create(config.model, device="meta", num_classes=10, **config.arch)
 
 
 def test_the_printed_configuration_is_the_one_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ def _split_of(name: str) -> str | None:
 def _refuse_splits_as_classes(root: Path, folders: Sequence[Path]) -> None:
     """Two splits by other names, or without class folders, would be told from each other. Classes such as bullet_train
     and test_tube are a small part of theirs, so it takes half of the folders."""
-    named = {entry: split for entry in folders if (split := _split_word(entry.name))}
+    named = {entry: split for entry in folders if (split := split_word(entry.name))}
     if len(set(named.values())) < 2 or 2 * len(named) < len(folders):
         return
     names = " and ".join(f"{printable(entry.name)}/" for entry in named)
@@ -130,13 +130,13 @@ def _refuse_parts_as_classes(root: Path, folders: Sequence[Path]) -> None:
     if len(common) < 2:
         return
     raise DataError(
-        f"vit: {_shown(root)} has {printable(parts[0].name)}/ to {printable(parts[-1].name)}/, which would be taken for "
-        f"classes, with {listed(common)} in each. If they are parts of one data set, put what is trained on below "
+        f"vit: {_shown(root)} has {printable(parts[0].name)}/ to {printable(parts[-1].name)}/, which would be taken "
+        f"for classes, with {listed(common)} in each. If they are parts of one data set, put what is trained on below "
         f"train/ and the rest below val/ or test/; if they are classes, give them other names. {ALLOWED}"
     )
 
 
-def _split_word(name: str) -> str | None:
+def split_word(name: str) -> str | None:
     """The split that a word in the name means: seg_train, TestImages, val2017."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
     return next((split for word in words if (split := _SPLIT_WORDS.get(word.lower()))), None)

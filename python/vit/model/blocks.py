@@ -90,7 +90,7 @@ class Attention(CallsOps, nn.Module):
         """q, k, v [B, H, N, D] -> [B, N, H, D]."""
         if not self.fused_attn:
             scores = q * self.scale @ k.transpose(-2, -1)
-            probabilities = _masked(scores, attn_mask, is_causal).softmax(dim=-1)
+            probabilities = masked_scores(scores, attn_mask, is_causal).softmax(dim=-1)
             return (self.attn_drop(probabilities) @ v).transpose(1, 2)
         rate = self.attn_drop.p if self.training else 0.0
         if isinstance(q, Tensor) and watching_functions():
@@ -107,7 +107,7 @@ class Attention(CallsOps, nn.Module):
         return untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)
 
 
-def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+def masked_scores(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """scores [B, H, N, N] with what may not be seen at minus infinity; a floating-point mask is added."""
     if is_causal:
         attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()

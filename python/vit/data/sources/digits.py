@@ -6,8 +6,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..support.extras import require
-from .samples import Samples, Source
+from ...support.extras import require
+from ..format import Format
+from ..samples import Samples, Source
 
 
 @lru_cache(maxsize=1)
@@ -18,3 +19,12 @@ def digits() -> Source:
     labels = bunch.target.astype(np.int64)
     samples = Samples(images, labels, [str(i) for i in range(len(labels))])
     return Source("digits", "digits", tuple(str(name) for name in bunch.target_names), {"train": samples})
+
+
+FORMAT = Format(
+    about="digits",
+    recognizes=lambda data: data == "digits",
+    open=lambda data, request: digits(),
+    recipe=lambda data: "digits",
+    rank=0,
+)
