@@ -245,7 +245,7 @@ def test_memory_grows_with_the_batch_and_not_the_weights(capsys: pytest.CaptureF
 def test_info_tells_where_weights_come_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "vit_small_patch14_reg4_dinov2.lvd142m", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["parameters"] == sum(layers["parameters"] for layers in found["layers"]) == 22_056_576
+    assert found["parameters"] == sum(layers["parameters"] for layers in found["layers"]) == 22_057_344
     assert found["macs"] == sum(layers["macs"] for layers in found["layers"])
     assert found["hub"] == "timm/vit_small_patch14_reg4_dinov2.lvd142m"
     assert (found["license"], found["paper"]) == ("apache-2.0", "https://arxiv.org/abs/2309.16588")

@@ -102,8 +102,8 @@ def _model(name: str, batch: int, backend: str, as_json: bool) -> int:
     table((title, "MB"), [(text, f"{value / 1e6:,.1f}") for text, value in memory.items()], sys.stdout)
     print()
     facts = {key: value for key, value in published.items() if key not in ("arch", "preprocess")}
-    rows = [(key, _text(value)) for key, value in (facts | published["preprocess"]).items() if value is not None]
-    table(("weights", ""), rows, sys.stdout, left=2)
+    lines = [(key, _text(value)) for key, value in (facts | published["preprocess"]).items() if value is not None]
+    table(("weights", ""), lines, sys.stdout, left=2)
     return 0
 
 

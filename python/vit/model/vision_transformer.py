@@ -94,7 +94,12 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         positional = dict(zip(self.ARGUMENTS, sizes, strict=False))
         if twice := sorted(positional.keys() & arch.keys()):
             raise TypeError(f"vit: VisionTransformer got {', '.join(twice)} twice")
-        self.options = o = self.Options(**self.spelled(positional | arch))
+        if len(sizes) > len(positional):
+            raise TypeError(f"vit: {type(self).__name__} takes {len(positional)} arguments, got {len(sizes)}")
+        arch = self.spelled(positional | arch)
+        if unknown := [key for key in arch if key not in self.ARGUMENTS]:
+            raise TypeError(f"vit: {type(self).__name__} has no argument {', '.join(map(repr, unknown))}")
+        self.options = o = self.Options(**arch)
         self.name, self.backend = name, backend
         self.num_classes = o.num_classes
         self.embed_dim = self.num_features = self.head_hidden_size = o.embed_dim
