@@ -27,6 +27,7 @@ namespace codes {
 #define VIT_ENUMERATOR(key, code) key = code,
 enum class DType : int32_t { VIT_DTYPES(VIT_ENUMERATOR) };
 enum class Activation : int32_t { VIT_ACTIVATIONS(VIT_ENUMERATOR) };
+enum class Pairing : int32_t { VIT_PAIRINGS(VIT_ENUMERATOR) };
 #undef VIT_ENUMERATOR
 }  // namespace codes
 
@@ -66,6 +67,7 @@ void add(Function& f, std::size_t offset, const int64_t&) { f.fields.push_back({
 void add(Function& f, std::size_t offset, const double&) { f.fields.push_back({Kind::number, offset}); }
 void add(Function& f, std::size_t offset, const DType&) { f.fields.push_back({Kind::code, offset}); }
 void add(Function& f, std::size_t offset, const Activation&) { f.fields.push_back({Kind::code, offset}); }
+void add(Function& f, std::size_t offset, const Pairing&) { f.fields.push_back({Kind::code, offset}); }
 void add(Function& f, std::size_t offset, const Context&) { f.fields.push_back({Kind::context, offset}); }
 void add(Function& f, std::size_t offset, const int64_t (&)[6]) { f.fields.push_back({Kind::integer, offset, 6}); }
 void add_strided(Function& f, std::size_t offset, std::size_t strides, int count) {
@@ -260,6 +262,10 @@ PYBIND11_MODULE(VIT_MODULE, m) {
   {
     using Enum = codes::Activation;
     py::native_enum<Enum>(m, "Activation", "enum.IntEnum") VIT_ACTIVATIONS(VIT_VALUE).finalize();
+  }
+  {
+    using Enum = codes::Pairing;
+    py::native_enum<Enum>(m, "Pairing", "enum.IntEnum") VIT_PAIRINGS(VIT_VALUE).finalize();
   }
 
   // Of this module as long as the process lives.

@@ -43,6 +43,17 @@ void check_activation(const char* op, Activation activation, bool none) {
   fail(op, "activation is " + std::to_string(static_cast<int>(activation)) + "; allowed are " + allowed);
 }
 
+void check_pairing(const char* op, Pairing pairing) {
+#define VIT_KNOWN(name, value) case Pairing::name:
+  switch (pairing) { VIT_PAIRINGS(VIT_KNOWN) return; }
+#undef VIT_KNOWN
+  std::string allowed;
+#define VIT_LIST(name, value) allowed += (allowed.empty() ? "" : ", ") + std::to_string(value) + " (" #name ")";
+  VIT_PAIRINGS(VIT_LIST)
+#undef VIT_LIST
+  fail(op, "pairing is " + std::to_string(static_cast<int>(pairing)) + "; allowed are " + allowed);
+}
+
 void check_context(const char* op, const Context& context) {
   if (context.num_threads < 1)
     fail(op, "num_threads is " + std::to_string(context.num_threads) + "; at least 1 is needed");
@@ -68,6 +79,11 @@ struct Pointer {
 void check_pointers(const char* op, std::initializer_list<Pointer> pointers) {
   for (const Pointer& pointer : pointers)
     if (pointer.needed && !pointer.value) fail(op, std::string(pointer.name) + " is null");
+}
+
+void check_rotary(const char* op, int64_t N, int64_t D, int64_t prefix) {
+  if (D % 2) fail(op, "D is " + std::to_string(D) + "; pairs need an even one");
+  if (prefix > N) fail(op, "prefix is " + std::to_string(prefix) + "; there are " + std::to_string(N) + " tokens");
 }
 
 }  // namespace
@@ -96,6 +112,28 @@ void check(const LayerNormBwd& p) {
                       {"workspace", p.workspace, work && (p.dweight || p.dbias)}});
 }
 
+void check(const RmsNormFwd& p) {
+  const char* op = "rms_norm_fwd";
+  check_dtype(op, p.dtype);
+  check_other_dtype(op, "param_dtype", p.param_dtype, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"M", p.M}, {"C", p.C}});
+  const bool work = p.M && p.C;
+  check_pointers(op, {{"x", p.x, work}, {"y", p.y, work}});
+}
+
+void check(const RmsNormBwd& p) {
+  const char* op = "rms_norm_bwd";
+  check_dtype(op, p.dtype);
+  check_other_dtype(op, "param_dtype", p.param_dtype, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"M", p.M}, {"C", p.C}});
+  const bool work = p.M && p.C;
+  check_pointers(
+      op,
+      {{"dy", p.dy, work}, {"x", p.x, work}, {"rstd", p.rstd, work}, {"workspace", p.workspace, work && p.dweight}});
+}
+
 void check(const GeluFwd& p) {
   const char* op = "gelu_fwd";
   check_dtype(op, p.dtype);
@@ -112,6 +150,25 @@ void check(const GeluBwd& p) {
   check_context(op, p.context);
   check_sizes(op, {{"n", p.n}});
   check_pointers(op, {{"dy", p.dy, p.n > 0}, {"x", p.x, p.n > 0}, {"dx", p.dx, p.n > 0}});
+}
+
+void check(const SwigluFwd& p) {
+  const char* op = "swiglu_fwd";
+  check_dtype(op, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"M", p.M}, {"C", p.C}});
+  const bool work = p.M && p.C;
+  check_pointers(op, {{"x", p.x, work}, {"gate", p.gate, work}, {"y", p.y, work}});
+}
+
+void check(const SwigluBwd& p) {
+  const char* op = "swiglu_bwd";
+  check_dtype(op, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"M", p.M}, {"C", p.C}});
+  const bool work = p.M && p.C;
+  check_pointers(
+      op, {{"dy", p.dy, work}, {"x", p.x, work}, {"gate", p.gate, work}, {"dx", p.dx, work}, {"dgate", p.dgate, work}});
 }
 
 void check(const MatmulFwd& p) {
@@ -154,11 +211,41 @@ void check(const LinearBwd& p) {
   check_sizes(op, {{"M", p.M}, {"N", p.N}, {"K", p.K}});
   const bool work = p.M && p.N;
   const bool activation = p.activation != Activation::none;
-  if (!activation && p.preact) fail(op, "preact is given although activation is 0 (none)");
+  if (!activation && !p.dscale && p.preact)
+    fail(op, "preact is given although activation is 0 (none) and dscale is null");
   check_pointers(op, {{"dy", p.dy, work},
-                      {"preact", p.preact, work && activation},
+                      {"preact", p.preact, work && (activation || p.dscale)},
                       {"x", p.x, work && p.K && p.dweight},
                       {"weight", p.weight, work && p.K && p.dx}});
+}
+
+void check(const RotaryFwd& p) {
+  const char* op = "rotary_fwd";
+  check_dtype(op, p.dtype);
+  check_other_dtype(op, "param_dtype", p.param_dtype, p.dtype);
+  check_pairing(op, p.pairing);
+  check_context(op, p.context);
+  check_sizes(op, {{"B", p.B}, {"N", p.N}, {"H", p.H}, {"D", p.D}, {"prefix", p.prefix}});
+  check_rotary(op, p.N, p.D, p.prefix);
+  const bool work = p.B && p.N && p.H && p.D;
+  check_pointers(op, {{"x", p.x.data, work}, {"table", p.table.data, work && p.prefix < p.N}, {"y", p.y.data, work}});
+}
+
+void check(const RotaryBwd& p) {
+  const char* op = "rotary_bwd";
+  check_dtype(op, p.dtype);
+  check_other_dtype(op, "param_dtype", p.param_dtype, p.dtype);
+  check_pairing(op, p.pairing);
+  check_context(op, p.context);
+  check_sizes(op, {{"B", p.B}, {"N", p.N}, {"H", p.H}, {"D", p.D}, {"prefix", p.prefix}});
+  check_rotary(op, p.N, p.D, p.prefix);
+  if (p.table_B != 1 && p.table_B != p.B)
+    fail(op, "table_B is " + std::to_string(p.table_B) + "; allowed are 1 and B, " + std::to_string(p.B));
+  if (p.table_H != 1 && p.table_H != p.H)
+    fail(op, "table_H is " + std::to_string(p.table_H) + "; allowed are 1 and H, " + std::to_string(p.H));
+  const bool work = p.B && p.N && p.H && p.D, turned = work && p.prefix < p.N;
+  check_pointers(
+      op, {{"dy", p.dy.data, work}, {"x", p.x.data, turned && p.dtable}, {"table", p.table.data, turned && p.dx.data}});
 }
 
 void check(const AttentionFwd& p) {

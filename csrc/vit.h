@@ -13,7 +13,8 @@
 // acc          the accumulator type of a dtype: float64 for float64, else float32. Statistics (mean, rstd, lse)
 //              have it.
 // Ownership    the caller owns all memory, the workspace included: <op>_<direction>_workspace(params) says how many
-//              bytes (64-byte aligned) and looks at sizes, strides, dtypes and context only, never at pointers.
+//              bytes (64-byte aligned) and looks at sizes, strides, dtypes, context and whether linear has a scale,
+//              never at other pointers.
 // Behaviour    kernels never allocate device memory, print, exit or synchronise. A bad argument throws vit::Error with
 //              the op, the name and the value. Results depend neither on num_threads nor on what else is in the batch:
 //              the order of every sum follows from N, K, dtype and architecture alone. No atomics on results.
@@ -31,7 +32,7 @@
 namespace vit {
 
 // Raised by one whenever a struct or function below changes: Python refuses a module built from another number.
-inline constexpr int kContract = 3;
+inline constexpr int kContract = 4;
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -96,7 +97,32 @@ struct LayerNormBwd {
   Context context;
 };
 
-// gelu: y = x * Phi(x) (Activation::gelu) or its tanh approximation (Activation::gelu_tanh).
+// rms_norm: y = x * rstd * weight over the last dimension, rstd = 1 / sqrt(mean(x^2) + eps).
+struct RmsNormFwd {
+  const void* x;       // [M, C] rows x_stride apart, elements of a row adjacent
+  const void* weight;  // [C] param_dtype, may be null: 1
+  void* y;             // [M, C]
+  void* rstd;          // [M] acc, may be null: not wanted
+  int64_t M, C, x_stride;
+  double eps;
+  DType dtype, param_dtype;
+  Context context;
+};
+
+struct RmsNormBwd {
+  const void* dy;      // [M, C]
+  const void* x;       // [M, C] rows x_stride apart
+  const void* weight;  // [C] param_dtype, may be null: 1
+  const void* rstd;    // [M] acc
+  void* dx;            // [M, C], may be null: not wanted
+  void* dweight;       // [C] param_dtype, may be null
+  void* workspace;     // rms_norm_bwd_workspace bytes
+  int64_t M, C, x_stride;
+  DType dtype, param_dtype;
+  Context context;
+};
+
+// gelu: y = x * F(x), F the normal distribution function or what an Activation has in its place (codes.h).
 struct GeluFwd {
   const void* x;  // [n]
   void* y;        // [n]
@@ -112,6 +138,27 @@ struct GeluBwd {
   void* dx;        // [n]
   int64_t n;
   Activation activation;
+  DType dtype;
+  Context context;
+};
+
+// swiglu: y = silu(gate) * x, silu(g) = g / (1 + exp(-g)). x and gate may be the halves of one packed projection.
+struct SwigluFwd {
+  const void* x;     // [M, C] rows x_stride apart, elements of a row adjacent
+  const void* gate;  // [M, C] rows gate_stride apart
+  void* y;           // [M, C]
+  int64_t M, C, x_stride, gate_stride;
+  DType dtype;
+  Context context;
+};
+
+struct SwigluBwd {
+  const void* dy;    // [M, C]
+  const void* x;     // [M, C] rows x_stride apart
+  const void* gate;  // [M, C] rows gate_stride apart
+  void* dx;          // [M, C] rows dx_stride apart; both gradients are always computed
+  void* dgate;       // [M, C] rows dgate_stride apart
+  int64_t M, C, x_stride, gate_stride, dx_stride, dgate_stride;
   DType dtype;
   Context context;
 };
@@ -139,11 +186,12 @@ struct MatmulBwd {
   Context context;
 };
 
-// linear: y = activation(x weight^T + bias) + residual.
+// linear: y = scale * activation(x weight^T + bias) + residual.
 struct LinearFwd {
   const void* x;         // [M, K] rows x_stride apart
   const void* weight;    // [N, K] param_dtype, rows weight_stride apart
   const void* bias;      // [N] param_dtype, may be null: 0
+  const void* scale;     // [N] acc, may be null: 1
   const void* residual;  // [M, N] out_dtype, may be null: 0
   void* y;               // [M, N] out_dtype; may be the residual itself
   void* preact;          // [M, N] dtype: x weight^T + bias, kept for the backward; may be null: not wanted
@@ -160,15 +208,44 @@ struct LinearBwd {
   const void* dy;      // [M, N] out_dtype
   const void* x;       // [M, K] rows x_stride apart; may be null when dweight is
   const void* weight;  // [N, K] param_dtype, rows weight_stride apart; may be null when dx is
-  const void* preact;  // [M, N] dtype, null exactly when activation is none
+  const void* scale;   // [N] acc, may be null: 1
+  const void* preact;  // [M, N] dtype, null exactly when activation is none and dscale is null
   void* dx;            // [M, K] dtype, may be null: not wanted
   void* dweight;       // [N, K] param_dtype, may be null
   void* dbias;         // [N] param_dtype, may be null
+  void* dscale;        // [N] acc, may be null
   void* workspace;     // linear_bwd_workspace bytes
   int64_t M, N, K;
   int64_t x_stride, weight_stride;
   Activation activation;
   DType dtype, param_dtype, out_dtype;
+  Context context;
+};
+
+// rotary: y = x cos + r(x) sin, where r gives each pair (a, b) of a head's elements as (-b, a); the first `prefix`
+// tokens are copied. The table holds D sines and D cosines for each of the other tokens, behind each other; a stride of
+// 0 over B or H shares one among them.
+struct RotaryFwd {
+  Heads x;         // [B, N, H, D], D even
+  Heads table;     // [B, N - prefix, H, 2 D] param_dtype
+  MutableHeads y;  // [B, N, H, D]; may be x itself
+  int64_t B, N, H, D, prefix;
+  Pairing pairing;
+  DType dtype, param_dtype;
+  Context context;
+};
+
+struct RotaryBwd {
+  Heads dy;         // [B, N, H, D]
+  Heads x;          // [B, N, H, D]; may be null when dtable is
+  Heads table;      // [B, N - prefix, H, 2 D] param_dtype
+  MutableHeads dx;  // [B, N, H, D], may be null: not wanted; may be dy itself when dtable is null
+  void* dtable;     // [table_B, table_H, N - prefix, 2 D] param_dtype, may be null
+  int64_t B, N, H, D;
+  int64_t table_B, table_H;  // 1, or B and H: how many samples and heads have a table of their own
+  int64_t prefix;
+  Pairing pairing;
+  DType dtype, param_dtype;
   Context context;
 };
 

@@ -13,8 +13,9 @@ PLAIN = sorted(
 
 
 def one_of_each_kind() -> list[str]:
-    """The narrowest name of each set of options."""
+    """The narrowest name of each set of a VisionTransformer's options."""
     found: dict[tuple[object, ...], str] = {}
     for name, entry in sorted(zoo.names().items(), key=lambda item: item[1].arch["embed_dim"]):
-        found.setdefault((entry.kind, *sorted(map(str, list(entry.arch.items())[5:]))), name)
+        if entry.kind in ("vit", "deit"):
+            found.setdefault((entry.kind, *sorted(map(str, list(entry.arch.items())[5:]))), name)
     return sorted(found.values())

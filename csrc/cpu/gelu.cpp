@@ -1,4 +1,4 @@
-// gelu: y = gelu(x), dx = dy gelu'(x), elementwise (formulas: activation.h).
+// gelu: y = f(x), dx = dy f'(x), elementwise, f an activation (formulas: activation.h).
 //
 // Saved for the backward: x. Threads take contiguous blocks of elements. Per element: 2 elements moved forward, 3
 // backward; about 30 (float32) or 20 (bfloat16) vector operations and one division.
@@ -22,23 +22,23 @@ VIT_INLINE void for_vectors(int threads, int64_t size, const F& f) {
   });
 }
 
-template <class T, bool kTanh>
+template <class T, Activation kActivation>
 void forward(const GeluFwd& p) {
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
   for_vectors<A>(p.context.num_threads, p.n,
-                 [=](int64_t i, int64_t n) { store<A>(y + i, gelu<T, kTanh>(load<A>(x + i, n)), n); });
+                 [=](int64_t i, int64_t n) { store<A>(y + i, activate<T, kActivation>(load<A>(x + i, n)), n); });
 }
 
-template <class T, bool kTanh>
+template <class T, Activation kActivation>
 void backward(const GeluBwd& p) {
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
   const T* dy = static_cast<const T*>(p.dy);
   T* dx = static_cast<T*>(p.dx);
   for_vectors<A>(p.context.num_threads, p.n, [=](int64_t i, int64_t n) {
-    store<A>(dx + i, load<A>(dy + i, n) * gelu_grad<T, kTanh>(load<A>(x + i, n)), n);
+    store<A>(dx + i, load<A>(dy + i, n) * activation_derivative<T, kActivation>(load<A>(x + i, n)), n);
   });
 }
 
@@ -46,29 +46,13 @@ void backward(const GeluBwd& p) {
 
 void gelu_fwd(const GeluFwd& p) {
   with_dtype(p.dtype, [&](auto t) {
-    using T = decltype(t);
-    switch (p.activation) {
-      case Activation::none:  // refused by check.cpp
-        return;
-      case Activation::gelu:
-        return forward<T, false>(p);
-      case Activation::gelu_tanh:
-        return forward<T, true>(p);
-    }
+    with_activation(p.activation, [&](auto f) { forward<decltype(t), decltype(f)::value>(p); });
   });
 }
 
 void gelu_bwd(const GeluBwd& p) {
   with_dtype(p.dtype, [&](auto t) {
-    using T = decltype(t);
-    switch (p.activation) {
-      case Activation::none:  // refused by check.cpp
-        return;
-      case Activation::gelu:
-        return backward<T, false>(p);
-      case Activation::gelu_tanh:
-        return backward<T, true>(p);
-    }
+    with_activation(p.activation, [&](auto f) { backward<decltype(t), decltype(f)::value>(p); });
   });
 }
 

@@ -1,30 +1,18 @@
-// linear: y = activation(x weight^T + bias) + residual.
+// linear: y = scale activation(x weight^T + bias) + residual.
 //
-//   dz = dy activation'(preact),  dx = dz weight,  dweight = dz^T x,  dbias = sum over rows of dz
+//   dz = scale dy activation'(preact),  dx = dz weight,  dweight = dz^T x,
+//   dbias = sum over rows of dz,  dscale = sum over rows of dy activation(preact)
 //
-// Saved for the backward: preact = x weight^T + bias, where there is an activation. 2 M N K FLOPs forward, twice that
-// backward. Products run as in gemm.h; bias, activation and residual are applied to a tile while it is in L1. The
-// backward first makes dz and the bias gradient in one pass over dy; each block of rows leaves its own partial sum of
-// dbias, and the blocks are added in order.
+// Saved for the backward: preact = x weight^T + bias, where there is an activation or the scale has a gradient. 2 M N K
+// FLOPs forward, twice that backward. Products run as in gemm.h; bias, activation, scale and residual are applied to a
+// tile while it is in L1. The backward first makes dz and the gradients of bias and scale in one pass over dy; each
+// block of rows leaves its own partial sums, and the blocks are added in order.
 #include "cpu/linear.h"
 
 #include "cpu/kernels.h"
 
 namespace vit::VIT_ISA {
 namespace {
-
-template <class T>
-VIT_INLINE Vec<Acc<T>> activation_derivative(Activation activation, Vec<Acc<T>> x) {
-  switch (activation) {
-    case Activation::none:
-      return broadcast(Acc<T>(1));
-    case Activation::gelu:
-      return gelu_grad<T, false>(x);
-    case Activation::gelu_tanh:
-      return gelu_grad<T, true>(x);
-  }
-  return x;
-}
 
 template <class T>
 Matrix<T> rows_of(const void* data, int64_t stride) {
@@ -56,25 +44,26 @@ void forward(const LinearFwd& p) {
   const Right<T, P> right{{static_cast<const P*>(p.weight), 1, p.weight_stride}, buffers.weight, p.K, p.N};
   const Left left = prepare_a(threads, rows_of<T>(p.x, p.x_stride), p.M, p.K, buffers.x);
   with_activation(p.activation, [&](auto activation) {
-    const Epilogue<T, O, decltype(activation)::value> epilogue{bias, static_cast<const O*>(p.residual),
-                                                               static_cast<O*>(p.y), static_cast<T*>(p.preact), p.N};
+    const Epilogue<T, O, decltype(activation)::value> epilogue{
+        bias, static_cast<const O*>(p.residual), static_cast<O*>(p.y), static_cast<T*>(p.preact),
+        p.N,  static_cast<const A*>(p.scale)};
     gemm(threads, left, right, p.M, epilogue);
   });
 }
 
-// Rows of one partial sum of dbias: at most 64 blocks, so that adding the blocks stays cheap.
+// Rows of one partial sum of dbias and dscale: at most 64 blocks, so that adding the blocks stays cheap.
 int64_t block_rows(int64_t M) { return max<int64_t>(32, ceil_div(M, 64)); }
 
 template <class T, class P>
 struct BackwardBuffers {
-  char *dz, *partial_bias, *packed, *left, *partial;
+  char *dz, *sums, *packed, *left, *partial;
   int64_t bytes;
 
   explicit BackwardBuffers(const LinearBwd& p, char* base) {
     const Matrix<T> dz_rows{nullptr, p.N, 1}, dz_columns{nullptr, 1, p.N};
     Arena arena{base};
     dz = arena.take(p.M * p.N * size_of(p.dtype));
-    partial_bias = arena.take(ceil_div(p.M, block_rows(p.M)) * p.N * acc_size(p.dtype));
+    sums = arena.take(2 * ceil_div(p.M, block_rows(p.M)) * p.N * acc_size(p.dtype));
     packed = arena.take(max(packed_b_bytes<T>(p.N, p.K), packed_b_bytes<T>(p.M, p.K)));
     left = arena.take(max(prepared_a_bytes(dz_rows, p.M, p.N), prepared_a_bytes(dz_columns, p.N, p.M)));
     partial = arena.take(partial_bytes<Acc<T>, P>(p.N, p.K));
@@ -82,26 +71,39 @@ struct BackwardBuffers {
   }
 };
 
-// dz = dy activation'(preact) into `dz` (null: dz is dy itself) and the sum of each block of rows into `partial_bias`
-// [blocks, N] (may be null).
+// Where make_dz leaves its results; null: not wanted.
+template <class T>
+struct Made {
+  T* dz;           // [M, N]; null: dz is dy itself
+  Acc<T>* dbias;   // [blocks, N], the sum of each block of rows
+  Acc<T>* dscale;  // likewise
+};
+
+// dz = scale dy activation'(preact), and the sums over dz and over dy activation(preact).
 template <class T, class O, Activation kActivation>
-void make_dz(const LinearBwd& p, T* dz, Acc<T>* partial_bias) {
+void make_dz(const LinearBwd& p, const Made<T>& made) {
   using A = Acc<T>;
   const O* dy = static_cast<const O*>(p.dy);
   const T* preact = static_cast<const T*>(p.preact);
+  const A* scale = static_cast<const A*>(p.scale);
   const int64_t rows = block_rows(p.M);
   parallel_for(p.context.num_threads, ceil_div(p.M, rows), [&](int64_t begin, int64_t end, int) {
     for (int64_t block = begin; block < end; ++block) {
-      A* total = partial_bias ? partial_bias + block * p.N : nullptr;
-      if (total) memset(total, 0, static_cast<size_t>(p.N) * sizeof(A));
+      A* dbias = made.dbias ? made.dbias + block * p.N : nullptr;
+      A* dscale = made.dscale ? made.dscale + block * p.N : nullptr;
+      if (dbias) memset(dbias, 0, static_cast<size_t>(p.N) * sizeof(A));
+      if (dscale) memset(dscale, 0, static_cast<size_t>(p.N) * sizeof(A));
       for (int64_t i = block * rows; i < min((block + 1) * rows, p.M); ++i)
         for (int64_t j = 0; j < p.N; j += kLanes<A>) {
           const int64_t n = p.N - j, at = i * p.N + j;
           Vec<A> v = load<A>(dy + at, n);
+          if (dscale)
+            store<A>(dscale + j, fma(v, activate<T, kActivation>(load<A>(preact + at, n)), load<A>(dscale + j, n)), n);
+          if (scale) v *= load<A>(scale + j, n);
           if constexpr (kActivation != Activation::none)
-            v *= activation_derivative<T>(kActivation, load<A>(preact + at, n));
-          if (dz) store<A>(dz + at, v, n);
-          if (total) store<A>(total + j, load<A>(total + j, n) + v, n);
+            v *= activation_derivative<T, kActivation>(load<A>(preact + at, n));
+          if (made.dz) store<A>(made.dz + at, v, n);
+          if (dbias) store<A>(dbias + j, load<A>(dbias + j, n) + v, n);
         }
     }
   });
@@ -121,15 +123,17 @@ void backward(const LinearBwd& p) {
   using A = Acc<T>;
   const int threads = p.context.num_threads;
   const BackwardBuffers<T, P> buffers(p, static_cast<char*>(p.workspace));
-  const bool dy_is_dz = p.activation == Activation::none && same<T, O>;
-  T* made = dy_is_dz ? nullptr : reinterpret_cast<T*>(buffers.dz);
-  A* partial_bias = p.dbias ? reinterpret_cast<A*>(buffers.partial_bias) : nullptr;
-  if (made || partial_bias)
-    with_activation(p.activation,
-                    [&](auto activation) { make_dz<T, O, decltype(activation)::value>(p, made, partial_bias); });
-  if (partial_bias) add_blocks(partial_bias, ceil_div(p.M, block_rows(p.M)), p.N, static_cast<P*>(p.dbias));
+  const bool dy_is_dz = p.activation == Activation::none && !p.scale && same<T, O>;
+  const int64_t blocks = ceil_div(p.M, block_rows(p.M));
+  A* sums = reinterpret_cast<A*>(buffers.sums);
+  const Made<T> made{dy_is_dz ? nullptr : reinterpret_cast<T*>(buffers.dz), p.dbias ? sums : nullptr,
+                     p.dscale ? sums + blocks * p.N : nullptr};
+  if (made.dz || made.dbias || made.dscale)
+    with_activation(p.activation, [&](auto activation) { make_dz<T, O, decltype(activation)::value>(p, made); });
+  if (p.dbias) add_blocks(made.dbias, blocks, p.N, static_cast<P*>(p.dbias));
+  if (p.dscale) add_blocks(made.dscale, blocks, p.N, static_cast<A*>(p.dscale));
 
-  const T* dz = dy_is_dz ? static_cast<const T*>(p.dy) : made;
+  const T* dz = dy_is_dz ? static_cast<const T*>(p.dy) : made.dz;
   if (p.dx && p.M && p.K) {
     const Right<T, P> right{rows_of<P>(p.weight, p.weight_stride), buffers.packed, p.N, p.K};
     const Left left = prepare_a(threads, Matrix<T>{dz, p.N, 1}, p.M, p.N, buffers.left);

@@ -7,34 +7,12 @@
 namespace vit::VIT_ISA {
 
 // kCoarse: see gelu_coarse.
-template <class T, bool kCoarse = false>
-VIT_INLINE Vec<Acc<T>> activate(Activation activation, Vec<Acc<T>> x) {
-  switch (activation) {
-    case Activation::none:
-      return x;
-    case Activation::gelu:
-      if constexpr (kCoarse)
-        return gelu_coarse(x);
-      else
-        return gelu<T, false>(x);
-    case Activation::gelu_tanh:
-      return gelu<T, true>(x);
-  }
-  return x;
-}
-
-// Calls f(constant) with the activation known at compile time, so that a row is one branch-free loop.
-template <Activation kActivation>
-struct Constant {
-  static constexpr Activation value = kActivation;
-};
-template <class F>
-VIT_INLINE void with_activation(Activation activation, const F& f) {
-#define VIT_CALL(name, value) \
-  case Activation::name:      \
-    return f(Constant<Activation::name>{});
-  switch (activation) { VIT_ACTIVATIONS(VIT_CALL) }
-#undef VIT_CALL
+template <class T, Activation kActivation, bool kCoarse>
+VIT_INLINE Vec<Acc<T>> activate(Vec<Acc<T>> x) {
+  if constexpr (kCoarse && kActivation == Activation::gelu)
+    return gelu_coarse(x);
+  else
+    return activate<T, kActivation>(x);
 }
 
 template <class T, class O, Activation kActivation, bool kCoarse = false>
@@ -45,6 +23,7 @@ struct Epilogue {
   O* y;               // [M, N] likewise
   T* preact;          // [M, N] likewise, may be null
   int64_t stride;
+  const A* scale = nullptr;  // [N], may be null
 
   VIT_INLINE void ask(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
     const int64_t at = row * stride + column;
@@ -63,7 +42,8 @@ struct Epilogue {
         Vec<A> v = load<A>(tile.data + r * tile.stride + j);
         if (e.bias) v += load<A>(e.bias + tile.column + j, n);
         if (e.preact) store<A>(e.preact + at + j, v, n);
-        v = activate<T, kCoarse>(kActivation, v);
+        v = activate<T, kActivation, kCoarse>(v);
+        if (e.scale) v *= load<A>(e.scale + tile.column + j, n);
         if (e.residual) v += load<A>(e.residual + at + j, n);
         store<A>(e.y + at + j, v, n);
       }

@@ -1,5 +1,6 @@
-// GELU and its derivative on one accumulator. gelu: x Phi(x), Phi the normal distribution function; gelu_tanh:
-// x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+// Activations and their derivatives on one accumulator. gelu: x Phi(x), Phi the normal distribution function;
+// gelu_tanh: x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3); quick_gelu: x / (1 +
+// exp(-1.702 x)); silu: x / (1 + exp(-x)).
 //
 // float32 and float64 use erfc, exp and a division. The 16-bit types use Abramowitz and Stegun 7.1.26 for the tail
 // Phi(-|x|) = t P(t) exp(-x^2 / 2), t = 1 / (1 + 0.2316419 |x|), absolute error 7.5e-8: 14 instructions and two of the
@@ -82,6 +83,31 @@ __device__ inline A gelu_tanh_derivative(A x) {
   }
 }
 
+// c of the logistic function 1 / (1 + exp(-c x)).
+template <class A>
+inline constexpr A kQuick = A(1.702);
+
+template <class T, class A = Acc<T>>
+__device__ inline A logistic_gate(A u) {
+  if constexpr (sizeof(T) == 2)
+    return fast_reciprocal(1.0f + fast_exp2(-kLog2E * u));
+  else
+    return A(1) / (A(1) + exp(-u));
+}
+
+// The derivative of x / (1 + exp(-c x)).
+template <class T, class A = Acc<T>>
+__device__ inline A logistic_derivative(A x, A c) {
+  const A u = c * x;
+  if constexpr (sizeof(T) == 2) {
+    const A gate = logistic_gate<T>(u);
+    return gate + u * gate * (1 - gate);
+  } else {  // see gelu_tanh_derivative
+    const A e = exp(-fabs(u)), large = A(1) / (A(1) + e), small = e * large;
+    return (u < 0 ? small : large) + u * (large * small);
+  }
+}
+
 template <class T, class A = Acc<T>>
 __device__ inline A activate(Activation activation, A x) {
   switch (activation) {
@@ -91,6 +117,10 @@ __device__ inline A activate(Activation activation, A x) {
       return gelu<T>(x);
     case Activation::gelu_tanh:
       return gelu_tanh<T>(x);
+    case Activation::quick_gelu:
+      return x * logistic_gate<T>(kQuick<A> * x);
+    case Activation::silu:
+      return x * logistic_gate<T>(x);
   }
   return x;
 }
@@ -104,6 +134,10 @@ __device__ inline A activation_derivative(Activation activation, A x) {
       return gelu_derivative<T>(x);
     case Activation::gelu_tanh:
       return gelu_tanh_derivative<T>(x);
+    case Activation::quick_gelu:
+      return logistic_derivative<T>(x, kQuick<A>);
+    case Activation::silu:
+      return logistic_derivative<T>(x, A(1));
   }
   return 1;
 }

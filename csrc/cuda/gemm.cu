@@ -38,7 +38,7 @@ bool hopper_supports(const Gemm& g, const Context& context) {
   return path() == Path::automatic && has_hopper_kernels(context.device) && a.vectors && b.vectors &&
          (a.k_adjacent || !b.k_adjacent) && distinct(g.a) && distinct(g.b) && g.N % 8 == 0 && g.K >= 8 && fits(g.M) &&
          fits(g.N) && fits(g.K) && fits(g.batch) && is_aligned(g.out) && is_aligned(g.residual) &&
-         is_aligned(g.preact) && is_aligned(g.bias);
+         is_aligned(g.preact) && is_aligned(g.bias) && is_aligned(g.scale);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The one product behind matmul and linear, in every direction: for each batch
-//   z = sum over k of a[m, k] b[n, k],   preact = z + bias[n],   out = activation(preact) + residual.
+//   z = sum over k of a[m, k] b[n, k],   preact = z + bias[n],   out = scale[n] activation(preact) + residual.
 // An operand is any strided matrix; which of its two strides is 1 tells how it is loaded.
 #pragma once
 
@@ -23,6 +23,7 @@ struct Gemm {
   const void* bias = nullptr;  // [N] bias_dtype, may be null
   DType bias_dtype;
   Activation activation = Activation::none;
+  const void* scale = nullptr;     // [N] acc, may be null
   const void* residual = nullptr;  // [M, N] out_dtype, may be null; batch must be 1
   void* preact = nullptr;          // [M, N] dtype, may be null; batch must be 1
   void* out;                       // [batch, M, N] out_dtype
@@ -82,6 +83,7 @@ template <class T>
 struct Epilogue {
   using A = Acc<T>;
   Mixed<T> bias, residual, out;
+  const A* scale;
   T* preact;
   A* partial;  // [splits, batch, M, N] when K is split, else null
   int64_t M, N;
@@ -92,6 +94,7 @@ struct Epilogue {
       : bias(mixed<T>(g.bias, g.bias_dtype)),
         residual(mixed<T>(g.residual, g.out_dtype)),
         out(mixed<T>(g.out, g.out_dtype)),
+        scale(static_cast<const A*>(g.scale)),
         preact(static_cast<T*>(g.preact)),
         partial(g.splits > 1 ? static_cast<A*>(g.workspace) : nullptr),
         M(g.M),
@@ -104,7 +107,7 @@ struct Epilogue {
   static bool allows(const Gemm& g, int n) {
     return g.N % n == 0 && is_aligned(g.bias, n * bytes(g.bias_dtype)) &&
            is_aligned(g.residual, n * bytes(g.out_dtype)) && is_aligned(g.out, n * bytes(g.out_dtype)) &&
-           is_aligned(g.preact, n * sizeof(T));
+           is_aligned(g.preact, n * sizeof(T)) && is_aligned(g.scale, n * sizeof(A));
   }
 
   // Elements (row, column .. column + n - 1) of a plane: the batch, or split * batches + batch when K is split.
@@ -116,17 +119,23 @@ struct Epilogue {
 #pragma unroll
       for (int j = 0; j < n; ++j) z[j] += extra[j];
     }
-    finish((plane * M + row) * N + column, z);
+    finish((plane * M + row) * N + column, column, z);
   }
 
-  // The part after the bias, for elements i .. of out.
+  // The part after the bias, for elements i .. of out, of `column` and its neighbours.
   template <int n>
-  __device__ void finish(int64_t i, A (&z)[n]) const {
+  __device__ void finish(int64_t i, int64_t column, A (&z)[n]) const {
     if (partial) return store_vector(partial + i, z);
     if (preact) store_vector(preact + i, z);
     if (activation != Activation::none) {
 #pragma unroll
       for (int j = 0; j < n; ++j) z[j] = activate<T>(activation, z[j]);
+    }
+    if (scale) {
+      A factor[n];
+      load_vector(scale + column, factor);
+#pragma unroll
+      for (int j = 0; j < n; ++j) z[j] *= factor[j];
     }
     if (residual) {
       A extra[n];

@@ -131,7 +131,7 @@ __device__ inline void hopper_epilogue(const Epilogue<T>& e, const HopperPlace& 
 #pragma unroll
             for (int j = 0; j < 8; ++j) z[j] += bias[j];
           }
-          e.finish(index + down * e.N + right, z);
+          e.finish(index + down * e.N + right, column + right, z);
         }
 #pragma unroll
     for (int i = 0; i < kM / 64; ++i)

@@ -1,10 +1,10 @@
-// y = activation(x weight^T + bias) + residual, all of it in the epilogue of one product (gemm.cuh).
+// y = scale activation(x weight^T + bias) + residual, all of it in the epilogue of one product (gemm.cuh).
 //
-// Backward, with dz = dy activation'(preact):
-//   dx = dz weight,  dweight = dz^T x,  dbias = sum over rows of dz.
-// prepare_dz writes dz in the type of the products and sums its columns in the same pass (two reads, one write per
-// element); without an activation dy is dz. The sum over rows of dweight is cut into parts that are added in order.
-// 2 M N K FLOP per product.
+// Backward, with dz = scale dy activation'(preact):
+//   dx = dz weight,  dweight = dz^T x,  dbias = sum over rows of dz,  dscale = sum over rows of dy activation(preact).
+// prepare_dz writes dz in the type of the products and sums its columns, and those of dscale, in the same pass (two
+// reads, one write per element); without an activation and a scale dy is dz. The sum over rows of dweight is cut into
+// parts that are added in order. 2 M N K FLOP per product.
 #include "gemm.cuh"
 #include "reduce.cuh"
 
@@ -13,42 +13,60 @@ namespace {
 
 constexpr int kBlock = 256;
 
-// A block takes 32 * width columns; its 8 warps take rows 8 i + warp of partial i (reduce.cuh). dz and partial may be
-// null: not wanted.
+// to[column] = the sum of the 8 warps' shares of each column of a block. Called by the whole block.
+template <int width, class A>
+__device__ inline void sum_warps(const A (&share)[width], A* to, int64_t first, int64_t N) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  A* part = reinterpret_cast<A*>(shared_memory());  // [8][32 width]
+  __syncthreads();                                  // the sums before these may still be read
+#pragma unroll
+  for (int j = 0; j < width; ++j) part[(warp * 32 + lane) * width + j] = share[j];
+  __syncthreads();
+  for (int c = threadIdx.x; c < 32 * width && first + c < N; c += kBlock) {
+    A total = 0;
+    for (int k = 0; k < kPartialRows; ++k) total += part[k * 32 * width + c];
+    to[first + c] = total;
+  }
+}
+
+// What prepare_dz reads and leaves; null: not given, not wanted.
+template <class T>
+struct Prepare {
+  Mixed<T> dy;
+  const T* preact;
+  const Acc<T>* scale;
+  Activation activation;
+  T* dz;
+  Acc<T>*dbias, *dscale;  // [partials][N]
+};
+
+// A block takes 32 * width columns; its 8 warps take rows 8 i + warp of partial i (reduce.cuh).
 template <class T, int width>
-__global__ void __launch_bounds__(kBlock)
-    prepare_dz(Mixed<T> dy, const T* __restrict__ preact, Activation activation, T* __restrict__ dz,
-               Acc<T>* __restrict__ partial, int64_t M, int64_t N, int partials) {
+__global__ void __launch_bounds__(kBlock) prepare_dz(Prepare<T> p, int64_t M, int64_t N, int partials) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int i = blockIdx.x % partials;
-  const int64_t column = (static_cast<int64_t>(blockIdx.x / partials) * 32 + lane) * width;
-  A sum[width] = {};
+  const int64_t first = static_cast<int64_t>(blockIdx.x / partials) * 32 * width, column = first + lane * width;
+  A sum[width] = {}, scaled[width] = {}, scale[width];
+#pragma unroll
+  for (int j = 0; j < width; ++j) scale[j] = p.scale && column < N ? p.scale[column + j] : A(1);
   if (column < N)
     for (int64_t row = int64_t{i} * kPartialRows + warp; row < M; row += int64_t{partials} * kPartialRows) {
       A g[width], z[width];
-      dy.load(row * N + column, g);
-      if (preact) {
-        load_vector(preact + row * N + column, z);
+      p.dy.load(row * N + column, g);
+      if (p.preact) load_vector(p.preact + row * N + column, z);
 #pragma unroll
-        for (int j = 0; j < width; ++j) g[j] *= activation_derivative<T>(activation, z[j]);
+      for (int j = 0; j < width; ++j) {
+        if (p.dscale) scaled[j] += g[j] * activate<T>(p.activation, z[j]);
+        g[j] *= scale[j];
+        if (p.activation != Activation::none) g[j] *= activation_derivative<T>(p.activation, z[j]);
       }
-      if (dz) store_vector(dz + row * N + column, g);
+      if (p.dz) store_vector(p.dz + row * N + column, g);
 #pragma unroll
       for (int j = 0; j < width; ++j) sum[j] += g[j];
     }
-  if (!partial) return;
-  A* part = reinterpret_cast<A*>(shared_memory());  // [8][32 width]
-#pragma unroll
-  for (int j = 0; j < width; ++j) part[(warp * 32 + lane) * width + j] = sum[j];
-  __syncthreads();
-  for (int c = threadIdx.x; c < 32 * width; c += kBlock) {
-    const int64_t to = static_cast<int64_t>(blockIdx.x / partials) * 32 * width + c;
-    if (to >= N) return;
-    A total = 0;
-    for (int k = 0; k < kPartialRows; ++k) total += part[k * 32 * width + c];
-    partial[int64_t{i} * N + to] = total;
-  }
+  if (p.dbias) sum_warps(sum, p.dbias + int64_t{i} * N, first, N);
+  if (p.dscale) sum_warps(scaled, p.dscale + int64_t{i} * N, first, N);
 }
 
 // to[rows, columns] = from, rows from_stride apart: float32 parameters for products in another type.
@@ -100,19 +118,20 @@ struct BackwardPlan {
   bool prepare;   // prepare_dz has something to do
   int partials, splits;
   std::size_t workspace;
-  void *dz, *partial, *weight, *split_sums;
+  void *dz, *dbias, *dscale, *weight, *split_sums;
 };
 
 BackwardPlan plan(const LinearBwd& p, void* workspace) {
   BackwardPlan plan;
   const std::size_t acc = p.dtype == DType::float64 ? 8 : 4, MN = static_cast<std::size_t>(p.M * p.N);
-  plan.store_dz = (p.dx || p.dweight) && (p.activation != Activation::none || p.out_dtype != p.dtype);
-  plan.prepare = plan.store_dz || p.dbias;
+  plan.store_dz = (p.dx || p.dweight) && (p.activation != Activation::none || p.scale || p.out_dtype != p.dtype);
+  plan.prepare = plan.store_dz || p.dbias || p.dscale;
   plan.partials = partial_count(p.M);
   plan.splits = p.dweight ? gemm_splits(p.N, p.K, p.M) : 1;
   Carve carve = {static_cast<unsigned char*>(workspace)};
   plan.dz = carve.take(plan.store_dz ? MN * bytes(p.dtype) : 0);
-  plan.partial = carve.take(p.dbias ? plan.partials * p.N * acc : 0);
+  plan.dbias = carve.take(p.dbias ? plan.partials * p.N * acc : 0);
+  plan.dscale = carve.take(p.dscale ? plan.partials * p.N * acc : 0);
   plan.weight = carve.take(p.dx ? weight_bytes(p.N, p.K, p.dtype, p.param_dtype) : 0);
   plan.split_sums = carve.take(plan.splits > 1 ? plan.splits * p.N * p.K * acc : 0);
   plan.workspace = carve.used;
@@ -122,22 +141,24 @@ BackwardPlan plan(const LinearBwd& p, void* workspace) {
 template <class T>
 void run_prepare(const LinearBwd& p, const BackwardPlan& plan, const Launch& like) {
   constexpr int n = kVector<T>;
-  T* dz = static_cast<T*>(plan.dz);
-  Acc<T>* partial = static_cast<Acc<T>*>(plan.partial);
-  const Mixed<T> dy = mixed<T>(p.dy, p.out_dtype);
-  const T* preact = static_cast<const T*>(p.preact);
-  const bool vectors = p.N % n == 0 && is_aligned(p.dy) && is_aligned(p.preact) && is_aligned(dz);
+  using A = Acc<T>;
+  const Prepare<T> all = {
+      mixed<T>(p.dy, p.out_dtype), static_cast<const T*>(p.preact), static_cast<const A*>(p.scale), p.activation,
+      static_cast<T*>(plan.dz),    static_cast<A*>(plan.dbias),     static_cast<A*>(plan.dscale)};
+  const bool vectors = p.N % n == 0 && is_aligned(p.dy) && is_aligned(p.preact) && is_aligned(plan.dz);
   const auto go = [&](auto width) {
     constexpr int w = decltype(width)::value;
-    launch<prepare_dz<T, w>>({like.op, like.shape, like.context, divide_up(p.N, 32 * w) * plan.partials, kBlock,
-                              kBlock * w * sizeof(Acc<T>)},
-                             dy, preact, p.activation, dz, partial, p.M, p.N, plan.partials);
+    launch<prepare_dz<T, w>>(
+        {like.op, like.shape, like.context, divide_up(p.N, 32 * w) * plan.partials, kBlock, kBlock * w * sizeof(A)},
+        all, p.M, p.N, plan.partials);
   };
   if (vectors)
     go(std::integral_constant<int, n>{});
   else
     go(std::integral_constant<int, 1>{});
-  if (p.dbias) launch_sum_partials<T>(like, partial, mixed<T>(p.dbias, p.param_dtype), p.N, plan.partials, p.N);
+  if (p.dbias) launch_sum_partials<T>(like, all.dbias, mixed<T>(p.dbias, p.param_dtype), p.N, plan.partials, p.N);
+  if (p.dscale)
+    launch_sum_partials<T>(like, all.dscale, mixed<T>(p.dscale, DTypeOf<A>::value), p.N, plan.partials, p.N);
 }
 
 }  // namespace
@@ -152,7 +173,7 @@ std::size_t linear_fwd_workspace(const LinearFwd& p) {
 std::size_t linear_bwd_workspace(const LinearBwd& p) {
   LinearBwd all = p;  // the size is that of all gradients: which ones are wanted is in the pointers
   char wanted;
-  all.dx = all.dweight = all.dbias = &wanted;
+  all.dx = all.dweight = all.dbias = all.dscale = &wanted;
   return cuda::plan(all, nullptr).workspace;
 }
 
@@ -175,6 +196,7 @@ void linear_fwd(const LinearFwd& p) {
   g.bias = p.bias;
   g.bias_dtype = p.param_dtype;
   g.activation = p.activation;
+  g.scale = p.scale;
   g.residual = p.residual;
   g.preact = p.preact;
   g.out = p.y;

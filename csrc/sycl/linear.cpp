@@ -25,7 +25,16 @@ const Family kForward = {6, "linear.h", [](const std::vector<DType>& d) {
                            return names;
                          }};
 
-enum BackwardKernel { kMakeDz, kColumnSums, kPackWeightRows, kProductDx, kTransposeDz, kPackX, kProductDweight };
+enum BackwardKernel {
+  kMakeDz,
+  kColumnSums,
+  kPackWeightRows,
+  kProductDx,
+  kTransposeDz,
+  kPackX,
+  kProductDweight,
+  kScaleSums
+};
 const Family kBackward = {7, "linear.h", [](const std::vector<DType>& d) {
                             const DType acc = accumulator(d[0]);
                             return std::vector<std::string>{instance("linear_dz", {d[0], d[2]}),
@@ -34,7 +43,8 @@ const Family kBackward = {7, "linear.h", [](const std::vector<DType>& d) {
                                                             product_name(d[0], acc),
                                                             instance("linear_transpose", {acc}),
                                                             pack_right_name(d[0], acc, true),
-                                                            product_name(d[1], acc)};
+                                                            product_name(d[1], acc),
+                                                            instance("column_sums", {acc, acc})};
                           }};
 
 struct Forward {
@@ -54,8 +64,8 @@ struct Forward {
   }
 };
 
-// Rows of one partial sum of dbias: from M alone, so that the order of the sum never changes, and whole squares of the
-// transposition.
+// Rows of one partial sum of dbias and dscale: from M alone, so that the order of the sum never changes, and whole
+// squares of the transposition.
 int64_t partial_rows(int64_t M) { return ceil_div(std::max<int64_t>(32, ceil_div(M, 512)), 32) * 32; }
 
 // Partial sums that one sub-group of linear_transpose makes.
@@ -67,14 +77,14 @@ struct Backward {
   bool dz_is_dy;
   Operand weight, x;
   Shape dx, dweight;
-  char *dz, *partial, *packed, *transposed;
+  char *dz, *partial, *partial_scale, *packed, *transposed;
   int64_t bytes;
 
   Backward(const LinearBwd& p, char* base)
       : acc(accumulator(p.dtype)),
         rows(partial_rows(p.M)),
         units(ceil_div(p.M, rows)),
-        dz_is_dy(p.activation == Activation::none && p.out_dtype == acc),
+        dz_is_dy(p.activation == Activation::none && !p.scale && p.out_dtype == acc),
         weight{p.weight, 0, p.weight_stride, 1, p.param_dtype},
         x{p.x, 0, p.x_stride, 1, p.dtype},
         dx{1, p.M, p.K, p.N, acc},
@@ -83,6 +93,7 @@ struct Backward {
     Arena arena{base};
     dz = arena.take(dz_is_dy ? 0 : p.M * p.N * size);
     partial = arena.take(units * p.N * size);
+    partial_scale = arena.take(units * p.N * size);
     packed = arena.take(std::max(packed_right_bytes(p.context, weight, dx), packed_right_bytes(p.context, x, dweight)));
     transposed = arena.take(p.M * p.N * size);
     bytes = arena.used;
@@ -104,9 +115,9 @@ void linear_fwd(const LinearFwd& p) {
   const Packed x = pack_left(call, bundle, kPackRows, f.x, f.shape, f.left);
   const int64_t units = product_units(call, f.shape);
   call.launch(bundle, kForwardProduct, units, x.data, weight.data, call.in(p.bias, p.N, param),
-              call.in(p.residual, p.M * p.N, result), call.out(p.y, p.M * p.N, result),
-              call.out(p.preact, p.M * p.N, size), static_cast<int>(p.M), static_cast<int>(p.N), static_cast<int>(p.K),
-              x.row, p.activation, units);
+              call.in(p.scale, p.N, size_of(accumulator(p.dtype))), call.in(p.residual, p.M * p.N, result),
+              call.out(p.y, p.M * p.N, result), call.out(p.preact, p.M * p.N, size), static_cast<int>(p.M),
+              static_cast<int>(p.N), static_cast<int>(p.K), x.row, p.activation, units);
   call.finish();
 }
 
@@ -119,12 +130,15 @@ void linear_bwd(const LinearBwd& p) {
   const void* dy = call.in(p.dy, p.M * p.N, result);
   void* made = b.dz_is_dy ? nullptr : b.dz;
   const void* dz = made ? made : dy;
-  void *partial = p.dbias ? b.partial : nullptr, *transposed = b.transposed;
+  const std::size_t acc = size_of(b.acc);
+  void *partial = p.dbias ? b.partial : nullptr, *partial_scale = p.dscale ? b.partial_scale : nullptr;
+  void* transposed = b.transposed;
   const bool transposes = p.dweight && p.N && p.K && p.M, sums_later = transposes && b.dz_is_dy;
   const int rows = static_cast<int>(b.rows);
-  if (p.N && (made || (partial && !sums_later)))
-    call.launch(bundle, kMakeDz, b.units, dy, call.in(p.preact, p.M * p.N, size), made, partial, static_cast<int>(p.M),
-                static_cast<int>(p.N), p.activation, rows, b.units);
+  if (p.N && (made || (partial && !sums_later) || partial_scale))
+    call.launch(bundle, kMakeDz, b.units, dy, call.in(p.preact, p.M * p.N, size), call.in(p.scale, p.N, acc), made,
+                sums_later ? nullptr : partial, partial_scale, static_cast<int>(p.M), static_cast<int>(p.N),
+                p.activation, rows, b.units);
   if (p.dx && p.M && p.K) {
     b.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), param);
     const Packed weight = pack_right(call, bundle, kPackWeightRows, b.weight, b.dx, b.packed);
@@ -135,6 +149,9 @@ void linear_bwd(const LinearBwd& p) {
     call.launch(bundle, kTransposeDz, units, dz, transposed, sums_later ? partial : nullptr, static_cast<int>(p.M),
                 static_cast<int>(p.N), rows, kChunks, units);
   }
+  if (p.dscale)
+    call.launch(bundle, kScaleSums, ceil_div(p.N, call.variant().lanes), static_cast<const void*>(partial_scale),
+                call.out(p.dscale, p.N, acc), b.units, static_cast<int>(p.N));
   if (p.dbias)
     call.launch(bundle, kColumnSums, ceil_div(p.N, call.variant().lanes), static_cast<const void*>(partial),
                 call.out(p.dbias, p.N, param), b.units, static_cast<int>(p.N));

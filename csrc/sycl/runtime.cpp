@@ -258,6 +258,12 @@ void* Call::out(void* p, int64_t elements, std::size_t size) {
   return copy;
 }
 
+void* Call::inout(void* p, int64_t elements, std::size_t size) {
+  const void* copy = staged_in(p, elements, size);
+  if (copy != p) copies_.back().host = p;
+  return const_cast<void*>(copy);
+}
+
 void* Call::scratch(void* workspace, std::size_t bytes) {
   if (!staged_ || bytes == 0) return workspace;
   void* memory = sycl::malloc_device(bytes, *queue_);

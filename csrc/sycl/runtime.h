@@ -51,6 +51,7 @@ class Call {
     return static_cast<const T*>(staged_in(p, elements, size));
   }
   void* out(void* p, int64_t elements, std::size_t size);
+  void* inout(void* p, int64_t elements, std::size_t size);  // for memory that is written in part
   void* scratch(void* workspace, std::size_t bytes);
 
   const Bundle& bundle(const Family&, const std::vector<DType>&);

@@ -51,8 +51,10 @@ def describe(op: str, *args: Any, **kwargs: Any) -> Call:
     elif op == "linear":
         shapes = {name: tuple(given[name].shape) for name in ("x", "weight")}
         options = {"activation": given.get("activation")}
-    elif op == "layer_norm":
+    elif op in ("layer_norm", "rms_norm"):
         shapes, options = {name: tuple(given[name].shape) for name in ("x", "weight")}, {}
+    elif op in ("rotary", "swiglu"):
+        shapes, options = {"x": tuple(given["x"].shape)}, {"pairing": given.get("pairing")}
     else:
         shapes, options = {"x": tuple(given["x"].shape)}, {"approximate": given.get("approximate", "none")}
     first = next(iter(shapes))
@@ -61,10 +63,13 @@ def describe(op: str, *args: Any, **kwargs: Any) -> Call:
 
 
 PARAMETERS = {
-    "linear": ("x", "weight", "bias", "activation", "residual"),
+    "linear": ("x", "weight", "bias", "activation", "residual", "scale"),
+    "rms_norm": ("x", "weight", "eps"),
     "layer_norm": ("x", "weight", "bias", "eps"),
     "gelu": ("x", "approximate"),
     "attention": ("q", "k", "v", "scale", "queries"),
+    "rotary": ("x", "table", "prefix", "pairing"),
+    "swiglu": ("x", "gate"),
 }
 
 
@@ -127,6 +132,10 @@ def checkpointed(model: nn.Module) -> None:
 RUNS = (forward_and_backward, evaluation, hooked, features, intermediates, checkpointed)
 
 ARCHS = [
+    {"qk_norm": True, "norm_layer": "rmsnorm", "init_values": 0.1, "act_layer": "quick_gelu"},
+    {"mlp_layer": "swiglu", "act_layer": "silu", "scale_mlp_norm": True, "global_pool": "map", "reg_tokens": 2},
+    {"mlp_layer": "swiglu_packed", "scale_attn_norm": True, "pre_norm": True, "no_embed_class": True},
+    {"act_layer": "silu", "embed_norm_layer": "rmsnorm", "dynamic_img_size": True, "global_pool": "avgmax"},
     {},
     {"global_pool": "avg"},
     {"global_pool": "avg", "class_token": False},

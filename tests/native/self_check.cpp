@@ -150,11 +150,17 @@ void layer_norm(const Case& c, int64_t M, int64_t C) {
 double activate(Activation activation, double x) {
   if (activation == Activation::gelu) return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
   if (activation == Activation::none) return x;
+  if (activation == Activation::quick_gelu) return x / (1 + std::exp(-1.702 * x));
+  if (activation == Activation::silu) return x / (1 + std::exp(-x));
   return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
 }
 
 double slope(Activation activation, double x) {
   if (activation == Activation::none) return 1;
+  if (activation == Activation::quick_gelu || activation == Activation::silu) {
+    const double c = activation == Activation::silu ? 1 : 1.702, gate = 1 / (1 + std::exp(-c * x));
+    return gate + c * x * gate * gate * std::exp(-c * x);
+  }
   if (activation == Activation::gelu)
     return 0.5 * std::erfc(-x / std::sqrt(2.0)) + x * std::exp(-x * x / 2) / std::sqrt(2 * M_PI);
   const double t = std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x));
@@ -175,7 +181,7 @@ void gelu(const Case& c, int64_t n, Activation activation) {
     ty[i] = activate(activation, xs[i]);
     tdx[i] = dys[i] * slope(activation, xs[i]);
   }
-  const std::string id = std::string(activation == Activation::gelu ? "gelu " : "gelu_tanh ") + std::to_string(n);
+  const std::string id = "activation " + std::to_string(static_cast<int>(activation)) + " " + std::to_string(n);
   expect(id + " y", y, ty, c.dtype);
   expect(id + " dx", dx, tdx, c.dtype);
 }
@@ -210,43 +216,148 @@ void matmul(const Case& c, int64_t batch, int64_t M, int64_t N, int64_t K) {
   expect(id + " db", db, tdb, c.dtype);
 }
 
+void swiglu(const Case& c, int64_t M, int64_t C) {
+  Array x = random(c.dtype, M * 2 * C), dy = random(c.dtype, M * C), y(c.dtype, M * C), dx(c.dtype, M * 2 * C);
+  const int64_t size = c.dtype == DType::float64 ? 8 : c.dtype == DType::float32 ? 4 : 2;
+  char *gates = static_cast<char*>(x.data()), *dgates = static_cast<char*>(dx.data());
+  swiglu_fwd({gates + C * size, gates, y.data(), M, C, 2 * C, 2 * C, c.dtype, c.context});
+  swiglu_bwd({dy.data(), gates + C * size, gates, dgates + C * size, dgates, M, C, 2 * C, 2 * C, 2 * C, 2 * C, c.dtype,
+              c.context});
+
+  const Values xs = x.values(), dys = dy.values();
+  Values ty(M * C), tdx(M * 2 * C);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t i = 0; i < C; ++i) {
+      const double gate = xs[m * 2 * C + i], value = xs[m * 2 * C + C + i], grad = dys[m * C + i];
+      ty[m * C + i] = activate(Activation::silu, gate) * value;
+      tdx[m * 2 * C + i] = grad * value * slope(Activation::silu, gate);
+      tdx[m * 2 * C + C + i] = grad * activate(Activation::silu, gate);
+    }
+  const std::string id = "swiglu " + std::to_string(M) + "x" + std::to_string(C);
+  expect(id + " y", y, ty, c.dtype);
+  expect(id + " dx", dx, tdx, c.dtype);
+}
+
+void rms_norm(const Case& c, int64_t M, int64_t C) {
+  Array x = random(c.dtype, M * C), w = random(c.dtype, C), dy = random(c.dtype, M * C), y(c.dtype, M * C);
+  Array dx(c.dtype, M * C), dw(c.dtype, C);
+  const DType acc = c.dtype == DType::float64 ? DType::float64 : DType::float32;
+  Array rstd(acc, M);
+  const double eps = 1e-6;
+  rms_norm_fwd({x.data(), w.data(), y.data(), rstd.data(), M, C, C, eps, c.dtype, c.dtype, c.context});
+  RmsNormBwd q{dy.data(), x.data(), w.data(), rstd.data(), dx.data(), dw.data(), nullptr,
+               M,         C,        C,        c.dtype,     c.dtype,   c.context};
+  const auto memory = workspace(rms_norm_bwd_workspace, q);
+  rms_norm_bwd(q);
+
+  const Values xs = x.values(), ws = w.values(), dys = dy.values();
+  Values ty(M * C), tdx(M * C), tdw(C);
+  double largest = 0;
+  for (int64_t m = 0; m < M; ++m) {
+    double squares = 0, mean = 0;
+    for (int64_t i = 0; i < C; ++i) squares += xs[m * C + i] * xs[m * C + i];
+    const double scale = 1 / std::sqrt(squares / C + eps);
+    largest = std::max(largest, scale);
+    for (int64_t i = 0; i < C; ++i) mean += dys[m * C + i] * ws[i] * xs[m * C + i] * scale / C;
+    for (int64_t i = 0; i < C; ++i) {
+      const double xhat = xs[m * C + i] * scale;
+      ty[m * C + i] = xhat * ws[i];
+      tdx[m * C + i] = scale * (dys[m * C + i] * ws[i] - xhat * mean);
+      tdw[i] += dys[m * C + i] * xhat;
+    }
+  }
+  const std::string id = "rms_norm " + std::to_string(M) + "x" + std::to_string(C);
+  expect(id + " y", y, ty, c.dtype);
+  expect(id + " dx", dx, tdx, c.dtype, largest);
+  expect(id + " dweight", dw, tdw, c.dtype);
+}
+
+// One table for all samples and heads; the first token stays.
+void rotary(const Case& c, int64_t B, int64_t N, int64_t H, int64_t D, Pairing pairing) {
+  const int64_t size = B * N * H * D, rows = N - 1;
+  Array x = random(c.dtype, size), table = random(c.dtype, rows * 2 * D), dy = random(c.dtype, size);
+  Array y(c.dtype, size), dx(c.dtype, size), dtable(c.dtype, rows * 2 * D);
+  const auto heads = [&](Array& a) { return Heads{a.data(), N * H * D, H * D, D}; };
+  const auto written = [&](Array& a) { return MutableHeads{a.data(), N * H * D, H * D, D}; };
+  const Heads angles{table.data(), 0, 2 * D, 0};
+  rotary_fwd({heads(x), angles, written(y), B, N, H, D, 1, pairing, c.dtype, c.dtype, c.context});
+  rotary_bwd({heads(dy), heads(x), angles, written(dx), dtable.data(), B, N, H, D, 1, 1, 1, pairing, c.dtype, c.dtype,
+              c.context});
+
+  const Values xs = x.values(), ts = table.values(), dys = dy.values();
+  Values ty = xs, tdx = dys, tdt(rows * 2 * D);
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t d = i % D, n = i / (H * D) % N, half = D / 2;
+    if (n == 0) continue;
+    const bool first = pairing == Pairing::half ? d < half : d % 2 == 0;
+    const int64_t partner = pairing == Pairing::half ? (first ? d + half : d - half) : d ^ 1, j = i - d + partner;
+    const double sign = first ? -1 : 1;
+    const int64_t sin = (n - 1) * 2 * D, cos = sin + D;
+    ty[i] = xs[i] * ts[cos + d] + sign * xs[j] * ts[sin + d];
+    tdx[i] = dys[i] * ts[cos + d] - sign * dys[j] * ts[sin + partner];
+    tdt[sin + d] += dys[i] * sign * xs[j];
+    tdt[cos + d] += dys[i] * xs[i];
+  }
+  const std::string id = "rotary " + std::to_string(D) + (pairing == Pairing::half ? " half" : " interleaved");
+  expect(id + " y", y, ty, c.dtype);
+  expect(id + " dx", dx, tdx, c.dtype);
+  expect(id + " dtable", dtable, tdt, c.dtype);
+}
+
 void linear(const Case& c, int64_t M, int64_t N, int64_t K, Activation activation) {
   const bool active = activation != Activation::none;
+  const DType acc = c.dtype == DType::float64 ? DType::float64 : DType::float32;
+  Array scale = random(acc, N), dscale(acc, N);
   Array x = random(c.dtype, M * K), w = random(c.dtype, N * K), b = random(c.dtype, N), r = random(c.dtype, M * N);
   Array dy = random(c.dtype, M * N), y(c.dtype, M * N), pre(c.dtype, M * N);
   Array dx(c.dtype, M * K), dw(c.dtype, N * K), db(c.dtype, N);
-  LinearFwd p{x.data(),   w.data(), b.data(), r.data(), y.data(), active ? pre.data() : nullptr, nullptr, M, N, K, K, K,
-              activation, c.dtype,  c.dtype,  c.dtype,  c.context};
+  LinearFwd p{x.data(), w.data(), b.data(), scale.data(), r.data(), y.data(), pre.data(), nullptr,  M, N,
+              K,        K,        K,        activation,   c.dtype,  c.dtype,  c.dtype,    c.context};
   const auto memory = workspace(linear_fwd_workspace, p);
   linear_fwd(p);
 
   const Values xs = x.values(), ws = w.values(), bs = b.values(), rs = r.values(), dys = dy.values();
-  Values tpre(M * N), ty(M * N), tdx(M * K), tdw(N * K), tdb(N);
+  const Values scales = scale.values();
+  Values tpre(M * N), ty(M * N), tdx(M * K), tdw(N * K), tdb(N), tds(N);
   for (int64_t m = 0; m < M; ++m)
     for (int64_t n = 0; n < N; ++n) {
       double sum = bs[n];
       for (int64_t k = 0; k < K; ++k) sum += xs[m * K + k] * ws[n * K + k];
       tpre[m * N + n] = sum;
-      ty[m * N + n] = activate(activation, sum) + rs[m * N + n];
+      ty[m * N + n] = scales[n] * activate(activation, sum) + rs[m * N + n];
     }
   const std::string id =
       "linear " + std::to_string(M) + "x" + std::to_string(N) + "x" + std::to_string(K) + (active ? " gelu" : "");
-  if (active) {
-    expect(id + " preact", pre, tpre, c.dtype);
-    pre = Array(c.dtype, tpre);  // the backward starts from the true value, so that its own error is what is seen
-  }
-  LinearBwd q{dy.data(), x.data(),   w.data(),  active ? pre.data() : nullptr,
-              dx.data(), dw.data(),  db.data(), nullptr,
-              M,         N,          K,         K,
-              K,         activation, c.dtype,   c.dtype,
-              c.dtype,   c.context};
+  expect(id + " preact", pre, tpre, c.dtype);
+  pre = Array(c.dtype, tpre);  // the backward starts from the true value, so that its own error is what is seen
+  LinearBwd q{dy.data(),
+              x.data(),
+              w.data(),
+              scale.data(),
+              pre.data(),
+              dx.data(),
+              dw.data(),
+              db.data(),
+              dscale.data(),
+              nullptr,
+              M,
+              N,
+              K,
+              K,
+              K,
+              activation,
+              c.dtype,
+              c.dtype,
+              c.dtype,
+              c.context};
   const auto more = workspace(linear_bwd_workspace, q);
   linear_bwd(q);
 
   const Values pres = pre.values();
   for (int64_t m = 0; m < M; ++m)
     for (int64_t n = 0; n < N; ++n) {
-      const double grad = dys[m * N + n] * (active ? slope(activation, pres[m * N + n]) : 1);
+      const double grad = scales[n] * dys[m * N + n] * (active ? slope(activation, pres[m * N + n]) : 1);
+      tds[n] += dys[m * N + n] * activate(activation, pres[m * N + n]);
       tdb[n] += grad;
       for (int64_t k = 0; k < K; ++k) {
         tdx[m * K + k] += grad * ws[n * K + k];
@@ -257,6 +368,8 @@ void linear(const Case& c, int64_t M, int64_t N, int64_t K, Activation activatio
   expect(id + " dx", dx, tdx, c.dtype);
   expect(id + " dweight", dw, tdw, c.dtype);
   expect(id + " dbias", db, tdb, c.dtype);
+  // float32 sums of activations that are exact to what rounds to bfloat16.
+  expect(id + " dscale", dscale, tds, c.dtype, 1, active && c.dtype == DType::bfloat16 ? 1e-4 : 0);
 }
 
 // q, k and v are views of one packed [B, N, 3, H, D] projection, and so are their gradients.
@@ -339,11 +452,17 @@ int main() {
       const Case c{dtype, {nullptr, 0, threads}};
       for (int64_t C : {1, 7, 64, 129}) layer_norm(c, 9, C);
       for (int64_t n : {1, 31, 1000})
-        for (Activation activation : {Activation::gelu, Activation::gelu_tanh}) gelu(c, n, activation);
+        for (Activation activation :
+             {Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu, Activation::silu})
+          gelu(c, n, activation);
+      for (int64_t C : {1, 7, 64, 129}) rms_norm(c, 9, C);
+      for (int64_t C : {1, 7, 64, 129}) swiglu(c, 9, C);
+      for (Pairing pairing : {Pairing::interleaved, Pairing::half})
+        for (int64_t D : {2, 20, 64}) rotary(c, 2, 5, 3, D, pairing);
       matmul(c, 1, 1, 1, 1);
       matmul(c, 2, 13, 17, 31);
       matmul(c, 1, 64, 96, 128);
-      for (Activation activation : {Activation::none, Activation::gelu, Activation::gelu_tanh}) {
+      for (Activation activation : {Activation::none, Activation::gelu, Activation::gelu_tanh, Activation::silu}) {
         linear(c, 1, 5, 3, activation);
         linear(c, 37, 41, 43, activation);
         linear(c, 64, 96, 64, activation);

@@ -60,11 +60,15 @@ def test_a_row_of_linear_does_not_depend_on_the_batch(backend, device, n, k, dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_of_layer_norm_gelu_and_matmul_does_not_depend_on_the_batch(backend, device, dtype):
+def test_a_row_of_norms_activations_and_matmul_does_not_depend_on_the_batch(backend, device, dtype):
     x, w = draw.randn(200, 97, device=device).to(dtype), draw.randn(97, 33, device=device).to(dtype)
     ones = torch.ones(97, device=device, dtype=dtype)
     for f in (
         lambda x: vit.ops.layer_norm(x, ones, ones, backend=backend),
+        lambda x: vit.ops.rms_norm(x, ones, backend=backend),
+        lambda x: vit.ops.swiglu(x[:, :96], backend=backend),
+        lambda x: vit.ops.rotary(x[:, None, None, :96], w.view(1, -1)[:, :192], pairing="half", backend=backend),
+        lambda x: vit.ops.linear(x, ones.expand(5, 97), scale=w[0, :5], activation="silu", backend=backend),
         lambda x: vit.ops.gelu(x, backend=backend),
         lambda x: vit.ops.gelu(x, "tanh", backend=backend),
         lambda x: vit.ops.matmul(x, w, backend=backend),

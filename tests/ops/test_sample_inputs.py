@@ -23,6 +23,7 @@ with warnings.catch_warnings():
 #: Op -> PyTorch's name of it, and how many of its samples must at least lie within the contract.
 NAMES = {
     "layer_norm": ("nn.functional.layer_norm", 3),
+    "rms_norm": ("nn.functional.rms_norm", 3),
     "gelu": ("nn.functional.gelu", 6),
     "matmul": ("matmul", 8),
     "linear": ("nn.functional.linear", 6),
@@ -39,6 +40,14 @@ def layer_norm(sample: SampleInput) -> tuple[Tensors, dict[str, Any]] | None:
     given = {"weight": weight is not None, "bias": bias is not None}
     tensors = {"x": sample.input} | {n: t for n, t in (("weight", weight), ("bias", bias)) if t is not None}
     return tensors, given | {"eps": eps}
+
+
+def rms_norm(sample: SampleInput) -> tuple[Tensors, dict[str, Any]] | None:
+    shape, weight, eps = _arguments(sample, ("normalized_shape", None), ("weight", None), ("eps", None))
+    if len(shape) != 1 or sample.input.dim() == 0:
+        return None
+    given = {"weight": weight is not None, "eps": torch.finfo(sample.input.dtype).eps if eps is None else eps}
+    return {"x": sample.input} | ({} if weight is None else {"weight": weight}), given
 
 
 def gelu(sample: SampleInput) -> tuple[Tensors, dict[str, Any]] | None:
@@ -80,7 +89,14 @@ def attention(sample: SampleInput) -> tuple[Tensors, dict[str, Any]] | None:
     return {"q": q.transpose(1, 2), "k": k.transpose(1, 2), "v": v.transpose(1, 2)}, {"scale": scale}
 
 
-WITHIN_CONTRACT = {"layer_norm": layer_norm, "gelu": gelu, "matmul": matmul, "linear": linear, "attention": attention}
+WITHIN_CONTRACT = {
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "gelu": gelu,
+    "matmul": matmul,
+    "linear": linear,
+    "attention": attention,
+}
 
 
 def _arguments(sample: SampleInput, *names: tuple[str, Any]) -> list[Any]:

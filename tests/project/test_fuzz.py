@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from pathlib import Path
 
 import pytest
 from conftest import USABLE
-from fuzz import native
 from fuzz.formats import FORMATS, Change, job_of
 from fuzz.run import fuzz
 from fuzz.worker import Worker
@@ -71,11 +69,3 @@ def test_results_that_are_or_are_not_the_seeds(worker, tmp_path):
     assert worker.run(job)[0] == "wrong silently"
     job = job_of("config", path, path, Change("", differs=("depth",)), "done") | {"use": "script"}
     assert worker.run(job) == ("wrong silently", "the change of depth changed nothing")
-
-
-@pytest.mark.sanitizer
-@pytest.mark.slow
-@pytest.mark.skipif(platform.system() != "Linux" or "cpu" not in USABLE, reason="needs the cpu backend on Linux")
-def test_the_c_api_under_sanitizers(tmp_path):
-    good, text = native.fuzz(tmp_path, tmp_path / "kept", seed=0)
-    assert good, text

@@ -163,7 +163,7 @@ ALLOWED = {
     "tests/training/test_training.py": (r"default_rng", "pixels of image files that are not looked at"),
     "tests/data/test_images.py": (r"default_rng", "damaged bytes, and pixels that two ways of resizing share"),
     "tests/data/test_preprocess.py": (r"default_rng", "noise, resized by two libraries"),
-    "tests/weights/test_weights_formats.py": (r"default_rng|RandomState", "pixels for two libraries, an object to pickle"),
+    "tests/weights/test_weights_formats.py": (r"default_rng|RandomState", "pixels for two readers, one object"),
     "tests/engine/test_engine.py": (r"default_rng", "which bytes of a header are flipped"),
     "tests/engine/test_engine_c.py": (r"default_rng", "images for two readers of one file"),
     "benchmarks/int8_spread.py": (r"default_rng", "images of a published table, which shows a spread over seeds"),

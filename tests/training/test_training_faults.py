@@ -266,6 +266,30 @@ def test_a_launcher_of_one_process_changes_nothing(
     train(dataclasses.replace(SMALL, epochs=1), out=tmp_path / "run")
 
 
+def test_ranks_stop_when_their_launcher_has_died(tmp_path: Path) -> None:
+    """torchrun killed outright leaves its ranks without anyone who could stop them."""
+    text = (
+        "import os, pathlib, time\n"
+        "from vit.training.interrupt import Signals\n"
+        "signals = Signals()\n"
+        "if os.fork() == 0:\n"
+        "    signals.launcher, before = os.getppid(), signals.asked\n"
+        "    pathlib.Path('ready').touch()\n"
+        "    end = time.monotonic() + 60\n"
+        "    while not signals.asked and time.monotonic() < end: time.sleep(0.01)\n"
+        "    pathlib.Path('new').write_text(f'{before} {signals.asked}')\n"
+        "    os.rename('new', 'result')\n"
+        "    os._exit(0)\n"
+        "while not os.path.exists('ready'): time.sleep(0.01)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", text], cwd=tmp_path, timeout=120)
+    result, end = tmp_path / "result", time.monotonic() + 60
+    while not result.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert result.read_text() == "False True"
+
+
 def test_accelerates_state_of_another_program_part_does_not_matter(tmp_path: Path) -> None:
     code = (
         "import sys, accelerate; from pathlib import Path; accelerate.Accelerator(cpu=True, mixed_precision='bf16', "
@@ -273,7 +297,8 @@ def test_accelerates_state_of_another_program_part_does_not_matter(tmp_path: Pat
         "import dataclasses; from training_helpers import SMALL; from vit.training import train\n"
         f"train(dataclasses.replace(SMALL, epochs=1), out=Path({str(tmp_path / 'other')!r}))"
     )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=120)
     same_bits(train(dataclasses.replace(SMALL, epochs=1), out=tmp_path / "plain").run, tmp_path / "other")
 

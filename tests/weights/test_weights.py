@@ -497,7 +497,7 @@ def test_names_that_do_not_fit_are_listed(saved):
     with pytest.raises(WeightsError, match=r"shape  .*blocks.0.mlp.fc1.weight \[256, 64\] instead of \[128, 64\]"):
         small(weights=saved, mlp_ratio=2.0)
     with pytest.raises(WeightsError, match=r"shape  .*patch_embed.proj.weight \[64, 3, 8, 8\] instead of"):
-        small(weights=saved, patch_size=4, img_size=16, embed_dim=32, num_heads=2)
+        small(weights=saved, patch_size=4, img_size=16, embed_dim=32, num_heads=2, num_classes=0)
 
 
 def test_archives_that_lack_a_part_name_it(tmp_path):

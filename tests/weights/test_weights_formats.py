@@ -142,17 +142,19 @@ def test_sizes_come_from_pretrained_cfg_as_in_timm(tmp_path):
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"model_args": {"init_values": 1e-5}}, "init_values"),
-        ({"model_args": {"reg_tokens": 4}}, "reg_tokens"),
-        ({"model_args": {"no_embed_class": True}}, "no_embed_class"),
-        ({"model_args": {"act_layer": "quick_gelu"}}, "act_layer"),
-        ({"model_args": {"qk_norm": True}}, "qk_norm"),
+        ({"model_args": {"init_values": "x"}}, "init_values"),
+        ({"model_args": {"reg_tokens": -4}}, "reg_tokens"),
+        ({"model_args": {"no_embed_class": 1}}, "no_embed_class"),
+        ({"model_args": {"act_layer": "relu"}}, "act_layer"),
+        ({"model_args": {"qk_norm": 0.5}}, "qk_norm"),
+        ({"model_args": {"mlp_layer": "moe"}}, "mlp_layer"),
+        ({"model_args": {"strict_img_size": False}}, "strict_img_size"),
         ({"model_args": {"attn_layer": "x"}}, "attn_layer"),
         ({"model_args": {"depth": "2"}}, "depth"),
         ({"model_args": [1]}, "model_args"),
-        ({"global_pool": "map"}, "global_pool"),
+        ({"global_pool": "rank"}, "global_pool"),
         ({"global_pool": 3}, "global_pool"),
-        ({"pretrained_cfg": {"crop_mode": "border"}}, "crop_mode"),
+        ({"pretrained_cfg": {"crop_mode": "pad"}}, "crop_mode"),
         ({"pretrained_cfg": {"std": [0, 1, 1]}}, "std"),
         ({"pretrained_cfg": {"mean": "x"}}, "mean"),
         ({"pretrained_cfg": {"classifier": "head.fc"}}, "classifier"),
@@ -288,9 +290,9 @@ def test_a_member_that_cannot_be_used_is_an_error(kind, tmp_path):
 
 
 def test_names_an_archive_should_not_have_are_reported(tmp_path):
-    arrays = big_vision(**GAP) | {"params/MAPHead_0/probe": np.zeros((1, 1, 32), np.float32)}
+    arrays = big_vision(**GAP) | {"params/MAPHead_1/probe": np.zeros((1, 1, 32), np.float32)}
     np.savez(tmp_path / "w.npz", **arrays)
-    with pytest.raises(WeightsError, match="unexpected  MAPHead_0/probe"):
+    with pytest.raises(WeightsError, match="unexpected  MAPHead_1/probe"):
         create(tmp_path / "w.npz")
 
 
@@ -352,7 +354,6 @@ def test_transformers_model_without_a_head(theirs, tmp_path, x, caplog):
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"hidden_act": "relu"}, "hidden_act"),
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"hidden_act": "swoosh"}, "hidden_act"),
         ({"hidden_act": 3}, "hidden_act"),
@@ -691,3 +692,23 @@ def test_a_class_token_that_is_missing_is_named():
         create(state)
     with pytest.raises(FileNotFoundError, match="the name is too long"):
         create("a" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("saved", "name"), [("safetensors", "w.bin"), ("zip", "w.safetensors"), ("old", "w.safetensors")]
+)
+def test_the_content_decides_where_the_suffix_is_another_kinds(saved, name, tmp_path):
+    state = noisy().state_dict()
+    if saved == "safetensors":
+        save_file(state, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=saved == "zip")
+    found = vit.create(NAME, backend="reference", weights=tmp_path / name, **A).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.npz"])
+def test_a_pointer_of_git_lfs_is_called_so(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(WeightsError, match=f"{name}.*pointer of Git LFS.*git lfs pull"):
+        vit.create(NAME, backend="reference", weights=tmp_path / name, **A)

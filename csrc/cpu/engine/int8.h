@@ -155,7 +155,7 @@ struct QuantizedEpilogue {
       const int64_t at = (tile.row + r) * e.stride + column;
       const i32v sum = load<int32_t>(tile.data + r * tile.stride + j) - offset;
       const f32v scale = e.row_scales[tile.row + r] * column_scale;
-      f32v v = activate<bf16, true>(kActivation, fma(__builtin_convertvector(sum, f32v), scale, shift));
+      f32v v = activate<bf16, kActivation, true>(fma(__builtin_convertvector(sum, f32v), scale, shift));
       if (e.residual) v += load<float>(e.residual + at, n);
       store<float>(e.y + at, v, n);
     }

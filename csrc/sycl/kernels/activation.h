@@ -1,8 +1,9 @@
-// GELU and its derivative on one accumulator.
+// Activations and their derivatives on one accumulator.
 //
 //   gelu       y = x Phi(x)              Phi(-a) = e^(-a^2/2) P(a) / Q(a) for a >= 0, a quotient of polynomials with
 //              positive coefficients only (nothing cancels), relative error 7e-9; float64 uses erfc.
 //   gelu_tanh  y = x / (1 + e^-2u)       u = sqrt(2 / pi) (x + 0.044715 x^3)
+//   quick_gelu y = x / (1 + e^-cx)       c = 1.702; silu: c = 1
 //
 // Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
 #pragma once
@@ -43,6 +44,22 @@ VIT_INLINE A tanh_gate(A x) {
   return A(1) / (A(1) + exponential(x * -(A(1.5957691216057308) + A(0.071354816272600248) * x * x)));
 }
 
+// 1 / (1 + e^-u)
+template <class A>
+VIT_INLINE A logistic(A u) {
+  return A(1) / (A(1) + exponential(-u));
+}
+
+// The derivative of x / (1 + e^-cx).
+template <class A>
+VIT_INLINE A logistic_derivative(A x, A c) {
+  const A limit = sizeof(A) == 8 ? A(350) : A(44);  // beyond it the derivative is 0 or 1
+  A u = c * x;
+  u = u > limit ? limit : u < -limit ? -limit : u;
+  const A gate = logistic(u);
+  return sycl::fma(gate * logistic(-u), u, gate);
+}
+
 template <class A>
 VIT_INLINE A gelu_derivative(A x) {
   const Normal<A> n = normal(x);
@@ -68,6 +85,10 @@ VIT_INLINE A activate(Activation activation, A x) {
       return x * normal(x).cdf;
     case Activation::gelu_tanh:
       return x * tanh_gate(x);
+    case Activation::quick_gelu:
+      return x * logistic(A(1.702) * x);
+    case Activation::silu:
+      return x * logistic(x);
   }
   return x;
 }
@@ -81,6 +102,10 @@ VIT_INLINE A activation_derivative(Activation activation, A x) {
       return gelu_derivative(x);
     case Activation::gelu_tanh:
       return gelu_tanh_derivative(x);
+    case Activation::quick_gelu:
+      return logistic_derivative(x, A(1.702));
+    case Activation::silu:
+      return logistic_derivative(x, A(1));
   }
   return A(1);
 }

@@ -1,11 +1,12 @@
-// linear: y = activation(x weight^T + bias) + residual.
+// linear: y = scale activation(x weight^T + bias) + residual.
 //
-//   dz = dy activation'(preact),  dx = dz weight,  dweight = dz^T x,  dbias = sum over rows of dz
+//   dz = scale dy activation'(preact),  dx = dz weight,  dweight = dz^T x,
+//   dbias = sum over rows of dz,  dscale = sum over rows of dy activation(preact)
 //
-// Saved for the backward: preact = x weight^T + bias, where there is an activation. Bias, activation and residual are
-// applied to a tile as it leaves the registers. The backward makes dz and the partial sums of dbias in one pass over
-// dy (where dz is dy: while it is transposed for dweight); column_sums adds the partial sums in order. Its two products
-// are those of matmul.h.
+// Saved for the backward: preact = x weight^T + bias, where there is an activation or the scale has a gradient. Bias,
+// activation, scale and residual are applied to a tile as it leaves the registers. The backward makes dz and the
+// partial sums of dbias and dscale in one pass over dy (where dz is dy, those of dbias while it is transposed for
+// dweight); column_sums adds the partial sums in order. Its two products are those of matmul.h.
 #pragma once
 
 #include "activation.h"
@@ -13,8 +14,8 @@
 #include "reduce.h"
 
 template <class T, class P, class O, class A>
-VIT_KERNEL linear_fwd(const A* x, const A* packed, const P* bias, const O* residual, O* y, T* preact, int M, int N,
-                      int K, int64 x_row, Activation activation, int64 units) {
+VIT_KERNEL linear_fwd(const A* x, const A* packed, const P* bias, const A* scale, const O* residual, O* y, T* preact,
+                      int M, int N, int K, int64 x_row, Activation activation, int64 units) {
   multiply<A>(x, packed, {M, N, K, x_row, 0, 0}, units, [=](int64, int row, int column, int lane, A value) VIT_ALWAYS {
     const int64 at = int64(row) * N + column;
     if (bias) {
@@ -26,6 +27,10 @@ VIT_KERNEL linear_fwd(const A* x, const A* packed, const P* bias, const O* resid
       store(p + lane, value);
     }
     value = activate(activation, value);
+    if (scale) {
+      const A* s = scale + column;
+      value *= s[lane];
+    }
     if (residual) {
       const O* r = residual + at;
       value += load<A>(r + lane);
@@ -35,23 +40,27 @@ VIT_KERNEL linear_fwd(const A* x, const A* packed, const P* bias, const O* resid
   });
 }
 
-// dz [M, N] (null: not wanted) and the sums of `rows` rows each, partial [units][N] (null likewise).
+// dz [M, N] (null: not wanted) and the sums of `rows` rows each, of dbias and of dscale, [units][N] (null likewise).
 template <class T, class O>
-VIT_KERNEL linear_dz(const O* dy, const T* preact, Acc<T>* dz, Acc<T>* partial, int M, int N, Activation activation,
-                     int rows, int64 units) {
+VIT_KERNEL linear_dz(const O* dy, const T* preact, const Acc<T>* scale, Acc<T>* dz, Acc<T>* partial,
+                     Acc<T>* partial_scale, int M, int N, Activation activation, int rows, int64 units) {
   using A = Acc<T>;
   const Place at = place();
   if (at.unit >= units) return;
   const int lane = at.lane;
   const int64 first = at.unit * rows, stop = first + rows < M ? first + rows : M;
   A* total = partial + at.unit * N;
-  if (partial) for_columns(N, lane, [&](int n) { total[n + lane] = 0; });
+  A* scaled = partial_scale + at.unit * N;
+  if (partial) for_columns(N, lane, [&](int n) VIT_ALWAYS { total[n + lane] = 0; });
+  if (partial_scale) for_columns(N, lane, [&](int n) VIT_ALWAYS { scaled[n + lane] = 0; });
   for (int64 row = first; row < stop; ++row) {
     const O* in = dy + row * N;
     const T* z = preact + row * N;
     A* out = dz + row * N;
     for_columns(N, lane, [&](int n) VIT_ALWAYS {
       A v = load<A>(in + n + lane);
+      if (partial_scale) scaled[n + lane] += v * activate(activation, load<A>(z + n + lane));
+      if (scale) v *= scale[n + lane];
       if (activation != Activation::none) v *= activation_derivative(activation, load<A>(z + n + lane));
       if (dz) out[n + lane] = v;
       if (partial) total[n + lane] += v;

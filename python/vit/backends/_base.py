@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 #: Must equal vit::kContract of csrc/vit.h.
-CONTRACT = 3
+CONTRACT = 4
 
 
 class BackendError(RuntimeError):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import masked_scores
 from .eva_options import EvaOptions
 from .parts import make_norm
 from .planned import CallsOps, HasBuffers
@@ -21,9 +22,9 @@ from .torch_layers import call, know, plain, untouched
 class AttentionRope(CallsOps, nn.Module):
     """proj(norm(attention(rotated q, rotated k, v))): [B, N, C] -> [B, N, C].
 
-    rope [N - T, 2 D], or [H, N - T, 2 D], or with a batch in front, turns pairs of elements of q and k after the first T
-    tokens: neighbours, or with rotate_half k and k + D / 2. qkv_fused: whether q, k and v are one projection or three.
-    `fused_attn` False: the probabilities exist, in plain PyTorch.
+    rope [N - T, 2 D], or [H, N - T, 2 D], or with a batch in front, turns pairs of elements of q and k after the first
+    T tokens: neighbours, or with rotate_half k and k + D / 2. qkv_fused: whether q, k and v are one projection or
+    three. `fused_attn` False: the probabilities exist, in plain PyTorch.
     """
 
     def __init__(self, options: EvaOptions, **factory: Any) -> None:
@@ -35,10 +36,10 @@ class AttentionRope(CallsOps, nn.Module):
         self.num_prefix_tokens = options.prefix_tokens
         self.rotate_half = options.rope_rotate_half
         self.fused_attn = True
-        self.qkv: nn.Module | None = None
-        self.q_proj: nn.Module | None = None
-        self.k_proj: nn.Module | None = None
-        self.v_proj: nn.Module | None = None
+        self.qkv: Any = None
+        self.q_proj: Any = None
+        self.k_proj: Any = None
+        self.v_proj: Any = None
         self._make_projections(dim, options.qkv_bias, options.qkv_fused, factory)
 
         def norm(wanted: bool, width: int) -> nn.Module:
@@ -57,19 +58,29 @@ class AttentionRope(CallsOps, nn.Module):
         else:
             self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias, **factory) for _ in range(3))
 
-    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """attn_mask, is_causal: as of scaled_dot_product_attention, and computed by it."""
         ops = self.ops
-        x = call(ops, self.norm, self.attend(x, rope, call))
+        x = call(ops, self.norm, self.attend(x, rope, call, None, attn_mask, is_causal))
         return call(ops, self.proj_drop, call(ops, self.proj, x))
 
     def attend(
-        self, x: Tensor, rope: Tensor | None, layer: Callable[..., Tensor], queries: int | None = None
+        self,
+        x: Tensor,
+        rope: Tensor | None,
+        layer: Callable[..., Tensor],
+        queries: int | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Tensor:
         """x [B, N, C] -> what the heads give, side by side [B, queries or N, C]. layer: how projections are called."""
         ops, half = self.ops, "half" if self.rotate_half else "interleaved"
         packed, q, k, v = self._project(x, layer, queries)
         normed = not (untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity))
-        if packed is not None and rope is None and not normed and self._attends():
+        masked = attn_mask is not None or is_causal
+        if packed is not None and rope is None and not normed and not masked and self._attends():
             return ops.attention(packed, queries=queries).flatten(2)
         if packed is not None:
             q, k, v = ops.movement.unpack(packed) if isinstance(packed, Tensor) else packed.unbind(2)
@@ -82,17 +93,19 @@ class AttentionRope(CallsOps, nn.Module):
             k = ops.rotary(k, rope, prefix, half)
             if queries is None or queries > prefix:
                 q = ops.rotary(q, rope if queries is None else rope[..., : queries - prefix, :], prefix, half)
-        return self._attend(q, k, v).flatten(2)
+        return self._attend(q, k, v, attn_mask, is_causal).flatten(2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """q, k, v [B, N, H, D] -> [B, N, H, D]."""
-        if self._attends():
+        if self._attends() and attn_mask is None and not is_causal:
             return self.ops.attention(q, k, v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if self.fused_attn:
             rate = self.attn_drop.p if self.training else 0.0
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2)
-        probabilities = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate, is_causal=is_causal)
+            return y.transpose(1, 2)
+        scores = q * self.scale @ k.transpose(-2, -1)
+        probabilities = masked_scores(scores, attn_mask, is_causal).softmax(dim=-1)
         return (self.attn_drop(probabilities) @ v).transpose(1, 2)
 
     def _attends(self) -> bool:
@@ -104,7 +117,6 @@ class AttentionRope(CallsOps, nn.Module):
         ops, heads = self.ops, (self.num_heads, self.head_dim)
         if self.qkv is not None:
             return self._packed(x, layer).reshape(*x.shape[:2], 3, *heads), None, None, None
-        assert self.q_proj is not None and self.k_proj is not None and self.v_proj is not None
         for_q, x = ops.movement.fork(x)
         for_k, for_v = ops.movement.fork(x)
         if queries is not None:
@@ -114,7 +126,6 @@ class AttentionRope(CallsOps, nn.Module):
 
     def _packed(self, x: Tensor, layer: Callable[..., Tensor]) -> Tensor:
         """[B, N, C] -> [B, N, 3 C]."""
-        assert self.qkv is not None
         return layer(self.ops, self.qkv, x)
 
 
@@ -148,7 +159,6 @@ class EvaAttention(HasBuffers, AttentionRope):
         return self
 
     def _packed(self, x: Tensor, layer: Callable[..., Tensor]) -> Tensor:
-        assert self.qkv is not None
         if self.q_bias is None or self.k_bias is None or self.v_bias is None:
             return layer(self.ops, self.qkv, x)
         weight, bias = self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias])

@@ -90,7 +90,7 @@ class Attention(CallsOps, nn.Module):
         """q, k, v [B, H, N, D] -> [B, N, H, D]."""
         if not self.fused_attn:
             scores = q * self.scale @ k.transpose(-2, -1)
-            probabilities = _masked(scores, attn_mask, is_causal).softmax(dim=-1)
+            probabilities = masked_scores(scores, attn_mask, is_causal).softmax(dim=-1)
             return (self.attn_drop(probabilities) @ v).transpose(1, 2)
         rate = self.attn_drop.p if self.training else 0.0
         if isinstance(q, Tensor) and watching_functions():
@@ -107,7 +107,7 @@ class Attention(CallsOps, nn.Module):
         return untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)
 
 
-def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+def masked_scores(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """scores [B, H, N, N] with what may not be seen at minus infinity; a floating-point mask is added."""
     if is_causal:
         attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
@@ -210,11 +210,11 @@ def _add(
     ops: Any, x: Tensor, y: Tensor, layer: nn.Linear, scale: nn.Module, drop: nn.Dropout, drop_path: nn.Module
 ) -> Tensor:
     """x + drop_path(scale(drop(layer(y)))): one op unless something random stands between the branch and the sum."""
-    if type(scale) is LayerScale:
-        return x + drop_path(drop(linear(ops, layer, y)) * scale.gamma)
+    gamma = scale.gamma if isinstance(scale, LayerScale) else None
     if (drop.training and drop.p) or (drop_path.training and isinstance(drop_path, DropPath) and drop_path.drop_prob):
-        return x + drop_path(drop(linear(ops, layer, y)))
-    return linear(ops, layer, y, None, x)
+        branch = drop(linear(ops, layer, y))
+        return x + drop_path(branch if gamma is None else branch * gamma)
+    return linear(ops, layer, y, None, x, gamma)
 
 
 _KINDS: tuple[type[nn.Module], ...] = (

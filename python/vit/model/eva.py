@@ -33,7 +33,7 @@ from .vision_transformer import PLACE, VisionTransformer, takes_short_way
 class PatchDropoutWithIndices(PatchDropout):
     """Patch dropout that also says which patches are kept [B, N'], None for all."""
 
-    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Any:
         if not self.training or self.prob == 0.0:
             return x, None
         kept = self.kept(x)
@@ -46,15 +46,15 @@ class Eva(VisionTransformer):
     The arguments of VisionTransformer, under its names or those of timm's Eva (num_reg_tokens, use_abs_pos_emb,
     use_pre_transformer_norm, use_fc_norm, scale_mlp, scale_attn_inner), and:
 
-    Positions: use_rot_pos_emb, with rope_type "cat", "mixed" or "dinov3" and its rope_temperature, rope_grid_indexing ("ij":
-    y before x; "xy"), rope_grid_offset, rope_rotate_half and ref_feat_shape; see vit.model.rope. rope_shift_coords,
-    rope_jitter_coords and rope_rescale_coords disturb coordinates in training.
+    Positions: use_rot_pos_emb, with rope_type "cat", "mixed" or "dinov3" and its rope_temperature, rope_grid_indexing
+    ("ij": y before x; "xy"), rope_grid_offset, rope_rotate_half and ref_feat_shape; see vit.model.rope.
+    rope_shift_coords, rope_jitter_coords and rope_rescale_coords disturb coordinates in training.
 
-    Blocks: attn_type "eva" has no bias of the keys, "rope" has; qkv_fused: one projection or three. swiglu_mlp gates the
-    MLP, its width rounded up to a multiple of swiglu_align_to. use_post_norm puts the norms behind the branches.
+    Blocks: attn_type "eva" has no bias of the keys, "rope" has; qkv_fused: one projection or three. swiglu_mlp gates
+    the MLP, its width rounded up to a multiple of swiglu_align_to. use_post_norm puts the norms behind the branches.
 
-    Head: use_post_transformer_norm: whether there is a norm before the pooling; None: where use_fc_norm does not put one
-    behind it. Pooling by attention reads all tokens, by attn_pool_num_heads heads and with attn_pool_mlp_ratio.
+    Head: use_post_transformer_norm: whether there is a norm before the pooling; None: where use_fc_norm does not put
+    one behind it. Pooling by attention reads all tokens, by attn_pool_num_heads heads and with attn_pool_mlp_ratio.
     """
 
     Options = EvaOptions
@@ -172,13 +172,6 @@ class Eva(VisionTransformer):
         super().set_input_size(img_size, patch_size)
         if self.rope is not None:
             self.rope.update_feat_shape(self.patch_embed.grid_size)
-
-    def prune_intermediate_layers(self, *args: Any, prune_head: bool = True, **kwargs: Any) -> list[int]:
-        """As VisionTransformer's; the pooling by attention goes with the head."""
-        wanted = super().prune_intermediate_layers(*args, prune_head=prune_head, **kwargs)
-        if prune_head:
-            self.attn_pool = None
-        return wanted
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone."""

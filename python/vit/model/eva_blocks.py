@@ -1,7 +1,7 @@
 """The blocks of EVA-02, DINOv3 and their kin: queries and keys are rotated by position, branches may be scaled.
 
-As in blocks.py a block runs in one of two ways: as timm writes it, every module called with timm's tensors; or, where nobody
-would notice, with scales and sums inside the linear ops and no module below it called.
+As in blocks.py a block runs in one of two ways: as timm writes it, every module called with timm's tensors; or, where
+nobody would notice, with scales and sums inside the linear ops and no module below it called.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class EvaBlock(CallsOps, nn.Module):
     """x + gamma_1 attn(norm1(x)), then x + gamma_2 mlp(norm2(x)): [B, N, C] -> [B, N, C]; gamma_1 and gamma_2 [C] are
     those of LayerScale, and None without init_values."""
 
+    gamma_1: Tensor | None
+    gamma_2: Tensor | None
+
     def __init__(
         self, options: EvaOptions, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0, **factory: Any
     ) -> None:
@@ -39,11 +42,12 @@ class EvaBlock(CallsOps, nn.Module):
         self._as_built = tuple(map(type, self._below()))
         self._kinds = tuple(dict.fromkeys((EvaBlock, *self._as_built)))
 
-    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        if isinstance(x, Tensor) and self.can_fuse():
+    def forward(self, x: Tensor, rope: Tensor | None = None, **masks: Any) -> Tensor:
+        """masks: attn_mask and is_causal, see AttentionRope."""
+        if isinstance(x, Tensor) and not masks and self.can_fuse():
             return self.fused(x, rope)
         ops = self.ops
-        branch = self.attn(call(ops, self.norm1, x), rope=rope)
+        branch = self.attn(call(ops, self.norm1, x), rope=rope, **masks)
         x = x + call(ops, self.drop_path1, branch if self.gamma_1 is None else self.gamma_1 * branch)
         branch = self.mlp(call(ops, self.norm2, x))
         return x + call(ops, self.drop_path2, branch if self.gamma_2 is None else self.gamma_2 * branch)
@@ -107,9 +111,10 @@ class EvaBlockPostNorm(CallsOps, nn.Module):
         self.norm2 = make_norm(options.norm_layer, dim, options.norm_eps, **factory)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None, **masks: Any) -> Tensor:
+        """masks: attn_mask and is_causal, see AttentionRope."""
         ops = self.ops
-        x = x + call(ops, self.drop_path1, call(ops, self.norm1, self.attn(x, rope=rope)))
+        x = x + call(ops, self.drop_path1, call(ops, self.norm1, self.attn(x, rope=rope, **masks)))
         return x + call(ops, self.drop_path2, call(ops, self.norm2, self.mlp(x)))
 
 

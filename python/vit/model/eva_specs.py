@@ -32,6 +32,10 @@ class EvaAsking(Asking):
         self.block(self.tokens)
         if model.global_pool == "token" and not o.use_post_norm:
             self.block(1)
+        if o.mlp_layer == "mlp":
+            # Where a hook or a replaced module is between them, the activation is an op of its own.
+            self.linear(("*", self.tokens), C, o.mlp_hidden)
+            self.activation(("*", self.tokens), o.mlp_hidden)
         self.head()
         return self.asked
 

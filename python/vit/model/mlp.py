@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .options import Options
-from .parts import activate, activation_name, gated, gated_packed, make_activation, make_norm, norm
+from .parts import activation_name, gated, gated_packed, make_activation, make_norm, norm
 from .planned import CallsOps
-from .torch_layers import ACTIVATIONS, call, dropout, know, linear, plain, untouched
+from .torch_layers import call, dropout, know, linear, plain, untouched
 
 
 class Mlp(CallsOps, nn.Module):
@@ -27,22 +27,18 @@ class Mlp(CallsOps, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ops, fc1 = self.ops, self.fc1
-        act: Any = self.act
-        alone = isinstance(x, Tensor) and untouched(fc1, nn.Linear) and untouched(act, nn.GELU)
-        if alone and plain([x, *fc1._parameters.values()]):
-            x = linear(ops, fc1, x, ACTIVATIONS[act.approximate])  # [B, N, hidden]
+        alone = isinstance(x, Tensor) and untouched(fc1, nn.Linear) and plain([x, *fc1._parameters.values()])
+        if alone and (activation := activation_name(self.act)):
+            x = linear(ops, fc1, x, activation)  # [B, N, hidden]
         else:
-            x = call(ops, act, call(ops, fc1, x))
+            x = call(ops, self.act, call(ops, fc1, x))
         x = call(ops, self.norm, call(ops, self.drop1, x))
         return call(ops, self.drop2, call(ops, self.fc2, x))
 
     def inner(self, x: Tensor, activation: str) -> Tensor:
         """What fc2 is given, where no module need be called."""
         ops = self.ops
-        if activation.startswith("gelu"):
-            x = linear(ops, self.fc1, x, activation)
-        else:
-            x = activate(ops, activation, linear(ops, self.fc1, x))
+        x = linear(ops, self.fc1, x, activation)
         return norm(ops, self.norm, dropout(ops, self.drop1, x))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import QuickGELU
-from .torch_layers import layer_norm, untouched
+from .torch_layers import layer_norm, rms_norm, untouched
 
 NORM_CLASSES: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 NORM_KINDS = (nn.LayerNorm, nn.RMSNorm)
@@ -47,11 +47,6 @@ def norm(ops: Any, module: nn.Module, x: Tensor) -> Tensor:
     if type(module) is nn.LayerNorm:
         return layer_norm(ops, module, x)
     return rms_norm(ops, module, x) if type(module) is nn.RMSNorm else x
-
-
-def rms_norm(ops: Any, module: Any, x: Tensor) -> Tensor:
-    """An untouched RMSNorm."""
-    return F.rms_norm(x, module.normalized_shape, module.weight, module.eps)
 
 
 def activate(ops: Any, name: str, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Rotary position embeddings (RoFormer, arXiv:2104.09864) of a grid of patches: tables of sines and cosines.
 
-A table is [N, 2 D]: the sines, then the cosines, of N patches in reading order, each D wide for heads of D elements. With
-the angles a [N, D / 2] of a patch the D columns are a repeated element by element, for neighbours that are rotated together
-("interleaved"), or as a whole ("half"). The prefix tokens (class, registers) have no row: they are not rotated.
+A table is [N, 2 D]: the sines, then the cosines, of N patches in reading order, each D wide for heads of D elements.
+With the angles a [N, D / 2] of a patch the D columns are a repeated element by element, for neighbours that are rotated
+together ("interleaved"), or as a whole ("half"). The prefix tokens (class, registers) have no row and are not rotated.
 
 Three kinds, with timm's names, buffers and numbers:
 
@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .planned import HasBuffers
+
 Grid = tuple[int, int]
 INDEXING = ("ij", "xy")
 
 
-class Rotary(nn.Module):
-    """What the kinds share: the grid, how coordinates are disturbed in training, and buffers that are computed again when
-    the module moves.
+class Rotary(HasBuffers, nn.Module):
+    """What the kinds share: the grid, how coordinates are disturbed in training, and buffers that are computed again
+    when the module moves.
 
     feat_shape: the grid whose table is kept; None: a table is made at each call of get_embed. shift_coords: every
     coordinate is moved by U(-s, s) of its axis; jitter_coords J: multiplied by a factor of its axis in [1 / J, J];
@@ -134,21 +136,21 @@ class RotaryEmbeddingCat(Rotary):
         bands = 1.0 / (float(self.temperature) ** exponent)
         made = {"bands": bands.to(device, _wide(dtype))}
         if self.feat_shape is not None:
-            made["pos_embed"] = self._table(self.feat_shape, bands, dtype).to(device)
+            made["pos_embed"] = self._table(self.feat_shape, bands, False).to(device, dtype)
         return made
 
     def get_embed(self, shape: Grid | None = None) -> Tensor:
         """[N, 2 D] in float32, or in the model's dtype where the table of feat_shape is kept."""
         if self.feat_shape is not None and self.pos_embed is not None and not self.disturbs:
             return self.pos_embed
-        return self._table(self.feat_shape or _given(shape), self.bands, self.disturbs and self.bands.dtype)
+        return self._table(self.feat_shape or _given(shape), self.bands, self.disturbs)
 
-    def _table(self, shape: Grid, bands: Tensor, dtype: Any) -> Tensor:
+    def _table(self, shape: Grid, bands: Tensor, disturb: bool) -> Tensor:
         grid = index_grid(shape, self.grid_indexing, bands.device, self.grid_offset, self.ref_feat_shape)
-        if self.disturbs:
+        if disturb:
             grid = self._disturbed(grid)
         angles = (grid[:, :, None] * bands).flatten(1)  # [N, D / 2]
-        return sines(angles, self.rotate_half, dtype or torch.float32)
+        return sines(angles, self.rotate_half, bands.dtype if disturb else torch.float32)
 
 
 class RotaryEmbeddingMixed(Rotary):
@@ -221,8 +223,8 @@ class RotaryEmbeddingMixed(Rotary):
 class RotaryEmbeddingDinoV3(Rotary):
     """Axial table of normalised coordinates: [N, 2 D], y's D / 4 periods, then x's.
 
-    Coordinates are the centres of patches, (i + 0.5) / h and (j + 0.5) / w, mapped to [-1, 1]. The published files store the
-    periods rounded to bfloat16; these are float32, as timm's.
+    Coordinates are the centres of patches, (i + 0.5) / h and (j + 0.5) / w, mapped to [-1, 1]. The published files
+    store the periods rounded to bfloat16; these are float32, as timm's.
     """
 
     pos_embed_cached: Tensor | None

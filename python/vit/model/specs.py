@@ -49,8 +49,7 @@ class Asking:
         self.ask("linear", options, x=(*rows, inputs), weight=(outputs, inputs))
 
     def norm(self, kind: str, rows: tuple[int | str, ...], width: int) -> None:
-        if kind == "layernorm":
-            self.ask("layer_norm", x=(*rows, width), weight=(width,))
+        self.ask("layer_norm" if kind == "layernorm" else "rms_norm", x=(*rows, width), weight=(width,))
 
     def activation(self, rows: tuple[int | str, ...], width: int) -> None:
         if self.o.act_layer in APPROXIMATE:
@@ -92,7 +91,7 @@ class Asking:
 
     def mlp(self, rows: tuple[int | str, ...], inner_norm: bool = True) -> None:
         o, C, hidden = self.o, self.o.embed_dim, self.o.mlp_hidden
-        if o.mlp_layer == "mlp" and o.act_layer in APPROXIMATE:
+        if o.mlp_layer == "mlp":
             self.linear(rows, C, hidden, activation=o.act_layer)
         else:
             self.linear(rows, C, hidden)
@@ -124,8 +123,7 @@ class Asking:
         self.linear(("*", count), C, 2 * C)
         self.ask("attention", q=("*", 1, H, D), k=("*", count, H, D), v=("*", count, H, D))
         self.norm(o.norm_layer, ("*", 1), C)
-        if o.act_layer in APPROXIMATE:
-            self.linear(("*", 1), C, o.mlp_hidden, activation=o.act_layer)
-            self.activation(("*", 1), o.mlp_hidden)
+        self.linear(("*", 1), C, o.mlp_hidden, activation=o.act_layer)
+        self.activation(("*", 1), o.mlp_hidden)
         self.linear(("*", 1), C, o.mlp_hidden)
         self.linear(("*", 1), o.mlp_hidden, C)

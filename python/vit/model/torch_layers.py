@@ -45,7 +45,7 @@ def know(*kinds: type[nn.Module]) -> None:
     _FORWARDS.update((kind, kind.forward) for kind in kinds)
 
 
-know(nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential)
+know(nn.Linear, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential)
 
 
 def as_known(kinds: Collection[type[nn.Module]]) -> bool:
@@ -119,7 +119,7 @@ def call(ops: Any, layer: nn.Module, x: Any) -> Tensor:
     compute = _COMPUTE.get(type(layer))
     if compute is not None and untouched(layer, type(layer)) and plain([*layer._parameters.values(), x]):
         return compute(ops, layer, x)
-    if any(isinstance(getattr(ops, op), NativeOp) for op in ("linear", "layer_norm", "gelu")):
+    if any(isinstance(getattr(ops, op), NativeOp) for op in ("linear", "layer_norm", "rms_norm", "gelu")):
         with planned(ops):
             return layer(x)
     return layer(x)
@@ -145,10 +145,15 @@ def _below_modes(lowest: TorchFunctionMode) -> Iterator[None]:
 
 
 def linear(
-    ops: Any, layer: nn.Linear, x: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ops: Any,
+    layer: nn.Linear,
+    x: Tensor,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """An untouched Linear, with what may be fused to it."""
-    return ops.linear(x, layer.weight, layer.bias, activation, residual)
+    return ops.linear(x, layer.weight, layer.bias, activation, residual, scale)
 
 
 def layer_norm(ops: Any, layer: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -156,6 +161,13 @@ def layer_norm(ops: Any, layer: nn.LayerNorm, x: Tensor) -> Tensor:
     if layer.normalized_shape != x.shape[-1:]:
         return layer(x)
     return ops.layer_norm(x, layer.weight, layer.bias, layer.eps)
+
+
+def rms_norm(ops: Any, layer: nn.RMSNorm, x: Tensor) -> Tensor:
+    """An untouched RMSNorm; over other dimensions than the last, or with PyTorch's own eps, it is PyTorch's."""
+    if layer.normalized_shape != x.shape[-1:] or layer.eps is None:
+        return layer(x)
+    return ops.rms_norm(x, layer.weight, layer.eps)
 
 
 def dropout(ops: Any, layer: nn.Dropout, x: Tensor) -> Tensor:
@@ -174,6 +186,7 @@ def _identity(ops: Any, layer: nn.Identity, x: Tensor) -> Tensor:
 _COMPUTE: dict[type, Callable[..., Tensor]] = {
     nn.Linear: linear,
     nn.LayerNorm: layer_norm,
+    nn.RMSNorm: rms_norm,
     nn.GELU: _gelu,
     nn.Dropout: dropout,
     nn.Identity: _identity,
@@ -220,6 +233,13 @@ def _plan_layer_norm(
 ) -> Tensor | None:
     fits = tuple(normalized_shape) == input.shape[-1:] and _runs(ops.layer_norm, input, weight, bias)
     return ops.layer_norm(input, weight, bias, eps) if fits else None
+
+
+def _plan_rms_norm(
+    ops: Any, input: Tensor, normalized_shape: Iterable[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor | None:
+    fits = tuple(normalized_shape) == input.shape[-1:] and eps is not None and _runs(ops.rms_norm, input, weight)
+    return ops.rms_norm(input, weight, eps) if fits else None
 
 
 def _plan_gelu(ops: Any, input: Tensor, approximate: str = "none") -> Tensor | None:
@@ -283,6 +303,7 @@ def is_patch_projection(kernel: tuple[int, ...], stride: Any, padding: Any, dila
 _PLANNED: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: _plan_linear,
     F.layer_norm: _plan_layer_norm,
+    F.rms_norm: _plan_rms_norm,
     F.gelu: _plan_gelu,
     F.conv2d: _plan_conv2d,
     F.scaled_dot_product_attention: _plan_attention,

@@ -172,7 +172,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
 
         self.norm: nn.Module = last_norm(not o.norm_after_pool)
         self.attn_pool = AttentionPoolLatent(o, **factory) if o.global_pool == "map" else None
-        self.fc_norm = last_norm(o.norm_after_pool)
+        self.fc_norm: nn.Module = last_norm(o.norm_after_pool)
         self.head_drop = nn.Dropout(o.drop_rate)
         self.head = nn.Linear(o.embed_dim, o.num_classes, **factory) if o.num_classes else nn.Identity()
 
@@ -198,7 +198,8 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         """
         tokens, given = self.start(images)
         if attn_mask is not None or is_causal:
-            self._check_masked()
+            if isinstance(tokens, Tensor):  # in a trace of torch.fx masks are places that may stay empty
+                self._check_masked()
             given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
         elif isinstance(self.blocks, nn.Sequential) and not (
             self.grad_checkpointing or untouched(self.blocks, nn.Sequential)

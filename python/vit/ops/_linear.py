@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends import NativeBackend, Spec
 from . import _gelu
 from .bound import call
-from .launch import autocast_dtype, contiguous, launch, ptr, row_count, rows
+from .launch import acc_dtype, autocast_dtype, contiguous, launch, ptr, row_count, rows
 from .op import Op
 
 #: Names of vit::Activation by ours.
@@ -95,25 +95,31 @@ def arguments(
         raise ValueError(f"vit.ops.linear: x and weight must have one dtype, got {dtype} and {param_dtype}")
     if bias is not None and bias.dtype != param_dtype:
         bias = bias.to(param_dtype)
+    if residual is not None and residual.shape != (*shape[:-1], weight_shape[0]):
+        raise ValueError(
+            f"vit.ops.linear: residual must have the shape of the result {[*shape[:-1], weight_shape[0]]}, "
+            f"got {list(residual.shape)}"
+        )
+    if scale is not None and scale.shape != weight_shape[:1]:
+        raise ValueError(f"vit.ops.linear: scale must have shape [{weight_shape[0]}], got {list(scale.shape)}")
+    out = _out_dtype(dtype, residual=residual, scale=scale)
     if residual is not None:
-        if residual.shape != (*shape[:-1], weight_shape[0]):
-            raise ValueError(
-                f"vit.ops.linear: residual must have the shape of the result {[*shape[:-1], weight_shape[0]]}, "
-                f"got {list(residual.shape)}"
-            )
-        if residual.dtype != dtype:  # the sum is in the wider type, as torch promotes
-            out = torch.promote_types(dtype, residual.dtype)
-            if out not in (dtype, torch.float32):
-                raise ValueError(f"vit.ops.linear: residual {residual.dtype} does not go with x {dtype}")
-            residual = residual.to(out)
+        residual = residual.to(out)
     if scale is not None:
-        if scale.shape != weight_shape[:1]:
-            raise ValueError(f"vit.ops.linear: scale must have shape [{weight_shape[0]}], got {list(scale.shape)}")
-        if scale.dtype not in (dtype, torch.float32):
-            raise ValueError(f"vit.ops.linear: scale must be {dtype} like x, or torch.float32, got {scale.dtype}")
-        # No kernel scales yet.
-        return (x, weight, bias, None, name), lambda y: y * scale if residual is None else y * scale + residual
-    return (x, weight, bias, residual, name), None
+        scale = scale.to(acc_dtype(dtype))
+    return (x, weight, bias, scale, residual, name, out), None
+
+
+def _out_dtype(dtype: torch.dtype, **others: Tensor | None) -> torch.dtype:
+    """The widest type, as torch promotes; ValueError where it is neither x's nor float32."""
+    out = dtype
+    for name, other in others.items():
+        if other is None or other.dtype == dtype:
+            continue
+        out = torch.promote_types(out, other.dtype)
+        if out not in (dtype, torch.float32):
+            raise ValueError(f"vit.ops.linear: {name} {other.dtype} does not go with x {dtype}")
+    return out
 
 
 def _activation_name(activation: str | None) -> str:
@@ -125,29 +131,37 @@ def _activation_name(activation: str | None) -> str:
 
 
 FWD = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool save) -> (Tensor y, Tensor preact)"
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, str activation, ScalarType out_dtype,"
+    " bool save) -> (Tensor y, Tensor preact)"
 )
 FWD_FIELDS = (
-    "x weight bias residual y preact M N K x_stride weight_stride activation dtype param_dtype out_dtype"
+    "x weight bias scale residual y preact M N K x_stride weight_stride activation dtype param_dtype out_dtype"
     " workspace context"
 )
 BWD = (
-    "(Tensor dy, Tensor? x, Tensor? weight, Tensor? preact, str activation, ScalarType dtype,"
-    " ScalarType param_dtype, bool[3] mask) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    "(Tensor dy, Tensor? x, Tensor? weight, Tensor? scale, Tensor? preact, str activation, ScalarType dtype,"
+    " ScalarType param_dtype, bool[4] mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale)"
 )
 BWD_FIELDS = (
-    "dy x weight preact dx dweight dbias M N K x_stride weight_stride activation dtype param_dtype out_dtype"
-    " workspace context"
+    "dy x weight scale preact dx dweight dbias dscale M N K x_stride weight_stride activation dtype param_dtype"
+    " out_dtype workspace context"
 )
 
 
 def fwd_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, save: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
     """y and preact [..., N]."""
     shape = (*x.shape[:-1], weight.shape[0])
-    y = x.new_empty(shape, dtype=x.dtype if residual is None else residual.dtype)
-    return y, x.new_empty(shape if save and activation != "none" else (0,))
+    preact = save and (activation != "none" or scale is not None)
+    return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if preact else (0,))
 
 
 def launch_fwd(
@@ -155,22 +169,25 @@ def launch_fwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    scale: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    out_dtype: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [..., N]; preact [..., N] to be saved where there is an activation."""
+    """y [..., N]; preact [..., N] to be saved where there is an activation, or a scale."""
     x, x_stride = rows(backend, x)
     weight, weight_stride = rows(backend, weight)
     bias = None if bias is None else contiguous(backend, bias)
+    scale = None if scale is None else contiguous(backend, scale)
     residual = None if residual is None else contiguous(backend, residual)
     n, k = weight.shape
     shape, dtype, device, codes = (*x.shape[:-1], n), x.dtype, x.device, backend.codes
-    out_dtype = dtype if residual is None else residual.dtype
     y = backend.empty(shape, out_dtype, device)
-    preact = backend.empty(shape, dtype, device) if save and activation != "none" else None
+    keep = save and (activation != "none" or scale is not None)
+    preact = backend.empty(shape, dtype, device) if keep else None
     fields = (
-        ptr(x), ptr(weight), ptr(bias), ptr(residual), ptr(y), ptr(preact),
+        ptr(x), ptr(weight), ptr(bias), ptr(scale), ptr(residual), ptr(y), ptr(preact),
         row_count(shape), n, k, x_stride, weight_stride, backend.activations[activation],
         codes[dtype], codes[weight.dtype], codes[out_dtype],
     )  # fmt: skip
@@ -182,18 +199,20 @@ def bwd_fake(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
+    scale: Tensor | None,
     preact: Tensor | None,
     activation: str,
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [..., K], dweight [N, K], dbias [N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx [..., K], dweight [N, K], dbias and dscale [N]."""
     n = dy.shape[-1]
     return (
         dy.new_empty((*dy.shape[:-1], _columns(weight)), dtype=dtype) if mask[0] else dy.new_empty(0),
         dy.new_empty((n, _columns(x)), dtype=param_dtype) if mask[1] else dy.new_empty(0),
         dy.new_empty(n, dtype=param_dtype) if mask[2] else dy.new_empty(0),
+        dy.new_empty(n, dtype=acc_dtype(dtype)) if mask[3] else dy.new_empty(0),
     )
 
 
@@ -202,28 +221,31 @@ def launch_bwd(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
+    scale: Tensor | None,
     preact: Tensor | None,
     activation: str,
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx [..., K], dweight [N, K], dbias [N], each where `mask` wants it."""
+) -> tuple[Tensor | None, ...]:
+    """dx [..., K], dweight [N, K], dbias and dscale [N], each where `mask` wants it."""
     dy = contiguous(backend, dy)
+    scale = None if scale is None else contiguous(backend, scale)
     shape, device, codes = dy.shape, dy.device, backend.codes
     n, k = shape[-1], _columns(x if weight is None else weight)
     dx = backend.empty((*shape[:-1], k), dtype, device) if mask[0] else None
     dweight = backend.empty((n, k), param_dtype, device) if mask[1] else None
     dbias = dy.new_empty(n, dtype=param_dtype) if mask[2] else None
+    dscale = dy.new_empty(n, dtype=acc_dtype(dtype)) if mask[3] else None
     x, x_stride = (None, k) if x is None else rows(backend, x)
     weight, weight_stride = (None, k) if weight is None else rows(backend, weight)
     fields = (
-        ptr(dy), ptr(x), ptr(weight), ptr(preact), ptr(dx), ptr(dweight), ptr(dbias),
+        ptr(dy), ptr(x), ptr(weight), ptr(scale), ptr(preact), ptr(dx), ptr(dweight), ptr(dbias), ptr(dscale),
         row_count(shape), n, k, x_stride, weight_stride, backend.activations[activation],
         codes[dtype], codes[param_dtype], codes[dy.dtype],
     )  # fmt: skip
     launch(backend, backend.lib.linear_bwd, fields, device)
-    return dx, dweight, dbias
+    return dx, dweight, dbias, dscale
 
 
 def _columns(matrix: Tensor | None) -> int:
@@ -232,25 +254,28 @@ def _columns(matrix: Tensor | None) -> int:
 
 
 def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    """Keeps what the wanted gradients need of x, weight and preact."""
-    x, weight, _, _, ctx.activation = args
-    need_x, need_weight = ctx.needs_input_grad[:2]
+    """Keeps what the wanted gradients need of x, weight, scale and preact."""
+    x, weight, _, scale, _, ctx.activation, _ = args
+    need_x, need_weight, need_bias, need_scale = ctx.needs_input_grad[:4]
     # A frozen layer keeps no activations, the first layer no weight.
     ctx.save_for_backward(
-        x if need_weight else None, weight if need_x else None, outputs[1] if ctx.activation != "none" else None
+        x if need_weight else None,
+        weight if need_x else None,
+        scale if need_x or need_weight or need_bias else None,
+        outputs[1] if ctx.activation != "none" or need_scale else None,
     )
     ctx.dtype, ctx.param_dtype = x.dtype, weight.dtype
 
 
 def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
-    """dx, dweight, dbias, and dy itself for the residual."""
-    x, weight, preact = ctx.saved_tensors
-    mask = list(ctx.needs_input_grad[:3])
-    dresidual = dy if ctx.needs_input_grad[3] else None
+    """dx, dweight, dbias, dscale, and dy itself for the residual."""
+    x, weight, scale, preact = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[:4])
+    dresidual = dy if ctx.needs_input_grad[4] else None
     if not any(mask):
-        return None, None, None, dresidual, None
-    grads = kernel(dy, x, weight, preact, ctx.activation, ctx.dtype, ctx.param_dtype, mask)
-    return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), dresidual, None
+        return None, None, None, None, dresidual, None, None
+    grads = kernel(dy, x, weight, scale, preact, ctx.activation, ctx.dtype, ctx.param_dtype, mask)
+    return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), dresidual, None, None
 
 
 OP = Op(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import NativeBackend, Spec
 from .bound import call
-from .launch import contiguous, launch, ptr
+from .launch import contiguous, ptr
 from .op import Op
 
 #: Which two elements of a head turn together: neighbours (EVA-02, PE), or k and k + D / 2 (DINOv3, "rotate half").
@@ -86,7 +86,7 @@ def arguments(x: Tensor, table: Tensor, prefix: int = 0, pairing: str = "interle
 FWD = "(Tensor x, Tensor table, int prefix, str pairing, bool save) -> Tensor y"
 FWD_FIELDS = "x table y B N H D prefix pairing dtype param_dtype context"
 BWD = "(Tensor dy, Tensor? x, Tensor table, int prefix, str pairing, bool[2] mask) -> (Tensor dx, Tensor dtable)"
-BWD_FIELDS = "dy x table dx dtable B N H D table_B table_H prefix pairing dtype param_dtype workspace context"
+BWD_FIELDS = "dy x table dx dtable B N H D table_B table_H prefix pairing dtype param_dtype context"
 
 
 def fwd_fake(x: Tensor, table: Tensor, prefix: int, pairing: str, save: bool) -> Tensor:
@@ -99,7 +99,7 @@ def launch_fwd(backend: NativeBackend, x: Tensor, table: Tensor, prefix: int, pa
     x, table = _adjacent(backend, x), _adjacent(backend, table)
     y = backend.empty(x.shape, x.dtype, x.device)
     backend.lib.rotary_fwd(
-        ptr(x), *x.stride()[:3], *_positions(table), ptr(y), *x.shape, prefix, backend.pairings[pairing],
+        *_heads(x), *_positions(table), *_heads(y), *x.shape, prefix, backend.pairings[pairing],
         backend.codes[x.dtype], backend.codes[table.dtype], *backend.context(x.device),
     )  # fmt: skip
     return y
@@ -119,22 +119,25 @@ def launch_bwd(
     backend: NativeBackend, dy: Tensor, x: Tensor | None, table: Tensor, prefix: int, pairing: str, mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx [B, N, H, D], dtable like table, each where `mask` wants it."""
-    dy, table = contiguous(backend, dy), _adjacent(backend, table)
+    dy, table = _adjacent(backend, dy), _adjacent(backend, table)
     x = None if x is None else _adjacent(backend, x)
     dx = backend.empty(dy.shape, dy.dtype, dy.device) if mask[0] else None
     dtable = backend.empty(table.shape, table.dtype, table.device) if mask[1] else None
-    fields = (
-        ptr(dy), ptr(x), *((0, 0, 0) if x is None else x.stride()[:3]), *_positions(table), ptr(dx), ptr(dtable),
-        *dy.shape, *_lead(table), prefix, backend.pairings[pairing],
-        backend.codes[dy.dtype], backend.codes[table.dtype],
+    backend.lib.rotary_bwd(
+        *_heads(dy), *_heads(x), *_positions(table), *_heads(dx), ptr(dtable), *dy.shape, *_lead(table), prefix,
+        backend.pairings[pairing], backend.codes[dy.dtype], backend.codes[table.dtype], *backend.context(dy.device),
     )  # fmt: skip
-    launch(backend, backend.lib.rotary_bwd, fields, dy.device)
     return dx, dtable
 
 
 def _adjacent(backend: NativeBackend, x: Tensor) -> Tensor:
     """Kernels read the elements of one head side by side; every other stride is free."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else contiguous(backend, x)
+
+
+def _heads(x: Tensor | None) -> tuple[int, ...]:
+    """The fields of a vit::Heads [B, N, H, D]."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
 
 
 def _lead(table: Tensor) -> tuple[int, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import NativeBackend, Spec
+from . import _gelu
 from .bound import call
 from .launch import contiguous, ptr, row_count, rows
 from .op import Op
@@ -31,7 +31,7 @@ def reference(x: Tensor, gate: Tensor | None = None) -> Tensor:
     _check(x, gate)
     if gate is None:
         gate, x = x.chunk(2, dim=-1)
-    return F.silu(gate) * x
+    return _gelu.reference(gate, "silu") * x
 
 
 def limits(spec: Spec) -> list[str]:
@@ -65,9 +65,9 @@ def arguments(x: Tensor, gate: Tensor | None = None) -> tuple[tuple[Any, ...], N
 
 
 FWD = "(Tensor x, Tensor? gate, bool save) -> Tensor y"
-FWD_FIELDS = "x gate y M H x_stride gate_stride dtype context"
+FWD_FIELDS = "x gate y M C x_stride gate_stride dtype context"
 BWD = "(Tensor dy, Tensor x, Tensor? gate) -> (Tensor dx, Tensor dgate)"
-BWD_FIELDS = "dy x gate dx dgate M H x_stride gate_stride dx_stride dgate_stride dtype context"
+BWD_FIELDS = "dy x gate dx dgate M C x_stride gate_stride dx_stride dgate_stride dtype context"
 
 
 def fwd_fake(x: Tensor, gate: Tensor | None, save: bool) -> Tensor:

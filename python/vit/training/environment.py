@@ -61,7 +61,7 @@ _RECORDED = (
 )  # fmt: skip
 
 
-#: What launchers (torchrun, accelerate launch, mpirun) call the number of processes and the place of this one among them.
+#: What launchers (torchrun, accelerate launch, mpirun) call the number of processes and the place of this one.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -111,6 +112,8 @@ class Training:
         self.signals = Signals()
         warnings: list[str] = []
         self.accelerator = accelerator(config, warnings.append)
+        if self.accelerator.num_processes > 1:
+            self.signals.launcher = os.getppid()
         self.main = bool(self.accelerator.is_main_process)
         self.display: Display = display if self.main else Silent()
         for text in warnings:

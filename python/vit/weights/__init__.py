@@ -9,3 +9,4 @@ from .loaded import Report as Report
 from .loaded import report as report
 from .read import load as load
 from .read import read as read
+from .write import save as save

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import VisionTransformer
+from ..model.configs import CONFIGS, get_config
 from ..model.pos_embed import resample, resample_patches, sincos2d
 from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError
 from .fit import check_head, check_names, check_pooling, rename_norm, rename_scales, without_allowed
@@ -28,12 +29,12 @@ def load_into(model: VisionTransformer, checkpoint: Checkpoint, new_head: bool =
     Raises WeightsError naming every parameter that is missing, unexpected, of another shape or too large for the dtype.
     """
     load = _Load(model, checkpoint)
-    settings = {"global_pool": model.global_pool, "fc_norm": "fc_norm.weight" in load.wanted}
-    check_pooling(load.state, settings["fc_norm"], settings, checkpoint.source)
+    moves = "fc_norm.weight" in load.wanted
+    check_pooling(load.state, moves, {"global_pool": model.global_pool, "fc_norm": moves}, checkpoint.source)
     if load.fit_head(new_head):
         model.reset_classifier(model.num_classes)
         load.wanted = {key: value for key, value in load.wanted.items() if key not in HEAD}
-    load.rename(rename_norm(load.state, settings["fc_norm"]), "moved behind the mean of the patches")
+    load.rename(rename_norm(load.state, moves), "moved behind the mean of the patches")
     load.rename(rename_scales(load.state, load.wanted), "renamed")
     load.fit_patches()
     load.fit_positions()
@@ -94,6 +95,12 @@ class _Load:
             for one in self.mapped
         ]
 
+    def rule(self) -> str | None:
+        """How positions and patches get another size: as the model says, else as timm does for its name."""
+        own = getattr(self.model.options, "pos_resize", None)
+        named = get_config(self.model.name).resize if self.model.name in CONFIGS else None
+        return own or named
+
     def leave_out(self) -> None:
         """What the caller allowed to be in the file alone, or in the model alone."""
         state, wanted = without_allowed(self.state, self.wanted, self.checkpoint.allow)
@@ -131,7 +138,7 @@ class _Load:
                 return
             weight = weight.reshape(len(weight), -1, height, width)
         if tuple(weight.shape[2:]) != (height, width):
-            rule = getattr(self.model.options, "pos_resize", None)
+            rule = self.rule()
             self.resampled.append(Resampled(PATCHES, tuple(weight.shape[2:]), (height, width), rule or "bicubic-aa"))
             weight = resample_patches(weight, (height, width), rule)
         if weight.shape[1] != embed.in_chans:
@@ -160,7 +167,7 @@ class _Load:
         grid, old_grid = model.patch_embed.grid_size, self.checkpoint.grid()
         if old_grid == grid or (old_grid is None and table.shape == own.shape):
             return
-        prefix, rule = own.shape[1] - math.prod(grid), getattr(model.options, "pos_resize", None)
+        prefix, rule = own.shape[1] - math.prod(grid), self.rule()
         try:
             self.state[POSITIONS] = resample(table, grid, old_grid, prefix, rule)
         except ValueError as error:

@@ -61,7 +61,10 @@ class Checkpoint:
         than theirs is asked for by name, what is written beside them."""
         found = {**self.implied, **self.sizes()}
         if name is None and self.name is None and not self.arch:
-            found = {**infer.options(self.state), **found}
+            inferred = infer.options(self.state)
+            if inferred and infer.nearest_model(inferred, self.base or "vit") is None:
+                inferred["num_heads"] = None  # which stands in no tensor
+            found = {**inferred, **found}
         if not self.describes(name):
             return found
         found |= self.arch
@@ -99,6 +102,8 @@ class Checkpoint:
         if "blocks.0.norm1.weight" in self.state and "cls_token" not in self.state and not self._lacks_token():
             # Without a class token logits come from the mean of the patches; the name of the last norm tells its place.
             sizes |= {"class_token": False, "global_pool": "avg"} | ({"fc_norm": False} if self._has_norm() else {})
+        if "attn_pool.latent" in self.state:
+            sizes |= {"global_pool": "map", "fc_norm": None}
         return sizes
 
     def _lacks_token(self) -> bool:
@@ -118,6 +123,8 @@ class Checkpoint:
         if image is None or patch is None:
             return None
         (height, width), (patch_height, patch_width) = sides("img_size", image), sides("patch_size", patch)
+        if self.arch.get("drop_edge"):
+            return height // patch_height, width // patch_width
         return -(-height // patch_height), -(-width // patch_width)
 
 

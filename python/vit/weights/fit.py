@@ -30,6 +30,11 @@ def check_fit(
     Raises WeightsError naming what does not, ValueError for arguments that no model can have.
     """
     checks.classes(settings["num_classes"])
+    if settings["num_heads"] is None:
+        raise WeightsError(
+            f"vit: {checkpoint.source}: the number of heads stands in no tensor, and no named model has embed_dim "
+            f"{settings['embed_dim']} and depth {settings['depth']}; pass num_heads, or the name of a model"
+        )
     checks.positive(**{key: settings[key] for key in ("in_chans", "embed_dim", "depth", "num_heads")})
     checks.number(0.0, mlp_ratio=settings["mlp_ratio"])
     checks.number(0.0, mlp_width=settings["embed_dim"] * settings["mlp_ratio"])
@@ -124,7 +129,7 @@ def check_head(checkpoint: Checkpoint, classes: int, width: int, new_head: bool)
     """Refuses weights without a head for a model with one, unless the caller asked for a new one, and odd ones."""
     head, bias = (checkpoint.state.get(key) for key in HEAD[:2])
     if classes and head is not None and (head.ndim != 2 or not len(head) or head.shape[1] != width):
-        both = head.ndim == 2 and head.shape[1] == 2 * width
+        both = head.ndim == 2 and head.shape[1] == 2 * width and "DINOv2" in checkpoint.layout
         raise WeightsError(
             f"vit: {checkpoint.source} does not fit the model:\n"
             f"  shape       head.weight {list(head.shape)} instead of [classes, {width}]"

@@ -90,12 +90,14 @@ class Mapped:
 
 @dataclass
 class Converted:
-    """The tensors under timm's names, the way of each, what is left out -> why, arguments that the layout implies."""
+    """The tensors under timm's names, the way of each, what is left out -> why, and arguments that the layout implies.
+    base: the named model it is, where that is not the layout's usual one."""
 
     state: dict[str, Tensor] = field(default_factory=dict)
     mapped: list[Mapped] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     implied: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
 
     def keep(self, key: str, value: Tensor) -> None:
         """A parameter that has timm's name, or one that nobody knows: to be reported as unexpected."""
@@ -196,6 +198,8 @@ class Layout:
             result.mapped.append(Mapped(sources, targets, rule.word if sources != targets else "as it is"))
         if self.finish is not None:
             self.finish(result)
+        if (registers := result.state.get("reg_token")) is not None and not registers.numel():
+            result.drop("reg_token", "no registers")
         return result
 
     def _rule(self, key: str) -> tuple[Rule, int, dict[str, str]] | None:

@@ -110,6 +110,8 @@ def sizes(
         arch["mlp_ratio"] = ratio(record.integer("intermediate_size", hidden, 1), arch["embed_dim"])
     if image is not None:
         arch["img_size"] = sides(record, "image_size", image)
+        if any(side % size for side, size in zip(arch["img_size"], arch["patch_size"], strict=True)):
+            arch["drop_edge"] = True  # as a convolution does
     for ours, theirs in (("proj_drop_rate", hidden_dropout), ("attn_drop_rate", dropout)):
         if theirs is not None and (rate := record.number(theirs, 0.0, 0.0, 1.0)):
             arch[ours] = rate

@@ -11,6 +11,7 @@ def _finish(result: Converted) -> None:
     fold_class_position(result)
     if any(one.sources[0].endswith("mlp.w12.weight") for one in result.mapped):
         result.implied |= {"mlp_layer": "swiglu_packed", "act_layer": "silu"}
+        result.base = "vit_giant_patch14_dinov2"
 
 
 LAYOUT = Layout(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Converted, Layout, split_query, to
+from .transformers_siglip2 import ANY_SIZE, as_image
 
 #: Optimizer states and big_vision checkpoints keep the parameters below one of these.
 PREFIXES = ("opt/target/", "params/img/", "params/", "img/", "")
@@ -38,10 +39,12 @@ NO_LAYER = "a layer before the head that this model does not have"
 
 
 def as_convolution(kernel: Tensor) -> Tensor:
-    """HWIO -> OIHW; a matrix of rows of pixels is transposed."""
-    if kernel.ndim not in (2, 4):
+    """HWIO -> OIHW; NaFlex's matrix has rows of (row, column, channel)."""
+    if kernel.ndim == 2:
+        return as_image(kernel.T)
+    if kernel.ndim != 4:
         raise RuntimeError(f"embedding/kernel is {list(kernel.shape)}")
-    return (kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T).contiguous()
+    return kernel.permute(3, 2, 0, 1).contiguous()
 
 
 def dense(kernel: Tensor) -> Tensor:
@@ -164,17 +167,16 @@ def _positions(result: Converted, original: bool) -> None:
     """Positions with a row for the class token. big_vision puts that token before the patches after these have their
     positions, so that its table has rows for patches alone: the class token's is then zero.
 
-    An image of a NaFlex model has positions [n, n, C]; a model without any has fixed ones (big_vision) or none.
+    A NaFlex model has positions [n, n, C]; a model without any has fixed ones (big_vision) or none.
     """
     state, of_patches = result.state, "pos_embed_of_patches" in result.state
     result.rename("pos_embed_of_patches", "pos_embed")
     if (table := state.get("pos_embed", result.state.get("pos_embed"))) is None:
         result.implied["pos_embed"] = "none" if original else "sincos2d"
         return
-    if len(table) == table.shape[-2] > 1 and table.ndim == 3 and of_patches:
-        result.rename("pos_embed", "embeds.pos_embed")
-        result.rename("patch_embed.proj.{w}", "embeds.proj.{w}")
-        result.state["embeds.pos_embed"] = table[None]
+    if of_patches and table.ndim == 3 and len(table) == table.shape[1] > 1:
+        result.state["pos_embed"] = table.reshape(1, -1, table.shape[-1])
+        result.implied |= ANY_SIZE
         return
     rows = table.shape[-2] if table.ndim > 1 else 0
     whole = math.isqrt(rows) ** 2 == rows, math.isqrt(max(rows - 1, 0)) ** 2 == rows - 1

@@ -49,13 +49,10 @@ def fold_class_position(result: Converted) -> None:
 
 def _finish(result: Converted) -> None:
     fold_class_position(result)
-    head, token = result.state.get("head.weight"), result.state.get("norm.weight")
-    if head is not None and token is not None and head.ndim == 2 and head.shape[1] == 2 * len(token):
-        result.implied["global_pool"] = "token_avg"
-    if any(key.endswith("fc1.weight") for key in result.state):
-        fc1 = result.state["blocks.0.mlp.fc1.weight"]
-        if len(fc1) == 2 * result.state["blocks.0.mlp.fc2.weight"].shape[1]:
-            result.implied |= {"mlp_layer": "swiglu_packed", "act_layer": "silu"}
+    first, second = (result.state.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
+    if first is not None and second is not None and second.ndim == 2 and len(first) == 2 * second.shape[1]:
+        result.implied |= {"mlp_layer": "swiglu_packed", "act_layer": "silu"}
+        result.base = "vit_giant_patch14_dinov2"
 
 
 LAYOUT = Layout(

@@ -35,7 +35,7 @@ def _second_token(result: Converted) -> None:
     if "dist_token" not in result.state:
         return
     if "head_dist.weight" in result.state:
-        result.implied["distilled"] = True
+        result.base = "deit_base_distilled_patch16_224"
         return
     result.state["reg_token"] = result.state.pop("dist_token")
     result.mapped = [
