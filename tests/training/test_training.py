@@ -718,7 +718,8 @@ def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_default_recipe_reads_98_of_100_digits(tmp_path: Path) -> None:
+    began = time.process_time()
     result = train(TrainConfig(), out=tmp_path / "run")
     assert isinstance(result.test, Evaluation)
     assert result.test.accuracy >= 0.98
-    assert result.seconds < 180
+    assert time.process_time() - began < 180, "seconds of the processor: those of the clock depend on its other work"
