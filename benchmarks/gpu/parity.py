@@ -155,7 +155,7 @@ def part_sanitizer(report: Report) -> None:
 def guard_bytes(report: Report, why: str) -> None:
     """In place of the tool: the tests that put guard bytes around every allocation."""
     report.add("compute-sanitizer", not_run=why)
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_memory.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_memory.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     text = (done.stdout + done.stderr)[-1500:]
     if done.returncode == 0:

@@ -11,7 +11,7 @@ namespace vit {
 namespace baseline {
 extern const Kernels kernels;
 }
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(VIT_CPU_BASELINE_ONLY)
 namespace v3 {
 extern const Kernels kernels;
 }
@@ -34,7 +34,7 @@ struct Level {
 // From the lowest level to the highest; each one contains the one before it.
 const Level kLevels[] = {
     {"baseline", &baseline::kernels, [] { return true; }},
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(VIT_CPU_BASELINE_ONLY)
     {"v3", &v3::kernels, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
     {"v4", &v4::kernels, [] { return __builtin_cpu_supports("x86-64-v4") != 0; }},
     {"avx512bf16", &avx512bf16::kernels,

@@ -2,7 +2,7 @@
 // F(baseline) F(v3) ...
 #pragma once
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(VIT_CPU_BASELINE_ONLY)
 #define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512bf16)
 #else
 #define VIT_CPU_LEVELS(F) F(baseline)

@@ -1,6 +1,6 @@
 """Vision Transformers on a readable PyTorch reference and on compiled kernels, forward and backward."""
 
-from . import ops, weights
+from . import ops, optim, weights
 from .backends import BackendError, backends
 from .engine import Engine
 from .factory import create
@@ -18,5 +18,6 @@ __all__ = [
     "create",
     "list_models",
     "ops",
+    "optim",
     "weights",
 ]

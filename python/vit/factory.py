@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import BackendError, default_device, get, records
-from .model.configs import get_config, nearest
+from .model.configs import get_config, model_class, nearest, resolve
+from .model.options import ALIASES
 from .model.vision_transformer import VisionTransformer
 from .preprocess import Preprocess
 from .weights import Checkpoint, WeightsError, check_fit, load_into, read
@@ -33,11 +33,13 @@ def create(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | int | None = None,
     training: bool = True,
+    allow: Sequence[str] = (),
     **arch: Any,
 ) -> VisionTransformer:
     """A Vision Transformer whose ops run on `backend`: [B, in_chans, height, width] -> [B, num_classes].
 
-    name      one of vit.list_models(); None: the one the weights were saved with, else vit_base_patch16_224.
+    name      one of vit.list_models(), or name.tag: the classes, image size and preprocessing of those published
+              weights. None: the one the weights were saved with, else vit_base_patch16_224. No weights are downloaded.
     backend   "auto" chooses the best per op (see model.plan); a named one ("reference", "cpu", "cuda",
               "sycl") is strict: BackendError when it cannot run the model here.
     weights   .safetensors, .npz (JAX), .pt/.pth (state dict), a run folder of `vit train`, a folder with
@@ -49,13 +51,15 @@ def create(
     dtype     a torch dtype or its name; None: torch's default.
     device    None: the named backend's device; for "auto" the first usable of cuda, xpu, cpu. Under
               `with torch.device("meta")`, without weights, "auto" and "reference" take that one.
+    allow     names of parameters, `*` for any text, that the weights may have beyond the model or lack; any other
+              is an error. model.load_report says what became of each (vit.weights.report).
     training  False plans the forward only and returns the model in evaluation mode.
 
     Raises ValueError for an unknown name, argument or size, FileNotFoundError and WeightsError for weights
     that cannot be used, BackendError as above.
     """
     _check_backend(backend)
-    checkpoint = None if weights is None else read(weights)
+    checkpoint = None if weights is None else read(weights, allow=allow)
     given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     given = arch | {k: v for k, v in given.items() if v is not None}
     own = (
@@ -63,18 +67,19 @@ def create(
     )  # the weights' own model, not just its tensors
     name, settings = settle(name, checkpoint, given)
     config = get_config(name)
-    defaults = _check_arch(settings)
+    kind = model_class(config.kind)
+    defaults = _check_arch(settings, kind.ARGUMENTS)
     if checkpoint:
-        check_fit(checkpoint, defaults | settings, given)
+        check_fit(checkpoint, defaults | settings, given, kind)
     scheme = settings.pop("weight_init", "")
 
     if device is None:  # under `with torch.device("meta")` a model without values, to be given them
         dry = backend in ("auto", "reference") and checkpoint is None and torch.get_default_device().type == "meta"
         device = "meta" if dry else default_device(backend)
-    kind: dict[str, Any] = {"device": torch.device(device), "dtype": _dtype(dtype)}
-    first = "skip" if checkpoint else scheme
+    place: dict[str, Any] = {"device": torch.device(device), "dtype": _dtype(dtype)}
+    first = "skip" if checkpoint and not checkpoint.allow else scheme
     try:
-        model = VisionTransformer(**settings, weight_init=first, backend=backend, training=training, name=name, **kind)
+        model = kind(**settings, weight_init=first, backend=backend, training=training, name=name, **place)
     except ValueError as error:
         if own is None or given:
             raise
@@ -98,9 +103,11 @@ def settle(name: str | None, checkpoint: Checkpoint | None, given: Mapping[str, 
     settings: dict[str, Any] = {}
     if checkpoint:
         settings = checkpoint.settings(name)
-        name = name or checkpoint.name
-    name = name or DEFAULT_NAME
-    return name, {**get_config(name).arch, **settings, **given}
+        name = name or checkpoint.model_name()
+    name = resolve(name or DEFAULT_NAME)
+    config = get_config(name)
+    spelled = model_class(config.kind).spelled
+    return name, {**config.arch, **spelled(settings), **spelled(given)}
 
 
 def _check_backend(backend: str) -> None:
@@ -114,16 +121,14 @@ def _check_backend(backend: str) -> None:
     )
 
 
-def _check_arch(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _check_arch(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Refuses what is no argument of a model; the defaults of those that are."""
-    signature = inspect.signature(VisionTransformer).parameters
-    allowed = [name for name, p in signature.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     for key in settings:
-        if key not in allowed:
-            near = nearest(key, allowed)
+        if key not in defaults:
+            near = nearest(key, (*defaults, *ALIASES))
             hint = f"; did you mean {', '.join(near)}?" if near else "."
-            raise ValueError(f"vit: create has no argument {key!r}{hint} Allowed: {', '.join(allowed)}")
-    return {name: signature[name].default for name in allowed}
+            raise ValueError(f"vit: create has no argument {key!r}{hint} Allowed: {', '.join(defaults)}")
+    return dict(defaults)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -17,11 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .support import torch_resize
 from .support.images import flat, is_deep, upright
 from .support.records import Record, RecordError
 from .support.resample import resized_window
 
-CROP_MODES = ("center", "squash")
+CROP_MODES = ("center", "squash", "border")
+
+#: Who resizes, and in which order: Pillow (timm); torchvision on whole numbers, scale and statistics in one step, or on
+#: numbers already scaled to [0, 1] (transformers, since its version 5 and for DINOv3).
+RESIZERS = ("pillow", "tensor", "scaled")
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -44,7 +49,14 @@ class Preprocess:
     turned as its EXIF orientation says, and white is put behind what is transparent.
 
     crop_mode "squash" resizes both sides to floor(img_size / crop_pct) instead, whatever the aspect ratio, as
-    transformers does for ViT and timm for some weights.
+    transformers does for ViT and timm for some weights; "border" makes the longer side that long and puts the mean
+    colour around the rest.
+
+    max_num_patches: images keep their aspect ratio and get the largest size whose patches, of patch_size, are at most
+    that many, each side a multiple of patch_size (NaFlex): float32 [in_chans, h, w]; img_size and the crop are unused.
+
+    resizer: "pillow", or "tensor" and "scaled": the numbers of transformers' image processors on tensors, which crop at
+    the lower of two middles.
 
     Raises ValueError for settings that do not fit together, TypeError for anything but a PIL image.
     """
@@ -56,6 +68,9 @@ class Preprocess:
     crop_pct: float = 1.0
     in_chans: int = 3
     crop_mode: str = "center"
+    max_num_patches: int | None = None
+    patch_size: int = 16
+    resizer: str = "pillow"
 
     def __post_init__(self) -> None:
         size = self.img_size
@@ -69,6 +84,16 @@ class Preprocess:
             )
         if self.crop_mode not in CROP_MODES:
             raise ValueError(f"vit: preprocess: crop_mode {self.crop_mode!r} is not one of {', '.join(CROP_MODES)}")
+        if self.resizer not in RESIZERS:
+            raise ValueError(f"vit: preprocess: resizer {self.resizer!r} is not one of {', '.join(RESIZERS)}")
+        if self.resizer != "pillow" and self.interpolation not in torch_resize.MODES:
+            raise ValueError(
+                f"vit: preprocess: resizer {self.resizer!r} has the interpolations {', '.join(torch_resize.MODES)}, "
+                f"got {self.interpolation!r}"
+            )
+        for name, value in (("max_num_patches", self.max_num_patches), ("patch_size", self.patch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"vit: preprocess: {name} must be positive, got {value}")
         if not 0.0 < self.crop_pct <= 1.0:
             raise ValueError(f"vit: preprocess: crop_pct must be above 0 and at most 1, got {self.crop_pct}")
         if min(self.img_size) < 1:
@@ -77,7 +102,8 @@ class Preprocess:
             raise ValueError(f"vit: preprocess: std must be positive, got {self.std}")
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalize(self.resize(self.convert(image)))
+        image = self.convert(image)
+        return self.normalize(self.resize(image)) if self.resizer == "pillow" else self._on_tensors(image)
 
     def convert(self, image: Image.Image) -> Image.Image:
         """The image upright, opaque (on white) and with the model's number of channels: grey for 1, RGB for 3."""
@@ -102,12 +128,37 @@ class Preprocess:
         """
         height, width = self.img_size
         size = self._resized(image)
+        if self.max_num_patches is not None:
+            return image.resize(size, INTERPOLATIONS[self.interpolation])
         left, top = _centre(size[0], width), _centre(size[1], height)
         window = (left, top, left + width, top + height)
         resample = INTERPOLATIONS[self.interpolation]
         if min(left, top) >= 0 and size[0] * size[1] > max(image.width * image.height, WHOLE):
             return resized_window(image, size, window, resample)
+        if self.crop_mode == "border":
+            return self._on_border(image.resize(size, resample), left, top)
         return image.resize(size, resample).crop(window)  # PIL fills what lies outside with zeros
+
+    def _on_border(self, image: Image.Image, left: int, top: int) -> Image.Image:
+        """The centre of an image, on the mean colour where it is smaller than img_size."""
+        colour = tuple(round(255 * mean) for mean in self.mean)
+        canvas = Image.new(image.mode, self.img_size[::-1], colour if len(colour) > 1 else colour[0])
+        canvas.paste(image, (-left, -top))
+        return canvas
+
+    def _on_tensors(self, image: Image.Image) -> Tensor:
+        """An opaque image of 0 .. 255 -> float32 [C, H, W], resized and normalised as transformers does."""
+        pixels = torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1).contiguous()
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        if self.resizer == "scaled":
+            pixels = pixels * (1 / 255)
+        else:
+            mean, std = mean * (1.0 / (1 / 255)), std * (1.0 / (1 / 255))
+        width, height = self._resized(image)
+        pixels = torch_resize.resize(pixels, (height, width), self.interpolation)
+        if self.max_num_patches is None:
+            pixels = _cut(pixels, self.img_size)
+        return (pixels.float() - mean) / std
 
     def normalize(self, image: Image.Image) -> Tensor:
         """An image of 0 .. 255 -> float32 [C, H, W]."""
@@ -121,7 +172,11 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        left_out = {"max_num_patches": None, "resizer": "pillow"}  # what earlier versions did not know
+        values = {key: value for key, value in asdict(self).items() if key not in left_out or value != left_out[key]}
+        if self.max_num_patches is None:
+            del values["patch_size"]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
@@ -133,9 +188,14 @@ class Preprocess:
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) after the resize, rounded as the two tools do that made the published figures."""
+        if self.max_num_patches is not None:
+            return naflex_size(image.size, self.patch_size, self.max_num_patches)
         height, width = (math.floor(side / self.crop_pct) for side in self.img_size)
         if self.crop_mode == "squash":
             return width, height
+        if self.crop_mode == "border":
+            ratio = max(image.height / height, image.width / width)
+            return max(round(image.width / ratio), 1), max(round(image.height / ratio), 1)
         if height == width:
             short = min(image.size)
             # The shorter side becomes exactly `height`; the longer is truncated.
@@ -161,11 +221,13 @@ def arguments(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     record = Record({key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}, source)
     found: dict[str, Any] = {}
     for key, value in record.values.items():
-        if key == "in_chans":
+        if key in ("in_chans", "patch_size"):
             found[key] = record.integer(key, low=1)
+        elif key == "max_num_patches":
+            found[key] = None if value is None else record.integer(key, low=1)
         elif key == "crop_pct":
             found[key] = record.number(key)
-        elif key in ("interpolation", "crop_mode"):
+        elif key in ("interpolation", "crop_mode", "resizer"):
             found[key] = record.text(key)
         elif not isinstance(value, list):
             found[key] = record.integer(key) if key == "img_size" else (record.number(key),)
@@ -176,6 +238,36 @@ def arguments(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             if not value:
                 record.refuse(key, "one number for each channel")
     return found
+
+
+def naflex_size(size: tuple[int, int], patch: int, most: int) -> tuple[int, int]:
+    """(width, height) -> the largest size of the same shape whose sides, rounded up to multiples of `patch`, hold at
+    most `most` patches: by bisection of the scale up to 1e-5, as SigLIP 2 (arXiv:2502.14786), timm and transformers."""
+
+    def sides(scale: float) -> tuple[int, int]:
+        width, height = (max(math.ceil(side * scale / patch), 1) for side in size)
+        return width, height
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        if math.prod(sides(middle)) <= most:
+            low = middle
+        else:
+            high = middle
+    width, height = sides(low)
+    return width * patch, height * patch
+
+
+def _cut(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The centre of [C, h, w], with zeros around it where it is smaller; of two middles the lower one."""
+    missing = [max(want - have, 0) for want, have in zip(size, pixels.shape[1:], strict=True)]
+    if any(missing):
+        rows, columns = missing
+        sides = (columns // 2, (columns + 1) // 2, rows // 2, (rows + 1) // 2)
+        pixels = torch.nn.functional.pad(pixels, sides)
+    top, left = ((have - want) // 2 for want, have in zip(size, pixels.shape[1:], strict=True))
+    return pixels[:, top : top + size[0], left : left + size[1]]
 
 
 def _centre(length: int, window: int) -> int:

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from typing import Any
 
-from .mutate import NUMBERS, Draw, change_bytes, change_json
+from .mutate import NUMBERS, TEXTS, Draw, change_bytes, change_json
 
 
 def change_safetensors(draw: Draw, data: bytes) -> bytes:
@@ -167,15 +167,46 @@ def change_png(draw: Draw, data: bytes) -> bytes:
 
 
 def change_engine(draw: Draw, data: bytes) -> tuple[bytes, bool]:
-    """An engine file changed as safetensors, and whether the checksum of its header was made anew, as a forger would.
+    """An engine file changed as safetensors, and whether its checksums were made anew, as a forger would.
 
     Every second one is: a checksum keeps all others from getting further than that.
     """
+    if draw.chance(0.4):
+        return forge_engine(draw, data), True
     out = change_safetensors(draw, data)
     end = 8 + int.from_bytes(out[:8], "little")
-    if draw.chance(0.5) or out[8:9] != b"{" or end > len(out):
+    if draw.chance(0.2) or out[8:9] != b"{" or end > len(out):
         return out, False
     return signed(out[8:end]) + out[end:], True
+
+
+def forge_engine(draw: Draw, data: bytes) -> bytes:
+    """An engine file with one text of its header or the bytes of one tensor changed, and sound checksums."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:end]), data[end:]
+    texts: dict[str, str] = header["__metadata__"]
+    if draw.chance(0.5):
+        places = sorted(tuple(record["data_offsets"]) for name, record in header.items() if name != "__metadata__")
+        sums = texts["crc32c"].split()
+        which = draw.below(len(places))
+        first, last = places[which]
+        part = bytearray(body[first:last])
+        for _ in range(draw.small(4)):
+            part[draw.below(len(part))] = draw.of((0, 0x7F, 0x80, 0xFF, draw.below(256)))
+        body = body[:first] + bytes(part) + body[last:]
+        sums[which] = f"{crc32c(part):08x}"
+        texts["crc32c"] = " ".join(sums)
+    else:
+        key = draw.of([key for key in texts if not key.startswith("crc32c")])
+        texts[key] = draw.of((draw.of(TEXTS), str(draw.of(NUMBERS)), str(draw.below(5)), change_text(draw, texts[key])))
+    return signed(json.dumps(header).encode("utf-8", "surrogatepass")) + body
+
+
+def change_text(draw: Draw, text: str) -> str:
+    """JSON changed as such, other texts as bytes."""
+    if text[:1] in ("[", "{"):
+        return change_json(draw, text)[0]
+    return change_bytes(draw, text.encode()).decode("latin-1")
 
 
 def signed(text: bytes) -> bytes:
@@ -186,7 +217,7 @@ def signed(text: bytes) -> bytes:
     return re.sub(rb'("crc32c header": ?")0{8}', rb"\g<1>%08x" % crc32c(header), header)
 
 
-def crc32c(data: bytes) -> int:
+def crc32c(data: bytes | bytearray) -> int:
     """CRC-32C (Castagnoli), the checksum of engine files."""
     crc = 0xFFFFFFFF
     for byte in data:

@@ -139,8 +139,13 @@ def _predict(draw: Draw, path: Path) -> Change:
 def _resume(draw: Draw, path: Path) -> Change:
     name = draw.of(("config.yaml", "config.yaml", "model.json", "metrics.jsonl", "checkpoint.safetensors"))
     file = path / name
-    if draw.chance(0.15):
+    kind = draw.below(8)
+    if kind == 0:
         return _file_system(draw, file)
+    if kind == 1:  # what a training that was killed leaves behind, or what nothing reads
+        left = path / draw.of((".checkpoint.safetensors.tmp", ".metrics.jsonl.tmp", "best.safetensors", "curves.png"))
+        left.write_bytes(draw.bytes(100))
+        return Change(left.name, same=True)
     if name == "config.yaml":
         while True:
             text = change_yaml(draw, file.read_text())
@@ -193,6 +198,7 @@ def _words(draw: Draw, path: Path) -> Change:
 #: Keys of a record that tell no result: about the file or training, or repeated by the tensors.
 _TIMM = ("num_features", "pool_size", "first_conv", "classifier", "num_classes", "fixed_input_size", "architecture")
 _TRANSFORMERS = ("architectures", "initializer_range", "label2id", "num_channels", "rescale_factor")
+_TRANSFORMERS += ("image_processor_type",)
 
 FORMATS: dict[str, Format] = {
     "safetensors": Format("safetensors", _file(change_safetensors), 250),
@@ -205,7 +211,7 @@ FORMATS: dict[str, Format] = {
         120,
     ),
     "run": Format("predict", _predict, 60, seconds=0.05),
-    "resume": Format("resume", _resume, 12, names=False, seconds=1.0),
+    "resume": Format("resume", _resume, 10, names=False, seconds=1.0),
     "checkpoint": Format("checkpoint", _file(change_safetensors, same=True), 150),
     "engine": Format("engine", _engine, 250),
     "idx": Format("idx", _idx, 120),

@@ -113,7 +113,8 @@ _BYTES = (_flip, _flip, _set, _number, _number, _cut, _remove, _insert, _repeat,
 def change_json(draw: Draw, text: str) -> tuple[str, tuple[str, ...]]:
     """JSON with a change of one value, and the keys whose meaning must have changed with it.
 
-    No keys where the change may mean the same: something left out, null, or equal in Python.
+    No keys where the change may mean the same: something left out, null, equal in Python, or one size for height and
+    width.
     """
     value = json.loads(text)
     if draw.chance(0.1):
@@ -138,7 +139,8 @@ def change_json(draw: Draw, text: str) -> tuple[str, tuple[str, ...]]:
     elif kind == 4 and isinstance(old, (int, float)) and not isinstance(old, bool):
         new = draw.of((old * 2, old + 1, -old, str(old), float(old), old * 1000, old / 2))
     parent[key] = new
-    differs = new is not None and (type(new) is not type(old) or new != old) and new != old
+    repeated = isinstance(new, list) and bool(new) and all(item == old for item in new)
+    differs = new is not None and new != old and not repeated
     return _dump(holder[""]), keys if differs else ()
 
 

@@ -62,12 +62,13 @@ def jax_arrays(found: Any) -> dict[str, np.ndarray]:
         "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
         "embedding/bias": state["patch_embed.proj.bias"],
         "cls": state["cls_token"],
-        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
         "Transformer/encoder_norm/scale": state["norm.weight"],
         "Transformer/encoder_norm/bias": state["norm.bias"],
         "head/kernel": state["head.weight"].T,
         "head/bias": state["head.bias"],
     }
+    if "pos_embed" in state:
+        arrays["Transformer/posembed_input/pos_embedding"] = state["pos_embed"]
     for i in range(len(found.blocks)):
         to, of = f"Transformer/encoderblock_{i}", f"blocks.{i}"
         for kind, other in (("kernel", "weight"), ("bias", "bias")):

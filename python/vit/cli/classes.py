@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..support.records import read_regular
 from ..support.text import printable
 
 
@@ -77,7 +78,7 @@ def _are_synsets(names: Sequence[str]) -> bool:
 
 def _from_file(path: Path, count: int) -> tuple[str, ...]:
     try:
-        names = tuple(path.read_text(encoding="utf-8-sig").splitlines())
+        names = tuple(read_regular(path).decode("utf-8-sig").splitlines())
     except UnicodeDecodeError as error:
         raise ValueError(f"vit: --class-names {printable(str(path))} is no UTF-8 text: {error}") from error
     if len(names) != count:

@@ -89,6 +89,7 @@ def _run(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _weights(args: argparse.Namespace) -> tuple[Any, Any]:
+    from .. import data
     from ..factory import create
     from ..training.config import TrainConfig
     from ..training.evaluate import evaluate
@@ -96,21 +97,9 @@ def _weights(args: argparse.Namespace) -> tuple[Any, Any]:
     model = create(args.model, backend=args.backend or "auto", weights=args.run, training=False)
     if not model.num_classes:
         raise ValueError(f"vit: {args.run} has no classifier head, only features: nothing to evaluate")
-    names = classes.folder_names(model, args.class_names, _names_in(args.data))
+    names = classes.folder_names(model, args.class_names, data.class_names(args.data))
     samples = _samples(args, names, "skip", "decode", TrainConfig())
     return names, evaluate(model, samples, args.batch_size or 32, args.workers or 0)
-
-
-def _names_in(data: str) -> list[str]:
-    """The class names of the data, before its images are looked at."""
-    from ..data import kind_of, open_source
-    from ..data.idx import idx
-    from ..data.layout import class_folders, split_folders
-
-    kind, root = kind_of(data), Path(data).expanduser()
-    if kind != "folder":
-        return list((idx(root, complete=False) if kind == "mnist" else open_source(data)).class_names)
-    return sorted({name for base in split_folders(root).values() for name in class_folders(base)})
 
 
 def _samples(args: argparse.Namespace, names: Any, bad_images: str, validate: str, config: Any) -> Any:

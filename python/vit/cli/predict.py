@@ -7,15 +7,19 @@ import csv
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..support.files import replacing, to_json
 from ..support.text import printable
 from . import classes
-from .arguments import json_target, positive
+from .arguments import json_target, new_file, positive
+from .submission import submission
 
-HELP = "the most likely classes of image files, or of all images in folders"
+Item = tuple[str, Callable[[], Any]]  # the name of an image, and what reads it
+
+HELP = "the most likely classes of image files, of all images in folders, or of a data set"
 
 EPILOG = """\
 Images are turned as their EXIF orientation says, transparent ones put on white; of animations the first picture counts.
@@ -35,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "weights", metavar="RUN-or-WEIGHTS", help="run folder of vit train, or any weights vit.create takes"
     )
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or folder of images, also below it")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="image file, or folder of images, also below it")
+    parser.add_argument("--data", metavar="DATA", help="in place of images: a CSV file of pixels, or any data set")
+    parser.add_argument(
+        "--submission", metavar="FILE", type=new_file, help="write ImageId,Label, as Kaggle's Digit Recognizer takes it"
+    )
     parser.add_argument("--model", metavar="NAME", help="model name, for weights that do not know theirs")
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes per image (default: %(default)s)")
     classes.add_argument(parser)
@@ -53,7 +61,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.csv == "-":
         print("vit: --json and --csv - both write to standard output; give --csv a file", file=sys.stderr)
         return 2
-    paths, failed = _images(args.images)
+    if bool(args.images) == bool(args.data):
+        print("vit: give either images or --data", file=sys.stderr)
+        return 2
+    failed: list[dict[str, Any]] = []
+    if args.data:
+        items = _data(args.data)
+    else:
+        paths, failed = _images(args.images)
+        items = [(path, partial(_read, path)) for path in paths]
     model = create(args.model, backend=args.backend, weights=args.weights, training=False)
     if not model.num_classes:
         raise ValueError(f"vit: {args.weights} has no classifier head, only features: nothing to choose from")
@@ -61,20 +77,24 @@ def run(args: argparse.Namespace) -> int:
     top = min(args.top, model.num_classes)
     answers: list[dict[str, Any]] = []
     count = 0
-    with _table(args.csv, top) as write_row:
-        for answer in _answers(model, paths, args.batch_size, top, names):
+    quiet = args.csv or args.submission
+    with _table(args.csv, top) as write_row, submission(args.submission, names) as write_label:
+        for answer in _answers(model, items, args.batch_size, top, names):
             count += 1
             write_row(answer)
+            write_label(answer)
             if "error" in answer:
                 failed.append(answer)
             elif args.json:
                 answers.append(answer)
-            elif not args.csv:
+            elif not quiet:
                 _show(answer)
     if args.json:
         print(to_json({"predictions": answers, "failed": failed}))
     elif args.csv and args.csv != "-":
         print(f"{count} images -> {printable(args.csv)}")
+    if args.submission and not args.json and args.csv != "-":
+        print(f"{count} images -> {printable(args.submission)}")
     for failure in failed:
         print(printable(failure["error"]), file=sys.stderr)
     if failed:
@@ -101,20 +121,40 @@ def _images(given: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
     return paths, failed
 
 
+def _read(path: str) -> Any:
+    from ..data.samples import read_image
+
+    return read_image(Path(path))
+
+
+def _data(data: str) -> list[Item]:
+    """The images of a data set, whose labels are not looked at; a table of pixels needs none."""
+    import numpy as np
+
+    from ..data import Samples, kind_of, open_source
+    from ..data.sources.csv_table import is_pixel_table, read_pixels
+
+    if kind_of(data) == "csv_table" and is_pixel_table(path := Path(data).expanduser()):
+        images = read_pixels(path).images
+        samples = Samples(images, np.zeros(len(images), np.int64), [str(i) for i in range(1, len(images) + 1)])
+    else:
+        samples = Samples.concatenate(list(open_source(data, bad_images="refuse").splits.values()))
+    return [(str(key), partial(samples.image, i)) for i, key in enumerate(samples.keys)]
+
+
 def _answers(
-    model: Any, paths: list[str], batch_size: int, top: int, names: tuple[str, ...]
+    model: Any, items: list[Item], batch_size: int, top: int, names: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
     """Per image, in order, its most likely classes or its error."""
     import torch
 
-    from ..data.samples import read_image
-
-    for start in range(0, len(paths), batch_size):
-        answers: list[dict[str, Any]] = [{"image": path} for path in paths[start : start + batch_size]]
+    for start in range(0, len(items), batch_size):
+        chosen = items[start : start + batch_size]
+        answers: list[dict[str, Any]] = [{"image": name} for name, _ in chosen]
         tensors = []
-        for answer in answers:
+        for answer, (_, image) in zip(answers, chosen, strict=True):
             try:
-                tensors.append(model.preprocess(read_image(Path(answer["image"]))))
+                tensors.append(model.preprocess(image()))
             except (ValueError, MemoryError) as error:
                 answer["error"] = str(error) or f"vit: not enough memory for {answer['image']}"
         if tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
@@ -24,7 +25,7 @@ from ..training.config import (
     recipe_options,
     span,
 )
-from ..training.recipes import of_kind, recipes
+from ..training.recipes import defaults, recipes
 from .arguments import filled
 
 HELP = "train a model on digits (no arguments), a folder of class folders, or MNIST files"
@@ -100,15 +101,15 @@ def _report(result: Any, say: Any, as_json: bool) -> None:
 
 def _list_recipes(as_json: bool) -> int:
     if as_json:
-        print(to_json({r.name: {"about": r.about, "kind": r.kind, "options": r.options} for r in recipes().values()}))
+        print(to_json([dataclasses.asdict(recipe) for recipe in recipes().values()]))
         return 0
     for recipe in recipes().values():
-        print(f"{recipe.name:<12} {recipe.about}")
+        print(f"{recipe.name:<16} {recipe.about}")
     return 0
 
 
 def _print_config(args: argparse.Namespace, given: dict[str, Any]) -> int:
-    from ..data import kind_of
+    from ..data import recipe_of
     from ..training import Run
     from ..training.resume import changed
 
@@ -116,7 +117,7 @@ def _print_config(args: argparse.Namespace, given: dict[str, Any]) -> int:
         config = changed(Run.open(args.resume), given)
     else:
         config = from_mapping(given, _where(args))
-        config = config.resolved(kind_of(config.data))
+        config = config.resolved(recipe_of(config.data))
     print(config.to_yaml(), end="")
     return 0
 
@@ -194,7 +195,7 @@ def _default_text(name: str) -> str:
     if option.default is not None:
         return "none" if name == "arch" else str(option.default)
     try:
-        options = {kind: of_kind(kind).options for kind in ("digits", "mnist", "folder")}
+        options = {recipe.kind: recipe.options for recipe in defaults()}
     except MissingExtra:  # help needs no YAML
         return "by the kind of data"
     values = [f"{found[name]} for {kind}" for kind, found in options.items() if name in found]

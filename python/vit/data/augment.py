@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from PIL import Image
+from torch import Tensor
 
 from ..support.random import Stream
 
@@ -86,6 +87,31 @@ class CropFlip:
         if self.flip and mirror < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Sets a random rectangle of a normalized image to 0, the mean colour (arXiv:1708.04896).
+
+    probability: that an image loses one; area: of the image's, smallest and largest; aspect: widest height / width
+    """
+
+    probability: float
+    area: tuple[float, float] = (0.02, 1 / 3)
+    aspect: float = 10 / 3
+
+    def __call__(self, pixels: Tensor, rng: Stream) -> None:
+        """Changes `pixels` [C, H, W] in place."""
+        chance, area, aspect, top, left = rng.uniform(0.0, 1.0, 5).tolist()
+        if chance >= self.probability:
+            return
+        height, width = pixels.shape[1:]
+        target = height * width * (self.area[0] + (self.area[1] - self.area[0]) * area)
+        ratio = math.exp((2.0 * aspect - 1.0) * math.log(self.aspect))
+        h = min(height, max(1, round(math.sqrt(target * ratio))))
+        w = min(width, max(1, round(math.sqrt(target / ratio))))
+        y, x = int(top * (height - h + 1)), int(left * (width - w + 1))
+        pixels[:, y : y + h, x : x + w] = 0.0
 
 
 def generator(seed: int, epoch: int, index: int) -> Stream:

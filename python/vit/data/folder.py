@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,13 +47,13 @@ def folder(
     bases = {split: class_folders(base) for split, base in roots.items()}
     class_names = _class_names(root, roots, bases) if classes is None else tuple(classes)
     _check_known(bases, class_names, str(roots["train"]) if classes is None else "the model")
-    check = {"decode": _Decoder().decode, "header": _read_header}[validate]
+    check = check_of(validate)
     skipped: list[Skipped] = []
     splits = {}
     for split, found in bases.items():
         labels_of = {name: label for label, name in enumerate(class_names) if name in found}
         items = [(path, label) for name, label in labels_of.items() for path in _files(found[name], skipped)]
-        reasons = _check((path for path, _ in items), check, len(items), report)
+        reasons = reasons_against((path for path, _ in items), check, len(items), report)
         skipped += [Skipped(path, why) for (path, _), why in zip(items, reasons, strict=True) if why]
         usable = [item for item, why in zip(items, reasons, strict=True) if not why]
         paths = [path for path, _ in usable]
@@ -155,21 +156,27 @@ def _read_header(path: Path) -> None:
         pass
 
 
-def _check(
-    paths: Iterable[Path], check: Callable[[Path], object], total: int, report: Callable[[str], None] | None
-) -> list[str]:
-    """Per path why it is unusable, or ""; decoding releases the interpreter lock, so threads help."""
+def check_of(validate: str) -> Callable[[Any], object]:
+    """What is done with each path or file object before training: "decode" or "header"."""
+    return {"decode": _Decoder().decode, "header": _read_header}[validate]
 
-    def reason(path: Path) -> str:
+
+def reasons_against(
+    items: Iterable[Any], check: Callable[[Any], object], total: int, report: Callable[[str], None] | None
+) -> list[str]:
+    """Per path or number of an image why `check` finds it unusable, or "". Decoding releases the interpreter lock, so
+    threads help."""
+
+    def reason(item: Any) -> str:
         try:
-            check(path)
+            check(item)
         except Exception as error:
-            return explain(path, error)
+            return explain(Path(str(item)), error)
         return ""
 
     reasons = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for done, why in enumerate(pool.map(reason, paths), 1):
+        for done, why in enumerate(pool.map(reason, items), 1):
             reasons.append(why)
             if report and done % 10_000 == 0:
                 report(f"checked {done:,} of {total:,} images")

@@ -13,13 +13,14 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from ..support.text import printable
+from .format import Request
+from .labels import by_values
 from .samples import DataError, Samples, Source
 
 PREFIXES = {"train": "train", "test": "t10k"}
@@ -87,28 +88,7 @@ def idx(folder: Path, report: Callable[[str], None] | None = None, complete: boo
         raise DataError(
             f"vit: in {folder} the training images are {sizes['train']} and the test images {sizes['test']}"
         )
-    labels = {split: np.unique(samples.labels) for split, samples in splits.items()}
-    values = labels["train"] if complete else np.unique(np.concatenate(list(labels.values())))
-    if complete and (unknown := np.setdiff1d(labels.get("test", values), values)).size:
-        raise DataError(f"vit: {folder} has test images with the label(s) {unknown.tolist()}, which training lacks")
-    if complete and len(values) < 2:
-        raise DataError(f"vit: every label in {folder} is {values[0]}; two classes or more are needed")
-    if report and complete and len(values) <= values[-1] - values[0]:
-        report(f"the labels in {folder} have gaps: {len(values)} classes, {_ranges(values.tolist())}")
-    for split, samples in splits.items():
-        splits[split] = replace(samples, labels=np.searchsorted(values, samples.labels).astype(np.int64))
-    return Source(folder.name, "mnist", tuple(str(value) for value in values), splits)
-
-
-def _ranges(values: list[int]) -> str:
-    """[0, 1, 2, 7] -> '0-2, 7'."""
-    parts: list[list[int]] = []
-    for value in values:
-        if parts and value == parts[-1][1] + 1:
-            parts[-1][1] = value
-        else:
-            parts.append([value, value])
-    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in parts)
+    return by_values(folder.name, "mnist", splits, folder, Request(report=report, classes=None if complete else ()))
 
 
 def _pair(folder: Path, split: str) -> Samples | None:

@@ -25,6 +25,9 @@ _SPLIT_WORDS = {word: split for split, words in SPLITS.items() for word in words
     "trainset": "train", "valset": "val", "dev": "val", "testset": "test", "eval": "test", "holdout": "test",
 }  # fmt: skip
 
+#: Names of the parts of a data set, for cross-validation or from several archives.
+_PART = re.compile(r"(k?fold|split|part(ition)?|chunk|shard|set|subset)s?[-_. ]?\d+", re.IGNORECASE)
+
 #: Folders that macOS, Windows, Synology and ext4 put beside the user's own.
 _SYSTEM = frozenset(["__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found"])
 
@@ -42,6 +45,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     splits = {entry: split for entry in folders if (split := _split_of(entry.name)) and _below(entry)}
     if not splits:
         _refuse_splits_as_classes(root, folders)
+        _refuse_parts_as_classes(root, folders)
         for entry in folders:
             _refuse_splits_in(entry)
         return {"train": root}
@@ -106,7 +110,7 @@ def _split_of(name: str) -> str | None:
 def _refuse_splits_as_classes(root: Path, folders: Sequence[Path]) -> None:
     """Two splits by other names, or without class folders, would be told from each other. Classes such as bullet_train
     and test_tube are a small part of theirs, so it takes half of the folders."""
-    named = {entry: split for entry in folders if (split := _split_word(entry.name))}
+    named = {entry: split for entry in folders if (split := split_word(entry.name))}
     if len(set(named.values())) < 2 or 2 * len(named) < len(folders):
         return
     names = " and ".join(f"{printable(entry.name)}/" for entry in named)
@@ -116,7 +120,23 @@ def _refuse_splits_as_classes(root: Path, folders: Sequence[Path]) -> None:
     )
 
 
-def _split_word(name: str) -> str | None:
+def _refuse_parts_as_classes(root: Path, folders: Sequence[Path]) -> None:
+    """fold1/ and fold2/ with the same folders in each are parts of one data set, and those folders its classes."""
+    parts = [entry for entry in folders if _PART.fullmatch(entry.name)]
+    if len(parts) < 2 or len(parts) < len(folders):
+        return
+    inside = [{path.name for path in _below(entry)} for entry in parts]
+    common = sorted(set.intersection(*inside))
+    if len(common) < 2:
+        return
+    raise DataError(
+        f"vit: {_shown(root)} has {printable(parts[0].name)}/ to {printable(parts[-1].name)}/, which would be taken "
+        f"for classes, with {listed(common)} in each. If they are parts of one data set, put what is trained on below "
+        f"train/ and the rest below val/ or test/; if they are classes, give them other names. {ALLOWED}"
+    )
+
+
+def split_word(name: str) -> str | None:
     """The split that a word in the name means: seg_train, TestImages, val2017."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
     return next((split for word in words if (split := _SPLIT_WORDS.get(word.lower()))), None)

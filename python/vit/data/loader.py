@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..preprocess import Preprocess
 from ..support.random import Stream
-from .augment import Augment, generator
+from .augment import Augment, Erase, generator
 from .readers import PATIENCE, WatchedLoader, leave_signals
 from .samples import Samples
 
@@ -31,11 +32,19 @@ class Images(Dataset[tuple[Tensor, int]]):
     normalisation on the other.
     """
 
-    def __init__(self, samples: Samples, preprocess: Preprocess, augment: Augment | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        preprocess: Preprocess,
+        augment: Augment | None = None,
+        seed: int = 0,
+        erase: Erase | None = None,
+    ) -> None:
         self.samples = samples
         self.preprocess = preprocess
         self.augment = augment
         self.seed = seed
+        self.erase = erase
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -44,13 +53,19 @@ class Images(Dataset[tuple[Tensor, int]]):
         epoch, index = key
         image = self.samples.image(index)
         label = int(self.samples.labels[index])
+        pixels = self._pixels(image, epoch, index)
+        if self.erase:
+            self.erase(pixels, Stream("erase", self.seed, epoch, index))
+        return pixels, label
+
+    def _pixels(self, image: Image.Image, epoch: int, index: int) -> Tensor:
         if self.augment is None:
-            return self.preprocess(image), label
+            return self.preprocess(image)
         image = self.preprocess.convert(image)
         if not self.augment.resizes:
             image = self.preprocess.resize(image)
         image = self.augment(image, generator(self.seed, epoch, index))
-        return self.preprocess.normalize(image), label
+        return self.preprocess.normalize(image)
 
 
 class EpochBatches:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..support.images import explain, open_image
 from ..support.text import printable
+from .stored import Stored
 
 
 class DataError(ValueError):
@@ -30,13 +31,13 @@ class ReaderError(DataError):
 class Samples:
     """Images and their class indices.
 
-    images: grey levels uint8 [n, H, W] held in memory, or the paths of image files
+    images: uint8 [n, H, W] (grey) or [n, H, W, 3] held in memory, the paths of image files, or what a store decodes
     labels: int64 [n]
     keys: a stable name per image, by which the splits are drawn (a path below the data folder, or a running
         number)
     """
 
-    images: np.ndarray | Sequence[Path]
+    images: np.ndarray | Stored | Sequence[Path]
     labels: np.ndarray
     keys: Sequence[str]
 
@@ -49,6 +50,8 @@ class Samples:
 
     def image(self, index: int) -> Image.Image:
         """The image as PIL sees it; DataError names a file that cannot be read."""
+        if isinstance(self.images, Stored):
+            return _decoded(self.images, index)
         item = self.images[index]
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
@@ -57,8 +60,11 @@ class Samples:
     def take(self, indices: Sequence[int] | np.ndarray) -> Samples:
         """The samples at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
+        images: np.ndarray | Stored | Sequence[Path]
         if isinstance(self.images, np.ndarray):
-            images: np.ndarray | Sequence[Path] = self.images[chosen]
+            images = self.images[chosen]
+        elif isinstance(self.images, Stored):
+            images = self.images.take(chosen)
         else:
             images = [self.images[i] for i in chosen]
         return Samples(images, self.labels[chosen], [self.keys[i] for i in chosen])
@@ -66,8 +72,13 @@ class Samples:
     @staticmethod
     def concatenate(parts: Sequence[Samples]) -> Samples:
         """All samples of `parts`, which hold images of one kind, one after the other."""
-        arrays = [part.images for part in parts if isinstance(part.images, np.ndarray)]
-        images = np.concatenate(arrays) if arrays else [image for part in parts for image in part.images]
+        images: np.ndarray | Stored | Sequence[Path]
+        if arrays := [part.images for part in parts if isinstance(part.images, np.ndarray)]:
+            images = np.concatenate(arrays)
+        elif stored := [part.images for part in parts if isinstance(part.images, Stored)]:
+            images = Stored.joined(stored)
+        else:
+            images = [image for part in parts for image in part.images]  # type: ignore[misc]
         keys = [key for part in parts for key in part.keys]
         return Samples(images, np.concatenate([part.labels for part in parts]), keys)
 
@@ -162,6 +173,8 @@ class Source:
             digest.update(samples.labels.tobytes())
             if isinstance(samples.images, np.ndarray):
                 digest.update(samples.images.tobytes())
+            elif isinstance(samples.images, Stored):
+                digest.update(samples.images.digest())
         return digest.hexdigest()
 
 
@@ -188,3 +201,11 @@ def read_image(path: Path) -> Image.Image:
         return open_image(path)
     except Exception as error:  # decoders raise SyntaxError, struct.error, ... on damaged files, not only OSError
         raise DataError(f"vit: cannot read image {printable(str(path))}: {printable(explain(path, error))}") from error
+
+
+def _decoded(images: Stored, index: int) -> Image.Image:
+    try:
+        return images[index]
+    except Exception as error:  # as in read_image
+        name = images.name(index)
+        raise DataError(f"vit: cannot read {printable(name)}: {printable(explain(Path(name), error))}") from error

@@ -18,9 +18,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..model.blocks import Attention, Block, Mlp
-from ..model.layers import DropPath, PatchEmbed
+from ..model.layers import DropPath, PatchDropout, PatchEmbed
 from ..model.torch_layers import as_known
-from ..model.vision_transformer import POOLS, VisionTransformer
+from ..model.vision_transformer import VisionTransformer
 from ..weights.checkpoint import all_finite
 
 Shape = tuple[int, ...]
@@ -30,7 +30,26 @@ _NORM: Kinds = (nn.LayerNorm,)
 _LINEAR: Kinds = (nn.Linear,)
 _NOTHING: Kinds = (nn.Identity,)
 #: What does nothing in evaluation mode.
-_DROP: Kinds = (nn.Dropout, nn.Identity, DropPath)
+_DROP: Kinds = (nn.Dropout, nn.Identity, DropPath, PatchDropout)
+
+#: Poolings that the engine computes.
+POOLS = ("token", "avg", "")
+#: Options that the engine does not compute yet -> their values that it does.
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "reg_tokens": (0,),
+    "no_embed_class": (False,),
+    "pre_norm": (False,),
+    "final_norm": (True,),
+    "init_values": (None, 0),
+    "qk_norm": (False,),
+    "scale_attn_norm": (False,),
+    "scale_mlp_norm": (False,),
+    "norm_layer": ("layernorm",),
+    "embed_norm_layer": (None,),
+    "mlp_layer": ("mlp",),
+    "act_layer": ("gelu", "gelu_tanh"),
+    "dynamic_img_size": (False,),
+}
 
 #: path -> the classes it may have, in a model and in each of its blocks.
 MODEL: dict[str, Kinds] = {
@@ -39,7 +58,7 @@ MODEL: dict[str, Kinds] = {
     "patch_embed.proj": (nn.Conv2d, nn.Linear),
     "patch_embed.norm": _NOTHING,
     "pos_drop": _DROP,
-    "patch_drop": _NOTHING,
+    "patch_drop": _DROP,
     "norm_pre": _NOTHING,
     "blocks": (nn.Sequential,),
     "norm": (nn.LayerNorm, nn.Identity),
@@ -79,11 +98,31 @@ def refusals(model: nn.Module) -> Iterator[str]:
         yield f"needs a vit.VisionTransformer, got {type(model).__name__}"
         return
     modules = modules_of(model)
+    if reasons := list(_options(model)):  # one line for each, not one for each module it made
+        yield from reasons
+        return
     for check in (_wrong_modules, _listeners, _wrong_sizes, _wrong_values):
         reasons = list(check(modules))
         yield from reasons
         if reasons:  # what follows stands on it
             return
+
+
+def _options(model: Any) -> Iterator[str]:
+    """Options of the model that the engine does not compute yet."""
+    for name, allowed in OPTIONS.items():
+        value = getattr(model.options, name)
+        if value not in allowed:
+            yield f"{name}={value!r}: the engine computes {' or '.join(map(repr, allowed))}"
+    if model.global_pool not in POOLS:
+        computed = ", ".join(map(repr, POOLS))
+        yield f"global_pool {model.global_pool!r} does not go with this model: the engine computes {computed}"
+    if model.pool_include_prefix and model.num_prefix_tokens and model.global_pool == "avg":
+        yield "pool_include_prefix=True: the engine averages the patches alone"
+    embed = model.patch_embed
+    cuts_edge = isinstance(embed, PatchEmbed) and embed.drop_edge and not embed.dynamic_img_pad
+    if cuts_edge and any(side % size for side, size in zip(embed.img_size, embed.patch_size, strict=True)):
+        yield f"drop_edge=True: the engine takes images of whole patches, not {list(embed.img_size)}"
 
 
 def modules_of(model: nn.Module) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from . import native
 from .freeze import freeze
 from .images import as_tensor, check_out, dense, room
 from .profile import Phase, flops, phases, timed
+from .shutdown import calls as running
 
 Images = Tensor | np.ndarray
 Result = Tensor | dict[str, Tensor]
@@ -289,16 +290,17 @@ class Engine:
         layout: str,
         threads: int,
     ) -> Result:
-        given, keep = self._images(images, layout)
-        names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-        single = isinstance(outputs, str)
-        places = self._places(names, given.batch, out, single)
-        wanted = (native.Output * len(names))(
-            *[native.Output(*self._kind(name), t.data_ptr(), t.numel()) for name, t in places.items()]
-        )
-        self._library.check(self._library.forward(self._handle, given, wanted, len(wanted), threads))
-        del keep  # alive until here: `given` holds its address
-        return places[names[0]] if single else places
+        with running:
+            given, keep = self._images(images, layout)
+            names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+            single = isinstance(outputs, str)
+            places = self._places(names, given.batch, out, single)
+            wanted = (native.Output * len(names))(
+                *[native.Output(*self._kind(name), t.data_ptr(), t.numel()) for name, t in places.items()]
+            )
+            self._library.check(self._library.forward(self._handle, given, wanted, len(wanted), threads))
+            del keep  # alive until here: `given` holds its address
+            return places[names[0]] if single else places
 
     def _images(self, images: Images, layout: str) -> tuple[native.Images, Tensor]:
         if layout not in native.LAYOUTS:

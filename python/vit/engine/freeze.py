@@ -28,6 +28,9 @@ class Frozen:
     texts: dict[str, str]
 
 
+# Not merely without gradients: a function of PyTorch's autograd locks the parameter that it reads, and a child forked
+# at that moment by another thread would wait for the lock for ever.
+@torch.inference_mode()
 def freeze(
     model: nn.Module,
     dtype: str,

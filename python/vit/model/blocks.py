@@ -12,23 +12,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import DropPath
+from .layers import DropPath, LayerScale
+from .mlp import MLPS, GluMlp, Mlp, SwiGLU
+from .options import Options
+from .parts import ACTIVATION_KINDS, NORM_KINDS, activation_of, make_norm, norm
 from .planned import CallsOps
 from .torch_layers import (
-    ACTIVATIONS,
     as_known,
     call,
-    dropout,
-    hooked_everywhere,
     know,
-    layer_norm,
     linear,
     plain,
+    planned,
     untouched,
     unwatched,
+    watched_everywhere,
+    watching_functions,
 )
 
 
@@ -39,31 +42,37 @@ class Attention(CallsOps, nn.Module):
     PyTorch, for those who look at them.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, **factory: Any
-    ) -> None:
+    def __init__(self, options: Options, **factory: Any) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        dim = options.embed_dim
+        self.num_heads = options.num_heads
+        self.head_dim = dim // self.num_heads
         self.scale = self.head_dim**-0.5  # as in timm, of probabilities that exist
         self.fused_attn = True
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.q_norm = nn.Identity()
-        self.k_norm = nn.Identity()
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.norm = nn.Identity()
-        self.proj = nn.Linear(dim, dim, **factory)
-        self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+        def optional_norm(wanted: bool, width: int) -> nn.Module:
+            return make_norm(options.norm_layer, width, options.norm_eps, **factory) if wanted else nn.Identity()
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=options.qkv_bias, **factory)
+        self.q_norm = optional_norm(options.qk_norm, self.head_dim)
+        self.k_norm = optional_norm(options.qk_norm, self.head_dim)
+        self.attn_drop = nn.Dropout(options.attn_drop_rate)
+        self.norm = optional_norm(options.scale_attn_norm, dim)
+        self.proj = nn.Linear(dim, dim, bias=options.proj_bias, **factory)
+        self.proj_drop = nn.Dropout(options.proj_drop_rate)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """attn_mask, is_causal: as of scaled_dot_product_attention, and computed by it."""
         ops = self.ops
         B, N, _ = x.shape
         qkv = call(ops, self.qkv, x).reshape(B, N, 3, self.num_heads, self.head_dim)
-        if isinstance(x, Tensor) and self.fused_attn and self._norms_are_identities():
+        masked = attn_mask is not None or is_causal
+        if isinstance(x, Tensor) and self.fused_attn and not masked and self._norms_are_identities():
             x = self.attend(qkv)  # [B, N, H, D]
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
-            x = self._attend_unpacked(call(ops, self.q_norm, q), call(ops, self.k_norm, k), v)
+            q, k = call(ops, self.q_norm, q), call(ops, self.k_norm, k)
+            x = self._attend_unpacked(q, k, v, attn_mask, is_causal)
         x = call(ops, self.norm, x.flatten(2))
         return call(ops, self.proj_drop, call(ops, self.proj, x))
 
@@ -75,93 +84,98 @@ class Attention(CallsOps, nn.Module):
         q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, N, D]
         return F.scaled_dot_product_attention(q[:, :, :queries], k, v, dropout_p=rate).transpose(1, 2)
 
-    def _attend_unpacked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_unpacked(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """q, k, v [B, H, N, D] -> [B, N, H, D]."""
         if not self.fused_attn:
-            probabilities = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+            scores = q * self.scale @ k.transpose(-2, -1)
+            probabilities = masked_scores(scores, attn_mask, is_causal).softmax(dim=-1)
             return (self.attn_drop(probabilities) @ v).transpose(1, 2)
         rate = self.attn_drop.p if self.training else 0.0
-        if rate == 0.0 and isinstance(q, Tensor):
+        if isinstance(q, Tensor) and watching_functions():
+            with planned(self.ops):
+                return F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=attn_mask, dropout_p=rate, is_causal=is_causal
+                ).transpose(1, 2)
+        if rate == 0.0 and isinstance(q, Tensor) and attn_mask is None and not is_causal:
             return self.ops.attention(*(t.transpose(1, 2) for t in (q, k, v)))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate, is_causal=is_causal)
+        return y.transpose(1, 2)
 
     def _norms_are_identities(self) -> bool:
         return untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)
 
 
-class Mlp(CallsOps, nn.Module):
-    """fc2(act(fc1(x))): [B, N, C] -> [B, N, C]."""
-
-    def __init__(self, dim: int, hidden: int, activation: str, drop: float, **factory: Any) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden, **factory)
-        self.act = nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
-        self.drop1 = nn.Dropout(drop)
-        self.norm = nn.Identity()
-        self.fc2 = nn.Linear(hidden, dim, **factory)
-        self.drop2 = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        ops, fc1, act = self.ops, self.fc1, self.act
-        alone = isinstance(x, Tensor) and untouched(fc1, nn.Linear) and untouched(act, nn.GELU)
-        if alone and plain([x, *fc1._parameters.values()]):
-            x = linear(ops, fc1, x, ACTIVATIONS[act.approximate])  # [B, N, hidden]
-        else:
-            x = call(ops, act, call(ops, fc1, x))
-        x = call(ops, self.norm, call(ops, self.drop1, x))
-        return call(ops, self.drop2, call(ops, self.fc2, x))
+def masked_scores(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """scores [B, H, N, N] with what may not be seen at minus infinity; a floating-point mask is added."""
+    if is_causal:
+        attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, float("-inf"))
+    return scores + attn_mask
 
 
 class Block(CallsOps, nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)): [B, N, C] -> [B, N, C]."""
+    """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))): [B, N, C] -> [B, N, C]."""
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-        activation: str = "gelu",
-        norm_eps: float = 1e-6,
-        **factory: Any,
+        self, dim: int, num_heads: int, options: Options | None = None, drop_path: float = 0.0, **factory: Any
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, norm_eps, **factory)
-        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, proj_drop, **factory)
-        self.ls1 = nn.Identity()
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, norm_eps, **factory)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation, proj_drop, **factory)
-        self.ls2 = nn.Identity()
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        o = Options(embed_dim=dim, num_heads=num_heads) if options is None else options
+        scaled = o.init_values is not None and o.init_values != 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Tensor) and self.can_fuse():
+        def scale() -> nn.Module:
+            return LayerScale(dim, o.init_values or 0.0, **factory) if scaled else nn.Identity()
+
+        self.norm1 = make_norm(o.norm_layer, dim, o.norm_eps, **factory)
+        self.attn = Attention(o, **factory)
+        self.ls1 = scale()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = make_norm(o.norm_layer, dim, o.norm_eps, **factory)
+        self.mlp = MLPS[o.mlp_layer](o, **factory)
+        self.ls2 = scale()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        #: The classes of the modules below in order: a block of others calls them one by one.
+        self._as_built = tuple(type(m) for m in self._below())
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        masked = attn_mask is not None or is_causal
+        if isinstance(x, Tensor) and not masked and self.can_fuse():
             return self.fused(x)
         ops = self.ops
-        x = x + call(ops, self.drop_path1, call(ops, self.ls1, self.attn(call(ops, self.norm1, x))))
+        y = call(ops, self.norm1, x)
+        y = self.attn(y, attn_mask=attn_mask, is_causal=is_causal) if masked else self.attn(y)
+        x = x + call(ops, self.drop_path1, call(ops, self.ls1, y))
         return x + call(ops, self.drop_path2, call(ops, self.ls2, self.mlp(call(ops, self.norm2, x))))
+
+    def _below(self) -> list[nn.Module]:
+        """The modules of the block, then those of its attention and of its MLP."""
+        own = self._modules
+        attn, mlp = own.get("attn"), own.get("mlp")
+        parts = [*own.values(), *(attn._modules.values() if attn else ()), *(mlp._modules.values() if mlp else ())]
+        return [part for part in parts if part is not None]
 
     def can_fuse(self) -> bool:
         """Whether nobody would notice that the modules below are not called, and all are what this file makes."""
-        own = self._modules
-        attn, mlp = own.get("attn"), own.get("mlp")
-        if type(self) is not Block or type(attn) is not Attention or type(mlp) is not Mlp or hooked_everywhere():
+        if type(self) is not Block or watched_everywhere():
             return False
-        below: list[Any] = [*own.values(), *attn._modules.values(), *mlp._modules.values()]
+        below = self._below()
         return (
-            tuple(map(type, below)) in _AS_BUILT
+            tuple(map(type, below)) == self._as_built
             and unwatched(below)
             and as_known(_KINDS)
-            and attn.fused_attn
+            and self.attn.fused_attn
             and plain([p for m in below for p in m._parameters.values()])
         )
 
     def drops_elements(self) -> bool:
         """Whether single elements are dropped at random, now."""
+        attn: Any
+        mlp: Any
         attn, mlp = self.attn, self.mlp
         rate = attn.attn_drop.p if attn.training else 0.0
         return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
@@ -169,33 +183,51 @@ class Block(CallsOps, nn.Module):
     def fused(self, x: Tensor, queries: int | None = None) -> Tensor:
         """`forward` where `can_fuse`. With `queries` only the first so many tokens are computed, [B, queries, C]: the
         others are read as keys and values."""
+        attn: Any
+        mlp: Any
         ops, attn, mlp = self.ops, self.attn, self.mlp
         branch, x = ops.movement.fork(x)
         if queries is not None:
             x = ops.movement.first(x, queries)
-        qkv = linear(ops, attn.qkv, layer_norm(ops, self.norm1, branch))
+        qkv = linear(ops, attn.qkv, norm(ops, self.norm1, branch))
         qkv = qkv.view(*branch.shape[:2], 3, attn.num_heads, attn.head_dim)
-        y = attn.attend(qkv, queries).flatten(2)
-        x = _add(ops, x, y, attn.proj, attn.proj_drop, self.drop_path1)
+        y = norm(ops, attn.norm, self._attended(qkv, queries).flatten(2))
+        x = _add(ops, x, y, attn.proj, self.ls1, attn.proj_drop, self.drop_path1)
         branch, x = ops.movement.fork(x)
-        y = linear(ops, mlp.fc1, layer_norm(ops, self.norm2, branch), ACTIVATIONS[mlp.act.approximate])
-        return _add(ops, x, dropout(ops, mlp.drop1, y), mlp.fc2, mlp.drop2, self.drop_path2)
+        y = mlp.inner(norm(ops, self.norm2, branch), activation_of(mlp.act))
+        return _add(ops, x, y, mlp.fc2, self.ls2, mlp.drop2, self.drop_path2)
+
+    def _attended(self, qkv: Tensor, queries: int | None) -> Tensor:
+        """A packed projection [B, N, 3, H, D] -> [B, queries or N, H, D]; q and k are normed first where they are."""
+        ops, attn = self.ops, self.attn
+        if type(attn.q_norm) is nn.Identity:
+            return attn.attend(qkv, queries)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
+        return attn._attend_unpacked(norm(ops, attn.q_norm, q)[:, :, :queries], norm(ops, attn.k_norm, k), v)
 
 
-def _add(ops: Any, x: Tensor, y: Tensor, layer: nn.Linear, drop: nn.Dropout, drop_path: nn.Module) -> Tensor:
-    """x + drop_path(drop(layer(y))): one op unless something random stands between the branch and the sum."""
+def _add(
+    ops: Any, x: Tensor, y: Tensor, layer: nn.Linear, scale: nn.Module, drop: nn.Dropout, drop_path: nn.Module
+) -> Tensor:
+    """x + drop_path(scale(drop(layer(y)))): one op unless something random stands between the branch and the sum."""
+    gamma = scale.gamma if isinstance(scale, LayerScale) else None
     if (drop.training and drop.p) or (drop_path.training and isinstance(drop_path, DropPath) and drop_path.drop_prob):
-        return x + drop_path(drop(linear(ops, layer, y)))
-    return linear(ops, layer, y, None, x)
+        branch = drop(linear(ops, layer, y))
+        return x + drop_path(branch if gamma is None else branch * gamma)
+    return linear(ops, layer, y, None, x, gamma)
 
 
-def _kinds(drop_path: type) -> tuple[type, ...]:
-    block = nn.LayerNorm, Attention, nn.Identity, drop_path, nn.LayerNorm, Mlp, nn.Identity, drop_path
-    attn = nn.Linear, nn.Identity, nn.Identity, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout
-    return *block, *attn, nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout
-
-
-#: The classes of the modules of a block in order, without and with drop-path.
-_AS_BUILT = (_kinds(nn.Identity), _kinds(DropPath))
-_KINDS = tuple(dict.fromkeys((Block, *_kinds(DropPath))))
+_KINDS: tuple[type[nn.Module], ...] = (
+    Block,
+    Attention,
+    Mlp,
+    GluMlp,
+    SwiGLU,
+    nn.Identity,
+    DropPath,
+    LayerScale,
+    nn.Linear,
+    nn.Dropout,
+)
+_KINDS = (*_KINDS, *NORM_KINDS, *ACTIVATION_KINDS)
 know(*_KINDS)

@@ -35,6 +35,27 @@ def number(low: float, **values: float) -> None:
             raise ValueError(f"vit: {name} must be a number from {low:g}, got {value!r}")
 
 
+def finite(**values: float) -> None:
+    """Finite numbers."""
+    for name, value in values.items():
+        if not _number(value) or not math.isfinite(value):
+            raise ValueError(f"vit: {name} must be a finite number, got {value!r}")
+
+
+def count(**sizes: int) -> None:
+    """Whole numbers from 0."""
+    for name, size in sizes.items():
+        if not _whole(size) or size < 0:
+            raise ValueError(f"vit: {name} must be a whole number from 0, got {size!r}")
+
+
+def switches(**values: bool) -> None:
+    """True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"vit: {name} must be True or False, got {value!r}")
+
+
 def rate(**rates: float) -> None:
     """Probabilities of dropping something: 0 up to but not 1."""
     for name, value in rates.items():

@@ -1,116 +1,143 @@
-"""The named models: name -> sizes of the network and the preprocessing its published weights expect.
-
-Sizes: Tiny to Large and Huge from the ViT paper and its follow-ups (arXiv:2010.11929 table 1,
-arXiv:2106.10270 table 2), Giant from arXiv:2106.04560 table 2, DeiT from arXiv:2012.12877 table 1. Names,
-image statistics and crop fractions are those under which timm publishes the weights.
-"""
+"""Configurations by name: the sizes of a network and the preprocessing its published weights expect."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import importlib
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+from . import zoo
+
+#: kind of a name -> the module and the class of its network.
+KINDS = {
+    "vit": ("vision_transformer", "VisionTransformer"),
+    "deit": ("deit", "VisionTransformerDistilled"),
+    "eva": ("eva", "Eva"),
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """`arch`: arguments of VisionTransformer; `preprocess`: arguments of Preprocess beyond the image size."""
+    """`arch`: arguments of the network's class; `preprocess`: arguments of Preprocess beyond the image size.
+
+    kind: a key of KINDS. name: as it is asked for, "name" or "name.tag". tag: the published weights it stands for.
+    resize: how timm brings the positions and patches of its weights to another size, one of options.RESIZES.
+    """
 
     arch: MappingProxyType[str, Any]
     preprocess: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    kind: str = "vit"
+    name: str = ""
+    tag: zoo.Tag | None = None
+    resize: str | None = None
 
 
-#            embed_dim, depth, num_heads, mlp_ratio
-SIZES = {
-    "tiny": (192, 12, 3, 4.0),
-    "small": (384, 12, 6, 4.0),
-    "base": (768, 12, 12, 4.0),
-    "large": (1024, 24, 16, 4.0),
-    "huge": (1280, 32, 16, 4.0),
-    "giant": (1408, 40, 16, 48 / 11),
-}
+def model_class(kind: str) -> Any:
+    """The class of a kind of network."""
+    module, name = KINDS[kind]
+    return getattr(importlib.import_module(f".{module}", __package__), name)
 
 
-def _vit(size: str, patch: int, image: int, statistics: tuple[tuple[float, ...], ...] = HALF, **arch: Any) -> Config:
-    embed_dim, depth, num_heads, mlp_ratio = SIZES[size]
-    sizes = {
-        "img_size": image,
-        "patch_size": patch,
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": num_heads,
-        "mlp_ratio": mlp_ratio,
-    }
-    mean, std = statistics
-    # Models fine-tuned at 384 saw the whole image, those at 224 its central 90 %.
-    preprocess = {
-        "mean": mean,
-        "std": std,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0 if image == 384 else 0.9,
-    }
-    return Config(MappingProxyType(sizes | arch), MappingProxyType(preprocess))
-
-
-def _gray(mean: float, std: float, **arch: Any) -> Config:
+def _gray(name: str, mean: float, std: float, arch: dict[str, Any]) -> Config:
     preprocess = {"mean": (mean,), "std": (std,), "interpolation": "bilinear", "crop_pct": 1.0}
-    return Config(MappingProxyType({"in_chans": 1, "num_classes": 10} | arch), MappingProxyType(preprocess))
+    arch = {"in_chans": 1, "num_classes": 10} | arch
+    return Config(MappingProxyType(arch), MappingProxyType(preprocess), name=name)
 
 
-# num_classes=0, as in timm, where the published weights have no head: features unless told otherwise.
-CONFIGS: dict[str, Config] = {
-    "vit_tiny_patch16_224": _vit("tiny", 16, 224),
-    "vit_tiny_patch16_384": _vit("tiny", 16, 384),
-    "vit_small_patch32_224": _vit("small", 32, 224),
-    "vit_small_patch32_384": _vit("small", 32, 384),
-    "vit_small_patch16_224": _vit("small", 16, 224),
-    "vit_small_patch16_384": _vit("small", 16, 384),
-    "vit_small_patch8_224": _vit("small", 8, 224, IMAGENET, num_classes=0),
-    "vit_base_patch32_224": _vit("base", 32, 224),
-    "vit_base_patch32_384": _vit("base", 32, 384),
-    "vit_base_patch16_224": _vit("base", 16, 224),
-    "vit_base_patch16_384": _vit("base", 16, 384),
-    "vit_base_patch8_224": _vit("base", 8, 224),
-    "vit_large_patch32_224": _vit("large", 32, 224, num_classes=0),
-    "vit_large_patch32_384": _vit("large", 32, 384),
-    "vit_large_patch16_224": _vit("large", 16, 224),
-    "vit_large_patch16_384": _vit("large", 16, 384),
-    "vit_huge_patch14_224": _vit("huge", 14, 224, num_classes=0),
-    "vit_giant_patch14_224": _vit("giant", 14, 224),
-    "deit_tiny_patch16_224": _vit("tiny", 16, 224, IMAGENET),
-    "deit_small_patch16_224": _vit("small", 16, 224, IMAGENET),
-    "deit_base_patch16_224": _vit("base", 16, 224, IMAGENET),
+#: Names of our own.
+PRESETS = {
     # The 8 x 8 grey digits of scikit-learn: 16 tokens of 2 x 2 pixels. On 1,259 images fixed positions learn better
     # than learned ones: after 100 epochs 99.0 % against 98.8 % right (mean of the last 20 epochs, two splits).
     "vit_digits": _gray(
-        0.5, 0.5, img_size=8, patch_size=2, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2.0, pos_embed="sincos2d"
+        "vit_digits",
+        mean=0.5,
+        std=0.5,
+        arch={
+            **{"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0},
+            "pos_embed": "sincos2d",
+        },
     ),
     # A small MNIST model: 16 tokens of 7 x 7 pixels; the statistics are those of the MNIST training images.
     "vit_mnist_demo": _gray(
-        0.1307, 0.3081, img_size=28, patch_size=7, embed_dim=64, depth=2, num_heads=8, proj_drop_rate=0.1
+        "vit_mnist_demo",
+        mean=0.1307,
+        std=0.3081,
+        arch={"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 2, "num_heads": 8, "proj_drop_rate": 0.1},
     ),
 }
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """The names `vit.create` knows that match a shell-style wildcard, sorted."""
-    return sorted(fnmatch.filter(CONFIGS, pattern))
+class _Configs(Mapping[str, Config]):
+    """name or name.tag -> Config, made when it is asked for; iterates over the names."""
+
+    def __getitem__(self, name: str) -> Config:
+        if name in PRESETS:
+            return PRESETS[name]
+        tag = zoo.tags().get(name) if "." in name else zoo.defaults().get(name)
+        if tag is None:
+            raise KeyError(name)
+        sizes = zoo.names()[tag.name]
+        # As in timm: a name alone has the classes and the image size of its default weights.
+        arch: dict[str, Any] = {"img_size": tag.img_size, **sizes.arch}
+        if tag.num_classes != 1000:
+            arch["num_classes"] = tag.num_classes
+        if tag.img_size % sizes.arch["patch_size"]:
+            arch["drop_edge"] = True  # 384 pixels are 27 patches of 14, and 6 pixels that are not read
+        return Config(MappingProxyType(arch), tag.preprocess, sizes.kind, name, tag, sizes.resize)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from PRESETS
+        yield from zoo.names()
+
+    def __len__(self) -> int:
+        return len(PRESETS) + len(zoo.names())
+
+
+CONFIGS: Mapping[str, Config] = _Configs()
+
+
+def list_models(pattern: str = "*", *, tags: bool = False) -> list[str]:
+    """The names `vit.create` knows that match a shell-style wildcard, sorted.
+
+    With tags, or a dot in the pattern, the published weights of each name instead: name.tag.
+    """
+    if not (tags or "." in pattern):
+        return sorted(fnmatch.filter(CONFIGS, pattern))
+    known = [full for full, tag in zoo.tags().items() if tag.tag and tag.hub]
+    by_name = [full for full in known if fnmatch.fnmatch(full.partition(".")[0], pattern)]
+    return sorted({*by_name, *fnmatch.filter(known, pattern)})
+
+
+def resolve(name: str) -> str:
+    """A name under which a configuration is kept: one that timm gave up is replaced, with a warning."""
+    new = zoo.aliases().get(name)
+    if new is None:
+        return name
+    warnings.warn(f"vit: the name {name!r} is old; use {new!r}", UserWarning, stacklevel=3)
+    return new
 
 
 def get_config(name: str) -> Config:
-    """The configuration of a named model; ValueError names the nearest names."""
+    """The configuration of a named model or of name.tag; ValueError names the nearest names."""
     try:
-        return CONFIGS[name]
+        return CONFIGS[resolve(name)]
     except KeyError:
-        near = ", ".join(nearest(name, CONFIGS)) or "vit_base_patch16_224"
-        raise ValueError(
-            f"vit: unknown model {name!r}; nearest: {near}. vit.list_models() lists all {len(CONFIGS)}"
-        ) from None
+        raise ValueError(_unknown(name)) from None
+
+
+def _unknown(name: str) -> str:
+    bare = name.partition(".")[0]
+    if bare != name and bare in CONFIGS:
+        known = [tag.tag for tag in zoo.tags().values() if tag.name == bare and tag.tag]
+        there = f"its tags are {', '.join(known)}" if known else "it has none"
+        return f"vit: {bare} has no tag {name.partition('.')[2]!r}; {there}"
+    near = nearest(bare, [*CONFIGS, *zoo.aliases()]) or ["vit_base_patch16_224"]
+    return f"vit: unknown model {name!r}; nearest: {', '.join(near)}. vit.list_models() lists all {len(CONFIGS)}"
 
 
 def nearest(word: str, known: Any, count: int = 3) -> list[str]:

@@ -6,7 +6,8 @@
     "moco"      Xavier-uniform, with q, k and v of a qkv weight treated as three matrices
     "reset"     PyTorch's defaults everywhere
     "skip"      nothing: for weights that are about to be loaded
-In all but "skip": position embedding trunc-normal(0.02), class token N(0, 1e-6), norms 1 and 0.
+In all but "skip": position embedding trunc-normal(0.02), class token and registers N(0, 1e-6), norms 1 and 0,
+LayerScale its init_values, the query of attention pooling trunc-normal(C^-1/2), one factor of gated MLPs near 1.
 
 A key is taken from PyTorch's default generator, so torch.manual_seed fixes a model and every call makes another one.
 From there on a parameter depends on the key and its name alone: one seed gives the same weights with every version of
@@ -16,6 +17,7 @@ PyTorch, on every processor and device, and (rounded) in every dtype.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,22 +65,58 @@ def _has_values(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, scheme: str, num_classes: int) -> None:
+def init_weights(model: Any, scheme: str, num_classes: int) -> None:
     """Initialises all parameters of a VisionTransformer in place."""
     if scheme == "skip":
         return
     draws = Draws()
-    if isinstance(model.pos_embed, nn.Parameter):
-        draws.normal(model.pos_embed, "pos_embed", 0.02)
-    if isinstance(model.cls_token, nn.Parameter):
-        draws.normal(model.cls_token, "cls_token", 1e-6)
+    for name, std in _TOKENS.items():
+        token = getattr(model, name, None)
+        if isinstance(token, nn.Parameter):
+            draws.normal(token, name, std)
     for name, module in model.named_modules():
-        if name == "patch_embed.proj" and isinstance(module, (nn.Conv2d, nn.Linear)):
-            _init_patch_projection(module, name, scheme, draws)
-        elif isinstance(module, nn.Linear):
-            init_linear(module, name, scheme, num_classes, draws)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
+        init_module(module, name, scheme, num_classes, draws)
+    for name, module in model.named_modules():
+        if scheme != "reset" and name.endswith("mlp"):
+            _open_gate(module, name, draws)
+    if model.options.fix_init:
+        for i, block in enumerate(model.blocks):
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.div_(math.sqrt(2.0 * (i + 1)))
+
+
+def init_module(module: nn.Module, name: str, scheme: str, num_classes: int, draws: Draws) -> None:
+    """Initialises the parameters of one layer; other modules stay."""
+    if name == "patch_embed.proj" and isinstance(module, (nn.Conv2d, nn.Linear)):
+        _init_patch_projection(module, name, scheme, draws)
+    elif isinstance(module, nn.Linear):
+        init_linear(module, name, scheme, num_classes, draws)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.reset_parameters()
+    elif isinstance(gamma := getattr(module, "gamma", None), nn.Parameter):
+        nn.init.constant_(gamma, module.init_values)
+    elif isinstance(latent := getattr(module, "latent", None), nn.Parameter):
+        # As timm: that deviation, before the normal distribution is cut off at twice of it.
+        draws.normal(latent, f"{name}.latent", latent.shape[-1] ** -0.5, bound=2.0)
+
+
+#: Standard deviations of the parameters that belong to no layer.
+_TOKENS = {"pos_embed": 0.02, "cls_token": 1e-6, "reg_token": 1e-6, "dist_token": 0.02}
+
+
+def _open_gate(mlp: Any, name: str, draws: Draws) -> None:
+    """What timm's gated MLPs begin with: one factor near 1 (bias 1, weight near 0), of the packed form the second."""
+    if hasattr(mlp, "fc1_g"):
+        layer, rows, name = mlp.fc1_g, slice(None), f"{name}.fc1_g"
+    elif mlp.fc2.in_features * 2 == mlp.fc1.out_features:
+        layer, rows, name = mlp.fc1, slice(mlp.fc2.in_features, None), f"{name}.fc1"
+    else:
+        return
+    weight = torch.empty_like(layer.weight[rows])
+    draws.normal(weight, f"{name}.weight of the gate", 1e-6)
+    layer.weight[rows] = weight
+    if layer.bias is not None:
+        layer.bias[rows] = 1.0
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The layers that torch.nn does not have: patch embedding and drop-path."""
+"""The layers that torch.nn does not have: patch embedding, layer scale, quick GELU, and what drops at random."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .patches import patchify
 from .planned import CallsOps
+from .pos_embed import resample_patches
 from .torch_layers import call, is_patch_projection, know, plain, untouched
 
 PATCH_LAYOUTS = ("conv", "linear")
@@ -35,6 +36,58 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:g}"
 
 
+class LayerScale(nn.Module):
+    """x * gamma, one factor for each channel (arXiv:2103.17239): [..., C] -> [..., C]."""
+
+    def __init__(self, dim: int, init_values: float, **factory: Any) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.gamma = nn.Parameter(torch.empty(dim, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+    def extra_repr(self) -> str:
+        return f"init_values={self.init_values:g}"
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class PatchDropout(nn.Module):
+    """In training, a random part of each image's patches is left out (arXiv:2212.00794): [B, N, C] -> [B, N', C].
+
+    Of n patches max(1, int(n * (1 - prob))) are kept, in random order; the first `num_prefix_tokens` tokens all are.
+    """
+
+    def __init__(self, prob: float, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.prob = prob
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if not self.training or self.prob == 0.0 else self.pick(x, self.kept(x))
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Indices of the patches that are kept [B, N'], drawn anew."""
+        count = x.shape[1] - self.num_prefix_tokens
+        # Uniform float32 numbers: a seed's are the same on every processor (see DropPath).
+        order = torch.rand(x.shape[0], count, dtype=torch.float32, device=x.device).argsort(dim=1)
+        return order[:, : max(1, int(count * (1.0 - self.prob)))]
+
+    def pick(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The prefix tokens and those patches."""
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return torch.cat([prefix, patches.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"prob={self.prob:g}, num_prefix_tokens={self.num_prefix_tokens}"
+
+
 class PatchEmbed(CallsOps, nn.Module):
     """Cuts an image into patches and projects each: [B, C, H, W] -> [B, N, dim].
 
@@ -43,7 +96,8 @@ class PatchEmbed(CallsOps, nn.Module):
     C * P * Q]; a state dict of either loads into both.
 
     Raises ValueError for an image side that is not a multiple of the patch, unless `dynamic_pad`: then the
-    bottom and the right edge are padded with zeros.
+    bottom and the right edge are padded with zeros; or `drop_edge`: then pixels beyond the last whole patch are not
+    read. `dynamic_size` takes images of any such size, and returns [B, grid height, grid width, dim] as timm does.
     """
 
     def __init__(
@@ -54,34 +108,84 @@ class PatchEmbed(CallsOps, nn.Module):
         dim: int,
         layout: str = "conv",
         dynamic_pad: bool = False,
+        *,
+        dynamic_size: bool = False,
+        drop_edge: bool = False,
+        bias: bool = True,
+        norm: nn.Module | None = None,
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.img_size = img_size
-        self.patch_size = patch_size
         self.in_chans = in_chans
-        self.dynamic_pad = dynamic_pad
-        self.grid_size = self._grid(*img_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.patch_values = in_chans * patch_size[0] * patch_size[1]
-        self.proj: nn.Conv2d | nn.Linear
-        if layout == "conv":
-            self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **factory)
-        elif layout == "linear":
-            self.proj = nn.Linear(self.patch_values, dim, **factory)
-        else:
+        self.dynamic_img_pad = dynamic_pad
+        self.dynamic_img_size = dynamic_size
+        self.drop_edge = drop_edge
+        if layout not in PATCH_LAYOUTS:
             raise ValueError(f"vit: patch_embed={layout!r} is not one of {', '.join(PATCH_LAYOUTS)}")
         self.layout = layout
-        self.norm = nn.Identity()
+        self.patch_size = patch_size
+        self.set_image_size(img_size)
+        self.proj = self._projection(dim, bias, **factory)
+        self.norm = nn.Identity() if norm is None else norm
+
+    def _projection(self, dim: int, bias: bool, **factory: Any) -> nn.Conv2d | nn.Linear:
+        if self.layout == "linear":
+            return nn.Linear(self.patch_values, dim, bias, **factory)
+        size = self.patch_size
+        return nn.Conv2d(self.in_chans, dim, kernel_size=size, stride=size, bias=bias, **factory)
+
+    @property
+    def dynamic_pad(self) -> bool:
+        """An older name of dynamic_img_pad."""
+        return self.dynamic_img_pad
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch: what the projection reads."""
+        return self.in_chans * self.patch_size[0] * self.patch_size[1]
+
+    def set_image_size(self, img_size: tuple[int, int]) -> None:
+        """Takes images of another size from now on."""
+        grid = self._grid(*img_size)
+        self.img_size, self.grid_size, self.num_patches = img_size, grid, grid[0] * grid[1]
+
+    @torch.no_grad()
+    def set_patch_size(self, patch_size: tuple[int, int]) -> None:
+        """Cuts patches of another size from now on; the projection is resampled to them."""
+        old, size, made = self.proj, self.patch_size, (self.img_size, self.grid_size, self.num_patches)
+        self.patch_size = patch_size
+        try:
+            self.set_image_size(self.img_size)
+        except ValueError:
+            self.patch_size = size
+            self.img_size, self.grid_size, self.num_patches = made
+            raise
+        weight = old.weight.reshape(len(old.weight), self.in_chans, *size)
+        new = self._projection(len(weight), old.bias is not None, device=weight.device, dtype=weight.dtype)
+        new.weight.copy_(resample_patches(weight, patch_size).reshape(new.weight.shape))
+        new.weight.requires_grad_(old.weight.requires_grad)
+        if old.bias is not None:
+            new.bias = old.bias
+        self.proj = new.train(old.training)
 
     def forward(self, images: Tensor) -> Tensor:
         if isinstance(images, Tensor):  # a tracer's stand-in has no sizes to look at
             self._check(images)
             height, width = images.shape[-2:]
-            pad_h, pad_w = -height % self.patch_size[0], -width % self.patch_size[1]
-            if pad_h or pad_w:  # only with dynamic_pad: _check refuses the rest
+            patch_h, patch_w = self.patch_size
+            pad_h, pad_w = -height % patch_h, -width % patch_w
+            if (pad_h or pad_w) and self.dynamic_img_pad:
                 images = F.pad(images, (0, pad_w, 0, pad_h))
-        return call(self.ops, self.norm, self._project(images))
+            elif pad_h or pad_w:  # drop_edge: _check refuses the rest
+                images = images[..., : height // patch_h * patch_h, : width // patch_w * patch_w]
+        patches = self._project(images)
+        if self.dynamic_img_size:
+            patches = patches.unflatten(1, self.grid_of(images))
+        return call(self.ops, self.norm, patches)
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of these images."""
+        return self._grid(*images.shape[-2:]) if self.dynamic_img_size else self.grid_size
 
     def _project(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, dim], the projection called as timm calls it unless nobody would notice."""
@@ -101,14 +205,18 @@ class PatchEmbed(CallsOps, nn.Module):
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         patch_h, patch_w = self.patch_size
-        if (height % patch_h or width % patch_w) and not self.dynamic_pad:
-            raise ValueError(
-                f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x {patch_w}; "
-                "choose another img_size or patch_size, or dynamic_pad=True to pad the bottom and right edges"
-            )
         if height < 1 or width < 1:  # of images; the model's own size has been checked
             raise ValueError(f"vit: the image size {height} x {width} is empty")
-        return -(-height // patch_h), -(-width // patch_w)
+        if self.dynamic_img_pad:
+            return -(-height // patch_h), -(-width // patch_w)
+        fits = not (height % patch_h or width % patch_w)
+        if not fits and not (self.drop_edge and height >= patch_h and width >= patch_w):
+            raise ValueError(
+                f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x {patch_w}; "
+                "choose another img_size or patch_size, or dynamic_img_pad=True (dynamic_pad=True) to pad the bottom "
+                "and right edges"
+            )
+        return height // patch_h, width // patch_w
 
     def _check(self, images: Tensor) -> None:
         height, width = self.img_size
@@ -121,11 +229,16 @@ class PatchEmbed(CallsOps, nn.Module):
         if channels != self.in_chans:
             last = "; the channels stand last: images.permute(0, 3, 1, 2)" if size[1] == self.in_chans else ""
             raise ValueError(f"vit: images have {channels} channels, the model takes {self.in_chans}{last}")
-        if tuple(size) == self.img_size or (self.dynamic_pad and self._grid(*size) == self.grid_size):
+        if tuple(size) == self.img_size:
+            return
+        if self.dynamic_img_size:
+            self._grid(*size)  # refuses what cannot be cut
+            return
+        if self.dynamic_img_pad and self._grid(*size) == self.grid_size:
             return
         raise ValueError(
             f"vit: images are {size[0]} x {size[1]}, the model takes {height} x {width}; resize them "
-            "(model.preprocess does) or create the model with img_size=(height, width)"
+            "(model.preprocess does) or create the model with img_size=(height, width), or dynamic_img_size=True"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -145,4 +258,4 @@ class PatchEmbed(CallsOps, nn.Module):
         return f"img_size={self.img_size}, patch_size={self.patch_size}, grid_size={self.grid_size}"
 
 
-know(PatchEmbed)
+know(PatchEmbed, QuickGELU, LayerScale)

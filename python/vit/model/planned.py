@@ -21,6 +21,14 @@ class CallsOps:
     ops: Any = ops
 
 
+class HasBuffers:
+    """A module with buffers that are computed and no part of a state dict."""
+
+    def init_non_persistent_buffers(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Computes them, where they are unless told otherwise; timm's name. dtype: of the model."""
+        raise NotImplementedError
+
+
 class Planned(nn.Module):
     """Chooses a backend per op from what `specs` asks, never inside forward.
 

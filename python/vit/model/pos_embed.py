@@ -36,12 +36,13 @@ def resample(
     new_grid: tuple[int, int],
     old_grid: tuple[int, int] | None = None,
     prefix_tokens: int = 1,
+    rule: str | None = None,
 ) -> Tensor:
-    """Learned position embeddings [1, prefix_tokens + h * w, C] for another patch grid, bicubic with
+    """Learned position embeddings [1, prefix_tokens + h * w, C] for another patch grid, by default bicubic with
     antialiasing.
 
     `old_grid` None means a square one. Prefix rows are kept. Computed in float32, returned in the given
-    dtype: the same values as timm.
+    dtype: the same values as timm. `rule`: another interpolation, one of options.RESIZES.
 
     Raises ValueError when the rows do not make up `old_grid` (or a square).
     """
@@ -58,6 +59,29 @@ def resample(
         return pos_embed
     prefix, table = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
     image = table.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # [1, C, h, w]
-    image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
+    image = _resize(image, new_grid, rule)
     table = image.permute(0, 2, 3, 1).reshape(1, new_grid[0] * new_grid[1], -1)
     return torch.cat([prefix, table.to(pos_embed.dtype)], dim=1)
+
+
+def resample_patches(weight: Tensor, patch_size: tuple[int, int], rule: str | None = None) -> Tensor:
+    """A patch projection [dim, C, P, Q] for patches of another size (FlexiViT, arXiv:2212.08013, section 3.4).
+
+    With B the matrix that resizes a patch from the old size to the new, each kernel w becomes pinv(B)^T w: its product
+    with a resized patch is, as nearly as can be, that of the old kernel with the patch. Computed in float32, returned
+    in the given dtype: the same values as timm.
+    """
+    old = tuple(weight.shape[-2:])
+    if old == tuple(patch_size):
+        return weight
+    units = torch.eye(old[0] * old[1], dtype=torch.float32, device=weight.device).view(-1, 1, *old)
+    resized = _resize(units, patch_size, rule).flatten(1)  # B^T: [old pixels, new pixels]
+    kernels = weight.float().flatten(2) @ torch.linalg.pinv(resized).t()
+    return kernels.unflatten(2, patch_size).to(weight.dtype)
+
+
+def _resize(image: Tensor, size: tuple[int, int], rule: str | None) -> Tensor:
+    mode, _, more = (rule or "bicubic-aa").partition("-")
+    if more == "corners":
+        return F.interpolate(image, size=size, mode=mode, align_corners=True)
+    return F.interpolate(image, size=size, mode=mode, antialias=more == "aa")

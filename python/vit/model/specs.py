@@ -9,6 +9,7 @@ import torch
 
 from ..backends import Spec
 from .layers import PatchEmbed
+from .options import Options
 from .torch_layers import ACTIVATIONS
 
 #: What torch.nn.GELU calls the activations of `act_layer`.
@@ -18,53 +19,111 @@ APPROXIMATE = {name: approximate for approximate, name in ACTIVATIONS.items()}
 class Sizes(Protocol):
     """What of a VisionTransformer decides about the calls of its forward."""
 
-    embed_dim: int
-    num_heads: int
-    mlp_hidden: int
+    options: Options
     num_classes: int
     num_prefix_tokens: int
-    act_layer: str
-    attn_drop_rate: float
     global_pool: str
-    norm_after_pool: bool
+    pool_include_prefix: bool
     patch_embed: PatchEmbed
+    reads_one_token: bool
 
 
 def specs_of(model: Sizes, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
     """Every kind of call that the forward makes, fused or not. B is "*": any number of images."""
-    C, H, hidden = model.embed_dim, model.num_heads, model.mlp_hidden
-    patches = model.patch_embed.num_patches
-    N = model.num_prefix_tokens + patches
-    asked: list[Spec] = []
+    return Asking(model, device, dtype, training).everything()
 
-    def ask(op: str, options: Mapping[str, Any] | None = None, **shapes: tuple[int | str, ...]) -> None:
-        asked.append(Spec(op, dtype, shapes, training, options or {}, device.type))
 
-    def linear(rows: tuple[int | str, ...], inputs: int, outputs: int, **options: Any) -> None:
-        ask("linear", options, x=(*rows, inputs), weight=(outputs, inputs))
+class Asking:
+    """The calls of a VisionTransformer."""
 
-    def block(tokens: int, options: dict[str, Any]) -> None:
+    def __init__(self, model: Sizes, device: torch.device, dtype: torch.dtype, training: bool) -> None:
+        self.model, self.o = model, model.options
+        self.device, self.dtype, self.training = device, dtype, training
+        self.tokens = model.num_prefix_tokens + model.patch_embed.num_patches
+        self.asked: list[Spec] = []
+
+    def ask(self, op: str, options: Mapping[str, Any] | None = None, **shapes: tuple[int | str, ...]) -> None:
+        self.asked.append(Spec(op, self.dtype, shapes, self.training, options or {}, self.device.type))
+
+    def linear(self, rows: tuple[int | str, ...], inputs: int, outputs: int, **options: Any) -> None:
+        self.ask("linear", options, x=(*rows, inputs), weight=(outputs, inputs))
+
+    def norm(self, kind: str, rows: tuple[int | str, ...], width: int) -> None:
+        self.ask("layer_norm" if kind == "layernorm" else "rms_norm", x=(*rows, width), weight=(width,))
+
+    def activation(self, rows: tuple[int | str, ...], width: int) -> None:
+        if self.o.act_layer in APPROXIMATE:
+            self.ask("gelu", {"approximate": APPROXIMATE[self.o.act_layer]}, x=(*rows, width))
+
+    def everything(self) -> list[Spec]:
+        o, model, N, C = self.o, self.model, self.tokens, self.o.embed_dim
+        patches = model.patch_embed.num_patches
+        self.linear(("*", patches), model.patch_embed.patch_values, C)
+        if o.embed_norm_layer is not None:
+            grid = model.patch_embed.grid_size if o.dynamic_img_size else (patches,)
+            self.norm(o.embed_norm_layer, ("*", *grid), C)
+        self.norm(o.norm_layer, ("*", N), C)
+        self.linear(("*", N), C, 3 * C)
+        if o.qk_norm:
+            self.norm(o.norm_layer, ("*", o.num_heads, N), C // o.num_heads)
+        dropout = {"dropout": o.attn_drop_rate} if self.training and o.attn_drop_rate else {}
+        self.block(N, dropout)
+        if model.global_pool == "token" and model.reads_one_token:
+            self.block(1, dropout if o.qk_norm else dropout | {"queries": 1})
+        if o.mlp_layer == "mlp":
+            # Where a hook or a replaced module is between them, the activation is an op of its own.
+            self.linear(("*", N), C, o.mlp_hidden)
+            self.activation(("*", N), o.mlp_hidden)
+        self.head()
+        return self.asked
+
+    def block(self, tokens: int, options: dict[str, Any]) -> None:
         """A block of which the first so many tokens are computed."""
-        rows, heads = ("*", tokens), ("*", N, H, C // H)
-        ask("attention", options, q=heads, k=heads, v=heads)
-        linear(rows, C, C)
-        ask("layer_norm", x=(*rows, C), weight=(C,))
-        linear(rows, C, hidden, activation=model.act_layer)
-        linear(rows, hidden, C)
+        o, C, H = self.o, self.o.embed_dim, self.o.num_heads
+        rows, queries = ("*", tokens), ("*", tokens if o.qk_norm else self.tokens, H, C // H)
+        heads = ("*", self.tokens, H, C // H)
+        self.ask("attention", options, q=queries, k=heads, v=heads)
+        if o.scale_attn_norm:
+            self.norm(o.norm_layer, rows, C)
+        self.linear(rows, C, C)
+        self.norm(o.norm_layer, rows, C)
+        self.mlp(rows)
 
-    linear(("*", patches), model.patch_embed.patch_values, C)
-    ask("layer_norm", x=("*", N, C), weight=(C,))
-    linear(("*", N), C, 3 * C)
-    dropout = {"dropout": model.attn_drop_rate} if training and model.attn_drop_rate else {}
-    block(N, dropout)
-    if model.global_pool == "token":
-        block(1, dropout | {"queries": 1})
-    # Where a hook or a replaced module is between them, the activation is an op of its own.
-    linear(("*", N), C, hidden)
-    ask("gelu", {"approximate": APPROXIMATE[model.act_layer]}, x=("*", N, hidden))
-    pooled = ("*", N) if model.global_pool == "" else ("*",)
-    if model.norm_after_pool:
-        ask("layer_norm", x=(*pooled, C), weight=(C,))
-    if model.num_classes:
-        linear(pooled, C, model.num_classes)
-    return asked
+    def mlp(self, rows: tuple[int | str, ...], inner_norm: bool = True) -> None:
+        o, C, hidden = self.o, self.o.embed_dim, self.o.mlp_hidden
+        if o.mlp_layer == "mlp":
+            self.linear(rows, C, hidden, activation=o.act_layer)
+        else:
+            self.linear(rows, C, hidden)
+        if o.mlp_layer == "swiglu_packed":
+            hidden //= 2
+        if o.mlp_layer != "mlp" and o.act_layer == "silu":
+            packed = o.mlp_layer == "swiglu_packed"
+            self.ask("swiglu", x=(*rows, 2 * hidden if packed else hidden))
+        elif o.mlp_layer != "mlp":
+            self.activation(rows, hidden)
+        if o.scale_mlp_norm and inner_norm:
+            self.norm(o.norm_layer, rows, hidden)
+        self.linear(rows, hidden, C)
+
+    def head(self) -> None:
+        o, model, C = self.o, self.model, self.o.embed_dim
+        if model.global_pool == "map":
+            self.attention_pool(o, self.tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens))
+        pooled: tuple[int | str, ...] = ("*", self.tokens) if model.global_pool == "" else ("*",)
+        if o.norm_after_pool and o.final_norm:
+            self.norm(o.norm_layer, pooled, C)
+        if model.num_classes:
+            self.linear(pooled, C, model.num_classes)
+
+    def attention_pool(self, o: Options, count: int) -> None:
+        """The pooling by attention over so many tokens."""
+        C, H, D = o.embed_dim, o.num_heads, o.embed_dim // o.num_heads
+        self.linear(("*", 1), C, C)
+        self.linear(("*", count), C, 2 * C)
+        self.ask("attention", q=("*", 1, H, D), k=("*", count, H, D), v=("*", count, H, D))
+        self.norm(o.norm_layer, ("*", 1), C)
+        self.linear(("*", 1), C, o.mlp_hidden, activation=o.act_layer)
+        self.activation(("*", 1), o.mlp_hidden)
+        self.linear(("*", 1), C, o.mlp_hidden)
+        self.linear(("*", 1), o.mlp_hidden, C)

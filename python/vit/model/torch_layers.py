@@ -6,25 +6,28 @@ arithmetic is the plan's all the same:
 
 * a layer that nobody has touched is not called: the op is, on the layer's parameters (1 us less, and ops can be fused);
 * any other layer is called as timm calls it, with one tensor, and what it asks of PyTorch (`F.linear`, `F.layer_norm`,
-  `F.gelu`, a convolution of patches) goes to the plan's kernels, if they can run it.
+  `F.gelu`, attention, a convolution of patches) goes to the plan's kernels, if they can run it.
 
 Touched means: replaced by another class, hooked, given a `forward` of its own or through its class, parametrized, or
-holding weights with an arithmetic of their own (sharded or quantized tensors).
+holding weights with an arithmetic of their own (sharded or quantized tensors). While a `TorchFunctionMode` of the
+caller's looks at PyTorch's functions, all layers are; a `TorchDispatchMode` sees the operators that run, ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..ops.bound import NativeOp
+from ..ops.bound import NativeOp, spec_of
 from .patches import patchify
 
 #: Names of the activations that `linear` computes, by what torch.nn.GELU calls them.
@@ -42,7 +45,7 @@ def know(*kinds: type[nn.Module]) -> None:
     _FORWARDS.update((kind, kind.forward) for kind in kinds)
 
 
-know(nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential)
+know(nn.Linear, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential)
 
 
 def as_known(kinds: Collection[type[nn.Module]]) -> bool:
@@ -51,14 +54,28 @@ def as_known(kinds: Collection[type[nn.Module]]) -> bool:
     return [kind.forward for kind in kinds] == [_FORWARDS.get(kind, kind.forward) for kind in kinds]
 
 
-def hooked_everywhere() -> bool:
-    """Whether a hook, or another way to call modules, looks at every module of the process."""
+def watched_everywhere() -> bool:
+    """Whether a hook, another way to call modules, or a mode looks at every module of the process."""
     # Read as attributes, not kept: the tables are PyTorch's to replace.
-    return nn.Module.__call__ is not _CALL or bool(
-        everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
+    return (
+        nn.Module.__call__ is not _CALL
+        or bool(
+            everywhere._global_forward_hooks
+            or everywhere._global_forward_pre_hooks
+            or everywhere._global_backward_hooks
+            or everywhere._global_backward_pre_hooks
+        )
+        or watching_functions()
+    )
+
+
+def watching_functions() -> bool:
+    """Whether a mode of the caller's looks at PyTorch's functions. torch.compile and torch.export have some of their
+    own, who want the ops."""
+    return (
+        torch._C._len_torch_function_stack() > 0
+        and not torch.compiler.is_compiling()
+        and any(not isinstance(mode, (_Planned, DeviceContext)) for mode in _get_current_function_mode_stack())
     )
 
 
@@ -79,7 +96,7 @@ def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
         and unwatched((module,))
         and module._compiled_call_impl is None
         and as_known((kind,))
-        and not hooked_everywhere()
+        and not watched_everywhere()
     )
 
 
@@ -102,17 +119,41 @@ def call(ops: Any, layer: nn.Module, x: Any) -> Tensor:
     compute = _COMPUTE.get(type(layer))
     if compute is not None and untouched(layer, type(layer)) and plain([*layer._parameters.values(), x]):
         return compute(ops, layer, x)
-    if any(isinstance(getattr(ops, op), NativeOp) for op in ("linear", "layer_norm", "gelu")):
-        with _Planned(ops):
+    if any(isinstance(getattr(ops, op), NativeOp) for op in ("linear", "layer_norm", "rms_norm", "gelu")):
+        with planned(ops):
             return layer(x)
     return layer(x)
 
 
+def planned(ops: Any) -> AbstractContextManager[Any]:
+    """PyTorch's functions are computed by the ops of a plan, and modes of the caller see the functions."""
+    return _below_modes(_Planned(ops)) if watching_functions() else _Planned(ops)
+
+
+@contextmanager
+def _below_modes(lowest: TorchFunctionMode) -> Iterator[None]:
+    above = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    for mode in (lowest, *reversed(above)):
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in range(len(above) + 1):
+            _pop_mode()
+        for mode in reversed(above):
+            _push_mode(mode)
+
+
 def linear(
-    ops: Any, layer: nn.Linear, x: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ops: Any,
+    layer: nn.Linear,
+    x: Tensor,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """An untouched Linear, with what may be fused to it."""
-    return ops.linear(x, layer.weight, layer.bias, activation, residual)
+    return ops.linear(x, layer.weight, layer.bias, activation, residual, scale)
 
 
 def layer_norm(ops: Any, layer: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -120,6 +161,13 @@ def layer_norm(ops: Any, layer: nn.LayerNorm, x: Tensor) -> Tensor:
     if layer.normalized_shape != x.shape[-1:]:
         return layer(x)
     return ops.layer_norm(x, layer.weight, layer.bias, layer.eps)
+
+
+def rms_norm(ops: Any, layer: nn.RMSNorm, x: Tensor) -> Tensor:
+    """An untouched RMSNorm; over other dimensions than the last, or with PyTorch's own eps, it is PyTorch's."""
+    if layer.normalized_shape != x.shape[-1:] or layer.eps is None:
+        return layer(x)
+    return ops.rms_norm(x, layer.weight, layer.eps)
 
 
 def dropout(ops: Any, layer: nn.Dropout, x: Tensor) -> Tensor:
@@ -138,6 +186,7 @@ def _identity(ops: Any, layer: nn.Identity, x: Tensor) -> Tensor:
 _COMPUTE: dict[type, Callable[..., Tensor]] = {
     nn.Linear: linear,
     nn.LayerNorm: layer_norm,
+    nn.RMSNorm: rms_norm,
     nn.GELU: _gelu,
     nn.Dropout: dropout,
     nn.Identity: _identity,
@@ -186,6 +235,13 @@ def _plan_layer_norm(
     return ops.layer_norm(input, weight, bias, eps) if fits else None
 
 
+def _plan_rms_norm(
+    ops: Any, input: Tensor, normalized_shape: Iterable[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor | None:
+    fits = tuple(normalized_shape) == input.shape[-1:] and eps is not None and _runs(ops.rms_norm, input, weight)
+    return ops.rms_norm(input, weight, eps) if fits else None
+
+
 def _plan_gelu(ops: Any, input: Tensor, approximate: str = "none") -> Tensor | None:
     return ops.gelu(input, approximate) if _runs(ops.gelu, input) else None
 
@@ -212,6 +268,28 @@ def _plan_conv2d(
     return ops.movement.contiguous(y.transpose(1, 2)).unflatten(2, (rows, columns))
 
 
+def _plan_attention(
+    ops: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """Attention without a mask: query [B, H, N, D], key and value [B, H, L, D] -> [B, H, N, D]."""
+    op = ops.attention
+    if attn_mask is not None or dropout_p or is_causal or query.dim() != 4 or not _runs(op, query, key, value):
+        return None
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    fits = k.shape == v.shape and q.shape[::2] == k.shape[::2] and q.shape[3] == k.shape[3]
+    if not fits or op.op.limits(spec_of(op.op, {"q": q, "k": k, "v": v})):
+        return None
+    return op(q, k, v, scale=scale).transpose(1, 2)
+
+
 def is_patch_projection(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
     """Whether these are the arguments of a convolution that reads each pixel once."""
     return (
@@ -225,6 +303,8 @@ def is_patch_projection(kernel: tuple[int, ...], stride: Any, padding: Any, dila
 _PLANNED: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: _plan_linear,
     F.layer_norm: _plan_layer_norm,
+    F.rms_norm: _plan_rms_norm,
     F.gelu: _plan_gelu,
     F.conv2d: _plan_conv2d,
+    F.scaled_dot_product_attention: _plan_attention,
 }

@@ -12,181 +12,229 @@ mode. Modules and their names are timm's; what a hook, a wrapper or a replaced m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backends import Spec
+from ..backends import BackendError, Spec
 from ..preprocess import Preprocess
-from . import checks, init
+from . import init
 from .blocks import Block
-from .layers import PatchEmbed
-from .planned import CallsOps, Planned
-from .pos_embed import sincos2d
-from .specs import APPROXIMATE, specs_of
+from .checks import sides
+from .features import Intermediates
+from .layers import PatchDropout, PatchEmbed
+from .options import DEFAULTS, POOLS, POSITIONS, Options, signature_of, spelled
+from .parts import NORM_KINDS, make_norm
+from .planned import CallsOps, HasBuffers, Planned
+from .pool import AttentionPoolLatent
+from .pos_embed import resample, sincos2d
+from .specs import specs_of
+from .tools import TimmTools
 from .torch_layers import call, know, untouched
 
-POOLS = ("token", "avg", "")
-POSITIONS = ("learned", "sincos2d", "none")
+__all__ = ["POOLS", "POSITIONS", "VisionTransformer"]
+
+#: Keyword-only arguments of a model beside its options, and their defaults.
+PLACE: dict[str, Any] = {"backend": "auto", "training": True, "name": "vit", "device": None, "dtype": None}
 
 
-class VisionTransformer(CallsOps, Planned):
+class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
     """images [B, in_chans, height, width] -> logits [B, num_classes].
 
-    Sizes: img_size and patch_size are one side or (height, width); img_size must be a multiple of patch_size
-    unless dynamic_pad. embed_dim must be a multiple of num_heads; the MLP is int(embed_dim * mlp_ratio) wide.
+    Sizes: img_size and patch_size are one side or (height, width); img_size must be a multiple of patch_size unless
+    dynamic_img_pad (edges padded with zeros; also called dynamic_pad) or drop_edge (the rest is not read, as in timm).
+    embed_dim must be a multiple of num_heads; the MLP is int(embed_dim * mlp_ratio) wide. dynamic_img_size takes
+    images of any size that can be cut, and resamples the positions to it.
 
-    Options: global_pool "token" reads the class token, "avg" the mean of the patch tokens, "" returns all tokens.
-    fc_norm: whether the last norm comes after the pooling; None: where that is "avg". pos_embed "learned", "sincos2d"
-    (fixed) or "none". patch_embed "conv" or "linear": how the projection's weight is kept. act_layer "gelu" (erf)
-    or "gelu_tanh". weight_init: see vit.model.init.
+    Tokens: class_token, then reg_tokens registers, then patches; no_embed_class leaves positions to the patches.
+    pos_embed "learned", "sincos2d" (fixed) or "none"; pos_resize: how they get another grid, None for timm's rule.
+    patch_embed "conv" or "linear": how the projection's weight is kept.
 
-    Regularisation, in training mode only: drop_rate before the head, pos_drop_rate after the position
-    embedding, proj_drop_rate after each projection and in the MLP, attn_drop_rate on attention probabilities
-    (which only the reference backend has), drop_path_rate rising linearly to the last block.
+    Blocks: act_layer "gelu" (erf), "gelu_tanh", "quick_gelu" or "silu"; mlp_layer "mlp", "swiglu_packed" or "swiglu"
+    (gated by act_layer); norm_layer "layernorm" or "rmsnorm", with norm_eps; init_values: LayerScale, from that value;
+    qk_norm, scale_attn_norm, scale_mlp_norm: further norms; qkv_bias, proj_bias; pre_norm: a norm before the blocks,
+    and no bias of the patches; embed_norm_layer: one in the patch embedding.
 
-    backend, training, name: see vit.create. Raises ValueError for sizes that do not fit together,
-    BackendError when a named backend cannot run the model.
+    Head: global_pool "token" reads the class token, "avg", "max" and "avgmax" the patches (and what stands before them
+    with pool_include_prefix), "map" pools by attention, "" returns all tokens. final_norm: whether there is a last
+    norm. fc_norm: whether it comes after the pooling; None: where that is "avg", "max" or "avgmax".
+
+    Regularisation, in training mode only: drop_rate before the head, pos_drop_rate after the position embedding,
+    patch_drop_rate of whole patches, proj_drop_rate after each projection and in the MLP, attn_drop_rate on attention
+    probabilities (which only the reference backend has), drop_path_rate rising linearly to the last block.
+    weight_init: see vit.model.init; fix_init divides the last layers of block i by sqrt(2 (i + 1)).
+
+    backend, training, name: see vit.create. Raises ValueError for options that do not fit together, BackendError when a
+    named backend cannot run the model.
     """
+
+    #: The arguments that vit.create passes on -> their defaults, and how it writes them.
+    ARGUMENTS = DEFAULTS
+    spelled = staticmethod(spelled)
+    reg_token: nn.Parameter | None
+    head: nn.Module
+    #: Whether logits depend on the class token alone where that is what is pooled.
+    reads_one_token = True
+    #: What the arguments are checked by.
+    Options: type[Options] = Options
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        class_token: bool = True,
-        global_pool: str = "token",
-        fc_norm: bool | None = None,
-        pos_embed: str = "learned",
-        patch_embed: str = "conv",
-        dynamic_pad: bool = False,
-        act_layer: str = "gelu",
-        norm_eps: float = 1e-6,
-        drop_rate: float = 0.0,
-        pos_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        weight_init: str = "",
-        *,
+        *sizes: Any,
         backend: str = "auto",
         training: bool = True,
         name: str = "vit",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **arch: Any,
     ) -> None:
         super().__init__()
-        checks.choice(global_pool=(global_pool, POOLS), pos_embed=(pos_embed, POSITIONS))
-        checks.choice(act_layer=(act_layer, tuple(APPROXIMATE)), weight_init=(weight_init, init.SCHEMES))
-        checks.positive(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        checks.number(0.0, norm_eps=norm_eps)
-        checks.rate(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate)
-        checks.rate(attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
-        checks.classes(num_classes)
-        checks.pooling(global_pool, class_token, fc_norm)
-
+        positional = dict(zip(self.ARGUMENTS, sizes, strict=False))
+        if twice := sorted(positional.keys() & arch.keys()):
+            raise TypeError(f"vit: VisionTransformer got {', '.join(twice)} twice")
+        self.options = o = self.Options(**self.spelled(positional | arch))
         self.name, self.backend = name, backend
-        self.num_classes = num_classes
-        self.embed_dim = self.num_features = embed_dim
-        self.num_heads = num_heads
-        self.mlp_hidden = checks.mlp_width(embed_dim, num_heads, mlp_ratio)
-        self.act_layer = act_layer
-        self.attn_drop_rate = attn_drop_rate
-        self.global_pool = global_pool
+        self.num_classes = o.num_classes
+        self.embed_dim = self.num_features = self.head_hidden_size = o.embed_dim
+        self.in_chans, self.num_heads, self.mlp_hidden = o.in_chans, o.num_heads, o.mlp_hidden
+        self.act_layer, self.attn_drop_rate = o.act_layer, o.attn_drop_rate
+        self.global_pool, self.pool_include_prefix = o.global_pool, o.pool_include_prefix
         # Averaging comes before the norm unless told otherwise, as in timm; the name of its parameters says which.
-        self.norm_after_pool = global_pool == "avg" if fc_norm is None else fc_norm
-        self.num_prefix_tokens = int(class_token)
-        self.weight_init = weight_init
+        self.norm_after_pool = o.norm_after_pool
+        self.has_class_token, self.num_reg_tokens = o.class_token, o.reg_tokens
+        self.no_embed_class, self.dynamic_img_size = o.no_embed_class, o.dynamic_img_size
+        self.weight_init = o.weight_init
         self.grad_checkpointing = False
 
         home = torch.empty(0, device=device, dtype=dtype)  # what None stands for
         # Parameters get room once all are known, and their values by init_weights or with the weights that are loaded.
         factory: dict[str, Any] = {"device": "meta", "dtype": home.dtype}
-        image, patch = checks.sides("img_size", img_size), checks.sides("patch_size", patch_size)
-        self.patch_embed = PatchEmbed(image, patch, in_chans, embed_dim, patch_embed, dynamic_pad, **factory)
+        self.patch_embed = _patch_embed(o, factory)
+        self.num_prefix_tokens = o.prefix_tokens + (not self.reads_one_token)
         # Now, so that a refusal comes before the large part is built.
         self._plan = self.plan_for(home.device, home.dtype, training)
-        self._build_embedding(class_token, pos_embed, pos_drop_rate, home)
-        options = {"proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate, "norm_eps": norm_eps, **factory}
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        sizes = (embed_dim, num_heads, mlp_ratio, qkv_bias)
-        self.blocks = nn.Sequential(*[Block(*sizes, drop_path=p, activation=act_layer, **options) for p in rates])
-        after = self.norm_after_pool
-        self.norm = nn.Identity() if after else nn.LayerNorm(embed_dim, norm_eps, **factory)
-        self.fc_norm = nn.LayerNorm(embed_dim, norm_eps, **factory) if after else nn.Identity()
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
+        self._build_embedding(home, factory)
+        rates = [o.drop_path_rate * i / max(o.depth - 1, 1) for i in range(o.depth)]
+        self.blocks = self._build_blocks(rates, factory)
+        self._build_head(factory)
         _take_room(self, home.device)
-        init.init_weights(self, weight_init, num_classes)
+        self._place_buffers(home.device, home.dtype)
+        self._init_weights()
 
         self.class_names: tuple[str, ...] | None = None
-        self.preprocess = Preprocess(self.patch_embed.img_size, in_chans=in_chans)
+        self.preprocess = Preprocess(self.patch_embed.img_size, in_chans=o.in_chans)
         self.bind(self._plan)
         self.train(training)
 
-    def _build_embedding(self, class_token: bool, pos_embed: str, dropout: float, home: Tensor) -> None:
+    def _build_embedding(self, home: Tensor, factory: dict[str, Any]) -> None:
         """What stands between the patches and the first block, in the order of timm's modules."""
-        width, prefix = self.embed_dim, self.num_prefix_tokens
-        factory: dict[str, Any] = {"device": "meta", "dtype": home.dtype}
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **factory)) if class_token else None
+        o, width = self.options, self.embed_dim
+
+        def tokens(count: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(1, count, width, **factory)) if count else None
+
+        self.cls_token = tokens(int(o.class_token))
+        self.register_parameter("reg_token", tokens(o.reg_tokens))
         self.pos_embed: Tensor | None
-        if pos_embed == "learned":
-            rows = prefix + self.patch_embed.num_patches
-            self.pos_embed = nn.Parameter(torch.empty(1, rows, width, **factory))
+        rows = 0 if o.no_embed_class else self.num_prefix_tokens
+        if o.pos_embed == "learned":
+            self.pos_embed = tokens(rows + self.patch_embed.num_patches)
         else:
-            fixed = pos_embed == "sincos2d"
+            fixed = o.pos_embed == "sincos2d"
             grid = self.patch_embed.grid_size
-            self.register_buffer("pos_embed", sincos2d(grid, width, prefix).to(home) if fixed else None)
-        self.pos_drop = nn.Dropout(dropout)
-        self.patch_drop = nn.Identity()
-        self.norm_pre = nn.Identity()
+            self.register_buffer("pos_embed", sincos2d(grid, width, rows).to(home) if fixed else None)
+        self.pos_drop = nn.Dropout(o.pos_drop_rate)
+        dropped = o.patch_drop_rate
+        self.patch_drop = PatchDropout(dropped, self.num_prefix_tokens) if dropped else nn.Identity()
+        self.norm_pre = make_norm(o.norm_layer, width, o.norm_eps, **factory) if o.pre_norm else nn.Identity()
+
+    def _build_blocks(self, rates: list[float], factory: dict[str, Any]) -> Any:
+        o = self.options
+        return nn.Sequential(*[Block(o.embed_dim, o.num_heads, o, rate, **factory) for rate in rates])
+
+    def _init_weights(self) -> None:
+        init.init_weights(self, self.options.weight_init, self.num_classes)
+
+    def _place_buffers(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Computes what no state dict holds where the parameters are."""
+        for module in self.modules():
+            if isinstance(module, HasBuffers):
+                module.init_non_persistent_buffers(device, dtype)
+
+    def _build_head(self, factory: dict[str, Any]) -> None:
+        o = self.options
+
+        def last_norm(here: bool) -> nn.Module:
+            wanted = o.final_norm and here
+            return make_norm(o.norm_layer, o.embed_dim, o.norm_eps, **factory) if wanted else nn.Identity()
+
+        self.norm: nn.Module = last_norm(not o.norm_after_pool)
+        self.attn_pool = AttentionPoolLatent(o, **factory) if o.global_pool == "map" else None
+        self.fc_norm: nn.Module = last_norm(o.norm_after_pool)
+        self.head_drop = nn.Dropout(o.drop_rate)
+        self.head = nn.Linear(o.embed_dim, o.num_classes, **factory) if o.num_classes else nn.Identity()
 
     # ---- forward ----
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            return self.forward_head(self.forward_features(images, attn_mask, is_causal))
         if not (isinstance(images, Tensor) and self._class_token_is_enough()):
             return self.forward_head(self.forward_features(images))
-        tokens = self.embed(images)
+        tokens, given = self.start(images)
         last: Any
         *blocks, last = self.blocks
-        for block in blocks:
-            tokens = self._run(block, tokens)
+        for block, more in zip(blocks, given, strict=False):
+            tokens = self._run(block, tokens, **more)
         # Of the last block only what the logits depend on: 6 % less work in ViT-B/16, forward and backward.
-        return self.forward_head(call(self.ops, self.norm, self._run(last.fused, tokens, 1)))
+        return self.forward_head(call(self.ops, self.norm, self._run(last.fused, tokens, queries=1, **given[-1])))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """images [B, in_chans, height, width] -> tokens [B, N, C] after the last norm."""
-        tokens = self.embed(images)
-        if not (self.grad_checkpointing or untouched(self.blocks, nn.Sequential)):
+    def forward_features(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """images [B, in_chans, height, width] -> tokens [B, N, C] after the last norm.
+
+        attn_mask (True: may be seen, or added to the scores) and is_causal are scaled_dot_product_attention's.
+        """
+        tokens, given = self.start(images)
+        if attn_mask is not None or is_causal:
+            self._check_masked()
+            given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
+        elif isinstance(self.blocks, nn.Sequential) and not (
+            self.grad_checkpointing or untouched(self.blocks, nn.Sequential)
+        ):
             return call(self.ops, self.norm, self.blocks(tokens))
-        for block in self.blocks:
-            tokens = self._run(block, tokens)
+        for block, more in zip(self.blocks, given, strict=True):
+            tokens = self._run(block, tokens, **more)
         return call(self.ops, self.norm, tokens)
+
+    def _check_masked(self) -> None:
+        if self.backend not in ("auto", "reference"):
+            raise BackendError(
+                f"vit: {self.name}: attn_mask and is_causal are computed by PyTorch, not by backend "
+                f'\'{self.backend}\'; use backend="auto" or "reference"'
+            )
 
     def _class_token_is_enough(self) -> bool:
         """Whether nobody would notice that the last block computes the class token alone: logits are read from it, no
         hook sees the other tokens, and no part of the path is replaced."""
         return (
             self.global_pool == "token"
-            and type(self) is VisionTransformer
-            and not any(n in self.__dict__ or getattr(VisionTransformer, n) is not f for n, f in _PATH.items())
-            and untouched(self.blocks, nn.Sequential)
+            and self.attn_pool is None
+            and (kind := _ONE_TOKEN.get(type(self))) is not None
+            and not any(n in self.__dict__ or getattr(type(self), n) is not f for n, f in _PATH[type(self)].items())
+            and untouched(self.blocks, type(self.blocks))
             and len(self.blocks) > 0
-            and untouched(last := self.blocks[-1], Block)
-            and isinstance(last, Block)  # for the type checker
+            and untouched(last := self.blocks[-1], kind)
             and untouched(self.norm, type(self.norm))
-            and type(self.norm) in (nn.LayerNorm, nn.Identity)
+            and type(self.norm) in (*NORM_KINDS, nn.Identity)
             and last.can_fuse()
             and not last.drops_elements()  # random numbers would be drawn for other tokens
         )
+
+    def start(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """images -> tokens as the first block takes them, and what else each block takes."""
+        return self.embed(images), [{}] * len(self.blocks)
 
     def embed(self, images: Tensor) -> Tensor:
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them."""
@@ -195,8 +243,30 @@ class VisionTransformer(CallsOps, Planned):
         return call(ops, self.norm_pre, call(ops, self.patch_drop, self._pos_embed(self.patch_embed(images))))
 
     def _pos_embed(self, patches: Tensor) -> Tensor:
-        """patches [B, patches, C] -> with the class token before them and positions added [B, N, C]; timm's name."""
-        return call(self.ops, self.pos_drop, self.ops.movement.tokens(patches, self.cls_token, self.pos_embed))
+        """patches [B, patches, C], or [B, rows, columns, C] where sizes are dynamic -> with the prefix before them and
+        positions added [B, N, C]; timm's name."""
+        tokens, position = self.ops.movement.tokens, self.pos_embed
+        if self.dynamic_img_size:
+            position = self._positions((patches.shape[1], patches.shape[2]))
+            patches = patches.flatten(1, 2)
+        if self.no_embed_class and position is not None:
+            patches, position = tokens(patches, None, position), None
+        return call(self.ops, self.pos_drop, tokens(patches, self._prefix(), position))
+
+    def _prefix(self) -> Tensor | None:
+        """The tokens before the patches [1, prefix, C], of which each image gets a copy."""
+        if self.reg_token is None or self.cls_token is None:
+            return self.reg_token if self.cls_token is None else self.cls_token
+        return torch.cat([self.cls_token, self.reg_token], dim=1)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """The position embedding for another grid."""
+        table, prefix = self.pos_embed, 0 if self.no_embed_class else self.num_prefix_tokens
+        if table is None or grid == self.patch_embed.grid_size:
+            return table
+        if not isinstance(table, nn.Parameter):
+            return sincos2d(grid, self.embed_dim, prefix).to(table)
+        return resample(table, grid, self.patch_embed.grid_size, prefix, self.options.pos_resize)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """tokens [B, N, C] -> logits [B, num_classes], or with pre_logits the pooled features [B, C]."""
@@ -204,68 +274,27 @@ class VisionTransformer(CallsOps, Planned):
         x = call(ops, self.head_drop, call(ops, self.fc_norm, self.pool(tokens)))
         return x if pre_logits else call(ops, self.head, x)
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        """tokens [B, N, C] -> the class token or the mean of the patch tokens [B, C]; all of them for ""."""
-        if self.global_pool == "token":
+    def pool(self, tokens: Tensor, pool_type: str | None = None) -> Tensor:
+        """tokens [B, N, C] -> what the head reads [B, C]; all of them for "". pool_type: instead of global_pool."""
+        skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        if self.attn_pool is not None:
+            return self.attn_pool(tokens[:, skip:])
+        kind = self.global_pool if pool_type is None else pool_type
+        if kind == "token":
             return self.ops.movement.first(tokens, 1).squeeze(1)
-        if self.global_pool == "avg":
-            return self.ops.movement.mean(tokens, self.num_prefix_tokens)
+        if kind == "avg":
+            return self.ops.movement.mean(tokens, skip)
+        if kind in ("max", "avgmax"):
+            largest = tokens[:, skip:].amax(dim=1)
+            return largest if kind == "max" else 0.5 * (largest + self.ops.movement.mean(tokens, skip))
         return tokens
 
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """(tokens after the last norm, [the patch tokens after each wanted block]), with timm's arguments.
-
-        indices: the last n blocks (int), those (sequence, negative from the end) or all (None). Each entry is
-        [B, C, grid height, grid width], or [B, N, C] with output_fmt "NLC"; with return_prefix_tokens a pair
-        of it and the class token [B, prefix, C]. norm applies the final norm to each; stop_early skips the
-        blocks after the last wanted one; intermediates_only returns the list alone.
-        """
-        checks.choice(output_fmt=(output_fmt, ("NCHW", "NLC")))
-        wanted = _block_indices(indices, len(self.blocks))
-        last = max(wanted) if stop_early else len(self.blocks) - 1
-        tokens = self.embed(images)
-        taken: list[Any] = []
-        for i, block in enumerate(self.blocks[: last + 1]):
-            tokens = self._run(block, tokens)
-            if i in wanted:
-                taken.append(self._split_prefix(call(self.ops, self.norm, tokens) if norm else tokens, output_fmt))
-        if not (return_prefix_tokens and self.num_prefix_tokens):
-            taken = [patches for patches, _ in taken]
-        return taken if intermediates_only else (call(self.ops, self.norm, tokens), taken)
-
-    def get_intermediate_layers(
-        self,
-        images: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> list[Any]:
-        """The outputs of the last n (or the named) blocks, in the form the DINO family uses."""
-        fmt = "NCHW" if reshape else "NLC"
-        return self.forward_intermediates(images, n, return_prefix_tokens, norm, True, fmt, intermediates_only=True)
-
-    def _run(self, block: Callable[..., Tensor], tokens: Tensor, *args: Any) -> Tensor:
+    def _run(self, block: Callable[..., Tensor], tokens: Tensor, **more: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint  # torch 2.6 brings sympy with it: 0.5 s
 
-            return checkpoint(block, tokens, *args, use_reentrant=False)
-        return block(tokens, *args)
-
-    def _split_prefix(self, tokens: Tensor, output_fmt: str) -> tuple[Tensor, Tensor]:
-        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
-        if output_fmt == "NCHW":
-            patches = patches.transpose(1, 2).unflatten(2, self.patch_embed.grid_size).contiguous()
-        return patches, prefix
+            return checkpoint(block, tokens, use_reentrant=False, **more)
+        return block(tokens, **more)
 
     def _check_input(self, images: Tensor) -> None:
         if type(images).__module__ == "torch.fx.proxy" or type(self.patch_embed) is not PatchEmbed:
@@ -302,68 +331,21 @@ class VisionTransformer(CallsOps, Planned):
     def extra_repr(self) -> str:
         return f"{self.name}, backend={self.backend!r} (runs on {self._plan!r})"
 
-    # ---- what timm's tools ask of a model ----
 
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """The model's preprocessing in timm's form: what timm.data.resolve_model_data_config reads."""
-        preprocess = self.preprocess
-        return {
-            "architecture": self.name,
-            "num_classes": self.num_classes,
-            "input_size": (preprocess.in_chans, *preprocess.img_size),
-            "fixed_input_size": True,
-            "pool_size": None,
-            "interpolation": preprocess.interpolation,
-            "crop_pct": preprocess.crop_pct,
-            "crop_mode": preprocess.crop_mode,
-            "mean": preprocess.mean,
-            "std": preprocess.std,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-
-    #: timm's older name of the same.
-    default_cfg = pretrained_cfg
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer; an Identity when num_classes is 0."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a newly initialised one; 0 removes it. The last norm keeps its place."""
-        if global_pool is not None:
-            checks.choice(global_pool=(global_pool, POOLS))
-            checks.pooling(global_pool, self.cls_token is not None)
-            self.global_pool = global_pool
-        checks.classes(num_classes)
-        self.num_classes = num_classes
-        self.class_names = None  # they were those of the old head
-        self.head = nn.Identity()
-        if num_classes:
-            self.head = nn.Linear(self.embed_dim, num_classes, device=self.device, dtype=self.dtype)
-            init.init_linear(self.head, "head", self.weight_init, num_classes, init.Draws())
-        self.head.train(self.training)
-        self.replan()
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone."""
-        return {"pos_embed", "cls_token"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into a stem and the blocks, for layer-wise learning rates."""
-        return {
-            "stem": r"^cls_token|pos_embed|patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
-
+VisionTransformer.__signature__ = signature_of(PLACE)  # type: ignore[attr-defined]
 #: What the short way of `forward` passes over or gives other tokens; an exchanged one is called.
-_PATH = {name: getattr(VisionTransformer, name) for name in ("forward_features", "forward_head", "pool")}
+_PATH: dict[type, dict[str, Any]] = {}
+#: Classes of models that take it -> the class of their blocks.
+_ONE_TOKEN: dict[type, type[nn.Module]] = {}
+
+
+def takes_short_way(model: type, block: type[nn.Module]) -> None:
+    """Remembers a class of models whose last block may compute the class token alone."""
+    _ONE_TOKEN[model] = block
+    _PATH[model] = {name: getattr(model, name) for name in ("forward_features", "forward_head", "pool")}
+
+
+takes_short_way(VisionTransformer, Block)
 know(VisionTransformer)
 
 
@@ -377,11 +359,20 @@ def _take_room(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device)))
 
 
-def _block_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
-    """Positions of the wanted blocks in rising order; None is all, a number the last ones."""
-    if indices is None:
-        return list(range(depth))
-    wanted = range(-indices, 0) if isinstance(indices, int) else indices
-    if not wanted or min(wanted) < -depth or max(wanted) >= depth:
-        raise ValueError(f"vit: block indices {indices} do not lie in the model's {depth} blocks")
-    return sorted({i % depth for i in wanted})
+def _patch_embed(o: Options, factory: dict[str, Any]) -> PatchEmbed:
+    norm = None
+    if o.embed_norm_layer is not None:
+        norm = make_norm(o.embed_norm_layer, o.embed_dim, o.norm_eps, **factory)
+    return PatchEmbed(
+        sides("img_size", o.img_size),
+        sides("patch_size", o.patch_size),
+        o.in_chans,
+        o.embed_dim,
+        o.patch_embed,
+        o.dynamic_img_pad,
+        dynamic_size=o.dynamic_img_size,
+        drop_edge=o.drop_edge,
+        bias=not o.pre_norm,  # the norm behind it has one, as in CLIP
+        norm=norm,
+        **factory,
+    )

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from .. import backends
 from ..backends import BackendError, NativeBackend, Spec, constant
-from . import registration
+from . import flops, registration
 from .op import Op
 
 #: What a launcher may be given: anything else (subclasses, proxies) goes through the dispatcher.
@@ -97,7 +97,7 @@ class NativeOp(BoundOp):
             outputs = self.op.launch_fwd(self.record, *inputs, False)
             y = outputs[0] if type(outputs) is tuple else outputs
         else:
-            y = _tuple(self.fwd_op(*inputs, False))[0]
+            y = _tuple(_dispatched(self.fwd_op, *inputs, False))[0]
         return y if finish is None else finish(y)
 
     def traced(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -129,11 +129,11 @@ class NativeOp(BoundOp):
 
     def forward(self, *args: Any) -> tuple[Any, ...]:
         """The forward kernel, by the shortest path that is safe for these arguments."""
-        return self.launched(*args) if _ordinary(args) else _tuple(self.fwd_op(*args))
+        return self.launched(*args) if _ordinary(args) else _tuple(_dispatched(self.fwd_op, *args))
 
     def backward(self, *args: Any) -> Any:
         """The backward kernel, likewise."""
-        return self.op.launch_bwd(self.record, *args) if _ordinary(args) else self.bwd_op(*args)
+        return self.op.launch_bwd(self.record, *args) if _ordinary(args) else _dispatched(self.bwd_op, *args)
 
     def check_transforms(self, inputs: Sequence[Any]) -> None:
         """Refuses what would silently lose a derivative or a batch dimension."""
@@ -212,6 +212,12 @@ def _ordinary(args: Sequence[Any]) -> bool:
         # The imaginary part of a conjugated tensor is a view whose sign only the dispatcher turns.
         and not any(type(a) is Tensor and a.is_neg() for a in args)
     )
+
+
+def _dispatched(op: Any, *args: Any) -> Any:
+    """A registered op, of which counters of operations know the work."""
+    flops.offer()
+    return op(*args)
 
 
 def _distinct(inputs: Sequence[Any]) -> list[Any]:

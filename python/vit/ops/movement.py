@@ -40,6 +40,10 @@ class Movement:
         """x for two users; in the backward their gradients are added."""
         return x, x
 
+    def unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """The three views [B, N, H, D] of a packed projection [B, N, 3, H, D]."""
+        return packed.unbind(2)
+
     def tokens(self, patches: Tensor, prefix: Tensor | None, position: Tensor | None) -> Tensor:
         """[prefix; patches] + position: patches [B, n, C], prefix [1, k, C] or None, position [1, k + n, C] or None."""
         if prefix is not None:
@@ -70,6 +74,11 @@ class KernelMovement(Movement):
         if not (_graph(x) and self._movable(x)):
             return super().fork(x)
         return _Fork.apply(self.record, x)
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
+        if not (_graph(packed) and self._movable(packed)):
+            return super().unpack(packed)
+        return _Unpack.apply(self.record, packed)
 
     def tokens(self, patches: Tensor, prefix: Tensor | None, position: Tensor | None) -> Tensor:
         if (prefix is None and position is None) or not self._movable(patches, prefix, position):
@@ -161,6 +170,21 @@ def _sum(record: NativeBackend, first: Tensor, second: Tensor) -> Tensor:
     if first.dim() > 6:
         return first + second
     return move(record, first.shape, first, b=second)
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, record: NativeBackend, packed: Tensor) -> tuple[Tensor, ...]:
+        ctx.record, ctx.shape = record, packed.shape
+        return packed.unbind(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        record, (batch, count, _, heads, width) = ctx.record, ctx.shape
+        q, k, v = (contiguous(record, g).view(batch * count, 1, heads * width) for g in grads)
+        both = move(record, (batch * count, 2, heads * width), k, q, leads=1)
+        return None, move(record, (batch * count, 3, heads * width), v, both, leads=2).view(ctx.shape)
 
 
 class _Tokens(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import NativeBackend
+from . import flops
 from .op import Op
 
 
@@ -25,6 +26,7 @@ def register(op: Op, record: NativeBackend) -> tuple[Any, Any]:
         library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, _as_torch_wants(launch, record), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        flops.know(namespace, name)
     ops = getattr(torch.ops, namespace)
     return getattr(ops, f"{op.name}_fwd").default, getattr(ops, f"{op.name}_bwd").default
 

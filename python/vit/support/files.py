@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .records import read_regular
+
 log = logging.getLogger("vit")
 
 
@@ -108,7 +110,7 @@ def append_line(path: Path, line: str, offset: int) -> int:
     The file is written anew, not in place: another name of it (a hard link of a backup) keeps the old content.
     """
     refuse_link(path)
-    kept = path.read_bytes()[:offset] if offset else b""
+    kept = read_regular(path)[:offset] if offset else b""
     content = kept + line.encode() + b"\n"
     write_bytes(path, content)
     return len(content)

@@ -49,7 +49,7 @@ def parse_json(text: str | bytes, source: str) -> Any:
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises OSError, or RecordError as `parse_json`."""
-    return parse_json(_content(path), str(path))
+    return parse_json(read_regular(path), str(path))
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
@@ -78,7 +78,7 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """The value of a YAML file. Raises OSError, or RecordError as `parse_yaml`."""
-    return parse_yaml(_content(path), str(path))
+    return parse_yaml(read_regular(path), str(path))
 
 
 def shown(value: Any, limit: int = 60) -> str:
@@ -205,8 +205,8 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _content(path: Path) -> bytes:
-    """The bytes of a regular file. A pipe would wait for its writer, a device may have no end."""
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file of at most MAX_BYTES. A pipe would wait for its writer, a device may have no end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)

@@ -19,8 +19,17 @@ class Classification:
     monitored = ("train_cross_entropy", "train_accuracy")
     picture_name = "confusion"
 
-    def loss(self, outputs: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        """Cross entropy in float32, with `smoothing` of the target spread over all classes (arXiv:1512.00567)."""
+    def loss(self, outputs: Tensor, targets: Tensor, smoothing: float, kind: str = "ce") -> Tensor:
+        """Cross entropy in float32, with `smoothing` of the target spread over all classes (arXiv:1512.00567).
+
+        targets: class indices int64 [B], or shares of the classes float32 [B, classes]
+        kind: "ce", or "bce": the sum over classes of the binary cross entropies, mean over the batch (arXiv:2110.00476)
+        """
+        if kind == "bce":
+            classes = outputs.shape[1]
+            shares = targets if targets.ndim == 2 else F.one_hot(targets, classes).float()
+            shares = shares * (1 - smoothing) + smoothing / classes
+            return F.binary_cross_entropy_with_logits(outputs.float(), shares, reduction="sum") / len(outputs)
         return F.cross_entropy(outputs.float(), targets, label_smoothing=smoothing)
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ class Task(Protocol):
     #: The figures of a training step besides its loss, in the order of `monitor`.
     monitored: tuple[str, ...]
 
-    def loss(self, outputs: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Tensor, smoothing: float, kind: str = "ce") -> Tensor:
         """The mean loss of a batch, which the training makes small: a scalar with a gradient."""
 
     def monitor(self, outputs: Tensor, targets: Tensor) -> Tensor:

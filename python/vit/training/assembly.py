@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from ..data import Source, open_source
-from ..data.augment import Affine, Augment, CropFlip
+from ..data.augment import Affine, Augment, CropFlip, Erase
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
+from ..data.presets import PRESETS, Torchvision
 from ..data.readers import WatchedLoader
 from ..factory import create, settle
 from ..model import VisionTransformer, list_models
@@ -36,7 +37,7 @@ class Parts:
     info: dict[str, Any]
     batches: EpochBatches
     loader: WatchedLoader
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     average: Average | None
 
     @property
@@ -64,6 +65,10 @@ def assemble(
         model, info = _new_model(config, source, accelerator.device)
     else:
         model, info = _described_model(config, described, accelerator.device), described
+    if config.freeze == "backbone":
+        _freeze(model)
+    if config.grad_checkpoint == "yes":
+        model.set_grad_checkpointing()
     if config.threads == AUTO:
         config = dataclasses.replace(config, threads=choose_threads(model, config.batch_size or 1))
     batches, images = _training_batches(config, source, model, accelerator)
@@ -74,9 +79,18 @@ def assemble(
         info=info,
         batches=batches,
         loader=images,
-        optimizer=make_optimizer(model, config.lr or 0.0, config.weight_decay, config.beta2),
+        optimizer=make_optimizer(
+            model, config.lr or 0.0, config.weight_decay, config.beta2, config.layer_decay, config.optimizer
+        ),
         average=Average(model, config.ema) if config.ema else None,
     )
+
+
+def _freeze(model: VisionTransformer) -> None:
+    """Leaves only the head to learn."""
+    head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in head)
 
 
 def open_data(config: TrainConfig, report: Callable[[str], None]) -> Source:
@@ -165,7 +179,8 @@ def _training_batches(
             f"vit: {len(samples)} training images do not fill one optimizer step of {size} images x "
             f"{config.accumulate} forward passes x {world} process(es); use a smaller --batch-size"
         )
-    images = Images(samples, model.preprocess, _augment(config, model), config.seed)
+    erase = Erase(config.erase) if config.erase else None
+    images = Images(samples, model.preprocess, _augment(config, model), config.seed, erase)
     on_gpu = accelerator.device.type == "cuda"
     return batches, loader(images, batches, config.workers, pin_memory=on_gpu)
 
@@ -174,5 +189,7 @@ def _augment(config: TrainConfig, model: VisionTransformer) -> Augment | None:
     if config.augment == "affine":
         return Affine()
     if config.augment == "crop":
-        return CropFlip(model.preprocess.img_size)
+        return CropFlip(model.preprocess.img_size, config.crop_area)
+    if config.augment in PRESETS:
+        return Torchvision(config.augment, CropFlip(model.preprocess.img_size, config.crop_area))
     return None

@@ -14,13 +14,17 @@ from typing import Any, get_args, get_type_hints
 from ..support import records
 from ..support.extras import require
 from ..support.records import shown
-from .recipes import get_recipe, of_kind, recipes
+from .recipes import defaults, get_recipe, of_kind
 
 AUTO = "auto"  # of --threads: by the size of the model and the free cores
 
 CHOICES = {
-    "augment": ("none", "affine", "crop"),
+    "augment": ("none", "affine", "crop", "three", "randaug", "trivial"),
     "amp": ("no", "bf16"),
+    "loss": ("ce", "bce"),
+    "optimizer": ("adamw", "adamw8bit"),
+    "freeze": ("no", "backbone"),
+    "grad_checkpoint": ("no", "yes"),
     "bad_images": ("skip", "refuse"),
     "validate": ("decode", "header"),
     "figures": ("png", "pdf", "svg"),
@@ -37,6 +41,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "weight_decay": (0.0, math.inf),
     "beta2": (0.0, 0.999999),
     "clip": (0.0, math.inf),
+    "layer_decay": (0.0, 1.0),
+    "mixup": (0.0, 4.0),
+    "cutmix": (0.0, 4.0),
+    "erase": (0.0, 1.0),
+    "spike": (0.0, math.inf),
+    "patience": (0, math.inf),
+    "crop_area": (0.01, 1.0),
     "label_smoothing": (0.0, 1.0),
     "drop_path": (0.0, 1.0),
     "ema": (0.0, 1.0),
@@ -59,7 +70,9 @@ def _option(default: Any, help: str) -> Any:
 class TrainConfig:
     """The options of a training run. None means the value of the recipe for the kind of data (see `recipes`)."""
 
-    data: str = _option("digits", "digits, a folder of class folders, or a folder with MNIST IDX files")
+    data: str = _option(
+        "digits", "digits, a folder of class folders, or another data set (docs/training.md lists them)"
+    )
     model: str | None = _option(None, "a name of vit.list_models()")
     arch: dict[str, Any] = field(
         default_factory=dict,
@@ -75,15 +88,30 @@ class TrainConfig:
     warmup_epochs: float | None = _option(None, "epochs of linear warm-up")
     weight_decay: float = _option(0.05, "of matrices; biases, norms, position embedding and class token have none")
     beta2: float = _option(0.999, "AdamW's second moment decay (the first is 0.9)")
+    optimizer: str = _option("adamw", "adamw8bit keeps its averages in 8 bits: a quarter of their memory")
+    layer_decay: float = _option(1.0, "learning rate of a block, as a share of that of the block above it")
+    freeze: str = _option("no", "backbone: only the classifier learns (a linear probe)")
+    grad_checkpoint: str = _option("no", "yes computes each block anew in the backward: less memory, a third more time")
     clip: float = _option(1.0, "largest norm of all gradients together; 0 does not clip")
+    spike: float = _option(0.0, "leaves out a step whose loss is above so many times the running mean; 0 takes all")
+    patience: int = _option(0, "epochs without a better one after which the training ends; 0 goes through all")
+    loss: str = _option("ce", "ce: cross entropy; bce: binary cross entropy of each class (DeiT III)")
     label_smoothing: float = _option(0.1, "share of the target spread over all classes")
+    mixup: float = _option(0.0, "alpha of mixup (arXiv:1710.09412): batches are blended by Beta(alpha, alpha); 0: none")
+    cutmix: float = _option(0.0, "alpha of CutMix (arXiv:1905.04899); with mixup one of the two by turns of a coin")
+    erase: float = _option(0.0, "probability that a random rectangle of an image is erased (arXiv:1708.04896)")
     drop_path: float | None = _option(None, "stochastic depth of the last block")
     ema: float = _option(
         0.995,
         "decay of the averaged weights, which are the ones kept; step t uses min(this, (1 + t) / (10 + t)), so that "
         "0.995 holds from step 1,790 and 0.9 from step 80; 0 keeps the plain weights",
     )
-    augment: str | None = _option(None, "affine: small shifts and rotations; crop: random crops and mirror images")
+    augment: str | None = _option(
+        None,
+        "affine: small shifts and rotations; crop: random crops and mirror images; three, randaug, trivial: the same "
+        "and then 3-Augment, RandAugment or TrivialAugment of torchvision",
+    )
+    crop_area: float = _option(0.35, "smallest share of an image's area that a random crop takes")
     amp: str = _option("no", "bf16 runs matmul, linear and attention in bfloat16 (autocast)")
     val_fraction: float = _option(
         0.1, "of the training images, if the data has no validation split; 0: no validation, the last weights are kept"
@@ -198,8 +226,8 @@ def convert(name: str, value: Any, where: str) -> Any:
     if value is None and type(None) in kinds:
         return None
     kind = next(k for k in kinds if k is not type(None))
-    if value is False and "no" in CHOICES.get(name, ()):
-        return "no"  # what YAML makes of an unquoted no
+    if isinstance(value, bool) and "no" in CHOICES.get(name, ()):
+        return "yes" if value else "no"  # what YAML makes of them without quotes
     if name == "arch":
         return _plain_arch(value, where)
     if name == "threads" and value == AUTO:
@@ -232,5 +260,5 @@ def _plain_arch(value: Any, where: str) -> dict[str, Any]:
 
 def __getattr__(name: str) -> Any:
     if name == "RECIPES":  # read at the first use: the help of other commands needs no YAML
-        return {recipe.kind: recipe.options for recipe in recipes().values() if recipe.kind}
+        return {recipe.kind: recipe.options for recipe in defaults()}
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

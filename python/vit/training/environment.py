@@ -15,6 +15,7 @@ import torch
 
 from ..backends import default_device, get
 from ..support.extras import require
+from ..support.text import printable
 from .config import TrainConfig
 
 #: Names (or beginnings of names) that accelerate reads as options of a training. `accelerate launch` sets many of them,
@@ -60,6 +61,36 @@ _RECORDED = (
 )  # fmt: skip
 
 
+#: What launchers (torchrun, accelerate launch, mpirun) call the number of processes and the place of this one.
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def check_launcher(on_cpu: bool) -> None:
+    """ValueError for the variables of a launcher that no launcher sets so: a part of them, left in a shell, would start
+    a wait for processes that nobody starts, or a training whose results nobody writes."""
+    found = {}
+    for name in (*_SIZES, *_RANKS, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if text := os.environ.get(name, ""):
+            if not text.strip().isdigit():
+                raise ValueError(f"vit: {name}={printable(text)} is no number of processes; unset it")
+            found[name] = int(text)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return  # by the program around, however it came by its numbers
+    size = next(((name, found[name]) for name in _SIZES if found.get(name, 0) > 1), None)
+    rank = next((name for name in _RANKS if name in found), None)
+    way_out = f"start them with a launcher (torchrun --nproc-per-node {size[1] if size else 2} -m vit train ...)"
+    needed = ("RANK", rank) if on_cpu else ("LOCAL_RANK", "LOCAL_RANK" if "LOCAL_RANK" in found else None)
+    if size and needed[1] is None:
+        raise ValueError(
+            f"vit: {size[0]}={size[1]} asks for {size[1]} processes, but {needed[0]} does not say which this one is; "
+            f"{way_out}, or unset {size[0]} for one process"
+        )
+    if rank and found[rank] >= (size[1] if size else 1):
+        what = f"{size[0]}={size[1]}" if size else f"{_SIZES[_RANKS.index(rank)]} is not set, for one process"
+        raise ValueError(f"vit: {rank}={found[rank]}, but {what}; {way_out}, or unset {rank}")
+
+
 @contextmanager
 def without_options(report: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Hides accelerate's variables while it builds something. Those that ask for other results are reported, with the
@@ -84,6 +115,7 @@ def accelerator(config: TrainConfig, report: Callable[[str], None] = lambda text
     """accelerate's Accelerator for the device of the configuration's backend. Precision is the loop's own (`--amp`)."""
     state = require("accelerate.state", "train")
     on_cpu = default_device(config.backend).type == "cpu"
+    check_launcher(on_cpu)
     known = state.PartialState._shared_state
     if known and known["distributed_type"] == state.DistributedType.NO and (known["device"].type == "cpu") != on_cpu:
         # accelerate keeps one device per interpreter; a second training may be for another one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -18,12 +19,13 @@ class Signals:
 
     def __init__(self) -> None:
         self.since = 0.0  # when the first signal came
+        self.launcher: int | None = None  # the process that started all ranks, where there are several
         self._before: dict[int, Any] = {}
 
     @property
     def asked(self) -> bool:
-        """Whether a signal has come."""
-        return bool(self.since)
+        """Whether a signal has come, or the launcher has died: it can start no rank again, nor stop one."""
+        return bool(self.since) or self.launcher not in (None, os.getppid())
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():

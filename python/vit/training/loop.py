@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from .. import tasks
-from ..data import ReaderError, kind_of
+from ..data import ReaderError, kind_of, recipe_of
 from ..support.extras import require
 from ..tasks import Evaluation
 from . import resume as resuming
@@ -85,7 +86,7 @@ def train(
     run = Run.open(resume) if resume is not None else None
     config = resuming.changed(run, _absolute(changes or {})) if run else config or TrainConfig()
     kind = kind_of(config.data)
-    config = dataclasses.replace(config, **_absolute({"data": config.data})).resolved(kind)
+    config = dataclasses.replace(config, **_absolute({"data": config.data})).resolved(recipe_of(config.data))
     name = "digits" if kind == "digits" else Path(config.data).name
     if not run:
         new_path(out, name)  # a folder in use is refused before the data are read
@@ -111,6 +112,8 @@ class Training:
         self.signals = Signals()
         warnings: list[str] = []
         self.accelerator = accelerator(config, warnings.append)
+        if self.accelerator.num_processes > 1:
+            self.signals.launcher = os.getppid()
         self.main = bool(self.accelerator.is_main_process)
         self.display: Display = display if self.main else Silent()
         for text in warnings:
@@ -221,7 +224,7 @@ class Training:
         try:
             with self.signals:
                 try:
-                    while self.progress.epoch < epochs:
+                    while self.progress.epoch < epochs and not self._is_patience_over():
                         self._epoch()
                     self._checkpoint()
                 except Exception as error:
@@ -229,6 +232,14 @@ class Training:
         finally:
             self.display.stop()
         return self._finish()
+
+    def _is_patience_over(self) -> bool:
+        """Whether --patience epochs have passed since the best one."""
+        progress, patience = self.progress, self.config.patience
+        over = bool(patience and progress.epoch - progress.best_epoch >= patience)
+        if over:
+            self.display.line(f"ends after epoch {progress.epoch}: none of the last {patience} was better")
+        return over
 
     def _stop_for(self, error: Exception) -> None:
         """Leaves a checkpoint of the last whole step, and raises the error in words that say how to go on."""
@@ -326,7 +337,7 @@ class Training:
         if self.main:
             write_final(self.run, self.parts, self.task, progress, test, seconds, self.display.line)
         return TrainResult(
-            self.run.path, test, config.epochs or 0, seconds, self.parts.backend, progress.best_epoch, self.main
+            self.run.path, test, progress.epoch, seconds, self.parts.backend, progress.best_epoch, self.main
         )
 
     # ---- checkpoints and interruption ----

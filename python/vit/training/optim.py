@@ -6,29 +6,57 @@ import copy
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model import VisionTransformer
+from ..optim import AdamW
+from ..optim.adamw import initial_state
 
 
-def make_optimizer(model: VisionTransformer, lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101); biases, norms and what model.no_weight_decay() names are not decayed."""
+def make_optimizer(
+    model: VisionTransformer,
+    lr: float,
+    weight_decay: float,
+    beta2: float,
+    layer_decay: float = 1.0,
+    kind: str = "adamw",
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101); biases, norms and what model.no_weight_decay() names are not decayed.
+
+    layer_decay: the learning rate of a block as a share of that of the block above (arXiv:2106.08254); a group's
+    "lr_scale" is its layer's share of the whole rate, which the head has
+    kind: "adamw", or "adamw8bit" for averages of 8 bits (vit.optim)
+    """
     kept = set(model.no_weight_decay())
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and name not in kept].append(parameter)
+            scale = layer_decay ** (len(model.blocks) + 1 - layer_of(name, len(model.blocks)))
+            groups.setdefault((scale, parameter.ndim > 1 and name not in kept), []).append(parameter)
+    described = [
+        {"params": found, "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
+        for (scale, decayed), found in groups.items()
+    ]
+    if kind == "adamw8bit":
+        return AdamW(described, lr=lr, betas=(0.9, beta2), state="8bit")
     # One fused kernel over all parameters: small models spend more time in the launches than in the
     # arithmetic.
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=lr,
-        betas=(0.9, beta2),
-        fused=True,
-    )
+    return torch.optim.AdamW(described, lr=lr, betas=(0.9, beta2), fused=True)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """0 for what stands before the blocks, 1 to depth for a block, depth + 1 for what comes after."""
+    first, _, rest = name.partition(".")
+    if first == "blocks":
+        return int(rest.partition(".")[0]) + 1
+    return 0 if first in ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed", "norm_pre") else depth + 1
+
+
+def expected_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The tensors, by name, that the optimizer keeps of a parameter once it has moved."""
+    if isinstance(optimizer, AdamW):
+        return initial_state(parameter, "8bit")
+    return {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float, low: float) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..support.text import printable
 from ..tasks import Evaluation, Task
 from .assembly import Parts
 from .config import TrainConfig
@@ -20,6 +21,7 @@ def announce(run: Run, parts: Parts, device: torch.device, say: Callable[[str], 
     config, source = parts.config, parts.source
     sizes = ", ".join(f"{len(source.splits[name]):,} {name}" for name in ("train", "val", "test"))
     say(f"run {run.path}: {parts.info['name']} on {source.name} ({len(source.class_names):,} classes; {sizes} images)")
+    say(f"classes: {_shortened(source.class_names)}")
     count = torch.get_num_threads()
     threads = f", {count} thread{'s' * (count != 1)}" if device.type == "cpu" else ""
     say(f"backend {parts.backend} on {device}{threads}, {parts.steps} steps per epoch")
@@ -31,6 +33,17 @@ def announce(run: Run, parts: Parts, device: torch.device, say: Callable[[str], 
                 f"averaged weights: the decay rises as (1 + t) / (10 + t) and reaches {reached:.4f} in these "
                 f"{total:,} steps, not the {config.ema} of --ema"
             )
+
+
+def _shortened(names: Sequence[str], most: int = 90) -> str:
+    """The names, of many the first and the last; as classes are told from folders, a wrong layout shows here."""
+    texts = [printable(name) for name in names]
+    if len(whole := ", ".join(texts)) <= most:
+        return whole
+    last = texts[-1][:most]
+    while len(texts) > 1 and len(", ".join([*texts, "...", last])) > most:
+        texts.pop()
+    return ", ".join([texts[0][:most], *texts[1:], "...", last])
 
 
 def epoch_line(

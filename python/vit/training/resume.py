@@ -77,7 +77,11 @@ def facts(config: TrainConfig, fingerprint: str, model: Any, info: dict[str, Any
 def check(run: Run, config: TrainConfig, progress: Progress, steps: int, saved: Record, now: dict[str, Any]) -> None:
     """ValueError where the run folder, the data or the processes are not those of the checkpoint."""
     for key, file in (("options", "config.yaml"), ("model", "model.json")):
-        before, after = saved.record(key).values, json.loads(to_json(now[key]))
+        before, after = dict(saved.record(key).values), json.loads(to_json(now[key]))
+        if key == "options":  # an option that is newer than the run had its default
+            before = {
+                name: option.default for name, option in FIELDS.items() if name in after and name != "arch"
+            } | before
         if names := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
             raise ValueError(
                 f"vit: {run.path / file} is not what {run.checkpoint.name} was written with: {names[0]} was "

@@ -24,7 +24,7 @@ from ..preprocess import Preprocess
 from ..support.files import append_line, refuse_link, remove_leftovers, to_json, write_text
 from ..support.lock import NAME as LOCK
 from ..support.lock import FolderLock
-from ..support.records import Record, parse_json
+from ..support.records import Record, parse_json, read_regular
 from ..support.tensors import read_tensors, write_tensors
 from .config import TrainConfig, from_mapping, read_yaml
 from .evaluate import Evaluation, cpu_threads, evaluate
@@ -107,7 +107,7 @@ class Run:
             noted = Record(sessions[-1], "run.json").text("config_sha256")
         except (OSError, ValueError, LookupError, TypeError):  # no record: of an earlier version, or damaged
             return False
-        return bool(noted != hashlib.sha256((self.path / "config.yaml").read_bytes()).hexdigest())
+        return bool(noted != hashlib.sha256(read_regular(self.path / "config.yaml")).hexdigest())
 
     def lock(self) -> FolderLock:
         """Owns the folder for a training. FolderInUse if another one does, OSError for a link in place of a file."""
@@ -184,7 +184,7 @@ class Run:
 
     def read_metrics(self, size: int | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, or those in its first `size` bytes."""
-        lines = self.metrics.read_bytes()[:size].splitlines()
+        lines = read_regular(self.metrics)[:size].splitlines()
         return [
             dict(Record(parse_json(line, where := f"{self.metrics}, line {number}"), where).values)
             for number, line in enumerate(lines, 1)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ..support.records import Record, RecordError
 from ..support.tensors import DamagedFile, read_tensors, write_tensors
-from .optim import Average
+from .optim import Average, expected_state
 
 FORMAT = 2
-_ADAMW = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass
@@ -35,6 +34,7 @@ class Progress:
     )  # of the task's `monitored` figures, over this epoch's steps
     skipped: int = 0  # steps of this epoch left out for a gradient that was not finite
     skipped_in_a_row: int = 0
+    loss_mean: float = 0.0  # of the steps taken so far, the last ones counting most; 0 before the first
     best_epoch: int = 0  # 0: none yet
     best: dict[str, float] = field(default_factory=dict)  # validation figures of that epoch
     metrics_bytes: int = 0
@@ -53,6 +53,7 @@ class Progress:
             monitor_sums=list(record.numbers("monitor_sums")),
             skipped=record.integer("skipped", low=0, high=step),
             skipped_in_a_row=record.integer("skipped_in_a_row", low=0),
+            loss_mean=record.number("loss_mean", 0.0),
             best_epoch=record.integer("best_epoch", low=0, high=epoch + 1),
             # A loss that was not finite is null in JSON.
             best={key: math.inf if best.raw(key) is None else best.number(key) for key in best.values},
@@ -118,8 +119,8 @@ def restore(
     started = {name.split(".")[1] for name in tensors if name.startswith("optimizer.")}
     for index, parameter in enumerate(parameters):
         if str(index) in started:  # AdamW has no state before a parameter's first gradient
-            likes = (parameter, parameter, torch.zeros(()))
-            expected |= {f"optimizer.{index}.{key}": like for key, like in zip(_ADAMW, likes, strict=True)}
+            likes = expected_state(optimizer, parameter)
+            expected |= {f"optimizer.{index}.{key}": like for key, like in likes.items()}
     for problem, names in (
         ("lacks", expected.keys() - tensors.keys()),
         ("also holds", tensors.keys() - expected.keys()),

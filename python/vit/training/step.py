@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..support.random import Stream
 from ..tasks import Task
 from .assembly import Parts
 from .evaluate import cpu_threads
+from .mix import mixed
 from .optim import learning_rate as schedule
 from .progress import Display
 from .state import Progress
@@ -48,17 +50,21 @@ class Stepper:
         torch.manual_seed((config.seed + 1) * 0x9E3779B97F4A7C15 + step * world + rank & 0x7FFF_FFFF_FFFF_FFFF)
         rate = self.learning_rate(progress.step)
         for group in self.parts.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         total, monitored = 0.0, [0.0] * len(self.task.monitored)
         for number in range(config.accumulate):
             with accelerator.accumulate(self.prepared):
-                figures = self._forward_backward(*(next(passes) if number else batch))
+                rng = Stream("mix", config.seed, step, number, rank)
+                figures = self._forward_backward(*(next(passes) if number else batch), rng)
                 total += figures[0] / config.accumulate
                 monitored = [a + b / config.accumulate for a, b in zip(monitored, figures[1:], strict=True)]
         norm = self._clip()
         finite = math.isfinite(norm) and math.isfinite(total)
-        if not finite:
-            self.display.line(f"step {step + 1}: loss {total}, gradient norm {norm}: step left out")
+        spiked = finite and self._is_spike(step, total)
+        if not finite or spiked:
+            mean = f", mean {progress.loss_mean:.4f}" if spiked else ""
+            self.display.line(f"step {step + 1}: loss {total}{mean}, gradient norm {norm}: step left out")
+            finite = False
             if progress.skipped_in_a_row + 1 >= BAD_STEPS:
                 text = self._not_finite()
                 self.prepared_optimizer.zero_grad()
@@ -69,6 +75,7 @@ class Stepper:
             if self.parts.average:
                 self.parts.average.update(self.parts.model, step + 1)
             progress.loss_sum += total
+            progress.loss_mean += (total - progress.loss_mean) * (0.05 if progress.loss_mean else 1.0)
             progress.norm_sum += norm
             progress.monitor_sums = [a + b for a, b in zip(progress.monitor_sums, monitored, strict=True)]
         progress.skipped += not finite
@@ -78,13 +85,20 @@ class Stepper:
         self.prepared_optimizer.zero_grad()
         self.display.step(f"loss {total:.4f}  lr {rate:.2e}")
 
-    def _forward_backward(self, images: Tensor, labels: Tensor) -> list[float]:
+    def _is_spike(self, step: int, loss: float) -> bool:
+        """Whether the loss is far above the mean of those before it. Not in the first steps, which have no mean yet."""
+        return bool(self.config.spike and step >= 20 and loss > self.config.spike * self.progress.loss_mean)
+
+    def _forward_backward(self, images: Tensor, labels: Tensor, rng: Stream) -> list[float]:
         """Adds the gradients of one batch; its loss and the task's monitored figures, as means over all processes."""
         config, accelerator, task = self.config, self.accelerator, self.task
         images, labels = images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device)
+        targets = labels
+        if config.mixup or config.cutmix:
+            images, targets = mixed(images, labels, self.parts.model.num_classes, config.mixup, config.cutmix, rng)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             outputs = self.prepared(images)
-        loss = task.loss(outputs, labels, config.label_smoothing)
+        loss = task.loss(outputs, targets, config.label_smoothing, config.loss)
         accelerator.backward(loss)
         figures = torch.cat([loss.detach().float()[None], task.monitor(outputs, labels)])
         found: list[float] = accelerator.reduce(figures, "mean").tolist()

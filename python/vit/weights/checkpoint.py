@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from ..model.checks import sides
+from . import infer
+from .layout import Mapped
+from .loaded import Report
 
 PATCHES = "patch_embed.proj.weight"
 POSITIONS = "pos_embed"
-HEAD = ("head.weight", "head.bias")
+HEAD = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 
 def some(names: Sequence[str], limit: int = 12) -> str:
@@ -35,7 +38,9 @@ class Checkpoint:
     state: timm's parameter names -> tensors on the CPU. arch, preprocess: arguments of VisionTransformer and of
     Preprocess, as far as they are written beside the weights; likewise the model's name and the class names. implied:
     arguments of VisionTransformer that every model of this layout has, whatever its name. dropped: parts of a file that
-    a ViT does not have -> why they are left out.
+    a ViT does not have -> why they are left out. layout, mapped: whose names the file has, and what became of each.
+    base: the named model with the options of this layout, where the file names none. allow: names, also with
+    wildcards, that may be in the file alone or in the model alone.
     """
 
     state: Mapping[str, Tensor]
@@ -46,17 +51,40 @@ class Checkpoint:
     class_names: tuple[str, ...] | None = None
     implied: Mapping[str, Any] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
+    layout: str = "timm"
+    mapped: tuple[Mapped, ...] = ()
+    base: str | None = None
+    allow: tuple[str, ...] = ()
 
     def settings(self, name: str | None) -> dict[str, Any]:
         """Arguments of the model these weights belong to: what the tensors tell, and over it, unless another model
         than theirs is asked for by name, what is written beside them."""
         found = {**self.implied, **self.sizes()}
+        if name is None and self.name is None and not self.arch:
+            inferred = infer.options(self.state)
+            if inferred and infer.nearest_model(inferred, self.base or "vit") is None:
+                inferred["num_heads"] = None  # which stands in no tensor
+            found = {**inferred, **found}
         if not self.describes(name):
             return found
         found |= self.arch
         if self.arch.get("global_pool") == "avg" and "fc_norm" not in self.arch and self._has_norm():
             found["fc_norm"] = False  # the last norm is called norm where it comes before the pooling
         return found
+
+    def model_name(self) -> str | None:
+        """The named model that these weights are of, or else one with their options and, where there is one, sizes."""
+        if self.name is not None or self.base is None:
+            return self.name
+        return infer.nearest_model({**infer.options(self.state), **self.arch}, self.base) or self.base
+
+    def report(self) -> Report:
+        """What reading tells of a load: what became of the names."""
+        return Report(self.source, self.layout, self.name, self.mapped, dict(self.dropped))
+
+    def origin(self) -> dict[str, str]:
+        """timm's names -> those in the file, in layouts with others."""
+        return {target: " + ".join(one.sources) for one in self.mapped for target in one.targets}
 
     def describes(self, name: str | None) -> bool:
         """Whether what is written beside the tensors is about a model of that name: not where it names another one."""
@@ -93,6 +121,8 @@ class Checkpoint:
         if image is None or patch is None:
             return None
         (height, width), (patch_height, patch_width) = sides("img_size", image), sides("patch_size", patch)
+        if self.arch.get("drop_edge"):
+            return height // patch_height, width // patch_width
         return -(-height // patch_height), -(-width // patch_width)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..support.tensors import read_tensors
 from ..support.text import printable
-from . import jax, torchvision, transformers
 from .archive import read_npz
 from .checkpoint import Checkpoint, WeightsError
+from .layout import Converted, Layout
 from .pickles import read_pickle
 from .tensors import plain
 from .unwrap import unwrap
@@ -56,22 +56,27 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 def checkpoint_of(found: Mapping[str, Any], source: str, **about: Any) -> Checkpoint:
     """Unwraps what training programs wrap, recognises the layout, converts the names, checks every tensor."""
-    state, dropped = unwrap(found, source)
-    layout: Any = next((layout for layout in (jax, transformers, torchvision) if layout.recognises(state)), None)
-    if layout is not None:
-        state, beside = layout.select(state)
-        dropped |= beside
+    state, dropped, layout = unwrap(found, source)
     tensors = {key: plain(key, value, source) for key, value in state.items()}
-    implied: dict[str, Any] = {}
-    if layout is not None:
-        tensors, implied, beside = _convert(layout.convert, tensors, source)
-        dropped |= beside
-    return Checkpoint(tensors, source, implied=implied, dropped=dropped, **about)
+    if layout is None:
+        return Checkpoint(tensors, source, dropped=dropped, **about)
+    result = _convert(layout, tensors, source)
+    dropped |= result.dropped
+    about["base"] = result.base or about.get("base") or layout.base
+    return Checkpoint(
+        result.state,
+        source,
+        implied=result.implied,
+        dropped=dropped,
+        layout=layout.name,
+        mapped=tuple(result.mapped),
+        **about,
+    )
 
 
-def _convert(convert: Callable[[Mapping[str, Tensor]], Any], state: Mapping[str, Tensor], source: str) -> Any:
+def _convert(layout: Layout, state: Mapping[str, Tensor], source: str) -> Converted:
     try:
-        return convert(state)
+        return layout.convert(state)
     except KeyError as error:
         name = printable(str(error.args[0]))
         raise WeightsError(f"vit: {source} lacks {name}, which its other names call for") from error

@@ -4,11 +4,12 @@ costs what the file beside it holds, no more."""
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model import checks
 from ..support.text import printable
@@ -18,47 +19,104 @@ from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError, some
 MOST_PATCHES = 1 << 20
 
 
-def check_fit(checkpoint: Checkpoint, settings: Mapping[str, Any], given: Collection[str]) -> None:
+def check_fit(
+    checkpoint: Checkpoint, settings: Mapping[str, Any], given: Collection[str], kind: type[nn.Module]
+) -> None:
     """Compares the tensors with the arguments of the model that is about to be built.
 
-    settings: all arguments of VisionTransformer; given: the names of those that the caller asked for, to which
-    weights are adapted. What is only written beside the tensors must agree with them.
+    settings: all arguments of the model; given: the names of those that the caller asked for, to which weights are
+    adapted; kind: the class of the model. What is only written beside the tensors must agree with them.
 
     Raises WeightsError naming what does not, ValueError for arguments that no model can have.
     """
     checks.classes(settings["num_classes"])
+    if settings["num_heads"] is None:
+        raise WeightsError(
+            f"vit: {checkpoint.source}: the number of heads stands in no tensor, and no named model has embed_dim "
+            f"{settings['embed_dim']} and depth {settings['depth']}; pass num_heads, or the name of a model"
+        )
     checks.positive(**{key: settings[key] for key in ("in_chans", "embed_dim", "depth", "num_heads")})
     checks.number(0.0, mlp_ratio=settings["mlp_ratio"])
     checks.number(0.0, mlp_width=settings["embed_dim"] * settings["mlp_ratio"])
-    check_pooling(checkpoint.state, settings, checkpoint.source)
-    _check_ends(checkpoint, settings, given)
-    check_head(checkpoint, settings["num_classes"], settings["embed_dim"], "num_classes" in given)
     state = {key: value for key, value in checkpoint.state.items() if key not in (*HEAD, POSITIONS)}
-    state = rename_norm(state, settings)
     have = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     depth = settings["depth"]
-    wanted = dict(_expected(settings, min(depth, have + 1)))
-    if PATCHES in state and PATCHES not in _misshapen_patches(state[PATCHES], settings):
-        del state[PATCHES], wanted[PATCHES]
-    check_names(state, wanted, checkpoint.source, more=12 * max(0, depth - have - 1))
+    _check_ends(checkpoint, settings, given)
+    try:
+        wanted = _expected(kind, settings, min(depth, have + 1))
+    except ValueError as error:
+        if given:
+            raise
+        raise WeightsError(f"vit: {checkpoint.source}: {str(error).removeprefix('vit: ')}") from error
+    check_pooling(checkpoint.state, "fc_norm.weight" in wanted, settings, checkpoint.source)
+    check_head(checkpoint, settings["num_classes"], settings["embed_dim"], "num_classes" in given)
+    state = rename_scales(rename_norm(state, "fc_norm.weight" in wanted), wanted)
+    if PATCHES in state and PATCHES not in _misshapen_patches(state[PATCHES], settings, "patch_size" in given):
+        state.pop(PATCHES)
+        wanted.pop(PATCHES, None)
+    state, wanted = without_allowed(state, wanted, checkpoint.allow)
+    for key in [key for key in wanted if key.startswith("rope.")]:  # one table for all blocks, of another depth here
+        if key in state:
+            del state[key], wanted[key]
+    blocks = 12 * max(0, depth - have - 1)
+    check_names(state, wanted, checkpoint.source, blocks, checkpoint.origin())
 
 
-def moves_norm(settings: Mapping[str, Any]) -> bool:
-    """Whether the last norm stands behind the pooling, where it is called fc_norm."""
-    fc_norm = settings.get("fc_norm")
-    return settings["global_pool"] == "avg" if fc_norm is None else bool(fc_norm)
+def _expected(kind: type[nn.Module], settings: Mapping[str, Any], depth: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters, without its head and its positions, for the first `depth` blocks.
+
+    All blocks are alike, so that one is built, without memory.
+    """
+    changed = {"depth": 1, "weight_init": "skip", "drop_path_rate": 0.0}
+    if settings.get("pos_embed") == "sincos2d":  # a table of its own, of any number of rows
+        changed["pos_embed"] = "none"
+    model = kind(**{**settings, **changed}, backend="reference", device="meta")
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict().items():
+        if name in (*HEAD, POSITIONS):
+            continue
+        for i in range(depth) if name.startswith("blocks.0.") else (0,):
+            found[name.replace("blocks.0.", f"blocks.{i}.")] = tuple(tensor.shape)
+    order = {name: place for place, name in enumerate(found)}
+    return dict(sorted(found.items(), key=lambda item: (_block(item[0]), order[item[0]])))
 
 
-def rename_norm(state: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _block(name: str) -> int:
+    """The number of a parameter's block; -1 before the first, a large number behind the last."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1])
+    return 1 << 30 if name.startswith(("norm.", "fc_norm.", "attn_pool.", "head")) else -1
+
+
+def rename_norm(state: dict[str, Any], moves: bool) -> dict[str, Any]:
     """Pooling by average moves the last norm of a model with another pooling behind the mean, and renames it."""
-    if not moves_norm(settings) or "fc_norm.weight" in state:
+    if not moves or "fc_norm.weight" in state:
         return state
     return {("fc_" + key if key in ("norm.weight", "norm.bias") else key): value for key, value in state.items()}
 
 
-def check_pooling(state: Mapping[str, Tensor], settings: Mapping[str, Any], source: str) -> None:
+def rename_scales(state: dict[str, Any], wanted: Collection[str]) -> dict[str, Any]:
+    """DeiT-3's own files call LayerScale as EVA does: gamma_1, where timm's VisionTransformer has ls1.gamma."""
+    if "blocks.0.gamma_1" not in state or "blocks.0.ls1.gamma" not in wanted:
+        return state
+    return {key.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): v for key, v in state.items()}
+
+
+def without_allowed(
+    state: dict[str, Any], wanted: Mapping[str, Any], allow: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both without the names, alone in one of them, that the caller allowed by name or wildcard."""
+
+    def allowed(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, one) for one in allow)
+
+    kept = {key: value for key, value in state.items() if key in wanted or not allowed(key)}
+    return kept, {key: value for key, value in wanted.items() if key in state or not allowed(key)}
+
+
+def check_pooling(state: Mapping[str, Tensor], moves: bool, settings: Mapping[str, Any], source: str) -> None:
     """Refuses weights trained with the mean of the patches for a model with another pooling."""
-    if "fc_norm.weight" in state and "norm.weight" not in state and not moves_norm(settings):
+    if "fc_norm.weight" in state and "norm.weight" not in state and not moves:
         raise WeightsError(
             f"vit: {source} does not fit the model: it holds fc_norm.weight, the norm behind the mean of the patches "
             f"(global_pool='avg'), and the model has global_pool={settings['global_pool']!r}"
@@ -69,11 +127,17 @@ def check_pooling(state: Mapping[str, Tensor], settings: Mapping[str, Any], sour
 
 def check_head(checkpoint: Checkpoint, classes: int, width: int, new_head: bool) -> None:
     """Refuses weights without a head for a model with one, unless the caller asked for a new one, and odd ones."""
-    head, bias = (checkpoint.state.get(key) for key in HEAD)
+    head, bias = (checkpoint.state.get(key) for key in HEAD[:2])
     if classes and head is not None and (head.ndim != 2 or not len(head) or head.shape[1] != width):
+        both = head.ndim == 2 and head.shape[1] == 2 * width and "DINOv2" in checkpoint.layout
         raise WeightsError(
             f"vit: {checkpoint.source} does not fit the model:\n"
             f"  shape       head.weight {list(head.shape)} instead of [classes, {width}]"
+            + (
+                "\nIt reads the class token and the mean of the patches; pass num_classes=0 for features"
+                if both
+                else ""
+            )
         )
     if classes and head is None and bias is not None:
         raise WeightsError(f"vit: {checkpoint.source} has a head.bias without the head.weight that belongs to it")
@@ -94,11 +158,12 @@ def _check_ends(checkpoint: Checkpoint, settings: Mapping[str, Any], given: Coll
     for key, name in (("num_classes", "head.weight"), ("in_chans", PATCHES)):
         if key in tensors and key not in given and settings[key] != tensors[key]:
             wrong.append(f"{key} {settings[key]}, and {name} has {tensors[key]}")
-    if "img_size" not in given and settings["pos_embed"] != "none":
-        count = math.prod(-(-side // size) for side, size in zip(image, patch, strict=True))
+    if "img_size" not in given and settings.get("pos_embed", "learned") != "none":
+        partial = -1 if not settings.get("drop_edge") else 1  # what does not fill a patch is padded, or not read
+        count = math.prod(partial * (partial * side // size) for side, size in zip(image, patch, strict=True))
         table = state.get(POSITIONS)
         rows = None if table is None or table.ndim != 3 else table.shape[1]
-        prefix = int(settings["class_token"])
+        prefix = position_rows_of_prefix(settings) + ("dist_token" in state)
         if "img_size" in checkpoint.arch and rows is not None and rows != prefix + count and "patch_size" not in given:
             wrong.append(f"img_size {list(image)} ({count} patches), and {POSITIONS} has {rows} rows")
         elif rows is None and count > MOST_PATCHES:
@@ -110,36 +175,36 @@ def _check_ends(checkpoint: Checkpoint, settings: Mapping[str, Any], given: Coll
         )
 
 
-def _misshapen_patches(weight: Tensor, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The patch projection's name where it cannot be adapted: only its channels and its layout can."""
+def position_rows_of_prefix(settings: Mapping[str, Any]) -> int:
+    """How many tokens before the patches have a row in the position embedding."""
+    if settings.get("no_embed_class"):
+        return 0
+    registers = settings.get("reg_tokens", settings.get("num_reg_tokens", 0))
+    return int(settings.get("class_token", True)) + int(registers or 0)
+
+
+def _misshapen_patches(weight: Tensor, settings: Mapping[str, Any], resized: bool) -> tuple[str, ...]:
+    """The patch projection's name where it cannot be adapted: its channels and its layout can, and its patches where
+    the caller asks for their size."""
     patch = checks.sides("patch_size", settings["patch_size"])
     fits = weight.ndim in (2, 4) and len(weight) == settings["embed_dim"] and weight[:1].numel() > 0
-    fits = fits and (tuple(weight.shape[2:]) == patch if weight.ndim == 4 else weight.shape[1] % math.prod(patch) == 0)
+    if weight.ndim == 4:
+        fits = fits and (resized or tuple(weight.shape[2:]) == patch)
+    else:
+        fits = fits and weight.shape[1] % math.prod(patch) == 0
     return () if fits else (PATCHES,)
 
 
-def _expected(settings: Mapping[str, Any], depth: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a model's parameters, without its head and its positions."""
-    C, hidden = settings["embed_dim"], int(settings["embed_dim"] * settings["mlp_ratio"])
-    patch = checks.sides("patch_size", settings["patch_size"])
-    if settings["class_token"]:
-        yield "cls_token", (1, 1, C)
-    yield PATCHES, (C, settings["in_chans"], *patch)
-    yield "patch_embed.proj.bias", (C,)
-    for i in range(depth):
-        block = {"norm1": (C,), "norm2": (C,), "attn.qkv": (3 * C, C), "attn.proj": (C, C)}
-        block |= {"mlp.fc1": (hidden, C), "mlp.fc2": (C, hidden)}
-        for name, shape in block.items():
-            yield f"blocks.{i}.{name}.weight", shape
-            if name != "attn.qkv" or settings["qkv_bias"]:
-                yield f"blocks.{i}.{name}.bias", shape[:1]
-    norm = "fc_norm" if moves_norm(settings) else "norm"
-    yield f"{norm}.weight", (C,)
-    yield f"{norm}.bias", (C,)
-
-
-def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: str, more: int = 0) -> None:
-    """Refuses names that are missing (and `more` of them beyond `wanted`) or unexpected, and shapes that differ."""
+def check_names(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, tuple[int, ...]],
+    source: str,
+    more: int = 0,
+    origin: Mapping[str, str] | None = None,
+) -> None:
+    """Refuses names that are missing (and `more` of them beyond `wanted`) or unexpected, and shapes that differ.
+    origin: timm's names -> those in the file, where they are other ones."""
+    origin = origin or {}
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
     shapes = [
@@ -153,7 +218,7 @@ def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...
     if missing:
         lines.append(f"  missing     {_list(missing, more)}")
     if unexpected:
-        near = [_with_nearest(key, wanted) for key in unexpected[:12]]
+        near = [_named(key, wanted, origin.get(key, key)) for key in unexpected[:12]]
         lines.append(f"  unexpected  {_list(near, len(unexpected) - len(near))}")
     if shapes:
         lines.append(f"  shape       {_list(shapes)}")
@@ -166,6 +231,9 @@ def _list(names: list[str], more: int = 0) -> str:
     return printable(some(names[:12])) + (f" and {rest} more" if rest else "")
 
 
-def _with_nearest(key: str, wanted: Collection[str]) -> str:
+def _named(key: str, wanted: Collection[str], origin: str) -> str:
+    """An unexpected name: as it stands in the file, what it means, and else which name is nearest."""
+    if origin != key:
+        return f"{origin[:200]} ({key})"
     near = difflib.get_close_matches(key[:200], wanted, n=1)
     return f"{key[:200]} (nearest: {near[0]})" if near else key[:200]

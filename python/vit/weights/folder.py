@@ -9,7 +9,7 @@ from typing import Any
 
 from ..support.records import Record, RecordError
 from ..support.text import printable
-from . import records, timm_config, transformers_config
+from . import records, timm_config, transformers_processor, transformers_records
 from .checkpoint import Checkpoint, WeightsError, some
 from .file import SUFFIXES, checkpoint_of, read_file, shown
 
@@ -22,6 +22,8 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+#: The weights of a run of `vit train`.
+BEST = "best.safetensors"
 RECORDS = ("config.json", "preprocessor_config.json")
 
 
@@ -34,10 +36,15 @@ def read_folder(folder: Path) -> Checkpoint:
         raise WeightsError(str(error)) from error
 
 
+def is_of_run(path: Path) -> bool:
+    """Whether a file is the weights of a run, beside its model.json."""
+    return path.name == BEST and (path.parent / "model.json").is_file()
+
+
 def _read_run(folder: Path) -> Checkpoint:
     record = Record.read(folder / "model.json")
     about = records.run(record)
-    weights = folder / "best.safetensors"
+    weights = folder / BEST
     if not weights.exists():
         raise FileNotFoundError(
             f"vit: run {str(folder)!r} has no best.safetensors: its training never finished an epoch"
@@ -64,8 +71,8 @@ def _about(folder: Path) -> dict[str, Any]:
     record = Record.read(folder / "config.json")
     if record.raw("architecture", None) is not None or record.raw("model_type", None) in (None, "timm_wrapper"):
         return timm_config.about(record)
-    about = transformers_config.about(record)
-    about["preprocess"] = transformers_config.preprocess(folder / "preprocessor_config.json")
+    about = transformers_records.about(record)
+    about["preprocess"] = transformers_processor.preprocess(folder / "preprocessor_config.json")
     return about
 
 

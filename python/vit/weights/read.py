@@ -6,7 +6,8 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..support.text import printable
 from .checkpoint import Checkpoint, WeightsError, all_finite, some
 from .file import checkpoint_of, read_file, shown
-from .folder import HUB, read_folder, read_hub
+from .folder import HUB, is_of_run, read_folder, read_hub
 
 log = logging.getLogger("vit")
 
@@ -24,15 +25,23 @@ def load(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     return dict(read(source).state)
 
 
-def read(source: str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint, non_finite: str = "error") -> Checkpoint:
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint,
+    non_finite: str = "error",
+    allow: Sequence[str] = (),
+) -> Checkpoint:
     """Everything a source of weights says; a mapping is taken as a state dict.
 
     non_finite: whether NaN and infinities are an "error" or make a "warn"-ing that names their parameters.
+    allow: names of parameters, also with wildcards (`*`), that a load may leave out of the file or, of the model, at
+    their first values.
     Raises FileNotFoundError when there is no such file, WeightsError when it cannot be read safely.
     """
+    if isinstance(allow, str):
+        raise TypeError("vit: allow must be a list of names, not one text")
     if isinstance(source, Checkpoint):
-        return source
-    checkpoint = _read(source)
+        return replace(source, allow=(*source.allow, *allow)) if allow else source
+    checkpoint = replace(_read(source), allow=tuple(allow))
     if checkpoint.dropped:
         reasons: dict[str, list[str]] = {}
         for key, why in checkpoint.dropped.items():
@@ -64,7 +73,7 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Checkpoint:
         return read_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"vit: weights {str(path)!r} do not exist{_similar_files(path)}")
-    return checkpoint_of(read_file(path), shown(path))
+    return read_folder(path.parent) if is_of_run(path) else checkpoint_of(read_file(path), shown(path))
 
 
 def check_finite(checkpoint: Checkpoint, non_finite: str) -> None:

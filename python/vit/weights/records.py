@@ -1,25 +1,30 @@
-"""model.json of a run, as `vit train` writes it: every key by its kind."""
+"""Arguments of a model in records: model.json of a run, as `vit train` writes it, and others: every key by its kind."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .. import preprocess
+from ..model.configs import CONFIGS, model_class
 from ..model.init import SCHEMES
-from ..model.specs import APPROXIMATE
-from ..model.vision_transformer import POOLS, POSITIONS
+from ..model.options import ACTIVATIONS, MLPS, NORMS, POOLS, POSITIONS, RESIZES
 from ..support.records import Record, RecordError
 from .transformers_config import sides
 
-_COUNTS = ("in_chans", "embed_dim", "depth", "num_heads")
-_RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
-_CHOICES = {
+_COUNTS = ("in_chans", "embed_dim", "depth", "num_heads", "attn_pool_num_heads")
+_CHOICES: dict[str, tuple[Any, ...]] = {
     "global_pool": POOLS,
     "pos_embed": POSITIONS,
     "patch_embed": ("conv", "linear"),
-    "act_layer": APPROXIMATE,
+    "act_layer": ACTIVATIONS,
+    "norm_layer": NORMS,
+    "embed_norm_layer": (None, *NORMS),
+    "mlp_layer": MLPS,
+    "pos_resize": (None, *RESIZES),
     "weight_init": SCHEMES,
 }
+_SWITCHES_OR_NONE = ("fc_norm", "use_post_transformer_norm", "use_fc_norm")
 
 
 def run(record: Record) -> dict[str, Any]:
@@ -31,36 +36,46 @@ def run(record: Record) -> dict[str, Any]:
         record.refuse("preprocess", "the transform of a run, with img_size")
     return {
         "name": record.text("name", None),
-        "arch": {} if arch is None else arguments(arch),
+        "arch": {} if arch is None else arguments(arch, known_arguments(record.raw("name", None))),
         "preprocess": preprocessing,
         "class_names": names or None,
     }
 
 
-def arguments(record: Record) -> dict[str, Any]:
-    """The arguments of VisionTransformer in a record; those that are not known are refused."""
+def known_arguments(name: str | None) -> Mapping[str, Any]:
+    """The arguments of the class of a named model -> their defaults; of VisionTransformer where it is not known."""
+    return model_class(CONFIGS[name].kind if name in CONFIGS else "vit").ARGUMENTS  # type: ignore[no-any-return]
+
+
+def arguments(record: Record, known: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The arguments of a model in a record; those that are not known are refused. aliases: other names of some."""
+    aliases = {"dynamic_pad": "dynamic_img_pad", **(aliases or {})}
     found: dict[str, Any] = {}
     for key in record.values:
-        if key in ("img_size", "patch_size"):
-            found[key] = sides(record, key, 0)
-        elif key in _COUNTS:
-            found[key] = record.integer(key, low=1)
-        elif key == "num_classes":
-            found[key] = record.integer(key, low=0)
-        elif key in _RATES:
-            found[key] = record.number(key, low=0.0, high=1.0)
-        elif key == "mlp_ratio":
-            found[key] = record.number(key, low=0.0, high=1e6)
-        elif key == "norm_eps":
-            found[key] = record.number(key, low=0.0, high=1.0)
-        elif key in ("qkv_bias", "class_token", "dynamic_pad"):
-            found[key] = record.boolean(key)
-        elif key == "fc_norm":
-            found[key] = record.boolean(key, None) if record.raw(key) is not None else None
-        elif key in _CHOICES:
-            found[key] = record.choice(key, _CHOICES[key])
+        name = aliases.get(key, key)
+        if name in known:
+            found[name] = _argument(record, key, name, known[name])
     record.finish()
     return found
+
+
+def _argument(record: Record, key: str, name: str, default: Any) -> Any:
+    """One value, by the kind that its argument has."""
+    if name in ("img_size", "patch_size") or (name == "ref_feat_shape" and record.raw(key) is not None):
+        return sides(record, key, 0)
+    if name in _CHOICES:
+        return record.choice(key, _CHOICES[name])
+    if record.raw(key) is None and default is None:
+        return None
+    if isinstance(default, bool) or name in _SWITCHES_OR_NONE:
+        return record.boolean(key)
+    if name in _COUNTS:
+        return record.integer(key, low=1)
+    if isinstance(default, int):
+        return record.integer(key, low=0)
+    if isinstance(default, str):
+        return record.text(key)
+    return record.number(key, low=0.0, high=1.0 if name.endswith("_rate") or name == "norm_eps" else 1e9)
 
 
 def transform(record: Record, key: str) -> dict[str, Any] | None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..model.vision_transformer import POOLS
-from ..preprocess import INTERPOLATIONS
+from ..model.configs import CONFIGS, model_class
+from ..model.options import POOLS
+from ..preprocess import CROP_MODES, INTERPOLATIONS
 from ..support.records import Record
-from .records import arguments
+from .records import arguments, known_arguments
+from .records import transform as transform_of
 
 #: Where the weights come from, texts about them, and sizes that only other models or other evaluations use.
 _IRRELEVANT = (
@@ -37,30 +39,20 @@ _IRRELEVANT = (
     ),
     *("transformers_version", "torch_dtype", "dtype", "do_pooling", "initializer_range", "hf_hub_revision"),
 )
-#: timm's arguments that this model has under a name or with values of its own.
-_POSITIONS = {"learn": "learned", "none": "none", "": "none"}
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
-#: timm's arguments that this model does not have, and the values that mean it is as if they were not there.
+#: timm's arguments that no model here has, and the values that mean it is as if they were not there.
 _ABSENT: dict[str, tuple[Any, ...]] = {
-    "qk_norm": (False,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
-    "proj_bias": (True,),
-    "init_values": (None,),
-    "no_embed_class": (False,),
-    "reg_tokens": (0,),
-    "pre_norm": (False,),
-    "final_norm": (True,),
-    "pool_include_prefix": (False,),
-    "dynamic_img_size": (False,),
-    "patch_drop_rate": (0, 0.0),
-    "fix_init": (False, True),
     "strict_img_size": (True,),
-    "embed_norm_layer": (None,),
-    "norm_layer": (None, "layernorm", "layer_norm"),
     "use_naflex": (None, False),
     "qkv_fused": (True,),
+    "output_fmt": (None,),
+    "device": (None,),
+    "dtype": (None,),
+    "block_fn": (None,),
+    "attn_layer": (None,),
+    "embed_layer": (None,),
 }
+#: Names of classes, as a config may spell them beside the names that options have.
+_SPELLINGS = {"swiglupacked": "swiglu_packed", "swish": "silu", "layernorm2d": "layernorm", "learn": "learned"}
 
 
 def about(record: Record) -> dict[str, Any]:
@@ -72,9 +64,15 @@ def about(record: Record) -> dict[str, Any]:
     arch = _defaults(record, cfg)
     args = record.record("model_args", None)
     if args is not None:
-        arch |= _arguments(args)
+        arch |= _arguments(args, None if name is None else name.partition(".")[0])
     names = _labels(record, cfg)
     transform = _transform(cfg)
+    own = record.record("vit", None)
+    if own is not None:  # of a config that vit wrote
+        if (values := own.record("arch", None)) is not None:
+            arch |= arguments(values, known_arguments(None if name is None else name.partition(".")[0]))
+        transform = (transform_of(own, "preprocess") or transform) if own.raw("preprocess", None) else transform
+        own.finish()
     for one in (record, cfg):
         for key in _IRRELEVANT:
             one.raw(key, None)
@@ -118,23 +116,29 @@ def _defaults(record: Record, cfg: Record) -> dict[str, Any]:
     return arch
 
 
-def _arguments(args: Record) -> dict[str, Any]:
-    """model_args -> arguments of VisionTransformer."""
-    found: dict[str, Any] = {}
-    rest = dict(args.values)
-    for key, allowed in _ABSENT.items():
-        if key in rest and not any(rest[key] == one and type(rest[key]) is type(one) for one in allowed):
-            args.refuse(key, f"left out or {' or '.join(map(str, allowed))}: this model does not have it")
-        rest.pop(key, None)
-    if "pos_embed" in rest:
-        found["pos_embed"] = _POSITIONS[args.choice("pos_embed", _POSITIONS)]
-    if rest.get("act_layer", 0) is not None and "act_layer" in rest:
-        found["act_layer"] = _ACTIVATIONS[args.choice("act_layer", _ACTIVATIONS)]
-    if "dynamic_img_pad" in rest:
-        found["dynamic_pad"] = args.boolean("dynamic_img_pad")
-    for key in ("pos_embed", "act_layer", "dynamic_img_pad", "weight_init"):
-        rest.pop(key, None)
-    return found | arguments(Record(rest, args.source))
+def _arguments(args: Record, name: str | None) -> dict[str, Any]:
+    """model_args -> arguments of the named model's class."""
+    kind = model_class(CONFIGS[name].kind if name in CONFIGS else "vit")
+    known = known_arguments(name)
+    rest: dict[str, Any] = {}
+    for key, value in args.values.items():
+        if key in _ABSENT and key not in known:
+            if not any(value == one and type(value) is type(one) for one in _ABSENT[key]):
+                args.refuse(key, f"left out or {' or '.join(map(str, _ABSENT[key]))}: this model does not have it")
+            continue
+        try:
+            rest |= kind.spelled({key: _spelled(value) if key.endswith("_layer") or key == "pos_embed" else value})
+        except (ValueError, TypeError):
+            args.refuse(key, "a value of timm's")
+    return arguments(Record(rest, args.source), known)
+
+
+def _spelled(value: Any) -> Any:
+    """A class by its name alone (torch.nn.SiLU: SiLU), and as the options spell it."""
+    if not isinstance(value, str):
+        return value
+    last = value.rpartition(".")[2]
+    return _SPELLINGS.get(last.lower(), last)
 
 
 def _labels(record: Record, cfg: Record) -> tuple[str, ...] | None:
@@ -164,7 +168,7 @@ def _transform(cfg: Record) -> dict[str, Any]:
     if cfg.raw("crop_pct", None) is not None:
         found["crop_pct"] = cfg.number("crop_pct", low=math.ulp(0.0), high=1.0)
     if cfg.raw("crop_mode", None) is not None:
-        found["crop_mode"] = cfg.choice("crop_mode", ("center", "squash"))
+        found["crop_mode"] = cfg.choice("crop_mode", CROP_MODES)
     if cfg.raw("crop_border_pixels", None) not in (None, 0):
         cfg.refuse("crop_border_pixels", "0")
     return found

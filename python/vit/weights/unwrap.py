@@ -1,4 +1,4 @@
-"""From what a training program saved to the parameters of one model: containers, then prefixes of names."""
+"""From what a training program saved to the parameters of one model: containers, prefixes of names, their layout."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from ..support.text import printable
-from . import jax, torchvision, transformers
-from .checkpoint import PATCHES, WeightsError, some
+from .checkpoint import WeightsError, some
+from .layout import Layout
+from .layouts import every
 
 log = logging.getLogger("vit")
 
@@ -25,33 +26,22 @@ WRAPPERS = (
 )
 #: Wrappers that stand inside a name where one part of a model was wrapped; no module of a ViT is called so.
 INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_checkpoint_module)\.")
-#: The one weight every layout has, by which its parameters are found.
-MARKS = (PATCHES, f"vit.{transformers.MARK}", transformers.MARK, torchvision.MARK)
-#: Parts of pretraining and of training programs that a classifier does not have: regular expression -> why.
-BESIDE = {
-    r"mask_token|decoder($|[._]).*": "for pretraining by masked images",
-    r"head\.(mlp|last_layer)\..*|(dino|ibot)_head\..*": "the projection of DINO's pretraining",
-    r"n_averaged|num_updates|decay": "a counter of the running average",
-    r"patch_embed\.num_batches_tracked|global_step": "a counter of the training",
-}
 DEEPEST = 4
 
 
-def unwrap(found: Mapping[Any, Any], source: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The entries of one model under names without prefixes, and those left out -> why.
+def unwrap(found: Mapping[Any, Any], source: str) -> tuple[dict[str, Any], dict[str, str], Layout | None]:
+    """The entries of one model under names without prefixes, those left out -> why, and the layout of the names.
 
     A container is looked for by the patch projection that every ViT has; what stands beside that under the same prefix
-    belongs to the model, and the rest keeps its name, to be reported.
+    belongs to the model, and the rest keeps its name, to be reported. The layout is None where nothing tells it.
 
-    Raises WeightsError when nothing is a tensor, or when two models could be meant.
+    Raises WeightsError when nothing is a tensor, or when two models or two layouts could be meant.
     """
     state = _tensors(_container(found, source), source)
     if not state:
         keys = printable(some([str(key) for key in found])) or "none"
         raise WeightsError(f"vit: {source} holds no tensors that are parameters; its entries: {keys}")
-    state = _without_prefix(_without_inner(state, source), source)
-    dropped = {key: why for key in state for pattern, why in BESIDE.items() if re.fullmatch(pattern, key)}
-    return {key: value for key, value in state.items() if key not in dropped}, dropped
+    return _without_prefix(_without_inner(state, source), source)
 
 
 def _tensors(found: Mapping[Any, Any], source: str) -> dict[str, Any]:
@@ -88,9 +78,7 @@ def _container(found: Mapping[Any, Any], source: str) -> Mapping[Any, Any]:
 
 def _models(found: Mapping[Any, Any], path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Mapping[Any, Any]]]:
     """The mappings that hold a patch projection: (the keys that lead to it, the mapping)."""
-    if jax.recognises(found) or any(
-        _mark(key) is not None and isinstance(found[key], (Tensor, np.ndarray)) for key in found
-    ):
+    if any(isinstance(found[name], (Tensor, np.ndarray)) for name in _projections(found)):
         yield path, found
         return
     if len(path) < DEEPEST:
@@ -99,13 +87,25 @@ def _models(found: Mapping[Any, Any], path: tuple[Any, ...]) -> Iterator[tuple[t
                 yield from _models(value, (*path, key))
 
 
-def _mark(key: object) -> str | None:
-    """The prefix before a patch projection's name, "" included; None for other names."""
-    if isinstance(key, str):
-        for mark in MARKS:
-            if key == mark or key.endswith(f".{mark}"):
-                return key.removesuffix(mark)
-    return None
+def _projections(found: Mapping[Any, Any]) -> dict[str, tuple[Layout, str]]:
+    """Every patch projection: its whole name -> its layout and what stands before the name.
+
+    Of two layouts whose names for it end alike (trunk.patch_embed.proj, patch_embed.proj) it is of the longer one's.
+    """
+    best: dict[str, tuple[int, Layout, str]] = {}
+    for layout in every():
+        for prefix in dict.fromkeys(layout.prefixes(found)):
+            inside = {key.removeprefix(prefix): found[key] for key in found if _starts(key, prefix)}
+            if not layout.recognises(inside):
+                continue
+            mark = next(mark for mark in layout.marks if mark in inside)
+            if prefix + mark not in best or best[prefix + mark][0] < len(mark):
+                best[prefix + mark] = (len(mark), layout, prefix)
+    return {name: (layout, prefix) for name, (_, layout, prefix) in best.items()}
+
+
+def _starts(key: object, prefix: str) -> bool:
+    return isinstance(key, str) and key.startswith(prefix)
 
 
 def _without_inner(state: dict[str, Any], source: str) -> dict[str, Any]:
@@ -118,30 +118,44 @@ def _without_inner(state: dict[str, Any], source: str) -> dict[str, Any]:
     return result
 
 
-def _without_prefix(state: dict[str, Any], source: str) -> dict[str, Any]:
+def _without_prefix(state: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, str], Layout | None]:
     """Names from behind what programs put before all of them: DistributedDataParallel "module.", Lightning "model.",
     DINO "backbone.", in any order and number."""
-    prefixes = list(dict.fromkeys(prefix for key in state if (prefix := _mark(key)) is not None))
-    if len(prefixes) > 1:
-        raise WeightsError(
-            f"vit: {source} holds more than one model, with names that begin with "
-            f"{' and '.join(repr(printable(prefix)) for prefix in prefixes[:4])}; pass the state dict of one"
-        )
-    if not prefixes:  # incomplete or no ViT: what all names begin with is a wrapper's
+    layout, prefix = _layout(state, source)
+    if layout is None or prefix is None:  # incomplete or no ViT: what all names begin with is a wrapper's
         for wrapper in ("module.", "model.") * 2:
             if all(key.startswith(wrapper) for key in state):
                 state = {key.removeprefix(wrapper): value for key, value in state.items()}
-        return state
-    if not (prefix := prefixes[0]):
-        return state
+        return state, {}, None
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     outer = prefix[: prefix.rstrip(".").rfind(".") + 1]  # of "module.backbone." "module."
-    for key, value in state.items():
+    dropped: dict[str, str] = {}
+    for key, value in state.items() if prefix else ():
         if not key.startswith(prefix):
             name = key.removeprefix(outer) if key.startswith(outer) else key.rpartition("module.")[2] or key
-            if name in inside:
+            if (why := layout.stands_outside(name)) is not None:
+                dropped[key] = why
+            elif name in inside:
                 raise WeightsError(
                     f"vit: {source} holds {printable(name)} twice, with and without {printable(prefix)!r}"
                 )
-            inside[name] = value
-    return inside
+            else:
+                inside[name] = value
+    inside, beside = layout.select(inside)
+    return inside, dropped | beside, layout
+
+
+def _layout(state: Mapping[str, Any], source: str) -> tuple[Layout | None, str | None]:
+    """The layout of the names, and the prefix that all names of its model have."""
+    found = _projections(state)
+    if len(found) > 1:
+        several = len({layout.name for layout, _ in found.values()}) > 1
+        named = [
+            f"{printable(prefix)!r}" + (f" ({layout.name}'s names)" if several else "")
+            for layout, prefix in found.values()
+        ]
+        raise WeightsError(
+            f"vit: {source} holds more than one model, with names that begin with {' and '.join(named[:4])}; pass the "
+            "state dict of one"
+        )
+    return next(iter(found.values()), (None, None))

@@ -1,5 +1,11 @@
-"""Options that are known to work, as YAML files of this folder: `about`, the kind of data they are the default of
-(`kind`, may be absent) and `options` of `vit train`. A new file is a new recipe."""
+"""Options that are known to work, as YAML files of this folder. A new file is a new recipe.
+
+about      one line
+kind       the kind of data whose open options it fills; without it the recipe is only used by its name
+task, data, metric     what is learned, from what (--data), and by which figure it is judged
+expected   the figure it reaches (null: nobody has run it here), minutes how long that takes on two cores
+options    values of TrainConfig
+"""
 
 from __future__ import annotations
 
@@ -15,11 +21,16 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """`options`: values of TrainConfig; `kind`: the kind of data whose open options they fill, or None."""
+    """A recipe; see the module's text for what its fields say."""
 
     name: str
     about: str
     kind: str | None
+    task: str
+    data: str
+    metric: str
+    expected: float | None
+    minutes: float | None
     options: dict[str, Any]
 
 
@@ -38,13 +49,28 @@ def get_recipe(name: str) -> Recipe:
     return recipes()[name]
 
 
+def defaults() -> list[Recipe]:
+    """The recipes that fill the open options for a kind of data."""
+    return [recipe for recipe in recipes().values() if recipe.kind]
+
+
 def of_kind(kind: str) -> Recipe:
     """The recipe that fills the open options for a kind of data."""
-    return next(recipe for recipe in recipes().values() if recipe.kind == kind)
+    return next(recipe for recipe in defaults() if recipe.kind == kind)
 
 
 def _read(path: Path) -> Recipe:
     record = Record.read(path)
-    recipe = Recipe(path.stem, record.text("about"), record.text("kind", None), dict(record.record("options").values))
+    recipe = Recipe(
+        name=path.stem,
+        about=record.text("about"),
+        kind=record.text("kind", None),
+        task=record.text("task", "classification"),
+        data=record.text("data"),
+        metric=record.text("metric", "test_accuracy"),
+        expected=record.number("expected") if record.raw("expected") is not None else None,
+        minutes=record.number("minutes") if record.raw("minutes") is not None else None,
+        options=dict(record.record("options").values),
+    )
     record.finish()
     return recipe

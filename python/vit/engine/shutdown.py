@@ -1,0 +1,50 @@
+"""The end of the program while threads use an engine.
+
+When Python ends, a daemon thread that asks for the GIL is ended where it stands. Inside a function of PyTorch that
+unwinds C++ frames which let nothing through, and the process aborts ("terminate called without an active exception").
+So that no thread is inside PyTorch for an engine's sake then, the program waits for the calls that run, and threads
+that begin another one sleep until the process is gone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from types import TracebackType
+
+WAIT_SECONDS = 10.0  # for calls that run when the program ends: a call takes less, unless the machine stands still
+
+
+class _Calls:
+    """A context for each call: `with calls: ...`."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []  # one entry for each call that runs; appending and removing are atomic
+        self.ended = False
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        self.threads.append(me)
+        # After the entry: `end` sets the mark first and looks at the entries then, so that one of the two sees it.
+        if self.ended and me != threading.main_thread().ident:
+            self.threads.remove(me)
+            while True:
+                time.sleep(3600)  # without the GIL
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        self.threads.remove(threading.get_ident())
+
+    def end(self) -> None:
+        """Waits for the calls of other threads. Functions of atexit may still use engines, in the main thread."""
+        self.ended = True
+        deadline = time.monotonic() + WAIT_SECONDS
+        me = threading.get_ident()
+        while any(thread != me for thread in self.threads) and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+
+calls = _Calls()
+atexit.register(calls.end)
+os.register_at_fork(after_in_child=lambda: calls.threads.clear())  # whose other threads exist in the parent alone

@@ -1,0 +1,131 @@
+"""The blocks of EVA-02, DINOv3 and their kin: queries and keys are rotated by position, branches may be scaled.
+
+As in blocks.py a block runs in one of two ways: as timm writes it, every module called with timm's tensors; or, where
+nobody would notice, with scales and sums inside the linear ops and no module below it called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention_rope import AttentionRope, EvaAttention
+from .eva_options import EvaOptions
+from .layers import DropPath
+from .parts import activation_name, make_norm, norm
+from .planned import CallsOps
+from .torch_layers import as_known, call, know, linear, plain, unwatched, watched_everywhere
+
+
+class EvaBlock(CallsOps, nn.Module):
+    """x + gamma_1 attn(norm1(x)), then x + gamma_2 mlp(norm2(x)): [B, N, C] -> [B, N, C]; gamma_1 and gamma_2 [C] are
+    those of LayerScale, and None without init_values."""
+
+    gamma_1: Tensor | None
+    gamma_2: Tensor | None
+
+    def __init__(
+        self, options: EvaOptions, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0, **factory: Any
+    ) -> None:
+        super().__init__()
+        dim, scaled = options.embed_dim, options.init_values is not None
+        self.norm1 = make_norm(options.norm_layer, dim, options.norm_eps, **factory)
+        self.attn = attn
+        self.register_parameter("gamma_1", nn.Parameter(torch.empty(dim, **factory)) if scaled else None)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = make_norm(options.norm_layer, dim, options.norm_eps, **factory)
+        self.mlp = mlp
+        self.register_parameter("gamma_2", nn.Parameter(torch.empty(dim, **factory)) if scaled else None)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self._as_built = tuple(map(type, self._below()))
+        self._kinds = tuple(dict.fromkeys((EvaBlock, *self._as_built)))
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, **masks: Any) -> Tensor:
+        """masks: attn_mask and is_causal, see AttentionRope."""
+        if isinstance(x, Tensor) and not masks and self.can_fuse():
+            return self.fused(x, rope)
+        ops = self.ops
+        branch = self.attn(call(ops, self.norm1, x), rope=rope, **masks)
+        x = x + call(ops, self.drop_path1, branch if self.gamma_1 is None else self.gamma_1 * branch)
+        branch = self.mlp(call(ops, self.norm2, x))
+        return x + call(ops, self.drop_path2, branch if self.gamma_2 is None else self.gamma_2 * branch)
+
+    def _below(self) -> list[nn.Module]:
+        """The modules of the block in order."""
+        attn, mlp = self.attn, self.mlp
+        modules = (*self._modules.values(), *attn._modules.values(), *mlp._modules.values())
+        return [m for m in modules if m is not None]
+
+    def can_fuse(self) -> bool:
+        """Whether nobody would notice that the modules below are not called, and all are of the classes that were put
+        here."""
+        if type(self) is not EvaBlock or watched_everywhere():
+            return False
+        below = self._below()
+        attn: Any = self.attn
+        return (
+            tuple(map(type, below)) == self._as_built
+            and unwatched(below)
+            and as_known(self._kinds)
+            and attn.fused_attn
+            and plain([p for m in (self, *below) for p in m._parameters.values()])
+        )
+
+    def drops_elements(self) -> bool:
+        """Whether single elements are dropped at random, now."""
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        rate = attn.attn_drop.p if attn.training else 0.0
+        return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
+
+    def fused(self, x: Tensor, rope: Tensor | None = None, queries: int | None = None) -> Tensor:
+        """`forward` where `can_fuse`. With `queries` only the first so many tokens are computed, [B, queries, C]: the
+        others are read as keys and values."""
+        ops = self.ops
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        branch, x = ops.movement.fork(x)
+        if queries is not None:
+            x = ops.movement.first(x, queries)
+        y = norm(ops, attn.norm, attn.attend(norm(ops, self.norm1, branch), rope, linear, queries))
+        x = _add(ops, x, y, attn.proj, attn.proj_drop, self.drop_path1, self.gamma_1)
+        branch, x = ops.movement.fork(x)
+        y = mlp.inner(norm(ops, self.norm2, branch), activation_name(mlp.act))
+        return _add(ops, x, y, mlp.fc2, mlp.drop2, self.drop_path2, self.gamma_2)
+
+
+class EvaBlockPostNorm(CallsOps, nn.Module):
+    """x + norm1(attn(x)), then x + norm2(mlp(x)): [B, N, C] -> [B, N, C]."""
+
+    def __init__(
+        self, options: EvaOptions, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0, **factory: Any
+    ) -> None:
+        super().__init__()
+        dim = options.embed_dim
+        self.attn = attn
+        self.norm1 = make_norm(options.norm_layer, dim, options.norm_eps, **factory)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.mlp = mlp
+        self.norm2 = make_norm(options.norm_layer, dim, options.norm_eps, **factory)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, **masks: Any) -> Tensor:
+        """masks: attn_mask and is_causal, see AttentionRope."""
+        ops = self.ops
+        x = x + call(ops, self.drop_path1, call(ops, self.norm1, self.attn(x, rope=rope, **masks)))
+        return x + call(ops, self.drop_path2, call(ops, self.norm2, self.mlp(x)))
+
+
+def _add(
+    ops: Any, x: Tensor, y: Tensor, layer: nn.Linear, drop: nn.Dropout, drop_path: nn.Module, scale: Tensor | None
+) -> Tensor:
+    """x + drop_path(scale * drop(layer(y))): one op unless something random stands between the branch and the sum."""
+    if (drop.training and drop.p) or (drop_path.training and isinstance(drop_path, DropPath) and drop_path.drop_prob):
+        branch = drop(linear(ops, layer, y))
+        return x + drop_path(branch if scale is None else scale * branch)
+    return ops.linear(y, layer.weight, layer.bias, None, x, scale)
+
+
+know(AttentionRope, EvaAttention, EvaBlock, EvaBlockPostNorm)

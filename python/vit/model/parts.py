@@ -1,0 +1,66 @@
+"""Norms and activations by their names, and what a block's fused path makes of the modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import QuickGELU
+from .torch_layers import layer_norm, rms_norm, untouched
+
+NORM_CLASSES: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+NORM_KINDS = (nn.LayerNorm, nn.RMSNorm)
+ACTIVATION_KINDS = (nn.GELU, QuickGELU, nn.SiLU)
+
+
+def make_norm(kind: str, dim: int, eps: float, **factory: Any) -> nn.Module:
+    """A norm over the last `dim` values, by its name in Options."""
+    return NORM_CLASSES[kind](dim, eps, **factory)
+
+
+def make_activation(name: str) -> nn.Module:
+    """An activation by its name in Options."""
+    if name.startswith("gelu"):
+        return nn.GELU(approximate="tanh" if name == "gelu_tanh" else "none")
+    return QuickGELU() if name == "quick_gelu" else nn.SiLU()
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The name in Options of what an untouched activation module computes; None for any other module."""
+    return activation_of(module) if untouched(module, type(module)) else None
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The name in Options of an activation, by its class."""
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    if type(module) is QuickGELU:
+        return "quick_gelu"
+    return "silu" if type(module) is nn.SiLU else None
+
+
+def norm(ops: Any, module: nn.Module, x: Tensor) -> Tensor:
+    """An untouched norm, or an Identity in its place."""
+    if type(module) is nn.LayerNorm:
+        return layer_norm(ops, module, x)
+    return rms_norm(ops, module, x) if type(module) is nn.RMSNorm else x
+
+
+def activate(ops: Any, name: str, x: Tensor) -> Tensor:
+    """The activation of that name."""
+    if name.startswith("gelu"):
+        return ops.gelu(x, "tanh" if name == "gelu_tanh" else "none")
+    return x * torch.sigmoid(1.702 * x) if name == "quick_gelu" else F.silu(x)
+
+
+def gated(ops: Any, name: str, gate: Tensor, x: Tensor) -> Tensor:
+    """activation(gate) * x: two tensors of one shape."""
+    return ops.swiglu(x, gate) if name == "silu" else activate(ops, name, gate) * x
+
+
+def gated_packed(ops: Any, name: str, packed: Tensor) -> Tensor:
+    """activation(first half) * second half: [..., 2 H] -> [..., H]."""
+    return ops.swiglu(packed) if name == "silu" else gated(ops, name, *packed.chunk(2, dim=-1))

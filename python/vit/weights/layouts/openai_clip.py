@@ -1,0 +1,50 @@
+"""OpenAI's CLIP and open_clip's image tower of the same form: `visual.conv1`, `visual.transformer.resblocks`.
+
+Whether the activation is quick-GELU stands in no tensor; it does for OpenAI's own files, which are TorchScript or
+float16 with `input_resolution`, and in open_clip_config.json.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..layout import Converted, Layout, to, transposed_with_zero_bias
+
+TEXT = {
+    r"(transformer|token_embedding|ln_final|text|positional_embedding|text_projection|attn_mask)\b.*": "the text tower",
+    r"logit_(scale|bias)": "scale and bias of a contrastive loss",
+    r"input_resolution|context_length|vocab_size": "a number of the program",
+}
+BLOCK = "transformer.resblocks.{n}."
+BODY = (
+    to("class_embedding", "cls_token", lambda one: one.reshape(1, 1, -1)),
+    to("conv1.weight", "patch_embed.proj.weight"),
+    to("positional_embedding", "pos_embed", lambda one: one[None]),
+    to("ln_pre.{w}", "norm_pre.{w}"),
+    to(BLOCK + "ln_{i}.{w}", "blocks.{n}.norm{i}.{w}"),
+    to(BLOCK + "attn.in_proj_{w}", "blocks.{n}.attn.qkv.{w}"),
+    to(BLOCK + "attn.out_proj.{w}", "blocks.{n}.attn.proj.{w}"),
+    to(BLOCK + "mlp.c_fc.{w}", "blocks.{n}.mlp.fc1.{w}"),
+    to(BLOCK + "mlp.c_proj.{w}", "blocks.{n}.mlp.fc2.{w}"),
+    to("ln_post.{w}", "norm.{w}"),
+    to("proj", ("head.weight", "head.bias"), transposed_with_zero_bias),
+)
+
+
+def _finish(result: Converted) -> None:
+    implied: dict[str, Any] = {"norm_eps": 1e-5, "pre_norm": True}
+    if any(".ls1." in key for key in result.state):
+        implied["init_values"] = 1e-5
+    result.implied |= implied
+
+
+LAYOUT = Layout(
+    name="OpenAI CLIP",
+    marks=("conv1.weight",),
+    needs=("class_embedding",),
+    lacks=("attn_pool.probe", BLOCK + "ls_1.gamma"),
+    rules=(*BODY, to(BLOCK + "ls_{i}.gamma", "blocks.{n}.ls{i}.gamma")),
+    outside=TEXT,
+    base="vit_base_patch16_clip_224",
+    finish=_finish,
+)

@@ -1,0 +1,89 @@
+"""Modes of the caller's that look at what a model asks of PyTorch see what they would see in timm."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import draw
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import vit
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+NAME = "vit_tiny_patch16_224"
+ARCH: dict[str, Any] = {
+    **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3},
+}
+LAYERS = (F.linear, F.layer_norm, F.gelu, F.scaled_dot_product_attention)
+
+
+class Seen(TorchFunctionMode):
+    """Counts the calls of layers' functions, and lets one of them give zeros."""
+
+    def __init__(self, nothing: Any = None) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.nothing = nothing
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func in LAYERS:
+            self.calls[func.__name__] += 1
+        return y * 0 if func is self.nothing else y
+
+
+@pytest.fixture
+def pair(which):
+    theirs = timm.create_model(NAME, **ARCH).eval()
+    state = {key: draw.randn(*value.shape) * 0.2 for key, value in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    ours = vit.create(NAME, backend=which, weights=state, **ARCH).eval()
+    return theirs, ours, draw.randn(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+@pytest.mark.parametrize("nothing", [None, *LAYERS])
+def test_a_function_mode_sees_and_does_what_it_would_in_timm(pair, nothing):
+    theirs, ours, x = pair
+    with torch.no_grad():
+        with Seen(nothing) as wanted:
+            y = theirs(x)
+        with Seen(nothing) as seen:
+            torch.testing.assert_close(ours(x), y, rtol=1e-4, atol=1e-4)
+    assert seen.calls == wanted.calls
+
+
+@pytest.mark.parametrize("which", ["cpu"])
+def test_the_plan_stays_strict_below_two_modes(pair):
+    """The inner mode's calls reach the outer one, the kernels stay ours, and the modes are in order afterwards."""
+    _, ours, x = pair
+    with Seen() as outer, torch.device("cpu"), Seen() as inner, torch.profiler.profile() as profile:
+        ours(x).sum().backward()
+        stack = torch.overrides._get_current_function_mode_stack()
+    assert stack[0] is outer
+    assert stack[-1] is inner
+    assert outer.calls == inner.calls
+    names = {event.key for event in profile.key_averages()}
+    assert not names & {"aten::linear", "aten::addmm", "aten::native_layer_norm", "aten::gelu", "aten::convolution"}
+
+
+@pytest.mark.parametrize("which", ["cpu"])
+def test_flops_are_counted_as_in_timm(pair):
+    theirs, ours, x = pair
+    for model in (theirs, ours):  # every token, or ours would compute the last block's class token alone
+        model.blocks[-1].register_forward_hook(lambda *_: None)
+    counts = []
+    for model in (theirs, ours):
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            model(x)
+        with FlopCounterMode(display=False) as both:
+            model(x).sum().backward()
+        counts.append((forward.get_total_flops(), both.get_total_flops()))
+    # timm's attention on a CPU is not in PyTorch's table of formulas in every version, ours is.
+    assert counts[1][0] == pytest.approx(counts[0][0], rel=0.08)
+    assert counts[1][1] == pytest.approx(counts[0][1], rel=0.15)
+    assert counts[1][1] > 2.5 * counts[1][0]

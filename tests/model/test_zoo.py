@@ -1,0 +1,336 @@
+"""The named models and the options they are made of, against timm."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import draw
+import named
+import pytest
+import timm
+import torch
+import vit
+from conftest import USABLE
+from timm.layers import SwiGLU, SwiGLUPacked
+from timm.models import get_pretrained_cfg
+from timm.models._registry import _deprecated_models
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from vit.backends import BackendError
+from vit.model import zoo
+from vit.model.configs import CONFIGS
+from vit.model.pos_embed import resample_patches
+from zoo_against_timm import compare, fill, small
+
+#: 6 patches of 8 x 8, two blocks of 64 channels.
+SMALL = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7}
+
+
+# ---- the tables ----
+
+
+@pytest.mark.parametrize("name", sorted(zoo.names()))
+def test_sizes_are_timms(name):
+    with torch.device("meta"):
+        theirs = timm.create_model(name, depth=1)
+        ours = vit.create(name, backend="reference", depth=1)
+    shapes = [(key, value.shape) for key, value in theirs.state_dict().items()]
+    assert [(key, value.shape) for key, value in ours.state_dict().items()] == shapes
+    # Making all of timm's blocks would take minutes.
+    assert f"depth={CONFIGS[name].arch['depth']}," in inspect.getsource(timm.models.model_entrypoint(name))
+
+
+@pytest.mark.parametrize("full", sorted(zoo.tags()))
+def test_published_weights_are_timms(full):
+    tag, cfg = zoo.tags()[full], get_pretrained_cfg(full)
+    assert (tag.num_classes, (3, tag.img_size, tag.img_size)) == (cfg.num_classes, cfg.input_size)
+    assert tag.preprocess == {
+        key: getattr(cfg, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    }
+    assert (tag.licence, bool(tag.hub)) == (cfg.license, bool(cfg.hf_hub_id))
+    assert tag.hub in (None, cfg.hf_hub_id, f"timm/{full}")
+
+
+def test_a_name_alone_is_its_default_weights():
+    for name, tag in zoo.defaults().items():
+        cfg = get_pretrained_cfg(name)
+        assert (tag.tag, tag.num_classes, tag.img_size) == (cfg.tag, cfg.num_classes, cfg.input_size[1]), name
+
+
+@pytest.mark.parametrize("old", sorted(zoo.aliases()))
+def test_old_names_say_the_new_one(old):
+    assert zoo.aliases()[old].startswith(_deprecated_models[old])
+    with pytest.warns(UserWarning, match=f"the name '{old}' is old; use '{zoo.aliases()[old]}'"):
+        model = vit.create(old, backend="reference", device="meta", depth=1)
+    assert model.name == zoo.aliases()[old]
+
+
+def test_a_tag_brings_its_classes_size_and_transform():
+    model = vit.create("vit_base_patch16_clip_384.openai_ft_in12k_in1k", backend="reference", device="meta", depth=1)
+    cfg = get_pretrained_cfg("vit_base_patch16_clip_384.openai_ft_in12k_in1k")
+    assert model.num_classes == 1000
+    assert model.preprocess.img_size == cfg.input_size[1:]
+    assert (model.preprocess.crop_pct, model.preprocess.crop_mode) == (cfg.crop_pct, cfg.crop_mode)
+    assert vit.create("vit_base_patch16_224.augreg_in21k", device="meta", backend="reference").num_classes == 21843
+
+
+def test_tags_are_listed_and_unknown_ones_say_what_there_is():
+    assert vit.list_models("vit_small_patch14_*dinov2*", tags=True) == [
+        "vit_small_patch14_dinov2.lvd142m",
+        "vit_small_patch14_reg4_dinov2.lvd142m",
+    ]
+    assert vit.list_models("*.lvd142m") == vit.list_models("*dinov2", tags=True)
+    with pytest.raises(ValueError, match=r"vit_small_patch16_224 has no tag 'dinov9'; its tags are .*dino"):
+        vit.create("vit_small_patch16_224.dinov9")
+    with pytest.raises(ValueError, match="unknown model 'vit_so400m_patch14_siglip_385'; nearest: vit_so400m_patch14_"):
+        vit.create("vit_so400m_patch14_siglip_385")
+
+
+def test_import_does_not_read_the_tables():
+    code = "import vit.model.zoo as z; import vit; print(z.names.cache_info().currsize, z.tags.cache_info().currsize)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "0 0\n"
+
+
+def test_the_largest_is_described_without_its_memory():
+    with FakeTensorMode():
+        model = vit.create("vit_giant_patch14_dinov2", backend="reference")
+        assert model(torch.empty(1, 3, 518, 518)).shape == (1, 1536)
+    meta = vit.create("vit_giant_patch14_dinov2", backend="reference", device="meta")
+    for described in (model, meta):
+        assert sum(p.numel() for p in described.parameters()) == 1136479232
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("backend_name", ["reference", *USABLE])
+@pytest.mark.parametrize("name", named.one_of_each_kind())
+def test_one_of_each_kind_has_timms_numbers(name, backend_name):
+    assert compare(name, backend_name, **small(name), embed_dim=64, num_heads=2) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(zoo.names()))
+def test_every_name_has_timms_numbers(name):
+    assert compare(name, "reference", **small(name)) is None
+
+
+ARCHS: list[dict[str, Any]] = [
+    {"qk_norm": True},
+    {"qk_norm": True, "norm_layer": "rmsnorm"},
+    {"global_pool": "avgmax"},
+    {"global_pool": "max", "fc_norm": False},
+    {"global_pool": "avg", "pool_include_prefix": True, "reg_tokens": 2},
+    {"global_pool": "map", "reg_tokens": 1},
+    {"global_pool": "", "num_classes": 0, "final_norm": False},
+    {"reg_tokens": 3, "init_values": 0.1},
+    {"reg_tokens": 3, "no_embed_class": True, "pos_embed": "none"},
+    {"no_embed_class": True, "dynamic_img_size": True},
+    {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "scale_mlp_norm": True, "init_values": 1e-2},
+    {"mlp_layer": SwiGLUPacked},  # gated by GELU, as in timm, where nobody says SiLU
+    {"mlp_layer": SwiGLU, "act_layer": "quick_gelu", "proj_bias": False},
+    {"pre_norm": True, "act_layer": "quick_gelu", "norm_layer": functools.partial(nn.LayerNorm, eps=1e-5)},
+    {"scale_attn_norm": True, "scale_mlp_norm": True, "embed_norm_layer": "rmsnorm"},
+    {"img_size": (20, 29), "dynamic_img_pad": True},
+]
+
+
+@pytest.mark.parametrize("backend_name", ["reference", *USABLE])
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: "-".join(arch))
+def test_options_have_timms_numbers(arch, backend_name):
+    assert compare("vit_tiny_patch16_224", backend_name, **(SMALL | arch)) is None
+
+
+def pair(**arch: Any) -> tuple[nn.Module, Any]:
+    theirs = timm.create_model("vit_tiny_patch16_224", **(SMALL | arch)).eval()
+    fill(theirs)
+    ours = vit.create("vit_tiny_patch16_224", backend="auto", device="cpu", **(SMALL | arch)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def test_hooks_see_timms_tensors_with_every_part_there_is():
+    arch = {"reg_tokens": 1, "init_values": 0.5, "qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True}
+    theirs, ours = pair(**arch, global_pool="map", mlp_layer=SwiGLU, act_layer="silu", pre_norm=True)
+    seen: list[dict[str, torch.Tensor]] = []
+    x = draw.randn(2, 3, 16, 24)
+    for model in (theirs, ours):
+        outputs: dict[str, torch.Tensor] = {}
+        for key, module in model.named_modules():
+            module.register_forward_hook(lambda m, i, o, key=key, outputs=outputs: outputs.update({key: o}))
+        model(x)
+        seen.append(outputs)
+    assert list(seen[0]) == list(seen[1])
+    for key, tensor in seen[0].items():
+        torch.testing.assert_close(seen[1][key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_images_of_any_size():
+    theirs, ours = pair(dynamic_img_size=True, reg_tokens=1)
+    for size in ((16, 24), (40, 24), (8, 56)):
+        x = draw.randn(1, 3, *size)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        for mine, other in zip(
+            ours.forward_intermediates(x, intermediates_only=True),
+            theirs.forward_intermediates(x, intermediates_only=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="20 x 24 is no multiple of the patch size 8 x 8"):
+        ours(draw.randn(1, 3, 20, 24))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_masks_are_timms(fused):
+    theirs, ours = pair()
+    for model in (theirs, ours):
+        for block in model.blocks:
+            block.attn.fused_attn = fused
+    x, mask = draw.randn(2, 3, 16, 24), torch.ones(7, 7, dtype=torch.bool).tril(2)
+    for arguments in ({"attn_mask": mask}, {"attn_mask": mask.float()}, {"is_causal": True}):
+        torch.testing.assert_close(ours(x, **arguments), theirs(x, **arguments), rtol=1e-4, atol=1e-5)
+        y = draw.randn(2, 7, 64)
+        mine, other = ours.blocks[0].attn(y, **arguments), theirs.blocks[0].attn(y, **arguments)
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_is_refused_by_a_backend_without_masks(backend):
+    model = vit.create("vit_tiny_patch16_224", backend=backend, **SMALL)
+    with pytest.raises(BackendError, match="attn_mask and is_causal are computed by PyTorch"):
+        model(torch.zeros(1, 3, 16, 24, device=model.device), is_causal=True)
+
+
+def test_another_input_size_later():
+    theirs, ours = pair(reg_tokens=2)
+    for arguments in ({"img_size": (32, 40)}, {"patch_size": (4, 8)}, {"img_size": (24, 24), "patch_size": (12, 8)}):
+        theirs.set_input_size(**arguments)
+        ours.set_input_size(**arguments)
+        x = draw.randn(1, 3, *theirs.patch_embed.img_size)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-5)
+        assert ours.preprocess.img_size == ours.patch_embed.img_size
+    with pytest.raises(ValueError, match="no multiple of the patch size 7 x 7"):
+        ours.set_input_size(patch_size=7)
+    assert ours.patch_embed.patch_size == (12, 8)
+
+
+def test_features_in_every_form():
+    theirs, ours = pair(reg_tokens=2)
+    x = draw.randn(1, 3, 16, 24)
+    mine, other = (m.forward_intermediates(x, 1, return_prefix_tokens=True, output_dict=True) for m in (ours, theirs))
+    assert list(mine) == ["image_intermediates", "image_intermediates_prefix", "image_features"]
+    for key in other:
+        torch.testing.assert_close(mine[key], other[key], rtol=1e-4, atol=1e-5)
+    assert ours.feature_info == theirs.feature_info
+    assert ours.no_weight_decay() == theirs.no_weight_decay()
+    assert ours.prune_intermediate_layers([0]) == theirs.prune_intermediate_layers([0]) == [0]
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_distilled_training_gives_both_logits():
+    arch = SMALL | {"depth": 1}
+    theirs = timm.create_model("deit_tiny_distilled_patch16_224", **arch)
+    fill(theirs)
+    ours = vit.create("deit_tiny_distilled_patch16_224", backend="reference", **arch)
+    ours.load_state_dict(theirs.state_dict())
+    x = draw.randn(2, 3, 16, 24)
+    for model in (theirs, ours):
+        model.train().set_distilled_training(True)
+    for mine, other in zip(ours(x), theirs(x), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    ours.reset_classifier(3)
+    assert [head.out_features for head in ours.get_classifier()] == [3, 3]
+    assert ours.eval()(x).shape == (2, 3)
+    with pytest.raises(ValueError, match="a distilled head reads two tokens"):
+        ours.reset_classifier(3, "avg")
+
+
+def test_patches_are_dropped_in_training_only():
+    ours = vit.create("vit_tiny_patch16_224", backend="auto", device="cpu", patch_drop_rate=0.5, **SMALL)
+    seen = []
+    ours.blocks[0].register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    x = draw.randn(2, 3, 16, 24)
+    ours(x).sum().backward()
+    ours.eval()(x)
+    assert [t.shape[1] for t in seen] == [1 + 3, 1 + 6]
+    kept = torch.cdist(seen[0][:, 1:], seen[1][:, 1:]).argmin(2)
+    assert all(len(set(row.tolist())) == 3 for row in kept)
+
+
+@pytest.mark.parametrize("scheme", ["", "jax", "moco", "reset"])
+def test_new_parts_begin_as_timms(scheme):
+    arch = SMALL | {"embed_dim": 256, "weight_init": scheme, "global_pool": "map", "init_values": 0.3, "reg_tokens": 4}
+    arch |= {"mlp_layer": SwiGLU, "act_layer": "silu", "fix_init": True}
+    theirs = timm.create_model("vit_tiny_patch16_224", **arch)
+    ours = vit.create("vit_tiny_patch16_224", backend="reference", **arch)
+    for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        for figure in (torch.mean, torch.std):
+            a, b = float(figure(mine)), float(figure(other))
+            assert a == pytest.approx(b, rel=0.15, abs=0.1 * float(other.std()) + 1e-8), (key, figure)
+
+
+@pytest.mark.parametrize("rule", ["bicubic-aa", "bilinear"])
+def test_patches_are_resampled_as_timms(rule):
+    weight = draw.randn(4, 3, 16, 16)
+    mode, _, aa = rule.partition("-")
+    for size in ((8, 8), (24, 20), (16, 16)):
+        wanted = timm.layers.resample_patch_embed(weight, size, interpolation=mode, antialias=bool(aa))
+        torch.testing.assert_close(resample_patches(weight, size, rule), wanted, rtol=1e-4, atol=1e-5)
+
+
+# ---- what does not go ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"reg_tokens": -1}, "reg_tokens must be a whole number from 0, got -1"),
+        ({"mlp_layer": "glu"}, "mlp_layer='glu' is not one of 'mlp', 'swiglu_packed', 'swiglu'"),
+        ({"norm_layer": "batchnorm"}, "norm_layer='batchnorm' is not one of 'layernorm', 'rmsnorm'"),
+        ({"mlp_layer": "swiglu_packed", "mlp_ratio": 0.4}, "halves the MLP's width, and 25 is odd"),
+        ({"pre_norm": "yes"}, "pre_norm must be True or False, got 'yes'"),
+        ({"init_values": float("nan")}, "init_values must be a finite number, got nan"),
+        ({"dynamic_pad": True, "dynamic_img_pad": False}, "dynamic_pad=True contradicts dynamic_img_pad=False"),
+        ({"patch_drop_rate": 1.0}, "patch_drop_rate must be at least 0 and below 1"),
+        ({"pos_resize": "cubic"}, "pos_resize='cubic' is not one of"),
+        ({"reg_token": 4}, "no argument 'reg_token'; did you mean reg_tokens"),
+    ],
+    ids=str,
+)
+def test_bad_options_say_what_is_allowed(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        vit.create("vit_tiny_patch16_224", backend="reference", **(SMALL | arguments))
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        {"reg_tokens": 1},
+        {"no_embed_class": True},
+        {"pre_norm": True},
+        {"final_norm": False},
+        {"init_values": 0.1},
+        {"qk_norm": True},
+        {"scale_attn_norm": True},
+        {"scale_mlp_norm": True},
+        {"norm_layer": "rmsnorm"},
+        {"embed_norm_layer": "layernorm"},
+        {"mlp_layer": "swiglu"},
+        {"act_layer": "quick_gelu"},
+        {"dynamic_img_size": True},
+        {"pool_include_prefix": True, "global_pool": "avg"},
+        {"img_size": 20, "drop_edge": True},
+    ],
+    ids=lambda arch: next(iter(arch)),
+)
+def test_the_engine_names_an_option_that_it_does_not_compute(arch):
+    model = vit.create("vit_tiny_patch16_224", backend="reference", training=False, **(SMALL | arch))
+    with pytest.raises(BackendError, match=next(iter(arch))):
+        vit.Engine(model)
+    for pool in ("avgmax", "map"):
+        model = vit.create("vit_tiny_patch16_224", backend="reference", training=False, global_pool=pool, **SMALL)
+        with pytest.raises(BackendError, match=f"global_pool '{pool}'"):
+            vit.Engine(model)

@@ -1,0 +1,340 @@
+"""The CUDA kernels without a GPU: compiled for the CPU with an emulator of the instructions they use, and held to the
+same case list as every backend; their index functions and launch plans by brute force."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import cuda_emulator
+import draw
+import pytest
+import torch
+import torch.nn.functional as F
+import vit
+from cuda_emulator import PATHS, Emulated
+from vit.parity import Case, backend_ops, cases, run
+from vit.parity.tf32 import round_factor
+
+pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++ compiler")
+
+#: Every shape appears in some dtype and direction; all of them would take minutes. "large" is for real GPUs.
+EMULATED = [case for case in cases("cuda") if case.group != "large"][::9]
+#: The list of a GPU has float16 in the place of float64; the kernels have both.
+FLOAT64 = [case for case in cases("cpu", dtypes=["float64"]) if case.group != "large"]
+FLOAT64 = [case for case in FLOAT64 if case.op == "gelu"] + FLOAT64[::9]
+PRODUCTS = [case for case in EMULATED if case.op in ("matmul", "linear") and case.dtype != "float32"][::2]
+
+
+@pytest.fixture(scope="module")
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the emulator is compiled: kept between runs, unless pytest is to keep nothing (-p no:cacheprovider)."""
+    cache = getattr(request.config, "cache", None)
+    return cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
+
+
+@pytest.fixture(scope="module")
+def emulated(built: Path) -> Iterator[Emulated]:
+    with cuda_emulator.registered(cuda_emulator.build(built)) as record:
+        yield record
+
+
+@pytest.fixture(autouse=True)
+def _automatic(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "emulated" in request.fixturenames:
+        request.getfixturevalue("emulated").use("automatic")
+
+
+def check(case: Case) -> None:
+    result = run(case, backend_ops("cuda_emulator"))
+    assert not result.skipped, result.text
+    assert result.ok, result.text
+
+
+@pytest.mark.parametrize("case", EMULATED, ids=lambda case: case.id)
+def test_parity_of_the_hopper_path(emulated, case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", FLOAT64, ids=lambda case: case.id)
+def test_parity_in_float64(emulated, case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: case.id)
+def test_parity_of_the_portable_path(emulated, case):
+    emulated.use("portable")
+    check(case)
+
+
+#: Each compiled tile and operand layout of the Hopper product, more steps than stages, tiles for both warpgroups.
+HOPPER = [
+    (1, 100, 64, 1000, "nt"),
+    (1, 300, 72, 136, "nn"),
+    (2, 70, 64, 80, "nn"),
+    (1, 1100, 1024, 200, "nt"),
+    (1, 1100, 1152, 200, "nt"),
+    (1, 1100, 1024, 136, "nn"),
+    (1, 136, 264, 3000, "tn"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "m", "n", "k", "layout"), HOPPER)
+def test_hopper_tiles(emulated, dtype, batch, m, n, k, layout):
+    a = draw.randn(batch, m, k, dtype=dtype)
+    b = draw.randn(batch, k, n, dtype=dtype)
+    a = a.mT.contiguous().mT if layout[0] == "t" else a
+    b = b.mT.contiguous().mT if layout[1] == "t" else b
+    got = vit.ops.matmul(a, b, backend="cuda_emulator").double()
+    truth = a.double() @ b.double()
+    own = ((a @ b).double() - truth).norm()
+    assert (got - truth).norm() <= 1.1 * own
+
+
+#: Each compiled size of the Hopper attention (keys, head dimension): the last key alone in its group, more and fewer
+#: queries than one tile, two tiles per block, one key.
+HOPPER_ATTENTION = [
+    (1, 5, 1, 64),
+    (2, 50, 50, 64),
+    (1, 130, 128, 64),
+    (1, 197, 197, 64),
+    (8, 70, 129, 64),
+    (1, 64, 208, 32),
+    (1, 65, 257, 64),
+    (1, 20, 201, 80),
+    (1, 257, 257, 80),
+    (1, 17, 272, 72),
+    (1, 33, 197, 88),
+    (1, 66, 250, 96),
+    (1, 40, 197, 104),
+    (1, 16, 265, 128),
+]
+
+
+@pytest.mark.parametrize("path", ["automatic", "no_wgmma"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "n", "keys", "d"), HOPPER_ATTENTION)
+def test_hopper_attention(emulated, dtype, batch, n, keys, d, path):
+    """Packed and separate tensors, against the same sums of products in float64; the bits of an image stay its own."""
+    emulated.use(path)
+    q = draw.randn(batch, n, 2, d, dtype=dtype)
+    k, v = draw.randn(batch, keys, 2, 2, d, dtype=dtype).unbind(2)
+    got = vit.ops.attention(q, k, v, backend="cuda_emulator")
+    truth = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    own = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    assert (got.double() - truth).norm() <= 1.1 * (own.double() - truth).norm()
+    assert vit.ops.attention(q[-1:], k[-1:], v[-1:], backend="cuda_emulator").equal(got[-1:])
+
+
+@pytest.fixture(params=["bfloat16", "float32", "tf32"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How products are computed; TF32 is allowed while the test runs where it says so."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])
+@pytest.mark.parametrize("batch", [1, 200])
+def test_portable_tiles(emulated, precision, batch, layout):
+    """Each compiled tile and operand layout of the portable product: tiles of 64, and of 128 where there are many."""
+    emulated.use("portable")
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = draw.randn(batch, 96, 72, dtype=dtype), draw.randn(batch, 72, 104, dtype=dtype)
+    a = a.mT.contiguous().mT if layout[0] == "t" else a
+    b = b.mT.contiguous().mT if layout[1] == "t" else b
+    got = vit.ops.matmul(a, b, backend="cuda_emulator").double()
+    a, b = ((round_factor(x) if precision == "tf32" else x).double() for x in (a, b))
+    assert (got - a @ b).norm() <= (2e-3 if precision == "bfloat16" else 1e-6) * (a @ b).norm()
+
+
+@pytest.mark.parametrize("path", ["automatic", "portable"])
+def test_a_row_does_not_depend_on_the_others(emulated, precision, path):
+    """The tile size follows the number of rows; the bits of a row do not."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    emulated.use(path)
+    x, w, b = draw.randn(1100, 200, dtype=dtype), draw.randn(1152, 200, dtype=dtype), draw.randn(1152, dtype=dtype)
+    linear = backend_ops("cuda_emulator").linear
+    many = linear(x, w, b, activation="gelu")
+    for rows in (1, 50, 130):
+        assert linear(x[:rows].clone(), w, b, activation="gelu").equal(many[:rows])
+
+
+def test_gradients_are_the_same_in_every_run(emulated):
+    """Threads run in another order each time; sums do not."""
+    q, k, v = draw.randn(3, 1, 150, 2, 64, dtype=torch.bfloat16)
+    x, w = draw.randn(2100, 40, dtype=torch.bfloat16), draw.randn(48, 40, dtype=torch.bfloat16)
+
+    def gradients() -> list[torch.Tensor]:
+        ops = backend_ops("cuda_emulator")
+        leaves = [t.detach().requires_grad_() for t in (q, k, v, x, w)]
+        (ops.attention(*leaves[:3]).float().square().sum() + ops.linear(*leaves[3:]).float().square().sum()).backward()
+        return [leaf.grad for leaf in leaves]
+
+    for first, second in zip(gradients(), gradients(), strict=True):
+        assert first.equal(second)
+
+
+def test_layouts(tmp_path):
+    program = tmp_path / "layout_test"
+    source = cuda_emulator.HERE / "layout_test.cpp"
+    include = f"-I{cuda_emulator.CSRC / 'cuda'}"
+    cuda_emulator.run([cuda_emulator.compiler(), "-std=c++17", include, str(source), "-o", str(program)])
+    assert cuda_emulator.run([str(program)]) == "ok\n"
+
+
+def compile_probes(program: Path, *include: Path) -> list[str]:
+    """benchmarks/gpu/probe.cu on the emulator, with headers from `include` first; the names of the probes."""
+    root = cuda_emulator.CSRC.parent
+    search = [*include, cuda_emulator.CSRC, cuda_emulator.CSRC / "cuda"]
+    command = [cuda_emulator.compiler(), "-std=c++17", "-O1", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+    command += [*(f"-I{folder}" for folder in search), "-include", str(cuda_emulator.HERE / "hopper_instructions.cuh")]
+    command += ["-x", "c++", str(root / "benchmarks/gpu/probe.cu"), str(cuda_emulator.HERE / "emulator.cpp")]
+    cuda_emulator.run([*command, "-o", str(program)])
+    return cuda_emulator.run([str(program)]).splitlines()
+
+
+def test_probes_of_the_gpu(tmp_path):
+    names = compile_probes(tmp_path / "probe")
+    assert len(names) >= 10
+    for name in names:
+        cuda_emulator.run([str(tmp_path / "probe"), name])
+
+
+def test_a_probe_says_what_is_wrong(tmp_path):
+    """The two distances of the descriptors without a swizzle, exchanged."""
+    text = (cuda_emulator.CSRC / "cuda/layout.cuh").read_text()
+    wrong = text.replace("row, 0), 128, 16 * rows)", "row, 0), 16 * rows, 128)")
+    assert wrong != text
+    (tmp_path / "layout.cuh").write_text(wrong)
+    compile_probes(tmp_path / "probe", tmp_path)
+    done = subprocess.run([tmp_path / "probe", "wgmma, plain columns, a in registers"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert " wrong, the first at " in done.stdout
+    assert done.stdout.endswith("; right with the two distances exchanged\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [({"M": -1}, "M is -1; a size is 0 or more"), ({"dtype": 7}, "unknown dtype 7"), ({"y": 0}, "y is null")],
+)
+def test_bad_arguments_are_errors(emulated, change, text):
+    x, w, y = draw.randn(4, 8), draw.randn(6, 8), torch.empty(4, 6)
+    fields = {
+        "x": x.data_ptr(), "weight": w.data_ptr(), "bias": 0, "scale": 0, "residual": 0, "y": y.data_ptr(), "preact": 0,
+        "M": 4, "N": 6, "K": 8, "x_stride": 8, "weight_stride": 8, "activation": 0, "dtype": 0, "param_dtype": 0,
+        "out_dtype": 0, "workspace": 0, "workspace_bytes": 0, "stream": 0, "device": 0, "threads": 1, "tf32": False,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=text):
+        emulated.module.linear_fwd(*(fields | change).values())
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error", "text"),
+    [
+        ((1,) * 8, TypeError, "gelu_fwd takes 9 numbers, 8 were given"),
+        ((0, 0, 0.5, 1, 0, 0, 0, 1, False), TypeError, "integer"),
+        ((0, 0, 0, 1, 0, 0, 1 << 40, 1, False), OverflowError, "1099511627776 does not fit in 32 bits"),
+        ((0, 0, 1 << 64, 1, 0, 0, 0, 1, False), OverflowError, "too"),
+    ],
+)
+def test_numbers_that_are_no_fields_are_errors(emulated, numbers, error, text):
+    with pytest.raises(error, match=text):
+        emulated.module.gelu_fwd(*numbers)
+
+
+def attention(emulated: Emulated, n: int, d: int = 64, stream: int = 0, device: int = 0) -> None:
+    """Runs and checks attention_fwd in bfloat16 on n tokens and one head, by the contract of vit.h."""
+    q, k, v = draw.randn(3, n, d, dtype=torch.bfloat16)
+    out = torch.empty_like(q)
+    strides = (n * d, d, d)  # of a batch, a token and a head
+    heads = [number for tensor in (q, k, v) for number in (tensor.data_ptr(), *strides)]
+    sizes = (1, n, n, 1, d)  # B, N, L, H, D
+    nothing = 0, 0  # no workspace
+    bfloat16 = emulated.module.DType.bfloat16
+    context = (stream, device, 1, False)
+    emulated.module.attention_fwd(*heads, out.data_ptr(), 0, *sizes, d**-0.5, bfloat16, *nothing, *context)
+    truth = F.scaled_dot_product_attention(q[None].double(), k[None].double(), v[None].double())[0]
+    assert (out.double() - truth).norm() <= 0.01 * truth.norm()
+
+
+def test_a_kernel_that_needs_more_shared_memory_than_the_device_has_is_an_error(emulated):
+    text = r"attention_fwd: needs 56320 bytes of shared memory per block for B=1 N=300 .* this GPU has 49152: use"
+    with pytest.raises(RuntimeError, match=text):
+        attention(emulated, 300, d=80, device=3)
+    attention(emulated, 300, d=80)
+
+
+def test_a_failed_launch_is_an_error_of_its_own_call(emulated):
+    text = r"attention_fwd: out of memory while launching 1 blocks of 128 threads with .* N=20 L=20 H=1 D=64"
+    with pytest.raises(RuntimeError, match=text):
+        attention(emulated, 20, stream=1)
+    attention(emulated, 20)  # the emulator objects to an error that was left behind
+
+
+@pytest.mark.parametrize(("device", "text"), [(4, "cannot use device 4: invalid device"), (64, "is not in 0..63")])
+def test_a_device_that_does_not_exist_is_an_error(emulated, device, text):
+    with pytest.raises(RuntimeError, match=f"attention_fwd: .*{text}"):
+        attention(emulated, 20, device=device)
+
+
+def test_every_device_gets_its_own_permission_for_shared_memory(emulated):
+    """More than 48 KiB must be asked for on each device; a call leaves the current device as it found it."""
+    for device in (0, 1, 2, 0):
+        attention(emulated, 197, device=device)
+
+
+@pytest.mark.parametrize(
+    ("facts", "torch_cuda", "text"),
+    [
+        ({}, None, "is built without CUDA: install a CUDA build of torch"),
+        ({"driver": "none"}, "13.0", "no NVIDIA driver is installed"),
+        (
+            {"driver": "12.8"},
+            "12.8",
+            "the driver supports CUDA 12.8, these kernels were built with 13.0: update the driver, or",
+        ),
+        ({"devices": "0", "error": "no CUDA-capable device"}, "13.0", "no CUDA device is visible"),
+    ],
+)
+def test_what_a_machine_lacks_is_a_reason(monkeypatch, facts, torch_cuda, text):
+    """As info() of the compiled module would tell it: no driver, an old one, no device."""
+    module = importlib.import_module("vit.backends.cuda")
+    found = {"driver": "13.0", "runtime": "13.0", "devices": "1"} | facts
+    # In the instance, where a module that was loaded before would be found first.
+    monkeypatch.setitem(vars(module.BACKEND), "lib", SimpleNamespace(info=lambda: list(found.items())))
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    assert text in module._look_for_gpu()
+
+
+def test_a_gpu_that_is_too_old_is_a_reason(monkeypatch):
+    module = importlib.import_module("vit.backends.cuda")
+    monkeypatch.setattr(module.Cuda, "unavailable", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    spec = vit.ops.Spec("gelu", torch.float32, device_type="cuda")
+    assert "compute capability 7.5 of Tesla T4 is below 8.0" in module.BACKEND.reasons(spec)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS)
+def test_no_kernel_reads_or_writes_out_of_bounds(built, path):
+    """Device memory, shared memory and the alignment of vectors, by AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if cuda_emulator.sanitizer_environment() is None:
+        pytest.skip("the compiler has no AddressSanitizer library")
+    options = ["--folder", str(built), "--sanitize", "--path", path, "--every", "20"]
+    search = os.pathsep.join([str(cuda_emulator.HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": search}
+    done = subprocess.run(
+        [sys.executable, "-m", "cuda_emulator", *options], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]

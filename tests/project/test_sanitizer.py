@@ -1,0 +1,88 @@
+"""The CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, over the case list."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import vit
+from conftest import USABLE
+from fuzz import native
+from vit.parity import cases
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = ("odd", "corner")
+
+
+def sanitized_package(folder: Path) -> Path:
+    """A copy of the package whose CPU module is built with -DVIT_SANITIZE=ON; the folder for PYTHONPATH."""
+    package = folder / "package" / "vit"
+    source = Path(vit.__file__).parent
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("_cpu*.so", "_cuda*.so", "_sycl*.so", "__pycache__"))
+    build = ["cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja", "-DVIT_BACKEND=cpu", "-DVIT_SANITIZE=ON"]
+    build += ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    for command in (
+        build,
+        ["cmake", "--build", folder / "build"],
+        ["cmake", "--install", folder / "build", "--prefix", package],
+    ):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return package.parent
+
+
+pytestmark = [
+    pytest.mark.sanitizer,
+    pytest.mark.slow,
+    pytest.mark.skipif(platform.system() != "Linux" or "cpu" not in USABLE, reason="needs the cpu backend on Linux"),
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The environment of a process that uses the sanitized package."""
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")  # the second, or ASan cannot follow C++ exceptions
+    ]
+    if not Path(runtime[0]).is_absolute():
+        pytest.skip("the compiler has no AddressSanitizer library")
+    return os.environ | {
+        "PYTHONPATH": str(sanitized_package(tmp_path_factory.mktemp("sanitized"))),
+        "LD_PRELOAD": " ".join(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # the interpreter's own leaks are not ours
+    }
+
+
+def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path, environment):
+    report = tmp_path / "parity.json"
+    options = [word for group in GROUPS for word in ("--group", group)]
+    done = subprocess.run(
+        [sys.executable, "-m", "vit", "parity", "--backend", "cpu", "--json", str(report), *options],
+        env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    assert json.loads(report.read_text())["passed"] == len(cases("cpu", groups=GROUPS))
+
+
+def test_the_engine_neither(environment):
+    """Every option, output and bad input of test_engine.py; whole models would take too long."""
+    chosen = "not every_name and not direction and not level and not profile"
+    tests = [str(ROOT / "tests/engine/test_engine.py"), "-k", chosen]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *tests],
+        env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+def test_the_c_api_with_damaged_files_and_calls(tmp_path):
+    """Random networks, calls and engine files, on the lowest instruction-set level: what is tried lies above it."""
+    good, text = native.fuzz(tmp_path, tmp_path / "kept", seed=0)
+    assert good, text

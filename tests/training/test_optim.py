@@ -1,0 +1,139 @@
+"""vit.optim.AdamW: torch's numbers, states of 8 bits, saving and loading."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import draw
+import pytest
+import torch
+from torch import nn
+from vit.optim import AdamW
+from vit.optim.blockwise import BLOCK, code, dequantize, quantize
+
+SETTINGS = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(64, 80), nn.GELU(), nn.LayerNorm(80), nn.Linear(80, 10))
+    draw.restart("model")
+    return draw.fill(net, 0.1).to(dtype)
+
+
+def fit(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> float:
+    """The last loss of some steps towards fixed answers."""
+    loss = torch.zeros(())
+    for step in range(first, first + steps):
+        draw.restart("batch", step % 4)
+        x = draw.randn(32, 64).to(next(net.parameters()).dtype)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x).float(), torch.arange(32) % 10)
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_steps_are_torchs(dtype: torch.dtype) -> None:
+    ours, theirs = model(dtype), model(dtype)
+    fit(ours, AdamW(ours.parameters(), **SETTINGS), 20)
+    fit(theirs, torch.optim.AdamW(theirs.parameters(), foreach=False, **SETTINGS), 20)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_groups_and_absent_gradients() -> None:
+    net = model()
+    optimizer = AdamW([{"params": net[0].parameters(), "weight_decay": 0.0}, {"params": net[3].weight}], lr=0.1)
+    before = copy.deepcopy(net.state_dict())
+    net[0](torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"0.weight", "0.bias"}
+    assert optimizer.step(lambda: 3.5) == 3.5
+
+
+def test_the_code_is_the_papers() -> None:
+    for signed in (True, False):
+        values = code(signed)
+        assert len(values) == len(values.unique()) == 256
+        assert values.max() == 1
+        assert 0 in values
+        assert torch.equal(values, values.sort().values)
+        assert (values.min() < 0) == signed
+    assert torch.equal(-code(True)[:127].flip(0), code(True)[128:255])
+
+
+@pytest.mark.parametrize("count", [1, BLOCK - 1, BLOCK, 3 * BLOCK + 5])
+def test_a_block_keeps_its_largest_value_and_all_within_a_step(count: int) -> None:
+    values = draw.randn(count) * 10 ** (4 * draw.rand(count) - 5)
+    indices, scales = quantize(values, signed=True)
+    again = dequantize(indices, scales, signed=True)
+    assert (indices.dtype, indices.numel(), scales.numel()) == (torch.uint8, count, -(-count // BLOCK))
+    of_block = scales.repeat_interleave(BLOCK)[:count]
+    big = values.abs() > 0.1 * of_block
+    assert ((again - values).abs() <= (0.5 * 0.9 / 64 + 1e-6) * of_block)[big].all()
+    roots = values.abs()
+    stored = dequantize(*quantize(roots, signed=False), signed=False)
+    assert (stored > 0).all(), "nothing that is not 0 becomes 0"
+    assert torch.equal(dequantize(*quantize(torch.zeros(9), signed=True), signed=True), torch.zeros(9))
+
+
+def test_8_bit_states_are_a_quarter_and_learn_as_well() -> None:
+    nets = {state: model() for state in ("float32", "8bit")}
+    optimizers = {state: AdamW(net.parameters(), state=state, lr=2e-3) for state, net in nets.items()}
+    losses = {state: fit(nets[state], optimizers[state], 30) for state in nets}
+    assert losses["8bit"] == pytest.approx(losses["float32"], rel=0.02, abs=1e-3)
+    sizes = {
+        state: sum(t.numel() * t.element_size() for name, t in optimizer.state[nets[state][0].weight].items())
+        for state, optimizer in optimizers.items()
+    }
+    assert sizes["8bit"] < 0.27 * sizes["float32"]
+
+
+@pytest.mark.parametrize("state", ["float32", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_state_goes_on_to_the_bit(state: str, dtype: torch.dtype) -> None:
+    whole, part = model(dtype), model(dtype)
+    fit(whole, AdamW(whole.parameters(), state=state), 10)
+    first = AdamW(part.parameters(), state=state)
+    fit(part, first, 4)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = AdamW(part.parameters(), lr=0.5, state="float32")
+    second.load_state_dict(torch.load(file))
+    fit(part, second, 6, first=4)
+    for a, b in zip(whole.parameters(), part.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert pickle.loads(pickle.dumps(second)).state_dict()["param_groups"] == second.state_dict()["param_groups"]
+
+
+def test_a_state_that_does_not_fit_is_named() -> None:
+    net, other = model(), model()
+    optimizer, theirs = AdamW(net.parameters(), state="8bit"), torch.optim.AdamW(other.parameters())
+    fit(net, optimizer, 1)
+    fit(other, theirs, 1)
+    saved = optimizer.state_dict()
+    saved["state"] = theirs.state_dict()["state"]
+    with pytest.raises(ValueError, match=r"parameter 0 does not fit AdamW\(state='8bit'\): exp_avg is torch.float32"):
+        AdamW(net.parameters()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": -1}, {"lr": float("nan")}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": -1}, {"state": "4bit"}],
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"AdamW: {next(iter(wrong))}"):
+        AdamW(model().parameters(), **wrong)
+
+
+def test_a_gradient_that_is_not_finite_stays_visible() -> None:
+    net = model()
+    optimizer = AdamW(net.parameters(), state="8bit")
+    net[0].weight.grad = torch.full_like(net[0].weight, float("inf"))
+    optimizer.step()
+    assert not net[0].weight.isfinite().any()

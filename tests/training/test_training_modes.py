@@ -1,0 +1,219 @@
+"""Ways to train: mixing, erasing, other losses and optimizers, frozen and layer-wise learning, early ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import draw
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import vit
+from PIL import Image
+from training_helpers import SMALL, STEPS, Hook, figures, same_bits, terminate
+from vit.data import open_source
+from vit.data.augment import CropFlip, Erase, generator
+from vit.data.loader import EpochBatches, Images, loader
+from vit.data.presets import PRESETS, Torchvision
+from vit.preprocess import Preprocess
+from vit.support.random import Stream
+from vit.tasks import get
+from vit.training import Interrupted, TrainConfig, train
+from vit.training.mix import beta, mixed
+from vit.training.optim import learning_rate, make_optimizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+#: All that is new beside each other, on matrices large enough for 8 bits.
+EVERYTHING = dataclasses.replace(
+    SMALL,
+    arch={"embed_dim": 64, "depth": 2, "num_heads": 2},
+    batch_size=128,
+    accumulate=2,
+    optimizer="adamw8bit",
+    layer_decay=0.7,
+    mixup=0.8,
+    cutmix=1.0,
+    erase=0.5,
+    loss="bce",
+    spike=3.0,
+    patience=5,
+    grad_checkpoint="yes",
+)
+
+
+# ---- to the bit ----
+
+
+def test_every_mode_goes_on_to_the_bit(tmp_path: Path) -> None:
+    whole = train(EVERYTHING, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(EVERYTHING, out=tmp_path / "run", display=Hook(3, terminate))
+    result = train(resume=tmp_path / "run", changes={"workers": 2})
+    same_bits(whole.run, result.run)
+    from safetensors.torch import load_file
+
+    state = load_file(result.run / "checkpoint.safetensors")
+    assert any(tensor.dtype == torch.uint8 for name, tensor in state.items() if name.endswith(".exp_avg"))
+
+
+def test_a_run_from_before_an_option_goes_on(tmp_path: Path) -> None:
+    """Its checkpoint and config.yaml do not know it: it had the default."""
+    with pytest.raises(Interrupted):
+        train(SMALL, out=tmp_path / "run", display=Hook(3, terminate))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text("".join(line + "\n" for line in config.read_text().splitlines() if not line.startswith("mixup")))
+    assert "mixup" not in config.read_text()
+    train(resume=tmp_path / "run")
+
+
+# ---- mixing and erasing ----
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.3, 0.7)])
+def test_mixed_images_have_the_shares_of_their_labels(mixup: float, cutmix: float) -> None:
+    # Image i has the value of its label everywhere, so the mean says which share of it is there.
+    labels = torch.tensor([0, 1, 2, 3])
+    images = labels.float()[:, None, None, None].expand(4, 3, 20, 10).contiguous()
+    for step in range(20):
+        out, targets = mixed(images, labels, 4, mixup, cutmix, Stream("mix", 0, step))
+        assert torch.allclose(targets.sum(dim=1), torch.ones(4))
+        assert torch.allclose(out.mean(dim=(1, 2, 3)), targets @ labels.float(), atol=1e-5)
+        again = mixed(images, labels, 4, mixup, cutmix, Stream("mix", 0, step))
+        assert torch.equal(out, again[0])
+    assert images.unique().tolist() == [0, 1, 2, 3], "the batch itself is left alone"
+
+
+def test_beta_has_its_mean_and_spread() -> None:
+    rng = Stream("beta")
+    for alpha in (0.2, 1.0, 2.0):
+        drawn = np.array([beta(alpha, rng) for _ in range(4000)])
+        assert drawn.mean() == pytest.approx(0.5, abs=0.03)
+        assert drawn.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.12)
+
+
+def test_erasing_takes_rectangles_as_often_and_as_large_as_said() -> None:
+    areas = []
+    for index in range(400):
+        pixels = torch.ones(3, 24, 32)
+        Erase(0.25)(pixels, Stream("erase", index))
+        assert torch.equal(pixels[0], pixels[2])
+        areas.append(1 - pixels[0].mean().item())
+    erased = [area for area in areas if area > 0]
+    assert len(erased) / 400 == pytest.approx(0.25, abs=0.07)
+    assert 0.005 < min(erased) < max(erased) < 0.36
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_torchvisions_presets_depend_on_the_image_alone(name: str) -> None:
+    pytest.importorskip("torchvision")
+    change = Torchvision(name, CropFlip((16, 16)))
+    image = Image.fromarray(np.arange(24 * 24 * 3, dtype=np.uint8).reshape(24, 24, 3))
+    before = torch.get_rng_state()
+    first = [np.asarray(change(image, generator(0, 0, i))) for i in range(4)]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    second = [np.asarray(change(image, generator(0, 0, i))) for i in reversed(range(4))][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert any(not np.array_equal(first[0], other) for other in first[1:])
+
+
+def test_erased_pixels_do_not_depend_on_the_workers() -> None:
+    samples = open_source("digits").splits["train"].take(range(24))
+    images = Images(samples, Preprocess((8, 8), in_chans=1), None, 3, Erase(0.5))
+    batches = EpochBatches(24, 8, 0)
+    found = [[x for x, _ in loader(images, batches, workers)] for workers in (0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ---- losses ----
+
+
+def test_binary_cross_entropy_is_deits() -> None:
+    logits, labels = draw.randn(5, 7), torch.tensor([0, 1, 2, 3, 6])
+    loss = get("classification").loss(logits, labels, 0.1, "bce")
+    shares = F.one_hot(labels, 7) * 0.9 + 0.1 / 7
+    want = F.binary_cross_entropy_with_logits(logits, shares, reduction="none").sum(dim=1).mean()
+    assert loss.item() == pytest.approx(want.item())
+    soft = get("classification").loss(logits, F.one_hot(labels, 7).float(), 0.1, "bce")
+    assert soft.item() == pytest.approx(loss.item())
+    for smoothing in (0.0, 0.2):
+        hard = get("classification").loss(logits, labels, smoothing)
+        assert get("classification").loss(logits, F.one_hot(labels, 7).float(), smoothing).item() == pytest.approx(
+            hard.item()
+        )
+
+
+# ---- what learns, and how fast ----
+
+
+def test_layer_decay_makes_lower_blocks_slower() -> None:
+    model = vit.create("vit_digits", depth=3)
+    optimizer = make_optimizer(model, 1.0, 0.05, 0.999, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    of = {name: scale[id(p)] for name, p in model.named_parameters()}
+    assert of["head.weight"] == of["norm.weight"] == 1.0
+    assert of["blocks.2.attn.qkv.weight"] == 0.5
+    assert of["blocks.0.norm1.bias"] == 0.125
+    assert of["patch_embed.proj.weight"] == of["cls_token"] == 0.0625
+    assert len(scale) == len(list(model.parameters()))
+
+
+def test_a_probe_moves_the_head_alone(tmp_path: Path) -> None:
+    result = train(dataclasses.replace(SMALL, freeze="backbone", ema=0.0, epochs=1), out=tmp_path / "run")
+    kept = vit.create(weights=result.run).state_dict()
+    torch.manual_seed(0)
+    start = vit.create("vit_digits", num_classes=10, drop_path_rate=0.2, **SMALL.arch).state_dict()
+    assert {name for name in kept if not torch.equal(kept[name], start[name])} == {"head.weight", "head.bias"}
+
+
+def test_the_cosine_ends_at_exactly_0() -> None:
+    rates = [learning_rate(step, 100, 10, 1e-3, 0.0) for step in (0, 9, 10, 55, 100)]
+    assert rates == [1e-4, 1e-3, 1e-3, pytest.approx(5e-4), 0.0]
+
+
+# ---- early ends and guards ----
+
+
+def test_patience_ends_a_training_that_stands_still(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, lr=0.0, epochs=9, patience=2, ema=0.0)
+    hook = Hook()
+    result = train(config, out=tmp_path / "run", display=hook)
+    assert result.epochs == 3
+    assert "ends after epoch 3: none of the last 2 was better" in hook.lines
+    assert figures(result.run)[-1]["final"]
+    assert train(resume=tmp_path / "run").epochs == 3
+
+
+def test_a_step_with_a_sudden_loss_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = get("classification")
+    plain, calls = type(task).loss, [0]
+
+    def loss(self, *args):
+        calls[0] += 1
+        return plain(self, *args) * (100 if calls[0] == 22 else 1)
+
+    monkeypatch.setattr(type(task), "loss", loss)
+    hook = Hook()
+    train(dataclasses.replace(SMALL, epochs=3, spike=5.0), out=tmp_path / "run", display=hook)
+    left_out = [line for line in hook.lines if "left out" in line]
+    assert len(left_out) == 1
+    assert left_out[0].startswith("step 22: loss ")
+    assert figures(tmp_path / "run")[2]["skipped_steps"] == 1
+    assert 3 * STEPS > 22
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"mixup": -0.1}, "--mixup is -0.1; allowed is 0.0 to 4.0"),
+        ({"optimizer": "sgd"}, "--optimizer is 'sgd'; allowed are adamw, adamw8bit"),
+        ({"layer_decay": 1.5}, "--layer-decay is 1.5"),
+        ({"erase": 2.0}, "--erase is 2.0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        TrainConfig(**options)
