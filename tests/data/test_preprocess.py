@@ -12,7 +12,8 @@ import torch
 import vit
 from PIL import Image
 from vit.model.configs import CONFIGS
-from vit.preprocess import INTERPOLATIONS, Preprocess
+from vit.preprocess import INTERPOLATIONS, Preprocess, naflex_size
+from vit.weights.transformers_processor import preprocess as image_processor
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -154,3 +155,58 @@ def test_squash_is_timms(size, fraction):
 def test_values_of_another_kind_are_named(key, value):
     with pytest.raises(ValueError, match=f"preprocess: {key} "):
         Preprocess.from_dict({"img_size": 32, key: value})
+
+
+# ---- the numbers of transformers' image processors ----
+
+PROCESSORS = {
+    "ViTImageProcessor": {},
+    "ViTImageProcessor-wide": {"size": {"height": 40, "width": 56}, "resample": 3},
+    "DeiTImageProcessor": {},
+    "CLIPImageProcessor": {"size": {"shortest_edge": 100}, "crop_size": {"height": 90, "width": 90}},
+    "BitImageProcessor": {"size": {"shortest_edge": 56}, "crop_size": {"height": 47, "width": 47}},
+    "SiglipImageProcessor": {},
+    "Siglip2ImageProcessor": {"max_num_patches": 40},
+    "DINOv3ViTImageProcessor": {},
+}
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_image_processors_of_transformers_are_followed_bit_for_bit(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    processor = getattr(transformers, name.partition("-")[0])(**PROCESSORS[name])
+    processor.save_pretrained(tmp_path)
+    ours = Preprocess(**{"img_size": 1, **image_processor(tmp_path / "preprocessor_config.json")})
+    for image in (photograph(50, 71), photograph(301, 233), photograph(37, 37)):
+        theirs, found = processor(image, return_tensors="pt"), ours(image)
+        expected = theirs["pixel_values"][0]
+        if name == "Siglip2ImageProcessor":
+            rows, columns = theirs["spatial_shapes"][0].tolist()
+            found = found.reshape(3, rows, 16, columns, 16).permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
+            expected = expected[: rows * columns]
+        assert torch.equal(found, expected)
+    assert Preprocess.from_dict(ours.to_dict()) == ours
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
+def test_crop_modes_are_timms(mode, size, interpolation):
+    mean, std = timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD
+    for fraction in (1.0, 0.9):
+        settings = {"interpolation": interpolation, "mean": mean, "std": std, "crop_mode": mode, "crop_pct": fraction}
+        theirs, ours = timm.data.create_transform((3, *size), **settings), Preprocess(size, **settings)
+        for image in (photograph(50, 71), photograph(301, 133)):
+            assert torch.equal(ours(image), theirs(image))
+
+
+def test_sizes_of_naflex_are_timms():
+    from timm.data.naflex_transforms import get_image_size_for_seq
+
+    for height, width, patch, most in ((50, 71, 16, 256), (1000, 37, 14, 100), (3, 4000, 16, 64), (1, 1, 8, 1)):
+        _, expected = get_image_size_for_seq((height, width), patch, most)
+        assert naflex_size((width, height), patch, most) == expected[::-1]

@@ -211,7 +211,8 @@ def change_text(draw: Draw, text: str) -> str:
 
 def signed(text: bytes) -> bytes:
     """The header of an engine file with this JSON, its checksum made anew."""
-    text = text.rstrip()
+    # Spelt as the engine spells it: the checksum is looked for in the text.
+    text = text.rstrip().replace(b'"crc32c header": "', b'"crc32c header":"')
     text += b" " * (-(8 + len(text)) % 64)
     header = len(text).to_bytes(8, "little") + re.sub(rb'("crc32c header": ?")[0-9a-f]{8}', rb"\g<1>00000000", text)
     return re.sub(rb'("crc32c header": ?")0{8}', rb"\g<1>%08x" % crc32c(header), header)

@@ -64,6 +64,8 @@ const char* const kTexts[] = {
     "F32",    "BF16",   "I8", "\\u0000", "\\ud800", "\"",  "head.weight", "isa",
     "format", "version"};
 
+int64_t current_case = 0;
+
 struct Figures {
   long networks = 0, built = 0, calls = 0, served = 0, files = 0, accepted = 0, refused = 0, wrong = 0;
 } figures;
@@ -75,7 +77,7 @@ using Handle = std::unique_ptr<vit_engine, Destroy>;
 
 void wrong(const std::string& what) {
   ++figures.wrong;
-  std::printf("wrong: %s\n", what.c_str());
+  std::printf("wrong in case %lld: %s\n", static_cast<long long>(current_case), what.c_str());
 }
 
 // A call that failed must say why.
@@ -606,6 +608,7 @@ int main(int argc, char** argv) {
   Random start{seed};
   const std::vector<Sound> sound = sound_files(start, folder);
   for (int64_t number = first; number < first + count; ++number) {
+    current_case = number;
     std::ofstream(folder + "/case", std::ios::trunc) << number << std::flush;
     const itimerval limit{{0, 0}, {kSeconds, 0}};
     setitimer(ITIMER_PROF, &limit, nullptr);

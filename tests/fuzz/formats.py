@@ -139,11 +139,11 @@ def _predict(draw: Draw, path: Path) -> Change:
 def _resume(draw: Draw, path: Path) -> Change:
     name = draw.of(("config.yaml", "config.yaml", "model.json", "metrics.jsonl", "checkpoint.safetensors"))
     file = path / name
-    kind = draw.below(8)
+    kind = draw.below(6)
     if kind == 0:
         return _file_system(draw, file)
-    if kind == 1:  # what a training that was killed leaves behind, or what nothing reads
-        left = path / draw.of((".checkpoint.safetensors.tmp", ".metrics.jsonl.tmp", "best.safetensors", "curves.png"))
+    if kind <= 2:  # what a training that was killed leaves behind, or what nothing reads
+        left = path / draw.of((".checkpoint.safetensors.tmp", ".metrics.jsonl.0.tmp", "curves.png"))
         left.write_bytes(draw.bytes(100))
         return Change(left.name, same=True)
     if name == "config.yaml":

@@ -87,3 +87,9 @@ def test_flops_are_counted_as_in_timm(pair):
     assert counts[1][0] == pytest.approx(counts[0][0], rel=0.08)
     assert counts[1][1] == pytest.approx(counts[0][1], rel=0.15)
     assert counts[1][1] > 2.5 * counts[1][0]
+
+
+@pytest.mark.parametrize("which", ["cpu"])
+def test_a_trace_of_torch_fx_leaves_the_masks_out(pair):
+    _, ours, x = pair
+    torch.testing.assert_close(torch.fx.symbolic_trace(ours)(x), ours(x))

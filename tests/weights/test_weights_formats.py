@@ -290,9 +290,9 @@ def test_a_member_that_cannot_be_used_is_an_error(kind, tmp_path):
 
 
 def test_names_an_archive_should_not_have_are_reported(tmp_path):
-    arrays = big_vision(**GAP) | {"params/MAPHead_0/probe": np.zeros((1, 1, 32), np.float32)}
+    arrays = big_vision(**GAP) | {"params/MAPHead_1/probe": np.zeros((1, 1, 32), np.float32)}
     np.savez(tmp_path / "w.npz", **arrays)
-    with pytest.raises(WeightsError, match="unexpected  MAPHead_0/probe"):
+    with pytest.raises(WeightsError, match="unexpected  MAPHead_1/probe"):
         create(tmp_path / "w.npz")
 
 
@@ -692,3 +692,23 @@ def test_a_class_token_that_is_missing_is_named():
         create(state)
     with pytest.raises(FileNotFoundError, match="the name is too long"):
         create("a" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("saved", "name"), [("safetensors", "w.bin"), ("zip", "w.safetensors"), ("old", "w.safetensors")]
+)
+def test_the_content_decides_where_the_suffix_is_another_kinds(saved, name, tmp_path):
+    state = noisy().state_dict()
+    if saved == "safetensors":
+        save_file(state, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=saved == "zip")
+    found = vit.create(NAME, backend="reference", weights=tmp_path / name, **A).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.npz"])
+def test_a_pointer_of_git_lfs_is_called_so(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(WeightsError, match=f"{name}.*pointer of Git LFS.*git lfs pull"):
+        vit.create(NAME, backend="reference", weights=tmp_path / name, **A)

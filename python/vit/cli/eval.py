@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from ..support.files import to_json
 from ..support.text import printable
 from . import classes
 from .arguments import count, positive
+
+MOST_CONFUSED = 100  # classes up to which --json holds the confusion matrix
 
 HELP = "accuracy and loss of a run's kept model, as its training logged them, or of any weights on --data"
 
@@ -39,24 +43,112 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that read images (default: that of the run; 0 for weights)",
     )
+    parser.add_argument(
+        "--crops",
+        type=int,
+        choices=(1, 5, 10, 144),
+        default=1,
+        help="views of each image, whose answers are averaged: corners and centre (5), mirrored (10), of four sizes "
+        "and three squares (144) (default: %(default)s)",
+    )
+    parser.add_argument("--flip", action="store_true", help="each view mirrored too")
+    parser.add_argument(
+        "--average",
+        choices=("logits", "probabilities"),
+        default="logits",
+        help="what is averaged over the views (default: %(default)s)",
+    )
+    parser.add_argument("--knn", type=positive, metavar="K", help="also: accuracy of the K nearest training images")
+    parser.add_argument("--probe", action="store_true", help="also: accuracy of a linear classifier on the features")
     parser.add_argument("--json", action="store_true", help="print one line of JSON; progress goes to standard error")
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a model on samples. `train`: reads the training images of the same data."""
+
+    model: Any
+    names: Sequence[str]
+    samples: Any
+    train: Callable[[], Any]
+    batch_size: int
+    workers: int
+    threads: int | str | None = None
+
+
 def run(args: argparse.Namespace) -> int:
-    evaluate = _run if (Path(args.run) / "config.yaml").is_file() or not _is_weights(args.run) else _weights
-    if evaluate is _run and (args.model or args.class_names):
+    from ..training.evaluate import cpu_threads
+
+    subject_of = _run if (Path(args.run) / "config.yaml").is_file() or not _is_weights(args.run) else _weights
+    if subject_of is _run and (args.model or args.class_names):
         print("vit: a run folder knows its model and classes; leave out --model and --class-names", file=sys.stderr)
         return 2
-    if evaluate is _weights and not args.data:
+    if subject_of is _weights and not args.data:
         print(f"vit: {printable(args.run)} is no run folder and has no data; give images with --data", file=sys.stderr)
         return 2
-    names, result = evaluate(args)
-    figures = {"accuracy": result.accuracy, "loss": result.loss, "images": result.images, "classes": len(names)}
+    subject = subject_of(args)
+    with cpu_threads(subject.threads):
+        figures = _figures(args, subject) | _on_features(args, subject)
     if args.json:
         print(to_json(figures))
     else:
-        print(f"accuracy {100 * result.accuracy:.2f} %  loss {result.loss:.4f}  {result.images} images")
+        _show(figures)
     return 0
+
+
+def _figures(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
+    """The figures of the classifier; of a model without one the number of images alone."""
+    from ..tasks.classification import confusion_counts, per_class, wilson
+    from ..training.evaluate import evaluate
+    from ..training.views import Views
+
+    model, names = subject.model, subject.names
+    figures: dict[str, Any] = {"images": len(subject.samples), "classes": len(names)}
+    if not model.num_classes:
+        return figures
+    views = Views(model.preprocess, args.crops, args.flip) if args.crops > 1 or args.flip else None
+    result = evaluate(model, subject.samples, subject.batch_size, subject.workers, views=views, average=args.average)
+    figures |= {
+        "accuracy": result.accuracy,
+        "interval": wilson(result.accuracy, result.images),
+        "top5": result.top5,
+        "ece": result.ece,
+        "loss": result.loss,
+        "per_class": per_class(result, names),
+    }
+    if len(names) <= MOST_CONFUSED:
+        figures["confusion"] = confusion_counts(result, len(names))
+    return figures
+
+
+def _on_features(args: argparse.Namespace, subject: Subject) -> dict[str, float]:
+    """Accuracies that need no classifier of the model's own."""
+    if not (args.knn or args.probe):
+        return {}
+    from ..training.features import features, knn_accuracy, probe_accuracy
+
+    train, test = subject.train(), subject.samples
+    found = (features(subject.model, part, subject.batch_size, subject.workers) for part in (train, test))
+    data = (next(found), train.labels, next(found), test.labels)
+    figures = {"knn_accuracy": knn_accuracy(*data, args.knn)} if args.knn else {}
+    return figures | ({"probe_accuracy": probe_accuracy(*data)} if args.probe else {})
+
+
+def _show(figures: dict[str, Any]) -> None:
+    if "accuracy" in figures:
+        low, high = figures["interval"]
+        print(
+            f"accuracy {100 * figures['accuracy']:.2f} %  loss {figures['loss']:.4f}  {figures['images']} images\n"
+            f"95 % interval {100 * low:.1f} to {100 * high:.1f} %, top-5 {100 * figures['top5']:.2f} %, "
+            f"calibration error {100 * figures['ece']:.2f} %"
+        )
+        worst = [row for row in figures["per_class"] if row["images"]]
+        worst.sort(key=lambda row: row["recall"])
+        shown = ", ".join(f"{printable(row['class'])} {100 * row['recall']:.1f} %" for row in worst[:5])
+        print(f"lowest of the classes: {shown}")
+    for name, text in (("knn_accuracy", "nearest neighbours"), ("probe_accuracy", "linear probe")):
+        if name in figures:
+            print(f"{text}: {100 * figures[name]:.2f} %")
 
 
 def _is_weights(source: str) -> bool:
@@ -66,8 +158,7 @@ def _is_weights(source: str) -> bool:
     return source.startswith(HUB) or path.is_file() or (path.is_dir() and not (path / "config.yaml").exists())
 
 
-def _run(args: argparse.Namespace) -> tuple[Any, Any]:
-    from ..training.evaluate import cpu_threads, evaluate
+def _run(args: argparse.Namespace) -> Subject:
     from ..training.run import Run
 
     run = Run.open(args.run)
@@ -80,26 +171,44 @@ def _run(args: argparse.Namespace) -> tuple[Any, Any]:
         )
     if args.data is None:
         _say(args, f"{len(names)} classes, the {args.split or 'test'} images of {config.data}")
-        return names, run.evaluate(args.split, None, args.backend, args.batch_size, args.workers)
-    samples = _samples(args, names, config.bad_images, config.validate, config)
-    workers = config.workers if args.workers is None else args.workers
-    with cpu_threads(config.threads):
-        model = run.load(args.backend)
-        return names, evaluate(model, samples, args.batch_size or config.batch_size or 1, workers)
+        samples = run.samples(args.split, None)
+    else:
+        samples = _samples(args, names, config.bad_images, config.validate, config)
+    return Subject(
+        model=run.load(args.backend),
+        names=names,
+        samples=samples,
+        train=lambda: run.samples("train", None),
+        batch_size=args.batch_size or config.batch_size or 1,
+        workers=config.workers if args.workers is None else args.workers,
+        threads=config.threads,
+    )
 
 
-def _weights(args: argparse.Namespace) -> tuple[Any, Any]:
+def _weights(args: argparse.Namespace) -> Subject:
     from .. import data
     from ..factory import create
     from ..training.config import TrainConfig
-    from ..training.evaluate import evaluate
 
     model = create(args.model, backend=args.backend or "auto", weights=args.run, training=False)
-    if not model.num_classes:
-        raise ValueError(f"vit: {args.run} has no classifier head, only features: nothing to evaluate")
-    names = classes.folder_names(model, args.class_names, data.class_names(args.data))
-    samples = _samples(args, names, "skip", "decode", TrainConfig())
-    return names, evaluate(model, samples, args.batch_size or 32, args.workers or 0)
+    by_features = args.knn or args.probe
+    if not model.num_classes and not by_features:
+        raise ValueError(f"vit: {args.run} has no classifier head, only features: --knn K or --probe evaluates these")
+    found = data.class_names(args.data)
+    names = classes.folder_names(model, args.class_names, found) if model.num_classes else found
+    config = TrainConfig()
+    if by_features and args.split is None:
+        args.split = "test"  # "all" would hold the training images
+    return Subject(
+        model=model,
+        names=names,
+        samples=_samples(args, names, "skip", "decode", config),
+        train=lambda: data.open_source(args.data, classes=names).select(
+            "train", config.val_fraction, config.test_fraction, config.split_seed
+        ),
+        batch_size=args.batch_size or 32,
+        workers=args.workers or 0,
+    )
 
 
 def _samples(args: argparse.Namespace, names: Any, bad_images: str, validate: str, config: Any) -> Any:

@@ -7,7 +7,7 @@ save.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __init__(
         self,
         samples: Samples,
-        preprocess: Preprocess,
+        preprocess: Preprocess | Callable[[Image.Image], Tensor],
         augment: Augment | None = None,
         seed: int = 0,
         erase: Erase | None = None,
@@ -61,6 +61,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     def _pixels(self, image: Image.Image, epoch: int, index: int) -> Tensor:
         if self.augment is None:
             return self.preprocess(image)
+        assert isinstance(self.preprocess, Preprocess)  # augmentation stands between its parts
         image = self.preprocess.convert(image)
         if not self.augment.resizes:
             image = self.preprocess.resize(image)

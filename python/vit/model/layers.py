@@ -147,6 +147,9 @@ class PatchEmbed(CallsOps, nn.Module):
     def set_image_size(self, img_size: tuple[int, int]) -> None:
         """Takes images of another size from now on."""
         grid = self._grid(*img_size)
+        if self.dynamic_img_size and self.dynamic_img_pad:
+            # timm's positions are those of whole patches, and are resampled to the grid of each padded image.
+            grid = max(1, img_size[0] // self.patch_size[0]), max(1, img_size[1] // self.patch_size[1])
         self.img_size, self.grid_size, self.num_patches = img_size, grid, grid[0] * grid[1]
 
     @torch.no_grad()

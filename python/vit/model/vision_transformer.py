@@ -198,7 +198,8 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         """
         tokens, given = self.start(images)
         if attn_mask is not None or is_causal:
-            self._check_masked()
+            if isinstance(tokens, Tensor):  # in a trace of torch.fx masks are places that may stay empty
+                self._check_masked()
             given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
         elif isinstance(self.blocks, nn.Sequential) and not (
             self.grad_checkpointing or untouched(self.blocks, nn.Sequential)

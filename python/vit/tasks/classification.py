@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +42,29 @@ class Classification:
         return torch.stack([-likely.gather(1, targets[:, None]).mean(), right])
 
     def measure(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Loss (float64), prediction and label of each image."""
+        """Loss (float64), prediction and label of each image, whether that is among the first five, confidence."""
         logits = outputs.double().cpu()
-        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=1), targets
+        own = logits.gather(1, targets[:, None])
+        # Of equal logits the first class is the prediction, so that a model without an opinion is no five times lucky.
+        before = (logits > own) | ((logits == own) & (torch.arange(logits.shape[1]) < targets[:, None]))
+        fifth = (before.sum(dim=1) < 5) & own[:, 0].isfinite()
+        confidence = logits.softmax(dim=1).amax(dim=1)
+        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=1), targets, fifth, confidence
 
     def summarize(self, columns: Sequence[Tensor]) -> Evaluation:
         """Mean cross entropy by an exact sum (math.fsum) and share of right answers."""
-        loss, predictions, labels = columns
-        right = int((predictions == labels).sum())
-        total = math.fsum(loss.tolist())
-        return Evaluation(right / len(labels), total / len(labels), len(labels), labels, predictions)
+        loss, predictions, labels, fifth, confidence = columns
+        right = predictions == labels
+        count = len(labels)
+        return Evaluation(
+            accuracy=int(right.sum()) / count,
+            loss=math.fsum(loss.tolist()) / count,
+            images=count,
+            labels=labels,
+            predictions=predictions,
+            top5=int(fifth.sum()) / count,
+            ece=calibration_error(confidence, right),
+        )
 
     def figures(self, evaluation: Evaluation) -> dict[str, float]:
         """Loss and accuracy."""
@@ -75,6 +89,41 @@ class Classification:
 
         for path in paths:
             confusion(evaluation.labels, evaluation.predictions, class_names, path)
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
+    """sum over bins of (images in it / all) |accuracy - mean confidence|, of equal bins of the confidence."""
+    place = (confidence.nan_to_num() * bins).long().clamp(0, bins - 1)
+    gaps = [
+        abs(math.fsum(right[place == bin].double().tolist()) - math.fsum(confidence[place == bin].tolist()))
+        for bin in range(bins)
+    ]
+    return math.fsum(gaps) / len(confidence)
+
+
+def per_class(evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each class its images, recall (its accuracy), precision and F1; None where there is nothing to divide by."""
+    counts = confusion_counts(evaluation, len(class_names))
+    rows = []
+    for label, name in enumerate(class_names):
+        hit, of_class, answered = counts[label][label], sum(counts[label]), sum(row[label] for row in counts)
+        rows.append(
+            {
+                "class": name,
+                "images": of_class,
+                "recall": hit / of_class if of_class else None,
+                "precision": hit / answered if answered else None,
+                "f1": 2 * hit / (of_class + answered) if of_class + answered else None,
+            }
+        )
+    return rows
+
+
+def confusion_counts(evaluation: Evaluation, classes: int) -> list[list[int]]:
+    """Entry [i][j] counts the images of class i that were taken for class j."""
+    places = evaluation.labels * classes + evaluation.predictions
+    counts: list[list[int]] = torch.bincount(places, minlength=classes * classes).view(classes, classes).tolist()
+    return counts
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

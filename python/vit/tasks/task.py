@@ -14,13 +14,19 @@ Figures = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over `images` images, and label and prediction of each (int64 [images])."""
+    """Figures over `images` images, and label and prediction of each (int64 [images]).
+
+    top5: share of images whose class is among the five likeliest
+    ece: expected calibration error: how far confidence and accuracy are apart (arXiv:1706.04599, 15 bins)
+    """
 
     accuracy: float
     loss: float
     images: int
     labels: Tensor
     predictions: Tensor
+    top5: float = 0.0
+    ece: float = 0.0
 
 
 class Task(Protocol):

@@ -13,6 +13,7 @@ from ..data import Samples
 from ..data.loader import Images, InOrder, loader
 from ..model import VisionTransformer
 from ..tasks import Evaluation, Task, get
+from .views import Views, averaged
 
 
 @contextmanager
@@ -38,13 +39,16 @@ def evaluate(
     gather: Callable[[list[Any]], list[Any]] = list,
     advance: Callable[[], None] | None = None,
     task: Task | None = None,
+    views: Views | None = None,
+    average: str = "logits",
 ) -> Evaluation:
     """The figures of `task` (default: classification: mean cross entropy and share of right answers) of `model` on
     `samples`, through model.preprocess, in float32.
 
     Each image is measured in float64 and the sum is exact (math.fsum), so the result depends
     neither on the order nor on how the images are spread over batches and processes. With several processes,
-    `gather` joins a list over all of them. `advance` is called after every batch. Raises ReaderError when one of the
+    `gather` joins a list over all of them. `views` shows each image several times in the place of model.preprocess; the
+    logits or, as `average` says, the probabilities are averaged. `advance` is called after every batch. Raises ReaderError when one of the
     `workers` dies.
     """
     task = task or get("classification")
@@ -52,9 +56,12 @@ def evaluate(
     model.eval()
     measured: list[tuple[Tensor, ...]] = []
     order = InOrder(len(samples), batch_size, rank, world)
-    with closing(loader(Images(samples, model.preprocess), order, workers)) as batches:
+    with closing(loader(Images(samples, views or model.preprocess), order, workers)) as batches:
         for images, labels in batches:
-            measured.append(task.measure(model(images.to(model.device)), labels))
+            outputs = model(images.to(model.device).flatten(0, 1) if views else images.to(model.device))
+            if views:
+                outputs = averaged(outputs.unflatten(0, images.shape[:2]), average)
+            measured.append(task.measure(outputs, labels))
             if advance:
                 advance()
     model.train(was_training)

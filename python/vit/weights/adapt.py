@@ -29,12 +29,12 @@ def load_into(model: VisionTransformer, checkpoint: Checkpoint, new_head: bool =
     Raises WeightsError naming every parameter that is missing, unexpected, of another shape or too large for the dtype.
     """
     load = _Load(model, checkpoint)
-    settings = {"global_pool": model.global_pool, "fc_norm": "fc_norm.weight" in load.wanted}
-    check_pooling(load.state, settings["fc_norm"], settings, checkpoint.source)
+    moves = "fc_norm.weight" in load.wanted
+    check_pooling(load.state, moves, {"global_pool": model.global_pool, "fc_norm": moves}, checkpoint.source)
     if load.fit_head(new_head):
         model.reset_classifier(model.num_classes)
         load.wanted = {key: value for key, value in load.wanted.items() if key not in HEAD}
-    load.rename(rename_norm(load.state, settings["fc_norm"]), "moved behind the mean of the patches")
+    load.rename(rename_norm(load.state, moves), "moved behind the mean of the patches")
     load.rename(rename_scales(load.state, load.wanted), "renamed")
     load.fit_patches()
     load.fit_positions()

@@ -102,6 +102,8 @@ class Checkpoint:
         if "blocks.0.norm1.weight" in self.state and "cls_token" not in self.state and not self._lacks_token():
             # Without a class token logits come from the mean of the patches; the name of the last norm tells its place.
             sizes |= {"class_token": False, "global_pool": "avg"} | ({"fc_norm": False} if self._has_norm() else {})
+        if "attn_pool.latent" in self.state:
+            sizes |= {"global_pool": "map", "fc_norm": None}
         return sizes
 
     def _lacks_token(self) -> bool:

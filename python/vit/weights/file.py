@@ -36,7 +36,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
         raise WeightsError(f"vit: weights {str(path)!r} are no regular file")
     readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {".safetensors": _read_safetensors, ".npz": read_npz}
     try:
-        return readers.get(suffix, read_pickle)(path)
+        return readers.get(_kind(path, suffix), read_pickle)(path)
     except (WeightsError, PermissionError):
         raise
     except Exception as error:  # a broken file makes each reader stumble in half a dozen ways
@@ -44,6 +44,21 @@ def read_file(path: Path) -> Mapping[str, Any]:
         raise WeightsError(
             f"vit: weights {str(path)!r} ({path.stat().st_size} bytes) are truncated or not a {suffix} file: {why}"
         ) from error
+
+
+def _kind(path: Path, suffix: str) -> str:
+    """The suffix that fits the content: files of one kind are often downloaded under the name of another."""
+    with path.open("rb") as file:
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"vit: weights {str(path)!r} are a pointer of Git LFS, not the file itself; fetch it with: git lfs pull"
+        )
+    if suffix == ".safetensors" and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80"):
+        return ".pt"
+    if suffix in PICKLES and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return ".safetensors"
+    return suffix
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:

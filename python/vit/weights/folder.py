@@ -22,8 +22,8 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-#: The weights of a run of `vit train`.
-BEST = "best.safetensors"
+#: Files of a run of `vit train`: the weights to take, those of the last epoch, the state for --resume.
+BEST, LAST, STATE = "best.safetensors", "last.safetensors", "checkpoint.safetensors"
 RECORDS = ("config.json", "preprocessor_config.json")
 
 
@@ -31,20 +31,34 @@ def read_folder(folder: Path) -> Checkpoint:
     """A run folder of `vit train` (model.json, best.safetensors) or a folder with model.safetensors and
     config.json. Raises WeightsError naming file and key for a record that says what it cannot mean."""
     try:
-        return _read_run(folder) if (folder / "model.json").exists() else _read_published(folder)
+        if (folder / "model.json").exists():
+            return _read_run(folder, folder / BEST)
+        return _read_published(folder)
     except RecordError as error:
         raise WeightsError(str(error)) from error
 
 
 def is_of_run(path: Path) -> bool:
     """Whether a file is the weights of a run, beside its model.json."""
-    return path.name == BEST and (path.parent / "model.json").is_file()
+    return path.name in (BEST, LAST, STATE) and (path.parent / "model.json").is_file()
 
 
-def _read_run(folder: Path) -> Checkpoint:
+def read_file_of_run(path: Path) -> Checkpoint:
+    """Weights of a run, with what its model.json says. Raises WeightsError as read_folder, and for its state."""
+    if path.name == STATE:
+        raise WeightsError(
+            f"vit: {shown(path)} is the state of a training, for vit train --resume; its weights are the folder, "
+            f"or {BEST} and {LAST} in it"
+        )
+    try:
+        return _read_run(path.parent, path)
+    except RecordError as error:
+        raise WeightsError(str(error)) from error
+
+
+def _read_run(folder: Path, weights: Path) -> Checkpoint:
     record = Record.read(folder / "model.json")
     about = records.run(record)
-    weights = folder / BEST
     if not weights.exists():
         raise FileNotFoundError(
             f"vit: run {str(folder)!r} has no best.safetensors: its training never finished an epoch"

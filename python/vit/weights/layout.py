@@ -198,6 +198,8 @@ class Layout:
             result.mapped.append(Mapped(sources, targets, rule.word if sources != targets else "as it is"))
         if self.finish is not None:
             self.finish(result)
+        if (registers := result.state.get("reg_token")) is not None and not registers.numel():
+            result.drop("reg_token", "no registers")
         return result
 
     def _rule(self, key: str) -> tuple[Rule, int, dict[str, str]] | None:

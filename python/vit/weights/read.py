@@ -15,7 +15,7 @@ from torch import Tensor
 from ..support.text import printable
 from .checkpoint import Checkpoint, WeightsError, all_finite, some
 from .file import checkpoint_of, read_file, shown
-from .folder import HUB, is_of_run, read_folder, read_hub
+from .folder import HUB, is_of_run, read_file_of_run, read_folder, read_hub
 
 log = logging.getLogger("vit")
 
@@ -73,7 +73,7 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Checkpoint:
         return read_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"vit: weights {str(path)!r} do not exist{_similar_files(path)}")
-    return read_folder(path.parent) if is_of_run(path) else checkpoint_of(read_file(path), shown(path))
+    return read_file_of_run(path) if is_of_run(path) else checkpoint_of(read_file(path), shown(path))
 
 
 def check_finite(checkpoint: Checkpoint, non_finite: str) -> None:

@@ -44,15 +44,19 @@ def run(record: Record) -> dict[str, Any]:
 
 def known_arguments(name: str | None) -> Mapping[str, Any]:
     """The arguments of the class of a named model -> their defaults; of VisionTransformer where it is not known."""
-    return model_class(CONFIGS[name].kind if name in CONFIGS else "vit").ARGUMENTS  # type: ignore[no-any-return]
+    return class_of(name).ARGUMENTS
 
 
-def arguments(record: Record, known: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The arguments of a model in a record; those that are not known are refused. aliases: other names of some."""
-    aliases = {"dynamic_pad": "dynamic_img_pad", **(aliases or {})}
+def class_of(name: str | None) -> Any:
+    """The class of a named model; VisionTransformer where it is not known."""
+    return model_class(CONFIGS[name].kind if name is not None and name in CONFIGS else "vit")
+
+
+def arguments(record: Record, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model in a record; those that are not known are refused."""
     found: dict[str, Any] = {}
     for key in record.values:
-        name = aliases.get(key, key)
+        name = "dynamic_img_pad" if key == "dynamic_pad" else key
         if name in known:
             found[name] = _argument(record, key, name, known[name])
     record.finish()

@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..model.configs import CONFIGS, model_class
 from ..model.options import POOLS
 from ..preprocess import CROP_MODES, INTERPOLATIONS
 from ..support.records import Record
-from .records import arguments, known_arguments
+from .records import arguments, class_of, known_arguments
 from .records import transform as transform_of
 
 #: Where the weights come from, texts about them, and sizes that only other models or other evaluations use.
@@ -118,8 +117,7 @@ def _defaults(record: Record, cfg: Record) -> dict[str, Any]:
 
 def _arguments(args: Record, name: str | None) -> dict[str, Any]:
     """model_args -> arguments of the named model's class."""
-    kind = model_class(CONFIGS[name].kind if name in CONFIGS else "vit")
-    known = known_arguments(name)
+    kind, known = class_of(name), known_arguments(name)
     rest: dict[str, Any] = {}
     for key, value in args.values.items():
         if key in _ABSENT and key not in known:

@@ -81,7 +81,7 @@ def _plain(value: Any) -> Any:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)  # type: ignore[return-value]
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
 def _as_timm_names(model: Any, arch: dict[str, Any]) -> dict[str, Any]:

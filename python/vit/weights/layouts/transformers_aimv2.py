@@ -21,8 +21,8 @@ def configure(record: Record) -> dict[str, Any]:
     vision = hf.tower(
         record, whole, "aimv2_vision_model", "projection_dim", "logit_scale_init_value", "max_logit_scale"
     )
-    names = {"dropout": "attention_dropout", "hidden_dropout": None, "eps_name": "rms_norm_eps", "hidden": 2816}
-    arch = hf.sizes(vision, eps=1e-5, patch=14, dim=1024, depth=24, heads=8, act="silu", **names)
+    names: dict[str, Any] = {"dropout": "attention_dropout", "hidden_dropout": None, "eps_name": "rms_norm_eps"}
+    arch = hf.sizes(vision, eps=1e-5, patch=14, dim=1024, depth=24, heads=8, hidden=2816, act="silu", **names)
     arch["qkv_bias"] = arch["proj_bias"] = vision.boolean("qkv_bias", False)
     for key in ("mlp_bias", "is_native"):
         if vision.boolean(key, False):

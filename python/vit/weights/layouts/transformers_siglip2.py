@@ -22,7 +22,7 @@ KINDS = ("siglip2", "siglip2_vision_model")
 def configure(record: Record) -> dict[str, Any]:
     whole = record.choice("model_type", KINDS) == "siglip2"
     vision = hf.tower(record, whole, "siglip2_vision_model", "initializer_factor")
-    names = {"dropout": "attention_dropout", "hidden_dropout": None}
+    names: dict[str, Any] = {"dropout": "attention_dropout", "hidden_dropout": None}
     arch = hf.sizes(vision, eps=1e-6, image=None, act="gelu_pytorch_tanh", **names)
     side = math.isqrt(vision.integer("num_patches", 256, 1))
     if side**2 != vision.integer("num_patches", 256, 1):
