@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import vit
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from training_helpers import STEPS, Hook, figures, same_bits, terminate
 from vit.backends import get
 from vit.data import Source
 from vit.support.files import append_line, replacing, write_text
@@ -35,7 +36,6 @@ from vit.training import Evaluation, Interrupted, Run, TrainConfig, TrainError, 
 from vit.training import state as checkpoints
 from vit.training.config import RECIPES, from_mapping, read_yaml
 from vit.training.optim import Average, learning_rate, make_optimizer
-from vit.training.progress import Silent
 from vit.training.run import new_folder, new_path
 from vit.viz import confusion
 
@@ -52,24 +52,6 @@ SMALL = TrainConfig(
     warmup_epochs=1.0,
     checkpoint_seconds=1e9,
 )
-STEPS = 9  # of an epoch: 1259 training images in batches of 128
-
-
-class Hook(Silent):
-    """Calls `action` once, after optimizer step `at`, and keeps the lines it was shown."""
-
-    def __init__(self, at: int = -1, action: Callable[[], None] = lambda: None) -> None:
-        self.at, self.action = at, action
-        self.steps = 0
-        self.lines: list[str] = []
-
-    def step(self, text: str) -> None:
-        self.steps += 1
-        if self.steps == self.at:
-            self.action()
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 class Crash(Exception):
@@ -78,26 +60,6 @@ class Crash(Exception):
 
 def crash() -> None:
     raise Crash
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def figures(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the times."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
-
-
-def same_bits(first: Path, second: Path) -> None:
-    """Every tensor of the kept weights and of the training's state, and every figure, are equal."""
-    for name in ("best.safetensors", "checkpoint.safetensors"):
-        left, right = load_file(first / name), load_file(second / name)
-        assert left.keys() == right.keys()
-        different = [key for key in left if not torch.equal(left[key], right[key])]
-        assert not different, f"{name}: {different}"
-    assert figures(first) == figures(second)
 
 
 @pytest.fixture(scope="module")
@@ -756,7 +718,8 @@ def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_default_recipe_reads_98_of_100_digits(tmp_path: Path) -> None:
+    began = time.process_time()
     result = train(TrainConfig(), out=tmp_path / "run")
     assert isinstance(result.test, Evaluation)
     assert result.test.accuracy >= 0.98
-    assert result.seconds < 180
+    assert time.process_time() - began < 180, "seconds of the processor: those of the clock depend on its other work"
