@@ -242,6 +242,18 @@ def test_memory_grows_with_the_batch_and_not_the_weights(capsys: pytest.CaptureF
     assert sizes[1]["activations"] == pytest.approx(9 * sizes[0]["activations"], rel=0.01)
 
 
+def test_info_tells_where_weights_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "vit_small_patch14_reg4_dinov2.lvd142m", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == sum(layers["parameters"] for layers in found["layers"]) == 22_057_344
+    assert found["macs"] == sum(layers["macs"] for layers in found["layers"])
+    assert found["hub"] == "timm/vit_small_patch14_reg4_dinov2.lvd142m"
+    assert (found["license"], found["paper"]) == ("apache-2.0", "https://arxiv.org/abs/2309.16588")
+    assert (found["num_classes"], found["input_size"]) == (0, [3, 518, 518])
+    assert found["preprocess"]["mean"] == [0.485, 0.456, 0.406]
+    assert found["arch"]["reg_tokens"] == 4
+
+
 def test_info_lists_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "*patch32_224"]) == 0
     assert capsys.readouterr().out.split() == vit.list_models("*patch32_224")

@@ -275,9 +275,8 @@ def test_new_parts_begin_as_timms(scheme):
             assert torch.equal(mine, other), key
         elif other.numel() >= 256:
             assert float(mine.detach().std()) == pytest.approx(deviation, rel=0.15), key
-            assert abs(float((mine.detach().mean() - other.detach().mean()))) < 8 * deviation / other.numel() ** 0.5, (
-                key
-            )
+            distance = float(mine.detach().mean() - other.detach().mean())
+            assert abs(distance) < 8 * deviation / other.numel() ** 0.5, key
 
 
 @pytest.mark.parametrize("rule", ["bicubic-aa", "bilinear"])
@@ -287,6 +286,22 @@ def test_patches_are_resampled_as_timms(rule):
     for size in ((8, 8), (24, 20), (16, 16)):
         wanted = timm.layers.resample_patch_embed(weight, size, interpolation=mode, antialias=bool(aa))
         torch.testing.assert_close(resample_patches(weight, size, rule), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_brought_to_another_size_as_by_timm():
+    """FlexiViT's files bilinearly without antialiasing, patches too where another size is asked for; others bicubic."""
+    for name, arch, rule in (
+        ("vit_base_patch16_siglip_224", {"img_size": (64, 96)}, {}),
+        ("flexivit_small", {"img_size": 96, "patch_size": 24}, {"interpolation": "bilinear", "antialias": False}),
+    ):
+        narrow = {"embed_dim": 64, "num_heads": 2, "depth": 1}
+        published = timm.create_model(name, **narrow)
+        fill(published)
+        theirs = timm.create_model(name, **narrow, **arch).eval()
+        theirs.load_state_dict(vision_transformer.checkpoint_filter_fn(published.state_dict(), theirs, **rule))
+        ours = vit.create(name, backend="reference", weights=published.state_dict(), **narrow, **arch).eval()
+        x = draw.randn(1, 3, *theirs.patch_embed.img_size)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
 # ---- what does not go ----
@@ -342,3 +357,10 @@ def test_the_engine_names_an_option_that_it_does_not_compute(arch):
         model = vit.create("vit_tiny_patch16_224", backend="reference", training=False, global_pool=pool, **SMALL)
         with pytest.raises(BackendError, match=f"global_pool '{pool}'"):
             vit.Engine(model)
+
+
+def test_a_constructor_refuses_what_it_does_not_know():
+    with pytest.raises(TypeError, match="VisionTransformer has no argument 'reg_token'"):
+        vit.VisionTransformer(32, 8, reg_token=4)
+    with pytest.raises(TypeError, match="VisionTransformer got img_size twice"):
+        vit.VisionTransformer(32, img_size=32)

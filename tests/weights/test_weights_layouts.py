@@ -14,10 +14,12 @@ import torch
 import vit
 import vit.cli
 import vit.support.tensors
+from safetensors.torch import save_file
 from timm.models import eva as timm_eva
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor
 from vit.weights import WeightsError, layouts
+from vit.weights.infer import nearest_model
 
 S = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 C = S | {"image_size": 16, "patch_size": 8}
@@ -479,3 +481,52 @@ def test_scanned_archives_with_the_attention_pool(naflex, tmp_path):
         torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-5)
         assert not naflex or ours(draw.randn(1, 3, 24, 40)).shape == (1, 32)
     assert set(vit.weights.report(ours).dropped) == {"params/t", "params/b"}
+
+
+# ---- timm's config.json with arguments, as pathology encoders have it ----
+
+
+@pytest.mark.parametrize("spelling", [("SwiGLUPacked", "SiLU"), ("timm.layers.SwiGLUPacked", "torch.nn.SiLU")])
+def test_arguments_beside_the_architecture_are_understood(spelling, tmp_path):
+    sizes = {"img_size": 28, "patch_size": 14, "depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 5.33334}
+    arguments = sizes | {"init_values": 1e-5, "num_classes": 0, "no_embed_class": True, "reg_tokens": 8}
+    name = "vit_giant_patch14_224"
+    layers = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU}
+    theirs = noisy(timm.create_model(name, **arguments, **layers, dynamic_img_size=True), "pathology")
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    arguments |= {"mlp_layer": spelling[0], "act_layer": spelling[1], "dynamic_img_size": True}
+    record = {"architecture": name, "num_classes": 0, "num_features": 32, "global_pool": "token"}
+    (tmp_path / "config.json").write_text(json.dumps(record | {"model_args": arguments, "pretrained_cfg": {}}))
+    ours = vit.create(weights=tmp_path, backend="reference", training=False)
+    x = draw.randn(2, 3, 42, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_of_two_poolings_is_refused_and_its_features_are_read(hf, tmp_path):
+    config = hf.Dinov2Config(**C, num_labels=5)
+    theirs = noisy(hf.Dinov2ForImageClassification(config), "dinov2 classifier")
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"head\.weight \[5, 32\].*\n.*class token and the mean.*num_classes=0"):
+        vit.create(weights=tmp_path, backend="reference")
+    ours = vit.create(weights=tmp_path, backend="reference", training=False, num_classes=0)
+    x = draw.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = theirs.dinov2(x).last_hidden_state
+        torch.testing.assert_close(ours.forward_features(x), expected, rtol=1e-5, atol=1e-5)
+    assert "classifier.weight" in vit.weights.report(ours).dropped
+
+
+@pytest.mark.parametrize(
+    ("sizes", "base", "name"),
+    [
+        ((1024, 24, 14), "aimv2_large_patch14_224", "aimv2_large_patch14_224"),
+        ((1024, 24, 14), "vit_base_patch16_clip_224", "vit_large_patch14_clip_224"),
+        ((384, 12, 14), "vit_base_patch14_dinov2", "vit_small_patch14_dinov2"),
+        ((4096, 40, 16), "vit_base_patch16_dinov3", "vit_7b_patch16_dinov3"),
+        ((1000, 3, 16), "vit_base_patch16_224", None),
+    ],
+)
+def test_the_named_model_of_these_sizes(sizes, base, name):
+    found = dict(zip(("embed_dim", "depth", "patch_size"), sizes, strict=True))
+    assert nearest_model(found, base) == name

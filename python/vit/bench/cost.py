@@ -58,7 +58,8 @@ def measure(name: str, batch: int = 1, backend: str = "auto", **arch: Any) -> Si
     Raises what vit.create raises.
     """
     with FakeTensorMode():
-        counted = create(name, backend="reference", device="cpu", **arch)
+        # The counter hooks every module, and cannot where one is given a parameter without a graph.
+        counted = create(name, backend="reference", device="cpu", **arch).requires_grad_(False)
         # As products: not every torch version knows what its fused attention on CPUs multiplies.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             counted(_images(counted, 1))
@@ -134,27 +135,34 @@ def _gradients(model: nn.Module) -> int:
 
 def _layers(model: VisionTransformer, flops: dict[str, int]) -> Iterator[Layers]:
     """The model's rows of `vit info`: those of all blocks are added up."""
-    depth = len(model.blocks)
+    depth, modules, kind = len(model.blocks), dict(model.named_modules()), type(model).__name__
 
-    def row(label: str, *paths: str, count: int = 1, own: int = 0) -> Layers:
-        modules = [model.get_submodule(path) for path in paths]
-        parameters = own + sum(p.numel() for module in modules for p in module.parameters())
-        macs = sum(flops.get(f"VisionTransformer.{path}", 0) for path in paths) // 2
-        return Layers(label, count, parameters, macs)
+    def row(label: str, *paths: str, count: int = 1) -> Layers:
+        there = [path for path in paths if path in modules]
+        parameters = sum(p.numel() for path in there for p in modules[path].parameters())
+        return Layers(label, count, parameters, sum(flops.get(f"{kind}.{path}", 0) for path in there) // 2)
 
     def in_blocks(label: str, *parts: str) -> Layers:
-        return row(label, *(f"blocks.{i}.{part}" for i in range(depth) for part in parts), count=depth)
+        return row(label, *(f"blocks.{i}{part}" for i in range(depth) for part in parts), count=depth)
 
-    tokens = sum(t.numel() for t in (model.cls_token, model.pos_embed) if isinstance(t, nn.Parameter))
+    tokens = sum(p.numel() for p in model._parameters.values() if p is not None)
+    qkv = in_blocks("attention q, k, v", *(f".attn.{name}" for name in ("qkv", "q_proj", "k_proj", "v_proj")))
+    projection = in_blocks("attention projection", ".attn.proj")
+    attention, mlp, block_norms = in_blocks("", ".attn"), in_blocks("MLP", ".mlp"), in_blocks("", ".norm1", ".norm2")
+    norms = row("", "norm", "fc_norm", "norm_pre")
+    inner = attention.parameters - qkv.parameters - projection.parameters  # norms of q and k, biases of their own
+    # What else blocks hold are the factors of LayerScale.
+    scales = in_blocks("", "").parameters - attention.parameters - mlp.parameters - block_norms.parameters
     yield row("patch embedding", "patch_embed")
-    yield row("class token, positions", own=tokens)
-    projections = in_blocks("attention q, k, v", "attn.qkv"), in_blocks("attention projection", "attn.proj")
-    whole = in_blocks("", "attn")
-    yield projections[0]
-    yield Layers("attention", depth, 0, whole.macs - sum(layers.macs for layers in projections))
-    yield projections[1]
-    yield in_blocks("MLP", "mlp")
-    norms = row("", "norm", "fc_norm")
-    block_norms = in_blocks("", "norm1", "norm2")
-    yield Layers("layer norms", 2 * depth + 1, norms.parameters + block_norms.parameters, 0)
-    yield row("head", "head")
+    yield Layers("class token, positions", 1, tokens + row("", "rope").parameters, 0)
+    yield qkv
+    yield Layers("attention", depth, inner, attention.macs - qkv.macs - projection.macs)
+    yield projection
+    yield mlp
+    if scales:
+        yield Layers("layer scale", 2 * depth, scales, 0)
+    before = int(norms.parameters > 0 and next(modules["norm_pre"].parameters(), None) is not None)
+    yield Layers("layer norms", 2 * depth + 1 + before, norms.parameters + block_norms.parameters, 0)
+    if model.attn_pool is not None:
+        yield row("attention pooling", "attn_pool")
+    yield row("head", "head", "head_dist")

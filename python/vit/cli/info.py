@@ -14,11 +14,13 @@ from ..support.files import to_json
 from .arguments import positive
 from .show import table
 
-HELP = "the backends of this machine and why others are missing; with NAME the size of a model"
+HELP = "the backends of this machine and why others are missing; with NAME or NAME.TAG the size of a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", nargs="?", help="a model, or a wildcard that lists models")
+    parser.add_argument(
+        "name", metavar="NAME", nargs="?", help="a model, its name or name.tag, or a wildcard that lists them"
+    )
     text = "images per batch (default: %(default)s)"
     parser.add_argument("--batch", type=positive, default=1, metavar="B", help=text)
     parser.add_argument("--backend", default="auto", help="whose memory to count (default: %(default)s)")
@@ -79,10 +81,12 @@ def _models(pattern: str, as_json: bool) -> int:
 
 def _model(name: str, batch: int, backend: str, as_json: bool) -> int:
     from ..bench.cost import measure
+    from ..model.configs import resolve
 
-    size = measure(name, batch, backend)
+    name = resolve(name)
+    size, published = measure(name, batch, backend), _published(name)
     if as_json:
-        print(to_json(asdict(size)))
+        print(to_json(asdict(size) | published))
         return 0
     print(f"{size.name}: {size.parameters:,} parameters, {size.macs / 1e9:,.3f} G multiply-adds per image\n")
     rows = [(x.name, str(x.count), f"{x.parameters:,}", f"{x.macs / 1e9:,.3f}") for x in size.layers]
@@ -96,7 +100,31 @@ def _model(name: str, batch: int, backend: str, as_json: bool) -> int:
     }
     title = f"memory, float32, batch {size.batch}, backend {size.backend}"
     table((title, "MB"), [(text, f"{value / 1e6:,.1f}") for text, value in memory.items()], sys.stdout)
+    print()
+    facts = {key: value for key, value in published.items() if key not in ("arch", "preprocess")}
+    lines = [(key, _text(value)) for key, value in (facts | published["preprocess"]).items() if value is not None]
+    table(("weights", ""), lines, sys.stdout, left=2)
     return 0
+
+
+def _published(name: str) -> dict[str, Any]:
+    """What the tables say of a name or name.tag: the network's arguments, the transform, and where weights are."""
+    from ..model.configs import get_config
+
+    config = get_config(name)
+    tag, arch = config.tag, dict(config.arch)
+    size = arch.get("img_size", 224)
+    return {
+        "architecture": name.partition(".")[0],
+        "tag": tag.tag if tag else None,
+        "num_classes": arch.get("num_classes", 1000),
+        "input_size": [arch.get("in_chans", 3), size, size],
+        "hub": tag.hub if tag else None,
+        "license": tag.licence if tag else None,
+        "paper": tag.paper if tag else None,
+        "preprocess": dict(config.preprocess),
+        "arch": arch,
+    }
 
 
 def versions() -> dict[str, Any]:

@@ -18,6 +18,7 @@ KINDS = {
     "vit": ("vision_transformer", "VisionTransformer"),
     "deit": ("deit", "VisionTransformerDistilled"),
     "eva": ("eva", "Eva"),
+    "naflex": ("naflex", "NaFlexVit"),
 }
 
 

@@ -139,9 +139,10 @@ class Eva(VisionTransformer):
         grid: Grid | None = (patches.shape[1], patches.shape[2]) if self.dynamic_img_size else None
         tokens = super()._pos_embed(patches)
         rope = None if self.rope is None else self.rope.get_embed(grid)
-        if self.patch_drop is None:
+        drop: Any = self.patch_drop
+        if drop is None:
             return tokens, rope
-        tokens, kept = self.patch_drop(tokens)
+        tokens, kept = drop(tokens)
         if rope is None or kept is None:
             return tokens, rope
         # [B, 1, N', 2 D], or [depth, B, H, N', 2 D]

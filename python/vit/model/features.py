@@ -18,6 +18,7 @@ class Intermediates:
     ops: Any
     blocks: Any
     norm: Any
+    fc_norm: Any
     patch_embed: Any
     num_prefix_tokens: int
 

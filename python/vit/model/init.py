@@ -85,7 +85,7 @@ def init_weights(model: Any, scheme: str, num_classes: int) -> None:
                 layer.weight.div_(math.sqrt(2.0 * (i + 1)))
 
 
-def init_module(module: nn.Module, name: str, scheme: str, num_classes: int, draws: Draws) -> None:
+def init_module(module: Any, name: str, scheme: str, num_classes: int, draws: Draws) -> None:
     """Initialises the parameters of one layer; other modules stay."""
     if name == "patch_embed.proj" and isinstance(module, (nn.Conv2d, nn.Linear)):
         _init_patch_projection(module, name, scheme, draws)

@@ -59,7 +59,7 @@ def resample(
         return pos_embed
     prefix, table = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
     image = table.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # [1, C, h, w]
-    image = _resize(image, new_grid, rule)
+    image = resize(image, new_grid, rule)
     table = image.permute(0, 2, 3, 1).reshape(1, new_grid[0] * new_grid[1], -1)
     return torch.cat([prefix, table.to(pos_embed.dtype)], dim=1)
 
@@ -75,12 +75,13 @@ def resample_patches(weight: Tensor, patch_size: tuple[int, int], rule: str | No
     if old == tuple(patch_size):
         return weight
     units = torch.eye(old[0] * old[1], dtype=torch.float32, device=weight.device).view(-1, 1, *old)
-    resized = _resize(units, patch_size, rule).flatten(1)  # B^T: [old pixels, new pixels]
+    resized = resize(units, patch_size, rule).flatten(1)  # B^T: [old pixels, new pixels]
     kernels = weight.float().flatten(2) @ torch.linalg.pinv(resized).t()
     return kernels.unflatten(2, patch_size).to(weight.dtype)
 
 
-def _resize(image: Tensor, size: tuple[int, int], rule: str | None) -> Tensor:
+def resize(image: Tensor, size: tuple[int, int], rule: str | None) -> Tensor:
+    """A picture [B, C, h, w] by one of options.RESIZES; None: timm's, bicubic with antialiasing."""
     mode, _, more = (rule or "bicubic-aa").partition("-")
     if more == "corners":
         return F.interpolate(image, size=size, mode=mode, align_corners=True)

@@ -94,7 +94,12 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         positional = dict(zip(self.ARGUMENTS, sizes, strict=False))
         if twice := sorted(positional.keys() & arch.keys()):
             raise TypeError(f"vit: VisionTransformer got {', '.join(twice)} twice")
-        self.options = o = self.Options(**self.spelled(positional | arch))
+        if len(sizes) > len(positional):
+            raise TypeError(f"vit: {type(self).__name__} takes {len(positional)} arguments, got {len(sizes)}")
+        arch = self.spelled(positional | arch)
+        if unknown := [key for key in arch if key not in self.ARGUMENTS]:
+            raise TypeError(f"vit: {type(self).__name__} has no argument {', '.join(map(repr, unknown))}")
+        self.options = o = self.Options(**arch)
         self.name, self.backend = name, backend
         self.num_classes = o.num_classes
         self.embed_dim = self.num_features = self.head_hidden_size = o.embed_dim
@@ -111,7 +116,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         home = torch.empty(0, device=device, dtype=dtype)  # what None stands for
         # Parameters get room once all are known, and their values by init_weights or with the weights that are loaded.
         factory: dict[str, Any] = {"device": "meta", "dtype": home.dtype}
-        self.patch_embed = _patch_embed(o, factory)
+        self._build_patches(factory)
         self.num_prefix_tokens = o.prefix_tokens + (not self.reads_one_token)
         # Now, so that a refusal comes before the large part is built.
         self._plan = self.plan_for(home.device, home.dtype, training)
@@ -127,6 +132,9 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         self.preprocess = Preprocess(self.patch_embed.img_size, in_chans=o.in_chans)
         self.bind(self._plan)
         self.train(training)
+
+    def _build_patches(self, factory: dict[str, Any]) -> None:
+        self.patch_embed = _patch_embed(self.options, factory)
 
     def _build_embedding(self, home: Tensor, factory: dict[str, Any]) -> None:
         """What stands between the patches and the first block, in the order of timm's modules."""
