@@ -45,8 +45,8 @@ def evaluate(
     """The figures of `task` (default: classification: mean cross entropy and share of right answers) of `model` on
     `samples`, through model.preprocess, in float32.
 
-    Each image is measured in float64 and the sum is exact (math.fsum), so the result depends neither on the order nor on
-    how the images are spread over batches and processes. With several processes, `gather` joins a list over all of them.
+    Each image is measured in float64 and the sum is exact (math.fsum), so the result depends neither on the order nor
+    on how the images are spread over batches and processes. With several processes, `gather` joins a list over all.
     `advance` is called after every batch. `views` shows each image several times in the place of model.preprocess; the
     logits or, as `average` says, the probabilities are averaged. Raises ReaderError when one of the `workers` dies.
     """

@@ -30,7 +30,7 @@ def features(model: VisionTransformer, samples: Samples, batch_size: int, worker
 def knn_accuracy(
     train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, neighbours: int
 ) -> float:
-    """Share of test images whose class most of the nearest training images have, by cosine, the nearer counting more."""
+    """Share of test images that have the class of most of their nearest training images, nearer ones counting more."""
     if neighbours > len(train):
         raise ValueError(f"vit: --knn {neighbours} is more than the {len(train)} training images")
     kind = require("sklearn.neighbors", "train").KNeighborsClassifier
