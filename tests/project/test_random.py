@@ -157,10 +157,13 @@ DRAWS = re.compile(
 ALLOWED = {
     "python/vit/support/random.py": (r"randint\(1 << 16|np\.random\.SFC64|numpy\.random|randn gives", "the generator"),
     "python/vit/model/layers.py": (r"torch\.rand\(", "drop-path, whose bits are pinned here; torch.compile knows it"),
+    "python/vit/model/rope.py": (r"uniform_\(-limit", "coordinates disturbed in training, with the numbers timm draws"),
     "tests/draw.py": (r"draw\.|As (torch|nn)\.|torch\.randn and", "names what it stands for"),
     "tests/project/test_random.py": (r".", "this file"),
     "tests/data/test_data.py": (r"\.integers\(|default_rng", "bytes of image files, compared with what is read back"),
     "tests/training/test_training.py": (r"default_rng", "pixels of image files that are not looked at"),
+    "tests/training/test_training_modes.py": (r"torch\.rand\(5\)", "that PyTorch's generator does not matter"),
+    "tests/data/test_sources.py": (r"default_rng|np\.random", "bytes of image files, compared with what is read back"),
     "tests/data/test_images.py": (r"default_rng", "damaged bytes, and pixels that two ways of resizing share"),
     "tests/data/test_preprocess.py": (r"default_rng", "noise, resized by two libraries"),
     "tests/weights/test_weights_formats.py": (r"default_rng|RandomState", "pixels for two readers, one object"),
