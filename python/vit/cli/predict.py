@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         print("vit: --json and --csv - both write to standard output; give --csv a file", file=sys.stderr)
         return 2
     if bool(args.images) == bool(args.data):
-        print("vit: give either images or --data", file=sys.stderr)
+        problem = "both images and --data are given" if args.data else "neither images nor --data are given"
+        print(f"vit: {problem}; usage: vit predict RUN IMAGE... or vit predict RUN --data DATA", file=sys.stderr)
         return 2
     failed: list[dict[str, Any]] = []
     if args.data:
