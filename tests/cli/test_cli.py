@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import importlib
+import io
 import json
 import math
 import os
