@@ -227,11 +227,12 @@ def test_a_probe_says_what_is_wrong(tmp_path):
     [({"M": -1}, "M is -1; a size is 0 or more"), ({"dtype": 7}, "unknown dtype 7"), ({"y": 0}, "y is null")],
 )
 def test_bad_arguments_are_errors(emulated, change, text):
-    x, w, y = draw.randn(4, 8), draw.randn(6, 8), torch.empty(4, 6)
+    x, w, y, scratch = draw.randn(4, 8), draw.randn(6, 8), torch.empty(4, 6), torch.empty(1 << 20)
     fields = {
         "x": x.data_ptr(), "weight": w.data_ptr(), "bias": 0, "scale": 0, "residual": 0, "y": y.data_ptr(), "preact": 0,
         "M": 4, "N": 6, "K": 8, "x_stride": 8, "weight_stride": 8, "activation": 0, "dtype": 0, "param_dtype": 0,
-        "out_dtype": 0, "workspace": 0, "workspace_bytes": 0, "stream": 0, "device": 0, "threads": 1, "tf32": False,
+        "out_dtype": 0, "workspace": scratch.data_ptr(), "workspace_bytes": 4 << 20, "stream": 0, "device": 0,
+        "threads": 1, "tf32": False,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=text):
         emulated.module.linear_fwd(*(fields | change).values())

@@ -156,8 +156,16 @@ def test_a_killed_reader_costs_nothing(tmp_path: Path, number: signal.Signals) -
     """One line, a checkpoint of the last step, and a resumed training with the bits of an undisturbed one."""
     config = dataclasses.replace(SMALL, workers=2)
     whole = train(dataclasses.replace(config, workers=0), out=tmp_path / "whole")
-    # In the first epoch: a reader that hears SIGTERM a moment later may have given the last batches of the second.
-    kill = Hook(2, lambda: [os.kill(p.pid or 0, number) for p in multiprocessing.active_children()] and None)
+
+    def end_readers() -> None:
+        # Again while one lives: a thread that PyTorch starts in a reader before its signals are blocked may take SIGTERM.
+        while readers := [process for process in multiprocessing.active_children() if process.is_alive()]:
+            for process in readers:
+                os.kill(process.pid or 0, number)
+            time.sleep(0.05)
+
+    # In the first epoch: in the second all batches may have been given already.
+    kill = Hook(2, end_readers)
     with pytest.raises(TrainError, match=r"(ended|killed).*; go on with: vit train --resume .*run$"):
         train(config, out=tmp_path / "run", display=kill)
     assert not multiprocessing.active_children() or not [p for p in multiprocessing.active_children() if p.is_alive()]

@@ -232,6 +232,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             and self.attn_pool is None
             and (kind := _ONE_TOKEN.get(type(self))) is not None
             and not any(n in self.__dict__ or getattr(type(self), n) is not f for n, f in _PATH[type(self)].items())
+            and type(self.blocks) in (nn.Sequential, nn.ModuleList)
             and untouched(self.blocks, type(self.blocks))
             and len(self.blocks) > 0
             and untouched(last := self.blocks[-1], kind)
