@@ -158,7 +158,7 @@ def test_a_killed_reader_costs_nothing(tmp_path: Path, number: signal.Signals) -
     whole = train(dataclasses.replace(config, workers=0), out=tmp_path / "whole")
 
     def end_readers() -> None:
-        # Again while one lives: a thread that PyTorch starts in a reader before its signals are blocked may take SIGTERM.
+        # Again while one lives: a thread that PyTorch starts before the signals are blocked may take SIGTERM away.
         while readers := [process for process in multiprocessing.active_children() if process.is_alive()]:
             for process in readers:
                 os.kill(process.pid or 0, number)

@@ -61,7 +61,8 @@ def test_a_pipe_shows_the_first_step_and_the_number_of_classes(
     assert main(["train", *TINY, "--epochs", "1", "--log-seconds", "0", "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "10 classes" in lines[0]
-    assert "1 thread," in lines[1]
+    assert lines[1] == "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    assert "1 thread," in lines[2]
     steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == STEPS
     assert all(word in steps[0] for word in ("step 1/9", "loss ", "lr ", "images/s", "left"))
