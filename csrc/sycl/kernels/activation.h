@@ -76,8 +76,8 @@ VIT_INLINE A gelu_tanh_derivative(A x) {
   return sycl::fma(gate * other, x * slope, gate);
 }
 
-// x / (1 + e^-u), u of the sign of x. Where x is large, 1 - 1 / (1 + e^u): a factor beside 1 would be rounded at 1, by more
-// than the last bit of the product.
+// x / (1 + e^-u), u of the sign of x. Where x is large, 1 - 1 / (1 + e^u): a factor beside 1 would be rounded at 1, by
+// more than the last bit of the product.
 template <class A>
 VIT_INLINE A times_logistic(A x, A u) {
   const A other = logistic(-sycl::fabs(u));
