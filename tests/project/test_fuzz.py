@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import USABLE
+from fuzz import native
 from fuzz.formats import FORMATS, Change, job_of
 from fuzz.run import fuzz
 from fuzz.worker import Worker
@@ -69,3 +70,9 @@ def test_results_that_are_or_are_not_the_seeds(worker, tmp_path):
     assert worker.run(job)[0] == "wrong silently"
     job = job_of("config", path, path, Change("", differs=("depth",)), "done") | {"use": "script"}
     assert worker.run(job) == ("wrong silently", "the change of depth changed nothing")
+
+
+def test_the_c_api_with_damaged_files_and_calls(tmp_path):
+    """Random networks, calls and engine files, on the lowest instruction-set level: what is tried lies above it."""
+    good, text = native.fuzz(tmp_path, tmp_path / "kept", seed=0)
+    assert good, text

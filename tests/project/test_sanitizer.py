@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import vit
 from conftest import USABLE
-from fuzz import native
 from vit.parity import cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,9 +79,3 @@ def test_the_engine_neither(environment):
         env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-
-
-def test_the_c_api_with_damaged_files_and_calls(tmp_path):
-    """Random networks, calls and engine files, on the lowest instruction-set level: what is tried lies above it."""
-    good, text = native.fuzz(tmp_path, tmp_path / "kept", seed=0)
-    assert good, text

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from ..backends import BackendError, NativeBackend, get
+from ..support.text import printable
 
 #: The backend whose engine is meant where none is named.
 DEFAULT = "cpu"
@@ -166,7 +167,7 @@ class Library:
         """What a vit_status that is not VIT_OK stands for."""
         kinds = {"unsupported": BackendError, "memory": MemoryError, "file": OSError, "failed": RuntimeError}
         kind = kinds.get(STATUS.name(status), ValueError)
-        return kind(self.last_error().decode(errors="replace"))  # it may quote a damaged file
+        return kind(printable(self.last_error().decode(errors="replace")))  # it may quote a damaged file
 
 
 @cache
