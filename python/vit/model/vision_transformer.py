@@ -209,8 +209,9 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             if isinstance(tokens, Tensor):  # in a trace of torch.fx masks are places that may stay empty
                 self._check_masked()
             given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
-        elif isinstance(self.blocks, nn.Sequential) and not (
-            self.grad_checkpointing or untouched(self.blocks, nn.Sequential)
+        elif not isinstance(self.blocks, nn.ModuleList) and not (
+            isinstance(self.blocks, nn.Sequential)
+            and (self.grad_checkpointing or untouched(self.blocks, nn.Sequential))
         ):
             return call(self.ops, self.norm, self.blocks(tokens))
         for block, more in zip(self.blocks, given, strict=True):
@@ -244,7 +245,8 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
 
     def start(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """images -> tokens as the first block takes them, and what else each block takes."""
-        return self.embed(images), [{}] * len(self.blocks)
+        count = len(self.blocks) if isinstance(self.blocks, (nn.Sequential, nn.ModuleList)) else 0  # else called whole
+        return self.embed(images), [{}] * count
 
     def embed(self, images: Tensor) -> Tensor:
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them."""
