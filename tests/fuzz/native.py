@@ -13,7 +13,7 @@ from pathlib import Path
 
 NAME = "c-api"
 HERE = Path(__file__).parent
-CASES = 2000  # in `.ci/run`
+CASES = 2000  # in `pytest -m fuzz`
 BATCH = 1000
 MOST_MIB = 1024  # of the whole process, sanitizers included
 
