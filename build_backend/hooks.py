@@ -1,7 +1,7 @@
 """The build backend: setuptools, plus the compiler wheels that only some builds need.
 
-`pip install .` asks for nothing extra. The CUDA compiler (on a machine without nvcc) and the SYCL headers are
-100 to 200 MB: they become build requirements only when VIT_BACKENDS names that backend.
+`pip install .` asks for nothing extra. The CUDA compiler (on a machine without nvcc), the Mojo compiler and the SYCL
+headers are 85 to 200 MB: they become build requirements only when VIT_BACKENDS names that backend.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from setuptools.build_meta import *  # noqa: F403 - the hooks that stay as they 
 CUDA_COMPILER = [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")]
 # The oldest runtime that the `sycl` extra accepts: a module linked with it loads with every later one.
 SYCL_HEADERS = ["intel-sycl-rt==2026.0.0"]
+MOJO_COMPILER = [f"mojo-compiler=={native.MOJO_VERSION}"]
 
 
 def _extra_requirements() -> list[str]:
@@ -24,6 +25,8 @@ def _extra_requirements() -> list[str]:
         extra += CUDA_COMPILER
     if "sycl" in wanted and native.find_sycl() is None:
         extra += SYCL_HEADERS
+    if "mojo" in wanted and native.find_mojo() is None:
+        extra += MOJO_COMPILER
     return extra
 
 

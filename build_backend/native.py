@@ -23,6 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORMS = ("x86_64", "aarch64")
+#: Exactly this one: minor releases of Mojo deprecate and remove what the kernels are written with.
+MOJO_VERSION = "1.2.0"
 
 
 class BuildError(Exception):
@@ -74,6 +76,24 @@ def find_sycl() -> Path | None:
     candidates = [Path(sys.prefix), *(Path(p).parents[2] for p in sys.path if p.endswith("site-packages"))]
     candidates.append(Path("/opt/intel/oneapi/compiler/latest"))
     return next((p for p in candidates if (p / "include/sycl/sycl.hpp").is_file()), None)
+
+
+def find_mojo() -> Path | None:
+    """The Mojo compiler of MOJO_VERSION: of the mojo-compiler wheel, or on PATH."""
+    named = shutil.which("mojo")
+    candidates = [Path(p) / "modular/bin/mojo" for p in sys.path] + ([Path(named)] if named else [])
+    return next((p for p in candidates if p.is_file() and _mojo_version(p) == MOJO_VERSION), None)
+
+
+def _mojo_version(compiler: Path) -> str | None:
+    """What `mojo --version` says ("Mojo 1.2.0 (2016d0cd)"); None when it does not run."""
+    env = os.environ | {"MODULAR_TELEMETRY_ENABLED": "0"}
+    try:
+        done = subprocess.run([compiler, "--version"], env=env, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    words = done.stdout.split()
+    return words[1] if done.returncode == 0 and len(words) > 1 else None
 
 
 def outputs(package: Path) -> list[Path]:
@@ -154,6 +174,14 @@ def _toolchain(name: str) -> tuple[list[str], dict[str, str]]:
                 "name sycl in VIT_BACKENDS to have them fetched"
             )
         return [f"-DSYCL_ROOT={root}"], {}
+    if name == "mojo":
+        mojo = find_mojo()
+        if mojo is None:
+            raise BuildError(
+                f"no Mojo {MOJO_VERSION} in this environment or on PATH; "
+                "name mojo in VIT_BACKENDS to have its compiler fetched (85 MB)"
+            )
+        return [f"-DVIT_MOJO={mojo}"], {}
     return [], {}
 
 
@@ -202,4 +230,5 @@ def summarize(log: str, limit: int = 8) -> str:
     if first is not None:
         return " ".join(lines[first : first + limit])
     errors = [line for line in lines if re.search(r"\berror\b|undefined reference", line) and len(line) < 400]
-    return "; ".join(errors[:limit] or lines[-limit:])
+    # A compiler that crashed leaves a stack, its frames numbered.
+    return "; ".join(errors[:limit] or [line for line in lines if not re.match(r"#?\d+ +0x", line)][-limit:])

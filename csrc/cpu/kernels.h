@@ -17,9 +17,8 @@ struct Kernels {
 #include "ops.def"
 };
 
-// The kernels in use on this machine, and the name of their level.
+// The kernels in use on this machine.
 const Kernels& active_kernels();
-const char* active_level();
 
 #ifdef VIT_ISA
 namespace VIT_ISA {

@@ -41,7 +41,7 @@ def create(
     name      one of vit.list_models(), or name.tag: the classes, image size and preprocessing of those published
               weights. None: the one the weights were saved with, else vit_base_patch16_224. No weights are downloaded.
     backend   "auto" chooses the best per op (see model.plan); a named one ("reference", "cpu", "cuda",
-              "sycl") is strict: BackendError when it cannot run the model here.
+              "mojo", "sycl") is strict: BackendError when it cannot run the model here.
     weights   .safetensors, .npz (JAX), .pt/.pth (state dict), a run folder of `vit train`, a folder with
               model.safetensors, "hf-hub:organisation/name", or a state dict. Weights for another img_size,
               in_chans or num_classes are adapted: positions resampled, channels summed or repeated, the head

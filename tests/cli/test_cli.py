@@ -274,7 +274,7 @@ def test_train_and_eval_agree_to_the_bit(tmp_path: Path, capsys: pytest.CaptureF
     assert trained["run"] == str(run)
     assert trained["epochs"] == 1
     assert trained["seconds"] > 0
-    assert trained["backend"] in ("cpu", "cuda", "sycl", "reference")
+    assert trained["backend"] in ("cpu", "cuda", "mojo", "sycl", "reference")
     assert captured.out.count("\n") == 1, "with --json the progress goes to standard error"
     assert re.search(r"epoch +1/1  train loss \d\.\d{4}  val loss", captured.err)
     assert main(["eval", str(run), "--json"]) == 0

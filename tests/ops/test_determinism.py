@@ -14,6 +14,7 @@ import vit
 from conftest import NATIVE
 from test_memory import same_bits
 from torch import Tensor
+from vit.backends._host import HostBackend
 from vit.ops import OPS
 from vit.parity import backend_ops, cases
 from vit.parity.problems import DEFINITIONS, build
@@ -107,8 +108,8 @@ def test_the_logits_of_an_image_do_not_depend_on_the_batch(backend, device, dtyp
 
 def test_the_number_of_threads_is_asked_at_every_call(backend, device):
     record = NATIVE[backend]
-    if backend != "cpu":
-        pytest.skip("only the cpu backend runs on torch's number of threads")
+    if not isinstance(record, HostBackend):
+        pytest.skip("it has threads of its own")
     for threads in (1, 3, 2):
         torch.set_num_threads(threads)
         assert record.context(device)[2] == threads
@@ -148,8 +149,8 @@ def run_script(text: str, backend: str) -> str:
 
 
 def test_one_thread_never_starts_a_pool(backend, device):
-    if backend != "cpu":
-        pytest.skip("only the cpu backend runs on torch's number of threads")
+    if not isinstance(NATIVE[backend], HostBackend):
+        pytest.skip("it has threads of its own")
     text = """
 import os
 torch.set_num_threads(1)

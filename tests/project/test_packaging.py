@@ -259,17 +259,44 @@ def test_compilers_are_fetched_only_for_a_named_backend(
     build_modules: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     native, hooks = build_modules
-    monkeypatch.setattr(native, "backends", lambda: ["cpu", "cuda", "sycl"])
+    monkeypatch.setattr(native, "backends", lambda: ["cpu", "cuda", "mojo", "sycl"])
     monkeypatch.setattr(native, "find_nvcc", lambda: None)
+    monkeypatch.setattr(native, "find_mojo", lambda: None)
     monkeypatch.setattr(native, "find_sycl", lambda: None)
     monkeypatch.delenv("VIT_BACKENDS", raising=False)
     plain = hooks.get_requires_for_build_wheel()
     monkeypatch.setenv("VIT_BACKENDS", "cpu,sycl")
     assert [r for r in hooks.get_requires_for_build_wheel() if r not in plain] == hooks.SYCL_HEADERS
+    monkeypatch.setenv("VIT_BACKENDS", "cpu,mojo")
+    assert [r for r in hooks.get_requires_for_build_wheel() if r not in plain] == hooks.MOJO_COMPILER
+    monkeypatch.setattr(native, "find_mojo", lambda: Path("/usr/bin/mojo"))
+    assert hooks.get_requires_for_build_wheel() == plain
     monkeypatch.setenv("VIT_BACKENDS", "cuda")
     assert [r for r in hooks.get_requires_for_build_editable() if r not in plain] == hooks.CUDA_COMPILER
     monkeypatch.setattr(native, "find_nvcc", lambda: Path("/usr/bin/nvcc"))
     assert hooks.get_requires_for_build_wheel() == plain
+
+
+def test_only_the_mojo_compiler_of_one_version_is_taken(
+    build_modules: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    native, _ = build_modules
+    monkeypatch.setattr(native.sys, "path", [str(tmp_path)])
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert native.find_mojo() is None
+    compiler = tmp_path / "bin/mojo"
+    compiler.parent.mkdir()
+    for version, found in [("1.1.0", None), ("1.2.10", None), (native.MOJO_VERSION, compiler)]:
+        compiler.write_text(f"#!/bin/sh\necho 'Mojo {version} (2016d0cd)'\n")
+        compiler.chmod(0o755)
+        assert native.find_mojo() == found
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    assert native.find_mojo() is None
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(native.sys, "platform", "linux")
+    with pytest.raises(native.BuildError, match=r"no Mojo 1\.2\.0 .* name mojo in VIT_BACKENDS"):
+        native._toolchain("mojo")
+    assert f"set(wanted {native.MOJO_VERSION})" in (ROOT / "csrc/mojo/CMakeLists.txt").read_text()
 
 
 def test_hooks_and_continuous_integration_run_the_same_tool_versions() -> None:

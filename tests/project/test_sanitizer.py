@@ -23,7 +23,9 @@ def sanitized_package(folder: Path) -> Path:
     """A copy of the package whose CPU module is built with -DVIT_SANITIZE=ON; the folder for PYTHONPATH."""
     package = folder / "package" / "vit"
     source = Path(vit.__file__).parent
-    shutil.copytree(source, package, ignore=shutil.ignore_patterns("_cpu*.so", "_cuda*.so", "_sycl*.so", "__pycache__"))
+    shutil.copytree(
+        source, package, ignore=shutil.ignore_patterns("_cpu*.so", "_cuda*.so", "_mojo*.so", "_sycl*.so", "__pycache__")
+    )
     build = ["cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja", "-DVIT_BACKEND=cpu", "-DVIT_SANITIZE=ON"]
     build += ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     for command in (

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/engine/kernels.h"
+#include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/levels.h"
 

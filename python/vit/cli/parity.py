@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The reference is PyTorch's own ops: what those get wrong themselves is skipped there, and named. "
         "Exit code 0: all passed, 1: a case failed or the backend cannot run here, 2: bad usage."
     )
-    parser.add_argument("--backend", default="cpu", help="cpu, cuda, sycl, reference (default: %(default)s)")
+    parser.add_argument("--backend", default="cpu", help="cpu, cuda, mojo, sycl, reference (default: %(default)s)")
     parser.add_argument("--device", type=device, help="torch device of the inputs (default: the backend's own)")
     parser.add_argument("--op", action="append", choices=tuple(DEFINITIONS), help="only this op (repeatable)")
     parser.add_argument("--group", action="append", choices=GROUPS, help="only this group (repeatable)")

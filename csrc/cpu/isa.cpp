@@ -1,0 +1,61 @@
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/levels.h"
+#include "vit.h"
+
+namespace vit {
+namespace {
+
+bool has_baseline() { return true; }
+#if defined(__x86_64__) && !defined(VIT_CPU_BASELINE_ONLY)
+bool has_v3() { return __builtin_cpu_supports("x86-64-v3") != 0; }
+bool has_v4() { return __builtin_cpu_supports("x86-64-v4") != 0; }
+bool has_avx512bf16() {
+  return has_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+struct Level {
+  const char* name;
+  bool (*supported)();
+};
+
+// From the lowest level to the highest; each one contains the one before it.
+const Level kLevels[] = {
+#define VIT_LEVEL(name) {#name, has_##name},
+    VIT_CPU_LEVELS(VIT_LEVEL)
+#undef VIT_LEVEL
+};
+
+const Level& choose_level() {
+  const char* wanted = std::getenv("VIT_CPU_ISA");
+  const Level* chosen = nullptr;
+  for (const Level& level : kLevels)
+    if (level.supported() && (!wanted || !*wanted || !std::strcmp(wanted, level.name))) chosen = &level;
+  if (!chosen)
+    throw Error("VIT_CPU_ISA is \"" + std::string(wanted) + "\"; this machine and build have " + supported_levels() +
+                "; unset it for the fastest");
+  return *chosen;
+}
+
+const Level& active() {
+  static const Level& level = choose_level();
+  return level;
+}
+
+}  // namespace
+
+std::size_t active_isa() { return static_cast<std::size_t>(&active() - kLevels); }
+const char* active_level() { return active().name; }
+
+std::string supported_levels() {
+  std::string names;
+  for (const Level& level : kLevels)
+    if (level.supported()) names += (names.empty() ? "" : ", ") + std::string(level.name);
+  return names;
+}
+
+}  // namespace vit

@@ -1,0 +1,62 @@
+"""The Mojo backend beyond the list of cases: what its module holds, who is preferred, products of few rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import draw
+import pytest
+import torch
+import vit
+from vit.backends import get, records
+
+BACKEND = get("mojo")
+pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=f"mojo: {BACKEND.unavailable()}")
+
+
+def test_the_module_holds_nothing_of_mojos_run_time_library():
+    """An index that is checked, or an abort, would bring it in: -D ASSERT=none and the rules of docs/mojo.md."""
+    text = Path(BACKEND.lib.__file__).read_bytes()
+    for name in (b"KGEN_CompilerRT", b"AsyncRT", b"MSupport", b"/modular/", b".mojo"):
+        assert name not in text, name
+
+
+def test_the_compiler_and_the_level_are_told():
+    record = vit.backends()["mojo"]
+    assert record["compiler"].startswith("Mojo 1.2.0")
+    assert record["isa"] in record["isa available"].split(", ")
+    assert "baseline" in record["isa available"].split(", ")
+
+
+def test_auto_prefers_the_cpu_backend():
+    names = list(records())
+    assert names.index("cpu") < names.index("mojo") < names.index("sycl")
+    if get("cpu").unavailable() is None:
+        assert "mojo" not in vit.create("vit_digits").plan.values()
+    assert set(vit.create("vit_digits", backend="mojo").plan.values()) == {"mojo"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_rows_are_the_same_chain_of_sums(dtype, threads):
+    """Up to 8 rows a weight is not packed; beside other rows it is: the same bits, epilogue and blocks of k included."""
+    torch.set_num_threads(threads)
+    for n, k in [(1, 1), (7, 3), (33, 1030), (50, 2051), (16, 4096)]:
+        x, w = draw.randn(23, k).to(dtype), draw.randn(n, k).to(dtype)
+        bias, residual = draw.randn(n).to(dtype), draw.randn(23, n).to(dtype)
+        scale = draw.randn(n).to(dtype)
+
+        def f(rows: slice) -> torch.Tensor:
+            return vit.ops.linear(
+                x[rows],
+                w,
+                bias,
+                activation="silu",
+                residual=residual[rows],
+                scale=scale,
+                backend="mojo",  # noqa: B023
+            )
+
+        whole = f(slice(None))
+        for rows in range(1, 10):
+            assert f(slice(rows)).equal(whole[:rows]), f"{rows} rows, {n} x {k}"
