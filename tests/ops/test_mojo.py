@@ -37,26 +37,13 @@ def test_auto_prefers_the_cpu_backend():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 3), (33, 1030), (50, 2051), (16, 4096)])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_few_rows_are_the_same_chain_of_sums(dtype, threads):
-    """Up to 8 rows a weight is not packed; beside other rows it is: the same bits, epilogue and blocks of k included."""
+def test_few_rows_are_the_same_chain_of_sums(n, k, dtype, threads):
+    """A weight is packed for many rows and not for up to 8: the same bits, epilogue and blocks of k included."""
     torch.set_num_threads(threads)
-    for n, k in [(1, 1), (7, 3), (33, 1030), (50, 2051), (16, 4096)]:
-        x, w = draw.randn(23, k).to(dtype), draw.randn(n, k).to(dtype)
-        bias, residual = draw.randn(n).to(dtype), draw.randn(23, n).to(dtype)
-        scale = draw.randn(n).to(dtype)
-
-        def f(rows: slice) -> torch.Tensor:
-            return vit.ops.linear(
-                x[rows],
-                w,
-                bias,
-                activation="silu",
-                residual=residual[rows],
-                scale=scale,
-                backend="mojo",  # noqa: B023
-            )
-
-        whole = f(slice(None))
-        for rows in range(1, 10):
-            assert f(slice(rows)).equal(whole[:rows]), f"{rows} rows, {n} x {k}"
+    x, w, residual = (draw.randn(*shape).to(dtype) for shape in ((23, k), (n, k), (23, n)))
+    given = {"bias": draw.randn(n).to(dtype), "scale": draw.randn(n).to(dtype), "activation": "silu", "backend": "mojo"}
+    whole = vit.ops.linear(x, w, residual=residual, **given)
+    for rows in range(1, 10):
+        assert vit.ops.linear(x[:rows], w, residual=residual[:rows], **given).equal(whole[:rows]), f"{rows} rows"
