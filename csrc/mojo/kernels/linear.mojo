@@ -21,8 +21,11 @@ from .tile import Bytes, Epilogue, Tile
 
 
 @fieldwise_init
-struct Finish[T: DType, O: DType, activation: Int](Epilogue):
-    """What happens to a tile of x weight^T."""
+struct Finish[T: DType, O: DType](Epilogue):
+    """What happens to a tile of x weight^T.
+
+    The activation is chosen per tile, not per product: a product for each would be 1.5 MB of code instead of 1.
+    """
 
     var bias: Optional[Elements[Accumulator[Self.T]]]  # [N]
     var scale: Optional[Elements[Accumulator[Self.T]]]  # [N]
@@ -30,6 +33,7 @@ struct Finish[T: DType, O: DType, activation: Int](Epilogue):
     var y: Elements[Self.O]
     var preact: Optional[Elements[Self.T]]
     var stride: Int
+    var activation: Int
 
     @always_inline
     def ask(self, row: Int, rows: Int, column: Int, columns: Int):
@@ -40,7 +44,14 @@ struct Finish[T: DType, O: DType, activation: Int](Epilogue):
         if self.residual:
             ask_rows(self.residual.unsafe_value().unsafe_offset(at), self.stride, rows, columns)
 
+    @no_inline
     def store[A: DType](self, tile: Tile[A]):
+        comptime for activation in range(NONE, SILU + 1):
+            if self.activation == activation:
+                self.rows[activation](tile)
+
+    @always_inline
+    def rows[activation: Int, A: DType](self, tile: Tile[A]):
         comptime B = Accumulator[Self.T]
         var data = tile.data.unsafe_bitcast[Scalar[B]]()
         for r in range(tile.rows):
@@ -52,7 +63,7 @@ struct Finish[T: DType, O: DType, activation: Int](Epilogue):
                     v += load[B](self.bias.unsafe_value().unsafe_offset(tile.column + j), n)
                 if self.preact:
                     store(self.preact.unsafe_value().unsafe_offset(at + j), v, n)
-                v = activate[Self.activation, Self.T](v)
+                v = activate[activation, Self.T](v)
                 if self.scale:
                     v *= load[B](self.scale.unsafe_value().unsafe_offset(tile.column + j), n)
                 if self.residual:
@@ -87,12 +98,16 @@ def forward[T: DType, P: DType, O: DType](p: LinearFwd):
         bias = copy
     var right = Right[T, P](Matrix(elements[P](p.weight), 1, p.weight_stride), buffers.weight, p.K, p.N, True)
     var left = prepare_a(threads, Matrix(elements[T](p.x), p.x_stride, 1), p.M, p.K, buffers.x)
-    comptime for activation in range(NONE, SILU + 1):
-        if Int(p.activation) == activation:
-            var finish = Finish[T, O, activation](
-                bias, optional[A](p.scale), optional[O](p.residual), elements[O](p.y), optional[T](p.preact), p.N
-            )
-            gemm(threads, left, right, p.M, finish)
+    var finish = Finish[T, O](
+        bias,
+        optional[A](p.scale),
+        optional[O](p.residual),
+        elements[O](p.y),
+        optional[T](p.preact),
+        p.N,
+        Int(p.activation),
+    )
+    gemm(threads, left, right, p.M, finish)
 
 
 def forward_workspace[T: DType](p: LinearFwd) -> Int:
