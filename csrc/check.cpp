@@ -107,8 +107,8 @@ void check(const LayerNormBwd& p) {
   const bool work = p.M && p.C;
   check_pointers(op, {{"dy", p.dy, work},
                       {"x", p.x, work},
-                      {"mean", p.mean, work},
-                      {"rstd", p.rstd, work},
+                      {"mean", p.mean, p.M > 0},
+                      {"rstd", p.rstd, p.M > 0},
                       {"workspace", p.workspace, work && (p.dweight || p.dbias)}});
 }
 
@@ -131,7 +131,7 @@ void check(const RmsNormBwd& p) {
   const bool work = p.M && p.C;
   check_pointers(
       op,
-      {{"dy", p.dy, work}, {"x", p.x, work}, {"rstd", p.rstd, work}, {"workspace", p.workspace, work && p.dweight}});
+      {{"dy", p.dy, work}, {"x", p.x, work}, {"rstd", p.rstd, p.M > 0}, {"workspace", p.workspace, work && p.dweight}});
 }
 
 void check(const GeluFwd& p) {
@@ -253,12 +253,12 @@ void check(const AttentionFwd& p) {
   check_dtype(op, p.dtype);
   check_context(op, p.context);
   check_sizes(op, {{"B", p.B}, {"N", p.N}, {"L", p.L}, {"H", p.H}, {"D", p.D}});
-  const bool out = p.B && p.N && p.H && p.D;
+  const bool rows = p.B && p.N && p.H, out = rows && p.D;
   check_pointers(op, {{"q", p.q.data, out},
                       {"k", p.k.data, out && p.L},
                       {"v", p.v.data, out && p.L},
                       {"out", p.out, out},
-                      {"workspace", p.workspace, out && !p.workspace && attention_fwd_workspace(p) > 0}});
+                      {"workspace", p.workspace, rows && !p.workspace && attention_fwd_workspace(p) > 0}});
 }
 
 void check(const AttentionBwd& p) {
@@ -266,17 +266,18 @@ void check(const AttentionBwd& p) {
   check_dtype(op, p.dtype);
   check_context(op, p.context);
   check_sizes(op, {{"B", p.B}, {"N", p.N}, {"L", p.L}, {"H", p.H}, {"D", p.D}});
-  const bool queries = p.B && p.N && p.H && p.D, keys = p.B && p.L && p.H && p.D;
+  const bool rows = p.B && p.N && p.H, columns = p.B && p.L && p.H;
+  const bool queries = rows && p.D, keys = columns && p.D;
   check_pointers(op, {{"dout", p.dout, queries},
                       {"q", p.q.data, queries},
                       {"out", p.out, queries},
-                      {"lse", p.lse, queries},
+                      {"lse", p.lse, rows},
                       {"dq", p.dq.data, queries},
                       {"k", p.k.data, keys},
                       {"v", p.v.data, keys},
                       {"dk", p.dk.data, keys},
                       {"dv", p.dv.data, keys},
-                      {"workspace", p.workspace, (queries || keys) && !p.workspace && attention_bwd_workspace(p) > 0}});
+                      {"workspace", p.workspace, (rows || columns) && !p.workspace && attention_bwd_workspace(p) > 0}});
 }
 
 void check(const Move& p) {

@@ -42,10 +42,9 @@ struct Sizes {
         head_panels(p.D),
         steps(steps_of<T>(p.D)) {
     // As few parts as keep the threads busy; each packs the queries again, about 3 % of its work.
-    const int64_t threads = max(p.context.num_threads, 1);  // not checked yet where the workspace is asked for
     int64_t best = INT64_MAX;
     for (int64_t n = 1; n <= groups.count; ++n) {
-      const int64_t cost = ceil_div(p.B * p.H * n, threads) * 1000 / n * (100 + 3 * n);
+      const int64_t cost = ceil_div(p.B * p.H * n, p.context.num_threads) * 1000 / n * (100 + 3 * n);
       if (cost < best) best = cost, parts = n;
     }
   }

@@ -28,6 +28,13 @@ void run(void (*Kernels::*kernel)(const P&), const P& p) {
   (active_kernels().*kernel)(p);
 }
 
+// A workspace is asked for before the context is checked.
+template <class P>
+P with_a_thread(P p) {
+  if (p.context.num_threads < 1) p.context.num_threads = 1;
+  return p;
+}
+
 }  // namespace
 
 const Kernels& active_kernels() {
@@ -42,7 +49,7 @@ const char* const kTakes = "the cpu backend takes float32, float64 and bfloat16"
   void name(const Params& p) { run(&Kernels::name, p); }
 #define VIT_ROUTINE VIT_OP
 #define VIT_WORKSPACE(name, Params) \
-  std::size_t name##_workspace(const Params& p) { return (active_kernels().name##_workspace)(p); }
+  std::size_t name##_workspace(const Params& p) { return (active_kernels().name##_workspace)(with_a_thread(p)); }
 #include "ops.def"
 
 std::vector<std::pair<std::string, std::string>> info() {

@@ -38,6 +38,19 @@ void run(void (*MojoKernels::*kernel)(const P*), const P& p) {
   (active_kernels().*kernel)(&p);
 }
 
+// A workspace is asked for before the context is checked.
+template <class P>
+P with_a_thread(P p) {
+  if (p.context.num_threads < 1) p.context.num_threads = 1;
+  return p;
+}
+
+template <class P>
+std::size_t workspace(int64_t (*MojoKernels::*function)(const P*), const P& p) {
+  const P given = with_a_thread(p);
+  return static_cast<std::size_t>((active_kernels().*function)(&given));
+}
+
 }  // namespace
 
 bool takes(DType dtype) { return dtype == DType::float32 || dtype == DType::float64 || dtype == DType::bfloat16; }
@@ -46,10 +59,8 @@ const char* const kTakes = "the mojo backend takes float32, float64 and bfloat16
 #define VIT_OP(name, Params, ...) \
   void name(const Params& p) { run(&MojoKernels::name, p); }
 #define VIT_ROUTINE VIT_OP
-#define VIT_WORKSPACE(name, Params)                                         \
-  std::size_t name##_workspace(const Params& p) {                           \
-    return static_cast<std::size_t>(active_kernels().name##_workspace(&p)); \
-  }
+#define VIT_WORKSPACE(name, Params) \
+  std::size_t name##_workspace(const Params& p) { return workspace(&MojoKernels::name##_workspace, p); }
 #include "ops.def"
 
 std::vector<std::pair<std::string, std::string>> info() {
