@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -335,6 +336,7 @@ def _share_mapped(made: VisionTransformer, state: Mapping[str, Any], what: str) 
     report: Report = made.load_report
     prefix = _prefix(report, state)
     mapped = []
+    times = Counter(target for one in report.mapped for target in one.targets)
     for one in report.mapped:
         names = [prefix + source if prefix + source in state else source for source in one.sources]
         sources = [state[name] for name in names if name in state]
@@ -348,20 +350,17 @@ def _share_mapped(made: VisionTransformer, state: Mapping[str, Any], what: str) 
         for target in one.targets:
             holder, _, key = target.rpartition(".")
             module = made.get_submodule(holder)
-            own = module._parameters.get(key)
-            if own is None:
+            if (own := module._parameters.get(key)) is None:
                 continue
-            shared = len(sources) == len(one.targets) == 1 and sources[0].shape == own.shape and one.how in _SAME
+            alone = len(sources) == len(one.targets) == times[target] == 1
+            # Conversions that come after the renaming (the class token's position added to it) change values alone.
+            shared = alone and sources[0].shape == own.shape and torch.equal(sources[0], own)
             if shared:
                 module._parameters[key] = sources[0]
             elif wanted:
                 own.requires_grad_(wanted == {True})
         mapped.append(Mapped(one.sources, one.targets, f"{one.how}, {'shared' if shared else 'a copy'}"))
     object.__setattr__(made, "load_report", Report(**{**vars(report), "mapped": tuple(mapped)}))
-
-
-#: Ways that leave values and shape as they are.
-_SAME = ("renamed", "as it is")
 
 
 def _prefix(report: Report, state: Mapping[str, Any]) -> str:

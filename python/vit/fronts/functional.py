@@ -38,11 +38,17 @@ def _silu(ops: Any, input: Tensor, inplace: bool = False) -> Tensor | None:
     return ops.gelu(input, "silu") if not inplace and runs(ops.gelu, input) else None
 
 
+def _rms_norm(ops: Any, input: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
+    """Only with a weight of x's dtype: which dtype the result of others has is PyTorch's to say."""
+    same = weight is None or weight.dtype == input.dtype
+    return PLANNED[F.rms_norm](ops, input, shape, weight, eps) if same else None
+
+
 def _quick_gelu(ops: Any, input: Tensor, inplace: bool = False) -> Tensor | None:
     return ops.gelu(input, "quick") if not inplace and runs(ops.gelu, input) else None
 
 
-_PLANNED: dict[Any, Callable[..., Tensor | None]] = {**PLANNED, F.silu: _silu}
+_PLANNED: dict[Any, Callable[..., Tensor | None]] = {**PLANNED, F.silu: _silu, F.rms_norm: _rms_norm}
 
 
 def candidates(backend: str) -> list[NativeBackend]:
@@ -96,7 +102,7 @@ class Functions:
 
     def rms_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """F.rms_norm by the op, in place of a library's own function of the same arguments."""
-        return self._instead(original, PLANNED[F.rms_norm])
+        return self._instead(original, _rms_norm)
 
     def interfaces(self, table: Any) -> Interfaces:
         """transformers' table of attention functions, with the op in place of scaled_dot_product_attention's."""

@@ -9,6 +9,7 @@ over, the module's own code runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
@@ -25,9 +26,14 @@ def fused(kind: type[nn.Module], functions: Functions) -> tuple[Forward, tuple[s
     own: Any = kind.forward
     if kind is nn.MultiheadAttention:
         return _attention(own, functions), ("linear", "attention")
+    if not isinstance(own, FunctionType):
+        return None
     names = tuple(names_in(own.__code__))
-    if names == ("torch", "sigmoid") and [one for one in own.__code__.co_consts if isinstance(one, float)] == [1.702]:
-        return functions.quick_gelu(own), ("gelu",)
+    numbers = tuple(one for one in own.__code__.co_consts if isinstance(one, float))
+    if (names, numbers) in _FORMULAS:
+        return _by_formula(own, functions, _FORMULAS[names, numbers]), ("gelu",)
+    if names == _RMS_NORM:
+        return _rms_norm(own, functions), ("rms_norm",)
     if names == ("act",) and kind.__module__ == "transformers.activations":
         return _by_act(own, functions), ("gelu",)
     made = _MLPS.get(names)
@@ -48,7 +54,8 @@ def activation_of(module: nn.Module) -> str | None:
     if where == "transformers.activations":
         if name in ("GELUActivation", "GELUTanh"):
             return _gelu_of(getattr(module, "act", None))
-        return {"QuickGELUActivation": "quick_gelu", "SiLUActivation": "silu"}.get(name)
+        others = {"QuickGELUActivation": "quick_gelu", "NewGELUActivation": "gelu_tanh", "SiLUActivation": "silu"}
+        return others.get(name)
     return "silu" if kind is nn.SiLU and not module.inplace else None
 
 
@@ -67,6 +74,38 @@ def _by_act(own: Forward, functions: Functions) -> Forward:
         if name is None:
             return own(self, input)
         return functions.functional.gelu(input, approximate="tanh" if name == "gelu_tanh" else "none")
+
+    return forward
+
+
+#: Names and numbers in the code of activations that are written out -> the approximation of vit.ops.gelu.
+_FORMULAS = {
+    (("torch", "sigmoid"), (1.702,)): "quick",
+    (("torch", "tanh", "math", "sqrt", "pi", "pow"), (0.5, 1.0, 2.0, 0.044715, 3.0)): "tanh",
+}
+
+
+def _by_formula(own: Forward, functions: Functions, approximate: str) -> Forward:
+    """x * sigmoid(1.702 x), or GELU's tanh form."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        ops = functions.for_tensor(input)
+        return own(self, input) if ops is None or not runs(ops.gelu, input) else ops.gelu(input, approximate)
+
+    return forward
+
+
+#: The code of transformers' RMSNorm: weight * (x in float32 / root mean square) in x's dtype.
+_RMS_NORM = ("dtype", "to", "torch", "float32", "pow", "mean", "rsqrt", "variance_epsilon", "weight")
+
+
+def _rms_norm(own: Forward, functions: Functions) -> Forward:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        ops, weight = functions.for_tensor(hidden_states), self.weight
+        # A weight of another dtype would decide about the dtype of the result.
+        if ops is None or weight.dtype != hidden_states.dtype or not runs(ops.rms_norm, hidden_states, weight):
+            return own(self, hidden_states)
+        return ops.rms_norm(hidden_states, weight, self.variance_epsilon)
 
     return forward
 
