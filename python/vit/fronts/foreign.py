@@ -36,7 +36,7 @@ _TIMM = {
 _RUNTIME = ("fused_attn", "grad_checkpointing", "distilled_training", "weight_init_mode")
 
 
-def from_timm(model: nn.Module, backend: str = "auto") -> VisionTransformer:
+def from_timm(model: Any, backend: str = "auto") -> VisionTransformer:
     """vit's model with the weights of a live one of timm: VisionTransformer, VisionTransformerDistilled or Eva.
 
     Its parameters are the very same Parameter objects: training one trains the other. Sizes, options, preprocessing
@@ -129,7 +129,9 @@ def _kind(model: Any, function: str) -> str:
 
 def _wrong_class(model: Any, function: str, wanted: str) -> str:
     kind = type(model)
-    inner = next((n for n in ("module", "_orig_mod", "base_model", "timm_model") if hasattr(model, n)), None)
+    inner = next(
+        (n for n in ("module", "_orig_mod", "timm_model") if isinstance(getattr(model, n, None), nn.Module)), None
+    )
     hint = f"; pass what is in it: model.{inner}" if inner is not None else ""
     return f"vit: {function} takes {wanted}, got {kind.__module__}.{kind.__qualname__}{hint}"
 
@@ -236,7 +238,7 @@ def _rope(rope: Any) -> dict[str, Any]:
     return found
 
 
-def _twin(kind: Any, arguments: Mapping[str, Any]) -> nn.Module:
+def _twin(kind: Any, arguments: Mapping[str, Any]) -> Any:
     """A model that timm makes of the arguments, as far as its version has them, without memory."""
     known: set[str] = set()
     for one in kind.__mro__:
@@ -300,7 +302,7 @@ def _take_modes(made: VisionTransformer, model: nn.Module, names: bool = True) -
 _SET = ("name_or_path", "gradient_checkpointing")
 
 
-def _transformers_twin(model: Any) -> nn.Module:
+def _transformers_twin(model: Any) -> Any:
     """A model that transformers makes of the configuration, without memory."""
     kind: Any = type(model)
     known, more = inspect.signature(kind.__init__).parameters, {}
@@ -331,7 +333,7 @@ def _check_ties(model: nn.Module, what: str) -> None:
             raise WeightsError(f"vit: {what}: {other} and {name} are one parameter; give each its own")
 
 
-def _share_mapped(made: VisionTransformer, state: Mapping[str, Any], what: str) -> None:
+def _share_mapped(made: Any, state: Mapping[str, Any], what: str) -> None:
     """The very parameters wherever one of theirs is one of ours; requires_grad of all; the report says which."""
     report: Report = made.load_report
     prefix = _prefix(report, state)

@@ -206,7 +206,7 @@ def evaluated_with(function: FunctionType, functions: Functions) -> tuple[Functi
     changed: dict[str, Any] = {}
     ops = [OP_OF[name] for name in _called(function.__code__, known) if name in OP_OF]
     for name in dict.fromkeys(names_in(function.__code__)):
-        value = known.get(name)
+        value: Any = known.get(name)
         found: list[str] = []
         if value is F or value is nn:
             changed[name] = functions.functional if value is F else functions.nn

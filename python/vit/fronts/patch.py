@@ -50,14 +50,18 @@ def patch(model: nn.Module, backend: str = "auto") -> PatchReport:
         if module in inside:
             continue
         kind = type(module)
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, (nn.MultiheadAttention, torch.jit.ScriptModule, VisionTransformer)):
             inside |= set(module.modules()) - {module}
         found = _swap(module, model, backend)
         if isinstance(found, str):
             left.append(Left(name, kind.__name__, found))
         elif found is not None:
             since, ops, where = found
-            module.__class__ = since
+            try:
+                module.__class__ = since
+            except TypeError as error:  # a class whose instances have another layout in memory
+                left.append(Left(name, kind.__name__, str(error)))
+                continue
             report.remember(name, module, kind, since)
             swapped.append(Swapped(name, kind.__name__, ops, where, _note(module, ops)))
     report.swapped, report.left = tuple(swapped), tuple(left)
@@ -71,8 +75,6 @@ def _check(model: Any, backend: str) -> None:
         raise TypeError(
             "vit: patch: this is vit's own model, whose ops are its own already; vit.create(backend=...) chooses them"
         )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("vit: patch: TorchScript holds no Python code to change; patch the model before torch.jit")
     if backend != "auto" and (why := get(backend).unavailable()) is not None:
         usable = ", ".join(name for name, record in records().items() if record.unavailable() is None)
         raise BackendError(f"vit: backend '{backend}' cannot be used on this machine: {why}\nUsable here: {usable}.")
@@ -80,9 +82,13 @@ def _check(model: Any, backend: str) -> None:
 
 def _swap(module: nn.Module, model: nn.Module, backend: str) -> tuple[type, tuple[str, ...], str] | str | None:
     """The class that the module gets, its ops and their backend; or why it gets none; None where there is nothing."""
-    kind = type(module)
+    kind: Any = type(module)
     if hasattr(kind, "_vit_swapped"):
         return f"swapped before, for backend {kind._vit_swapped[1]!r}"
+    if isinstance(module, VisionTransformer):
+        return "vit's own model, whose ops are its own already"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript holds no Python code to change"
     if kind in _SILENT:
         return None
     found = swapped(kind, backend, _own(kind))
@@ -95,13 +101,13 @@ def _swap(module: nn.Module, model: nn.Module, backend: str) -> tuple[type, tupl
     return (since, ops, where[0]) if isinstance(where, tuple) else where
 
 
-def _own(kind: type[nn.Module]) -> Any:
+def _own(kind: Any) -> Any:
     """The function whose code is exchanged."""
     return inspect.getattr_static(kind, "_conv_forward" if kind is nn.Conv2d else "forward", None)
 
 
 @functools.cache
-def swapped(kind: type[nn.Module], backend: str, own: Any) -> tuple[type, tuple[str, ...]] | None:
+def swapped(kind: Any, backend: str, own: Any) -> tuple[type, tuple[str, ...]] | None:
     """The subclass of a class of modules that computes with vit's ops, and these; None where its code has none."""
     if not isinstance(own, FunctionType):
         return None
@@ -123,9 +129,9 @@ def _reduce(self: Any, protocol: Any) -> Any:
     return _new, (kind, backend), *rest
 
 
-def _new(kind: type[nn.Module], backend: str) -> nn.Module:
+def _new(kind: Any, backend: str) -> Any:
     found = swapped(kind, backend, _own(kind))
-    made = kind if found is None else found[0]
+    made: Any = kind if found is None else found[0]
     return made.__new__(made)
 
 
@@ -165,7 +171,7 @@ def _no_patches(conv: nn.Conv2d) -> str | None:
 
 def _attention_function(module: nn.Module) -> str | None:
     """transformers' modules say in their configuration which function computes attention."""
-    if "ALL_ATTENTION_FUNCTIONS" not in names_in(type(module).forward.__code__):  # type: ignore[attr-defined]
+    if "ALL_ATTENTION_FUNCTIONS" not in names_in(type(module).forward.__code__):
         return None
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if name == "sdpa":
@@ -175,8 +181,7 @@ def _attention_function(module: nn.Module) -> str | None:
 
 def _backend_for(module: nn.Module, model: nn.Module, backend: str, ops: tuple[str, ...]) -> tuple[str] | str:
     """The backend that runs all of a module's ops, as (name,); or why none does."""
-    like = next(module.parameters(recurse=True), None)
-    like = next(model.parameters(), torch.empty(0)) if like is None else like
+    like: torch.Tensor = next(module.parameters(), next(model.parameters(), torch.empty(0)))
     if backend == "reference":
         return ("reference",)
     width = _head_dim(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ def _were(names: list[str]) -> str:
     return "was" if len(names) == 1 else "were"
 
 
-def _grouped(rows: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
+def _grouped(rows: Sequence[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
     """Rows whose names differ in their numbers alone and whose other cells are equal, as one."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, cells in rows:
