@@ -43,9 +43,14 @@ def fused(kind: type[nn.Module], functions: Functions) -> tuple[Forward, tuple[s
 # ---- activations ----
 
 
+def kind_of(module: nn.Module) -> Any:
+    """The class of a module, that before if it is swapped."""
+    return getattr(type(module), "_vit_swapped", (type(module),))[0]
+
+
 def activation_of(module: nn.Module) -> str | None:
     """The activation of vit.ops.linear that a module of torch, timm or transformers computes; None for another one."""
-    kind = getattr(type(module), "_vit_swapped", (type(module),))[0]
+    kind = kind_of(module)
     where, name = kind.__module__, kind.__name__
     if kind is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
@@ -125,7 +130,7 @@ def _plain_mlp(fc1: str, act: str, rest: Callable[[Any, Tensor], Tensor]) -> Any
         def forward(self: Any, x: Tensor) -> Tensor:
             first, second = getattr(self, fc1), getattr(self, act)
             name, ops = activation_of(second), functions.for_tensor(x)
-            if name is None or ops is None or not _is_linear(first) or not _unseen(first, second):
+            if name is None or ops is None or kind_of(first) is not nn.Linear or not _unseen(first, second):
                 return own(self, x)
             if not runs(ops.linear, x, first.weight, first.bias):
                 return own(self, x)
@@ -177,12 +182,6 @@ _MLPS: dict[tuple[str, ...], Any] = {
         "act_fn", lambda self, x: (self.gate_proj(x), self.up_proj(x)), lambda self, x: self.down_proj(x)
     ),
 }
-
-
-def _is_linear(module: Any) -> bool:
-    """Whether a module is torch.nn.Linear itself, swapped or not, with the forward of its class."""
-    kind = type(module)
-    return kind is nn.Linear or getattr(kind, "_vit_swapped", (None,))[0] is nn.Linear
 
 
 # ---- attention ----

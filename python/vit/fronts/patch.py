@@ -19,7 +19,7 @@ from torch import nn
 from ..backends import BackendError, Spec, get, reasons, records
 from ..model import VisionTransformer
 from ..ops import OPS
-from . import fused
+from . import block, fused
 from .functional import candidates, evaluated_with, functions_of, names_in
 from .report import Left, PatchReport, Swapped
 
@@ -63,6 +63,8 @@ def patch(model: nn.Module, backend: str = "auto") -> PatchReport:
                 left.append(Left(name, kind.__name__, str(error)))
                 continue
             report.remember(name, module, kind, since)
+            if hasattr(module, "ls1"):  # a Block computes its scales itself
+                inside |= {module.ls1, module.ls2}
             swapped.append(Swapped(name, kind.__name__, ops, where, _note(module, ops)))
     report.swapped, report.left = tuple(swapped), tuple(left)
     return report
@@ -112,7 +114,10 @@ def swapped(kind: Any, backend: str, own: Any) -> tuple[type, tuple[str, ...]] |
     if not isinstance(own, FunctionType):
         return None
     functions = functions_of(backend)
-    made: Any = fused.fused(kind, functions) or evaluated_with(own, functions)
+    if tuple(names_in(own.__code__)) == block.BLOCK:
+        made: Any = block.block(own, functions), ("linear", "attention", "gelu")
+    else:
+        made = fused.fused(kind, functions) or evaluated_with(own, functions)
     if made is None:
         return None
     forward, ops = made
@@ -158,6 +163,8 @@ def _unusual(module: nn.Module) -> str | None:
         return "eps is None: it depends on the dtype of each call"
     if type(module) is nn.Conv2d:
         return _no_patches(module)
+    if tuple(names_in(_own(type(module)).__code__)) == block.BLOCK:
+        return block.why_not(module)
     return _attention_function(module)
 
 
@@ -199,6 +206,7 @@ def _backend_for(module: nn.Module, model: nn.Module, backend: str, ops: tuple[s
 
 
 def _head_dim(module: nn.Module) -> int | None:
+    module = getattr(module, "attn", module)  # of a block
     if isinstance(found := getattr(module, "head_dim", None), int):
         return found
     width, heads = getattr(module, "embed_dim", None), getattr(module, "num_heads", None)
