@@ -495,7 +495,7 @@ def test_torch_compile():
     block, x = timm_model("dinov2").blocks[0], draw.randn(2, 5, 32)
     expected = run(block, x)
     with vit.patch(block):
-        got = run(torch.compile(block, backend="aot_eager", fullgraph=True), x)
+        got = run(torch.compile(block, backend="eager", fullgraph=True), x)
     agree((got[0], {key.removeprefix("_orig_mod."): value for key, value in got[1].items()}), expected)
 
 
@@ -579,6 +579,7 @@ def test_the_examples_of_the_page_run(code, tmp_path, monkeypatch, capsys):
         pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
     if "dinov2_vits14" in code:  # the names of the release are timm's, with a mask beside them
-        state = vit.create("vit_small_patch14_dinov2", img_size=224).state_dict()
+        made = vit.create("vit_small_patch14_dinov2", img_size=224, backend="reference", device="meta")
+        state = {name: torch.zeros(tensor.shape) for name, tensor in made.state_dict().items()}
         torch.save(state | {"mask_token": torch.zeros(1, 384)}, "dinov2_vits14_pretrain.pth")
     exec(compile(code, str(PAGE), "exec"), {})
