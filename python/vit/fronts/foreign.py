@@ -142,14 +142,16 @@ def _rate(module: Any) -> float:
 
 def _norm(module: Any) -> Any:
     """The class of a norm as an argument of timm's models."""
-    return functools.partial(type(module), eps=module.eps)
+    kind: Any = type(module)
+    return functools.partial(kind, eps=module.eps)
 
 
 def _common(model: Any) -> dict[str, Any]:
     """What both of timm's classes have, under the names of VisionTransformer."""
     found = infer.options(dict(model.state_dict()), eva=type(model).__name__ == "Eva")
     first, patches = model.blocks[0], model.patch_embed
-    return found | {
+    return {
+        **found,
         "img_size": tuple(patches.img_size or (0, 0)),
         "patch_size": tuple(patches.patch_size),
         "in_chans": patches.proj.in_channels,
@@ -172,7 +174,7 @@ def _common(model: Any) -> dict[str, Any]:
 def _vit(model: Any) -> dict[str, Any]:
     """The arguments of a VisionTransformer, distilled or not."""
     first, last_norms = model.blocks[0], (model.norm, model.fc_norm)
-    mlp = type(first.mlp)
+    mlp: Any = type(first.mlp)
     found = _common(model) | {
         "pos_embed": "none" if model.pos_embed is None else "learn",
         "reg_tokens": model.num_reg_tokens,
