@@ -26,8 +26,15 @@ class Torchvision:
     name: str
     crop: CropFlip
 
-    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
-        image = self.crop(image, rng)
+    @property
+    def moves_masks(self) -> bool:
+        """Whether only the crop moves anything: the colours of "three", not the rotations of the other presets."""
+        return self.name == "three"
+
+    def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image:
+        image = self.crop(image, rng, mask)
+        if mask:
+            return image
         before = torch.get_rng_state()
         try:
             torch.manual_seed(int(rng.integers(0, 1 << 31, 1)[0]))
