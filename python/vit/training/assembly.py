@@ -185,6 +185,8 @@ def _new_model(config: TrainConfig, source: Source, device: Any) -> tuple[Any, d
         model = create(config.model, config.backend, weights=start, device=device, **arch)
     except WeightsError as error:
         raise WeightsError(_with_fitting_models(str(error), config, start)) from error
+    if tasks.get(config.task).needs_masks:  # a border that is cut off has classes, too
+        model.preprocess = dataclasses.replace(model.preprocess, crop_pct=1.0)
     name, settings = settle(config.model, start, arch)
     named = get_config(name).arch
     info = {
