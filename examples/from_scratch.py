@@ -177,7 +177,7 @@ rng = np.random.default_rng(0)
 order = rng.permutation(len(images))
 train, test = order[:1400], order[1400:]
 state, step = {}, 0
-for epoch in range(EPOCHS := 6):
+for epoch in range(EPOCHS := 8):
     for batch in np.array_split(rng.permutation(train), 28):
         step, grads = step + 1, {}
         logits, backward = forward(images[batch], params, grads)
