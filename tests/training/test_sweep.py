@@ -88,6 +88,7 @@ def test_a_grid_trains_every_combination(tmp_path: Path, capsys: pytest.CaptureF
     assert "best: trial" in captured.err
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Killed in the middle of its second trial: that one is resumed, and the third draws what it would have drawn."""
     pytest.importorskip("optuna")
