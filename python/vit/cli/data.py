@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -68,7 +69,9 @@ def _index(args: argparse.Namespace) -> int:
     written = _write(recorder, old) if recorder.index.entries else None
     if args.labels:
         write_text(Path(args.labels), _labels(source))
-    sizes = [(entry.width, entry.height) for entry in recorder.index.entries.values() if not entry.reason]
+    sizes: list[tuple[int, int]] = [
+        (entry.width, entry.height) for entry in recorder.index.entries.values() if not entry.reason
+    ]
     found = {
         "data": args.data,
         "kind": source.kind,
@@ -78,8 +81,8 @@ def _index(args: argparse.Namespace) -> int:
         "splits": {name: _counts(part, source.class_names) for name, part in source.splits.items()},
         "bad": [{"file": str(item.path), "reason": item.reason} for item in source.skipped],
         "changed": recorder.changed,
-        "smallest": list(min(sizes, key=lambda size: size[0] * size[1])) if sizes else None,
-        "largest": list(max(sizes, key=lambda size: size[0] * size[1])) if sizes else None,
+        "smallest": list(min(sizes, key=math.prod)) if sizes else None,
+        "largest": list(max(sizes, key=math.prod)) if sizes else None,
         "digest": recorder.index.digest() if written else source.fingerprint(),
         "index": str(written) if written else None,
         "checked": recorder.checked,

@@ -15,11 +15,10 @@ VOID = 255  # the value of a mask where there is no class
 
 
 class Augment(Protocol):
-    """A random change of one image; `resizes` says that it also brings the image to the model's size, `moves_masks`
-    that its geometry is drawn the same for the mask of the image, whose values are not blended."""
+    """A random change of one image; `resizes` says that it also brings the image to the model's size. With `mask` and
+    the same random numbers the mask of the image is moved as it is, without blending its values."""
 
     resizes: ClassVar[bool]
-    moves_masks: bool
 
     def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image: ...
 
@@ -34,7 +33,6 @@ class Affine:
     """
 
     resizes: ClassVar[bool] = False
-    moves_masks: ClassVar[bool] = True
 
     rotate: float = 8.0
     shear: float = 5.0
@@ -73,7 +71,6 @@ class CropFlip:
     """
 
     resizes: ClassVar[bool] = True
-    moves_masks: ClassVar[bool] = True
 
     size: tuple[int, int]
     area: float = 0.35

@@ -102,7 +102,7 @@ class Index:
             "names": b"\0".join(map(os.fsencode, names)),
             "reasons": b"\0".join(entry.reason.encode("utf-8", "replace") for entry in entries),
         }
-        parts = columns | {key: np.frombuffer(text, np.uint8) for key, text in texts.items()}
+        parts: dict[str, Any] = columns | {key: np.frombuffer(text, np.uint8) for key, text in texts.items()}
         parts["about"] = np.array([FORMAT, len(names)], np.int64)
         beside, cached = places(self.root)
         self.path = beside if os.access(self.root, os.W_OK) else cached
@@ -132,8 +132,8 @@ def _read(path: Path) -> dict[str, Entry]:
         if any(len(column) != count for column in (names, reasons, *columns)):
             raise ValueError("its parts have different lengths")
         return {
-            os.fsdecode(name): Entry(*numbers, reason=reason.decode())
-            for name, reason, *numbers in zip(names, reasons, *columns, strict=True)
+            os.fsdecode(name): Entry(size, changed, crc, width, height, reason.decode())
+            for name, reason, size, changed, crc, width, height in zip(names, reasons, *columns, strict=True)
         }
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DataError):

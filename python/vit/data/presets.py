@@ -26,14 +26,9 @@ class Torchvision:
     name: str
     crop: CropFlip
 
-    @property
-    def moves_masks(self) -> bool:
-        """Whether only the crop moves anything: the colours of "three", not the rotations of the other presets."""
-        return self.name == "three"
-
     def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image:
         image = self.crop(image, rng, mask)
-        if mask:
+        if mask:  # "three" changes colours alone; the others, which turn images too, are refused where there are masks
             return image
         before = torch.get_rng_state()
         try:

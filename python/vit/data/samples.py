@@ -96,7 +96,7 @@ class Samples:
         if arrays := [part.masks for part in parts if isinstance(part.masks, np.ndarray)]:
             masks = np.concatenate(arrays)
         elif all(part.masks is not None for part in parts):
-            masks = [mask for part in parts for mask in part.masks]  # type: ignore[misc, union-attr]
+            masks = [mask for part in parts for mask in part.masks]  # type: ignore[union-attr]
         return Samples(images, np.concatenate([part.labels for part in parts]), keys, masks)
 
 

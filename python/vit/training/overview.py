@@ -56,7 +56,7 @@ def summary(path: Path) -> dict[str, Any]:
     run = Run.open(path)
     lines = run.read_metrics() if run.metrics.is_file() else []
     epochs = [line for line in lines if "epoch" in line]
-    final = next((line for line in reversed(lines) if line.get("final")), {})
+    final: dict[str, Any] = next((line for line in reversed(lines) if line.get("final")), {})
     metric = tasks.get(run.config.task).metric
     best = _best(epochs, final, metric)
     last = epochs[-1] if epochs else {}
