@@ -167,6 +167,7 @@ def test_dropped_patches_are_not_computed_and_all_are_seen_in_evaluation() -> No
 # ---- float16 ----
 
 
+@pytest.mark.slow
 def test_float16_goes_on_to_the_bit_with_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vit.training.scale.GROWTH_STEPS", 3)
     whole = train(HALF, out=tmp_path / "whole").run
