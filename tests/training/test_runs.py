@@ -116,3 +116,13 @@ def test_the_best_epochs_are_kept_also_after_an_interruption(tmp_path: Path) -> 
     assert figures(whole) == figures(part)
     model = vit.create(weights=next(part.glob("epoch-*")))
     assert model.num_classes == 10
+
+
+def test_a_run_that_was_killed_between_its_first_files_starts_anew(tmp_path: Path) -> None:
+    """config.yaml and model.json are written before metrics.jsonl."""
+    whole = train(SMALL, out=tmp_path / "whole").run
+    part = tmp_path / "part"
+    part.mkdir()
+    for name in ("config.yaml", "model.json"):
+        (part / name).write_bytes((whole / name).read_bytes())
+    assert figures(train(resume=part).run) == figures(whole)

@@ -108,9 +108,7 @@ class Run:
 
     def is_unstarted(self) -> bool:
         """Whether the run was ended before its first checkpoint: it starts anew, with nothing lost."""
-        return (
-            not (self.checkpoint.exists() or self.weights.exists() or self.metrics_bytes()) and self.metrics.is_file()
-        )
+        return not (self.checkpoint.exists() or self.weights.exists() or self.metrics_bytes())
 
     def edited(self) -> bool:
         """Whether config.yaml is not the one that the last session noted in run.json."""
