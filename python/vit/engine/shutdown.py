@@ -12,7 +12,12 @@ import atexit
 import os
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 WAIT_SECONDS = 10.0  # for calls that run when the program ends: a call takes less, unless the machine stands still
 LEAVE_SECONDS = 0.02  # for a thread whose call has ended to release its result and begin another one, where it sleeps
@@ -31,16 +36,20 @@ class _Calls:
         # After the entry: `end` sets the mark first and looks at the entries then, so that one of the two sees it.
         if self.ended and me != threading.main_thread().ident:
             self.threads.remove(me)
-            self.leave()
+            _sleep()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         self.threads.remove(threading.get_ident())
 
-    def leave(self) -> None:
-        """For a program that ends: returns in its main thread alone. An error elsewhere would unwind frames that hold
-        tensors."""
-        if threading.get_ident() != threading.main_thread().ident:
-            _sleep()
+    def submit(self, executor: ThreadPoolExecutor, call: Callable[..., T], *arguments: object) -> Future[T]:
+        """executor.submit(call, *arguments), or in a program that ends as at the begin of a call: an error in another
+        thread would unwind frames that hold tensors."""
+        try:
+            return executor.submit(call, *arguments)
+        except RuntimeError as error:
+            if "shutdown" in str(error) and threading.get_ident() != threading.main_thread().ident:
+                _sleep()
+            raise
 
     def end(self) -> None:
         """Waits for the calls of other threads. Functions of atexit may still use engines, in the main thread."""
