@@ -1,6 +1,6 @@
 """Vision Transformers on a readable PyTorch reference and on compiled kernels, forward and backward."""
 
-from . import ops, optim, weights
+from . import ops, optim, viz, weights
 from .backends import BackendError, backends
 from .engine import Engine
 from .factory import create
@@ -19,5 +19,6 @@ __all__ = [
     "list_models",
     "ops",
     "optim",
+    "viz",
     "weights",
 ]

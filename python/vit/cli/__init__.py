@@ -20,7 +20,7 @@ from typing import Any
 from ..support.text import printable
 from .arguments import filled
 
-COMMANDS = ("info", "train", "eval", "predict", "parity", "bench", "quantize", "convert")
+COMMANDS = ("info", "train", "eval", "predict", "viz", "parity", "bench", "quantize", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -104,7 +104,7 @@ class AttentionRope(CallsOps, nn.Module):
         return untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)
 
     def probabilities(self, x: Tensor, queries: Tensor, rope: Tensor | None = None) -> Tensor:
-        """What the tokens `queries` [Q] give each token: x [B, N, C] -> softmax(scale q k^T) [B, H, Q, N], undropped."""
+        """What the tokens `queries` [Q] give each token: x [B, N, C] -> softmax(scale q k^T) [B, H, Q, N]."""
         packed, q, k, _ = self._project(x, call, None)
         if packed is not None:
             q, k, _ = packed.unbind(2)

@@ -104,7 +104,7 @@ class Attention(CallsOps, nn.Module):
         return y.transpose(1, 2)
 
     def probabilities(self, x: Tensor, queries: Tensor) -> Tensor:
-        """What the tokens `queries` [Q] give each token: x [B, N, C] -> softmax(scale q k^T) [B, H, Q, N], undropped."""
+        """What the tokens `queries` [Q] give each token: x [B, N, C] -> softmax(scale q k^T) [B, H, Q, N]."""
         ops = self.ops
         q, k, _ = call(ops, self.qkv, x).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, N, H, D]
         q, k = call(ops, self.q_norm, q[:, queries].transpose(1, 2)), call(ops, self.k_norm, k.transpose(1, 2))
