@@ -192,7 +192,7 @@ def test_other_refusals_of_the_functions() -> None:
         rollout(ours, images, fusion="sum")
     with pytest.raises(ValueError, match="discard must be at least 0"):
         rollout(ours, images, discard=1.0)
-    with pytest.raises(TypeError, match="a model of vit.create, got Linear"):
+    with pytest.raises(TypeError, match=r"a model of vit\.create, got Linear"):
         attention_rows(nn.Linear(1, 1), images)  # type: ignore[arg-type]
     ours.blocks[1].attn = nn.Identity()
     with pytest.raises(TypeError, match="Block with Identity is not known"):

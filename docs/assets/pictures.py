@@ -1,0 +1,41 @@
+"""Draws the photographs' pictures of the documentation: `python docs/assets/pictures.py WEIGHTS` (DINOv2 ViT-S/14)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import vit
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from vit import viz
+
+ASSETS = Path(__file__).resolve().parent
+SIZE = (392, 588)  # 28 x 42 patches, of the photographs' shape
+COLOURS = 160  # of a palette: photographs in 150 kB
+
+
+def main(weights: str) -> None:
+    china, flower = (Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower"))
+    torch.manual_seed(0)
+    model = vit.create(weights=weights, img_size=SIZE, training=False)
+    own = vit.create(weights=weights, training=False)
+    with torch.inference_mode():
+        write(viz.draw_features(model, [china, flower]), "features.png")
+        write(viz.draw_attention(model, [flower]), "attention.png")
+        write(viz.draw_posemb(own), "posemb.png")
+
+
+def write(figure: Any, name: str) -> None:
+    """Saves a figure, then keeps the colours of a palette."""
+    viz.save(figure, ASSETS / name)
+    with Image.open(ASSETS / name) as image:
+        small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    small.save(ASSETS / name, optimize=True)
+    print(name, (ASSETS / name).stat().st_size)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
