@@ -16,7 +16,8 @@ import vit
 from PIL import Image
 
 if importlib.util.find_spec("transformers") is None:
-    raise SystemExit(print("skipped: transformers is not installed"))
+    print("skipped: transformers is not installed")
+    raise SystemExit
 
 
 def texts_of(folder, texts):

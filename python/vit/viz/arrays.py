@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.features import block_indices
-from ..model.naflex import NaFlexVit
 from ..model.torch_layers import call
 from ..model.vision_transformer import VisionTransformer
 from .queries import placed_grid
@@ -46,18 +45,15 @@ def filter_components(model: VisionTransformer, count: int = 28) -> tuple[Tensor
     -> components [count, in_chans, P, Q] of length 1, and the share of the filters' variance that each has [count];
     fewer where a patch has fewer numbers. The value of the largest size in a component is positive.
 
-    Raises ValueError where the projection's weight is no tensor of the model's sizes.
+    Raises ValueError where the projection was replaced by one without such filters.
     """
     embed: Any = model.patch_embed
-    weight = getattr(embed.proj, "weight", None)
-    (high, wide), channels = embed.patch_size, embed.in_chans
-    if not isinstance(weight, Tensor) or weight.numel() != len(weight) * channels * high * wide:
-        raise ValueError(f"vit: {model.name}: {type(embed.proj).__name__} holds no filters of {high} x {wide} pixels")
-    filters = weight.detach().cpu()
-    if isinstance(model, NaFlexVit):  # a patch is read in the order [P, Q, in_chans]
-        filters = filters.view(-1, high, wide, channels).permute(0, 3, 1, 2)
+    try:
+        filters = embed.filters().detach().cpu()
+    except (AttributeError, RuntimeError):
+        raise ValueError(f"vit: {model.name}: the patches' projection holds no filters of their size") from None
     _, components, shares = principal(filters.flatten(1), count)
-    return components.view(-1, channels, high, wide), shares
+    return components.view(-1, *filters.shape[1:]), shares
 
 
 @torch.no_grad()

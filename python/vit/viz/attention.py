@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.eva import Eva
 from ..model.features import block_indices
 from ..model.torch_layers import call
 from ..model.vision_transformer import VisionTransformer
@@ -155,8 +154,7 @@ def _pool_row(model: Any, tokens: Tensor, images: Tensor) -> Tensor:
     if model.attn_pool is None:
         problem = f"vit: {model.name} does not pool by attention (global_pool={model.global_pool!r})"
         raise QueryError(f"{problem}; allowed: {allowed(model, grid_of(model, images))}")
-    # As each class's pool(): Eva's reads all tokens.
-    skip = 0 if isinstance(model, Eva) or model.pool_include_prefix else model.num_prefix_tokens
+    skip = 0 if model.pools_prefix or model.pool_include_prefix else model.num_prefix_tokens
     rows = model.attn_pool.probabilities(tokens[:, skip:])
     return torch.nn.functional.pad(rows, (skip, 0))
 
