@@ -380,6 +380,8 @@ def test_a_name_is_a_network_with_random_weights_and_a_link_is_not_written_to(
         "vit: filters is a picture of the weights alone; the images are not read\n"
         "vit: vit_digits is a name: its weights are random\n"
     )
+    assert main(["viz", "patches", "vit_7b_patch16_dinov3", photo, "--output", str(output)]) == 0  # without its 27 GB
+    assert capsys.readouterr().err == ""
     (tmp_path / "link.png").symlink_to(output)
     assert main(["viz", "filters", "vit_digits", "--output", str(tmp_path / "link.png")]) == 1
     assert "is a link" in capsys.readouterr().err

@@ -102,6 +102,8 @@ def _problem(args: argparse.Namespace) -> str | None:
 
 def _model(args: argparse.Namespace) -> Any:
     """The named model, or the one of a run folder or of weights."""
+    import torch
+
     from ..factory import create
     from ..model.configs import get_config
 
@@ -118,6 +120,9 @@ def _model(args: argparse.Namespace) -> Any:
         raise ValueError(f"vit: there is no file or folder {subject!r}, and as the name of a model: {text}") from None
     if args.model is not None:
         raise ValueError(f"vit: --model {args.model} is for weights, and there is no file or folder {subject!r}")
+    if args.picture == "patches" and place["device"] is None and args.backend in ("auto", "reference"):
+        with torch.device("meta"):  # no weight takes part: 7 B of them need no memory
+            return create(subject, **place)
     print(f"vit: {subject} is a name: its weights are random", file=sys.stderr)
     return create(subject, **place)
 
