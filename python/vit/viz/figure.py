@@ -33,8 +33,9 @@ def _headless() -> None:
             os.environ["MPLBACKEND"] = named
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: str | Path) -> None:
     """Replaces the picture at `path`; its suffix is the format: .png, .pdf or .svg."""
+    path = Path(path)
     kind = path.suffix.removeprefix(".").lower() or "png"
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}  # equal pictures are equal files
     with require("matplotlib", "train").rc_context(WRITTEN), replacing(path) as temporary:
