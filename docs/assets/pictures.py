@@ -14,25 +14,24 @@ from vit import viz
 
 ASSETS = Path(__file__).resolve().parent
 SIZE = (392, 588)  # 28 x 42 patches, of the photographs' shape
-COLOURS = 160  # of a palette: photographs in 150 kB
+COLOURS = 160  # of a palette, which keeps a photograph below 150 kB
 
 
 def main(weights: str) -> None:
     china, flower = (Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower"))
-    torch.manual_seed(0)
     model = vit.create(weights=weights, img_size=SIZE, training=False)
-    own = vit.create(weights=weights, training=False)
+    square = vit.create(weights=weights, img_size=224, training=False)
     with torch.inference_mode():
         write(viz.draw_features(model, [china, flower]), "features.png")
         write(viz.draw_attention(model, [flower]), "attention.png")
-        write(viz.draw_posemb(own), "posemb.png")
+        write(viz.draw_posemb(square), "posemb.png")
 
 
 def write(figure: Any, name: str) -> None:
     """Saves a figure, then keeps the colours of a palette."""
     viz.save(figure, ASSETS / name)
     with Image.open(ASSETS / name) as image:
-        small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        small = image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(ASSETS / name, optimize=True)
     print(name, (ASSETS / name).stat().st_size)
 
