@@ -170,7 +170,7 @@ def test_rollout_begins_at_the_pooling_layer() -> None:
         ("vit_small_patch14_reg4_dinov2", "pool", r"does not pool by attention \(global_pool='token'\)"),
         ("vit_small_patch14_reg4_dinov2", "patch:3,0", r"no patch:3,0; its patches are patch:0,0 to patch:2,4"),
         ("vit_small_patch14_reg4_dinov2", "patch:x", r"'patch:x' is no patch:ROW,COLUMN"),
-        ("vit_small_patch14_reg4_dinov2", "clas", r"has no query 'clas'; allowed: class"),
+        ("vit_small_patch14_reg4_dinov2", "head", r"has no query 'head'; allowed: class"),
         ("vit_small_patch14_reg4_dinov2", 20, r"has no token 20; it has 0 to 19"),
         ("vit_small_patch14_reg4_dinov2", "distillation", r"has no distillation token; allowed: class"),
     ],
