@@ -14,7 +14,7 @@ from vit import viz
 
 ASSETS = Path(__file__).resolve().parent
 SIZE = (392, 588)  # 28 x 42 patches, of the photographs' shape
-COLOURS = 160  # of a palette, which keeps a photograph below 150 kB
+COLOURS = 128  # half of a palette, which keeps a photograph below 150 kB
 
 
 def main(weights: str) -> None:
@@ -31,7 +31,12 @@ def write(figure: Any, name: str) -> None:
     """Saves a figure, then keeps the colours of a palette."""
     viz.save(figure, ASSETS / name)
     with Image.open(ASSETS / name) as image:
-        small = image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        image = image.convert("RGB")
+        # The common colours of the photographs, and the rare ones at the upper end of a map.
+        parts = [image.quantize(COLOURS, method) for method in (Image.Quantize.MEDIANCUT, Image.Quantize.MAXCOVERAGE)]
+        palette = Image.new("P", (1, 1))
+        palette.putpalette([value for part in parts for value in (part.getpalette() or [])[: 3 * COLOURS]])
+        small = image.quantize(palette=palette, dither=Image.Dither.NONE)
     small.save(ASSETS / name, optimize=True)
     print(name, (ASSETS / name).stat().st_size)
 
