@@ -1,6 +1,6 @@
 """Vision Transformers on a readable PyTorch reference and on compiled kernels, forward and backward."""
 
-from . import ops, optim, weights
+from . import ops, optim, viz, weights
 from .backends import BackendError, backends
 from .engine import Engine
 from .factory import create
@@ -23,5 +23,6 @@ __all__ = [
     "ops",
     "optim",
     "patch",
+    "viz",
     "weights",
 ]

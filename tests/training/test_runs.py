@@ -77,7 +77,7 @@ def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["runs", str(tmp_path), "--plot", str(tmp_path / "a.txt")]) == 2
 
 
-@pytest.mark.parametrize(("pid", "state"), [(os.getpid(), "running"), (2**22 + 1, "finished")])
+@pytest.mark.parametrize(("pid", "state"), [(os.getpid(), "running"), (2**22 + 1, "finished")], ids=["living", "none"])
 def test_a_lock_of_a_living_process_means_running(runs: Path, capsys, pid: int, state: str) -> None:
     lock = runs / "digits-2" / ".lock"
     lock.write_text(json.dumps({"pid": pid, "host": socket.gethostname()}))
