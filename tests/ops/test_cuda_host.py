@@ -3,6 +3,7 @@ same case list as every backend; their index functions and launch plans by brute
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import subprocess
@@ -329,6 +330,7 @@ def cuda_record(emulated: Emulated, monkeypatch: pytest.MonkeyPatch, capabilitie
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setitem(vars(module.BACKEND), "lib", emulated.module)
     monkeypatch.setitem(vars(module.BACKEND), "exported", emulated.exported)
+    monkeypatch.setitem(vars(module.BACKEND), "codes", emulated.codes)
     facts = {"driver": "13.0", "runtime": "13.0", "architectures": "80 90a-real"}
     monkeypatch.setattr(module, "_facts", lambda info: facts)
     return SimpleNamespace(reasons=module.BACKEND.reasons, facts=facts)
@@ -362,10 +364,10 @@ def test_shared_memory_is_a_reason(emulated, monkeypatch):
     assert reasons(torch.float64, 129, True, 2) == [text]
 
 
-@pytest.mark.parametrize("values", [1e-44, 1e-46, 1e-300])
-def test_a_scale_that_is_zero_in_float32_gives_the_mean_of_the_values(emulated, values):
+@pytest.mark.parametrize("scale", [1e-44, 1e-46, 1e-300])
+def test_a_scale_that_is_zero_in_float32_gives_the_mean_of_the_values(emulated, scale):
     q, k, v = draw.randn(3, 1, 20, 1, 64, dtype=torch.bfloat16)
-    got = vit.ops.attention(q, k, v, scale=values, backend="cuda_emulator")
+    got = vit.ops.attention(q, k, v, scale=scale, backend="cuda_emulator")
     assert (got.double() - v.double().mean(1, keepdim=True)).abs().max() <= 0.01
 
 
@@ -402,43 +404,44 @@ def test_errors_do_not_stay_in_the_runtime(emulated):
 
 
 @pytest.fixture
-def precisions() -> Iterator[None]:
-    """PyTorch's switches of TF32, as they were before."""
+def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """PyTorch's switches of TF32 as they are in a new process, and afterwards."""
+    before = torch.get_float32_matmul_precision()
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        for owner in (torch.backends.cuda.matmul, torch.backends, torch.backends.cudnn.conv):
+            monkeypatch.setattr(owner, "fp32_precision", "none")
     yield
-    if hasattr(torch.backends, "fp32_precision"):
-        torch.backends.fp32_precision = "none"
-    torch.set_float32_matmul_precision("highest")
+    monkeypatch.undo()
+    torch.set_float32_matmul_precision(before)
 
 
 #: How PyTorch is told: name of the switch, its value, whether products may then be in TF32.
 SWITCHES = [
-    ("torch.set_float32_matmul_precision", "high", True),
-    ("torch.set_float32_matmul_precision", "highest", False),
-    ("torch.backends.cuda.matmul.allow_tf32", True, True),
-    ("torch.backends.cuda.matmul.fp32_precision", "tf32", True),
-    ("torch.backends.cuda.matmul.fp32_precision", "ieee", False),
-    ("torch.backends.fp32_precision", "tf32", True),
-    ("torch.backends.cudnn.conv.fp32_precision", "tf32", False),
+    ("set_float32_matmul_precision", "high", True),
+    ("set_float32_matmul_precision", "highest", False),
+    ("backends.cuda.matmul.allow_tf32", True, True),
+    ("backends.cuda.matmul.fp32_precision", "tf32", True),
+    ("backends.cuda.matmul.fp32_precision", "ieee", False),
+    ("backends.fp32_precision", "tf32", True),
+    ("backends.cudnn.conv.fp32_precision", "tf32", False),
 ]
 
 
 @pytest.mark.parametrize(("switch", "value", "allowed"), SWITCHES)
-def test_every_switch_of_tf32(emulated, precisions, switch, value, allowed):
-    *path, name = switch.removeprefix("torch.").split(".")
-    owner = torch
-    for part in path:
-        owner = getattr(owner, part)
-    if not callable(getattr(owner, name, None)) and not hasattr(owner, name):
-        pytest.skip("this PyTorch has no such switch")
-    if callable(getattr(owner, name)):
-        getattr(owner, name)(value)
-    else:
+def test_every_switch_of_tf32(emulated, switches, switch, value, allowed):
+    *path, name = switch.split(".")
+    owner = functools.reduce(getattr, path, torch)
+    if name == "fp32_precision" and not hasattr(torch.backends, name):
+        pytest.skip("switches of torch 2.9")
+    if path:
         setattr(owner, name, value)
+    else:
+        getattr(owner, name)(value)
     assert tf32_allowed() == allowed
     a, b = draw.randn(16, 16), draw.randn(16, 16)
-    in_tf32 = (round_factor(a).double() @ round_factor(b).double()).float()
-    got = vit.ops.matmul(a, b, backend="cuda_emulator")
-    assert (got - in_tf32).norm() < 1e-6 * in_tf32.norm() if allowed else (got - a @ b).norm() < 1e-6 * in_tf32.norm()
+    factors = [round_factor(a), round_factor(b)] if allowed else [a, b]
+    truth = factors[0].double() @ factors[1].double()
+    assert (vit.ops.matmul(a, b, backend="cuda_emulator") - truth).norm() < 1e-6 * truth.norm()
     for dtype in ("float32", "tf32"):  # `vit parity` sets what it needs, and leaves the switches as it found them
         check(sized("matmul", dtype, "fwd", m=16, n=16, k=16))
     assert tf32_allowed() == allowed

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 import sysconfig
 import time
 import traceback
@@ -40,8 +41,10 @@ MULTIPROCESSORS = 3
 
 
 def nvcc() -> str | None:
-    """CUDA's compiler, None when there is none."""
-    return shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
+    """CUDA's compiler, where build_backend/native.py looks for it; None when there is none."""
+    wheels = [f"{folder}/nvidia/cu13/bin/nvcc" for folder in sys.path]
+    candidates = [os.environ.get("CUDACXX", "nvcc"), "/usr/local/cuda/bin/nvcc", *wheels]
+    return next(filter(None, map(shutil.which, candidates)), None)
 
 
 def build(folder: Path) -> Path:
