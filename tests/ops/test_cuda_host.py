@@ -404,17 +404,21 @@ def test_errors_do_not_stay_in_the_runtime(emulated):
 
 
 @pytest.fixture
-def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """PyTorch's switches of TF32 as they are in a new process, and afterwards."""
-    before = torch.get_float32_matmul_precision()
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        for owner in (torch.backends.cuda.matmul, torch.backends, torch.backends.cudnn.conv):
-            monkeypatch.setattr(owner, "fp32_precision", "none")
+def switches() -> Iterator[None]:
+    """PyTorch's switches of TF32 as they are in a new process, and afterwards as they were."""
+    precision = torch.get_float32_matmul_precision()
+    owners = [torch.backends.cuda.matmul, torch.backends, torch.backends.cudnn.conv] if NEW_SWITCHES else []
+    before = [owner.fp32_precision for owner in owners]
+    for owner in owners[:2]:
+        owner.fp32_precision = "none"
     yield
-    monkeypatch.undo()
-    torch.set_float32_matmul_precision(before)
+    for owner, value in zip(owners, before, strict=True):
+        owner.fp32_precision = value
+    torch.set_float32_matmul_precision(precision)
 
 
+#: torch 2.9 brought switches for each backend.
+NEW_SWITCHES = hasattr(torch.backends, "fp32_precision")
 #: How PyTorch is told: name of the switch, its value, whether products may then be in TF32.
 SWITCHES = [
     ("set_float32_matmul_precision", "high", True),
@@ -423,7 +427,7 @@ SWITCHES = [
     ("backends.cuda.matmul.fp32_precision", "tf32", True),
     ("backends.cuda.matmul.fp32_precision", "ieee", False),
     ("backends.fp32_precision", "tf32", True),
-    ("backends.cudnn.conv.fp32_precision", "tf32", False),
+    ("backends.cudnn.conv.fp32_precision", "ieee", False),
 ]
 
 
@@ -431,7 +435,7 @@ SWITCHES = [
 def test_every_switch_of_tf32(emulated, switches, switch, value, allowed):
     *path, name = switch.split(".")
     owner = functools.reduce(getattr, path, torch)
-    if name == "fp32_precision" and not hasattr(torch.backends, name):
+    if name == "fp32_precision" and not NEW_SWITCHES:
         pytest.skip("switches of torch 2.9")
     if path:
         setattr(owner, name, value)
