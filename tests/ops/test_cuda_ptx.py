@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import draw
@@ -49,25 +50,24 @@ def check(emulated: tuple[Emulated, Launches], case: Case, device: str, path: st
     assert not failure(case, record, launches)
 
 
-@pytest.mark.parametrize("case", CASES[::10], ids=lambda case: case.id)
-def test_parity_on_hopper(emulated, case):
-    check(emulated, case, "9.0")
-
-
-@pytest.mark.parametrize("case", CASES[5::40], ids=lambda case: case.id)
-@pytest.mark.parametrize("device", ["8.0", "8.6", "12.0"])
-def test_parity_on_other_devices(emulated, case, device):
+@pytest.mark.parametrize(
+    ("case", "device"),
+    list(zip(CASES[::10], itertools.cycle(["9.0", "8.6", "9.0", "8.0", "9.0", "12.0"]), strict=False)),
+    ids=lambda value: getattr(value, "id", value),
+)
+def test_parity(emulated, case, device):
     check(emulated, case, device)
 
 
-@pytest.mark.parametrize("case", CASES[7::40], ids=lambda case: case.id)
-def test_parity_of_the_portable_path(emulated, case):
-    check(emulated, case, "9.0", "portable")
+@pytest.mark.parametrize("case", CASES[7::80], ids=lambda case: case.id)
+@pytest.mark.parametrize("path", ["portable", "no_wgmma"])
+def test_parity_of_other_paths(emulated, case, path):
+    check(emulated, case, "9.0", path)
 
 
-@pytest.mark.parametrize("case", NEW[::4], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", NEW[4::10], ids=lambda case: case.id)
 def test_parity_of_the_newest_kernels(emulated, case):
-    check(emulated, case, "8.6")
+    check(emulated, case, "12.0")
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])

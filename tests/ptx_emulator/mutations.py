@@ -142,7 +142,7 @@ MUTATIONS = [
     Mutation("no barrier between v and ds", *SHORT, nth(BAR, "", 1), "automatic", attention(130, True)),
     Mutation("the last barrier removed", *SHORT, nth(BAR, "", -1), "automatic", attention(130, True)),
     Mutation(
-        "no barrier before weights", *SCALAR, nth(BAR, "", 2), "automatic", attention(40, dtype=torch.float32, d=80)
+        "no barrier behind the loads", *SCALAR, nth(BAR, "", 1), "automatic", attention(40, dtype=torch.float32, d=80)
     ),
     Mutation("no barrier before the sum of warps", *COLUMNS, nth(BAR, "", 0), "automatic", rms_norm()),
 ]
