@@ -1,9 +1,9 @@
 """The end of the program while threads use an engine.
 
-When Python ends, a daemon thread that asks for the GIL is ended where it stands. Inside a function of PyTorch that
-unwinds C++ frames which let nothing through, and the process aborts ("terminate called without an active exception").
-So that no thread is inside PyTorch for an engine's sake then, the program waits for the calls that run, and threads
-that begin another one sleep until the process is gone.
+When Python ends, a daemon thread that asks for the GIL is ended where it stands. Inside a function of PyTorch, the
+release of a tensor among them, that unwinds C++ frames which let nothing through, and the process aborts ("terminate
+called without an active exception"). So that no thread is there for an engine's sake, the program waits for the calls
+that run, and threads that begin another one sleep until the process is gone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from types import TracebackType
 
 WAIT_SECONDS = 10.0  # for calls that run when the program ends: a call takes less, unless the machine stands still
+LEAVE_SECONDS = 0.02  # for a thread whose call has ended to release its result and begin another one, where it sleeps
 
 
 class _Calls:
@@ -30,19 +31,32 @@ class _Calls:
         # After the entry: `end` sets the mark first and looks at the entries then, so that one of the two sees it.
         if self.ended and me != threading.main_thread().ident:
             self.threads.remove(me)
-            while True:
-                time.sleep(3600)  # without the GIL
+            self.leave()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         self.threads.remove(threading.get_ident())
 
+    def leave(self) -> None:
+        """For a program that ends: returns in its main thread alone. An error elsewhere would unwind frames that hold
+        tensors."""
+        if threading.get_ident() != threading.main_thread().ident:
+            _sleep()
+
     def end(self) -> None:
         """Waits for the calls of other threads. Functions of atexit may still use engines, in the main thread."""
         self.ended = True
+        if not self.threads:
+            return
         deadline = time.monotonic() + WAIT_SECONDS
         me = threading.get_ident()
         while any(thread != me for thread in self.threads) and time.monotonic() < deadline:
             time.sleep(0.001)
+        time.sleep(LEAVE_SECONDS)
+
+
+def _sleep() -> None:
+    while True:
+        time.sleep(3600)  # without the GIL
 
 
 calls = _Calls()
