@@ -34,6 +34,12 @@ void check_limits(const char* op, int64_t B, int64_t N, int64_t L, int64_t H, in
   if (D < 1 || D > 256) fail(op, "head dimension " + std::to_string(D) + " is not within 1..256");
 }
 
+// Shared memory that a block needs for heads of D, whatever the number of tokens: of the kernel that a call cannot do
+// without. The kernels for short sequences are chosen only where they fit; those of 16 bits and TF32 fit everywhere.
+std::size_t needed_bytes(DType dtype, int64_t D, bool backward) {
+  return is_16_bit(dtype) ? 0 : attention_scalar_bytes(dtype, D, backward);
+}
+
 }  // namespace
 
 Shape attention_shape(int64_t B, int64_t N, int64_t L, int64_t H, int64_t D) {
@@ -41,6 +47,12 @@ Shape attention_shape(int64_t B, int64_t N, int64_t L, int64_t H, int64_t D) {
 }
 
 }  // namespace vit::cuda
+
+// For python/vit/backends/cuda.py, which finds it with ctypes: what of an op may exceed a device. All other kernels fit
+// in the least that a GPU has (kLeastShared), which is asserted where they are.
+extern "C" __attribute__((visibility("default"))) int vit_cuda_attention_shared(int dtype, int D, int backward) {
+  return static_cast<int>(vit::cuda::needed_bytes(static_cast<vit::DType>(dtype), D, backward != 0));
+}
 
 namespace vit {
 

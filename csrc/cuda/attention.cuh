@@ -317,9 +317,10 @@ void attention_fwd_hopper(const AttentionFwd&);
 // The same with everything of the head in shared memory, no delta.
 bool attention_bwd_short_supports(const AttentionBwd&);
 void attention_bwd_short(const AttentionBwd&);
-// float32 and float64, exact.
+// float32 and float64, exact; and the shared memory of their blocks.
 void attention_fwd_scalar(const AttentionFwd&);
 void attention_bwd_scalar(const AttentionBwd&, const void* delta);
+std::size_t attention_scalar_bytes(DType, int64_t D, bool backward);
 
 Shape attention_shape(int64_t B, int64_t N, int64_t L, int64_t H, int64_t D);
 

@@ -22,7 +22,7 @@ constexpr int shared_bytes(int row) {
   return (2 * kOwned + 2 * stages(row) * others_per_tile(row)) * (row + 16) +
          stages(row) * 2 * others_per_tile(row) * 4;
 }
-static_assert(shared_bytes(256) <= 99 * 1024 && shared_bytes(512) <= 99 * 1024, "compute capability 8.6 has 99 KiB");
+static_assert(shared_bytes(256) <= kLeastShared && shared_bytes(512) <= kLeastShared, "must run on every GPU");
 
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads)

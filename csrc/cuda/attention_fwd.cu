@@ -16,7 +16,7 @@ constexpr int kThreads = 128;
 VIT_HOST_DEVICE constexpr int keys_per_tile(int row) { return row <= 256 ? 64 : 32; }
 VIT_HOST_DEVICE constexpr int stages(int row) { return row <= 256 ? 2 : 1; }
 constexpr int shared_bytes(int row) { return (kQueries + 2 * stages(row) * keys_per_tile(row)) * (row + 16); }
-static_assert(shared_bytes(256) <= 99 * 1024 && shared_bytes(512) <= 99 * 1024, "compute capability 8.6 has 99 KiB");
+static_assert(shared_bytes(256) <= kLeastShared && shared_bytes(512) <= kLeastShared, "must run on every GPU");
 
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(AttentionFwd p, bool vectors, bool pairs) {

@@ -28,6 +28,9 @@ constexpr int blocks_per_multiprocessor(int kD, int kKeys) {
   return by_registers < by_memory ? by_registers : by_memory;
 }
 
+// The scale as the kernel has it, in base 2 and float32: 0 for one that is too small, and -inf times 0 is NaN.
+VIT_HOST_DEVICE inline float scale_of(const AttentionFwd& p) { return static_cast<float>(p.scale) * kLog2e; }
+
 #ifdef VIT_CUDA_HOPPER
 
 // The scores of 64 queries: wgmma takes at most 256 columns, and 272 are two products of 136.
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kD, kKeys)
   const HeadBlock at = head_block(blockIdx.x, p.H, parts);
   const Head<T> q(p.q, at.b, at.h), k(p.k, at.b, at.h), v(p.v, at.b, at.h),
       out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
-  const float scale = static_cast<float>(p.scale) * kLog2e;
+  const float scale = scale_of(p);
 
   // Zeros where there is no key: a weight of 0 times anything left in shared memory could be NaN.
   const auto load = [&](Vector<T, 8>* tile, const Head<T>& head) {
@@ -217,7 +220,7 @@ void dispatch_sizes(int64_t D, int64_t L, F f) {
 bool attention_fwd_hopper_supports(const AttentionFwd& p) {
   return path() == Path::automatic && has_hopper_kernels(p.context.device) && is_16_bit(p.dtype) && p.D % 8 == 0 &&
          p.D <= 128 && p.L <= kMostKeys && (p.L > 128 || compiled_head_dim(p.D) == 64) && p.N <= (1 << 20) &&
-         p.scale > 0 &&  // the largest score is that of the largest product
+         scale_of(p) > 0 &&  // the largest score is that of the largest product
          is_aligned(p.q.data, 4) && is_aligned(p.k.data) && is_aligned(p.v.data) && is_aligned(p.out) &&
          strides_divide(2, {p.q.batch, p.q.token, p.q.head}) &&
          strides_divide(8, {p.k.batch, p.k.token, p.k.head, p.v.batch, p.v.token, p.v.head});

@@ -1,10 +1,11 @@
 // Attention in float32 and float64 by plain fused multiply-adds; equations as in attention_fwd.cu and attention_bwd.cu.
 //
-// A block of 16 x 16 threads takes kTile = 16 kPer tokens of one head, thread (y, x) the rows y + 16 i of them; the
-// other side passes through shared memory kTile tokens at a time. Scores of a tile are kTile x kTile in shared memory,
-// sums over tokens [kPer, kD / 16] in registers: columns x + 16 j. Rows in shared memory are one element longer than
-// kD, so that 16 threads on 16 rows hit 16 banks. Correct and reasonable rather than fast: ViTs run attention in 16
-// bits.
+// Compiled head dimensions: 64, 128 and 256. A block of 16 x 16 threads takes kTile = 16 kPer tokens of one head,
+// thread (y, x) the rows y + 16 i of them; the other side passes through shared memory kTile tokens at a time. Scores
+// of a tile are kTile x kTile in shared memory, sums over tokens [kPer, kD / 16] in registers: columns x + 16 j. Rows
+// in shared memory are one element longer than kD, so that 16 threads on 16 rows hit 16 banks. Correct and reasonable
+// rather than fast: ViTs run attention in 16 bits. The tiles are the same on every GPU, and with them the bits of a
+// result: small enough for one of 99 KiB.
 #include "attention.cuh"
 
 namespace vit::cuda {
@@ -12,17 +13,31 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class T>
-VIT_HOST_DEVICE constexpr int per_thread(int kD, bool backward) {
-  const int forward = sizeof(T) == 8 ? (kD <= 128 ? 2 : 1) : (kD <= 128 ? 4 : 2);
-  return backward ? (forward + 1) / 2 : forward;
+constexpr int compiled(int64_t D) { return D <= 64 ? 64 : D <= 128 ? 128 : 256; }
+
+// kPer by the bytes of an element: 4, 2, 1 of the forward in float32 and 2, 1, 1 in float64; 2, 2, 1 and 1 of the
+// backward.
+VIT_HOST_DEVICE constexpr int per_thread(int size, int kD, bool backward) {
+  if (backward) return size == 4 && kD <= 128 ? 2 : 1;
+  const int wanted = 1024 / (size * kD);
+  return wanted < 1 ? 1 : wanted;
 }
 
-template <class T>
-VIT_HOST_DEVICE constexpr int shared_elements(int kD, bool backward) {
-  const int tile = 16 * per_thread<T>(kD, backward);
-  return backward ? 4 * tile * (kD + 1) + 2 * tile * (tile + 1) + 2 * tile : 3 * tile * (kD + 1) + tile * (tile + 1);
+// Shared memory of a block: 50 to 65 KiB forward, 37 to 73 KiB backward, but for float64 beyond 128.
+constexpr int shared_bytes(int size, int kD, bool backward) {
+  const int tile = 16 * per_thread(size, kD, backward);
+  return size *
+         (backward ? 4 * tile * (kD + 1) + 2 * tile * (tile + 1) + 2 * tile : 3 * tile * (kD + 1) + tile * (tile + 1));
 }
+
+constexpr bool fits_everywhere(int size, bool backward, int most) {
+  for (int kD = 64; kD <= most; kD *= 2)
+    if (shared_bytes(size, kD, backward) > kLeastShared) return false;
+  return true;
+}
+static_assert(fits_everywhere(4, false, 256) && fits_everywhere(4, true, 256) && fits_everywhere(8, false, 256) &&
+                  fits_everywhere(8, true, 128),
+              "only the backward in float64 beyond 128 (133 KiB) may need more than the smallest GPU has");
 
 template <class T, int kD, int kPer>
 struct Block {
@@ -113,7 +128,7 @@ __device__ inline T row_max(T value) {
 
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads) fwd_scalar(AttentionFwd p) {
-  constexpr int kPer = per_thread<T>(kD, false);
+  constexpr int kPer = per_thread(sizeof(T), kD, false);
   using B = Block<T, kD, kPer>;
   constexpr int kTile = B::kTile;
   const B block;
@@ -177,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) fwd_scalar(AttentionFwd p) {
 // kQueries: the block owns queries and sums dq over keys; else it owns keys and sums dk and dv over queries.
 template <class T, int kD, bool kQueries>
 __global__ void __launch_bounds__(kThreads) bwd_scalar(AttentionBwd p, const T* delta) {
-  constexpr int kPer = per_thread<T>(kD, true);
+  constexpr int kPer = per_thread(sizeof(T), kD, true);
   using B = Block<T, kD, kPer>;
   constexpr int kTile = B::kTile;
   const B block;
@@ -245,9 +260,8 @@ __global__ void __launch_bounds__(kThreads) bwd_scalar(AttentionBwd p, const T* 
 template <class F>
 void dispatch_scalar(DType dtype, int64_t D, F f) {
   const auto choose = [&](auto element) {
-    if (D <= 64) return f(element, std::integral_constant<int, 64>{});
-    if constexpr (sizeof(element) == 4)
-      if (D <= 128) return f(element, std::integral_constant<int, 128>{});
+    if (compiled(D) == 64) return f(element, std::integral_constant<int, 64>{});
+    if (compiled(D) == 128) return f(element, std::integral_constant<int, 128>{});
     f(element, std::integral_constant<int, 256>{});
   };
   if (dtype == DType::float64) return choose(double{});
@@ -256,13 +270,17 @@ void dispatch_scalar(DType dtype, int64_t D, F f) {
 
 }  // namespace
 
+std::size_t attention_scalar_bytes(DType dtype, int64_t D, bool backward) {
+  return static_cast<std::size_t>(shared_bytes(static_cast<int>(bytes(dtype)), compiled(D), backward));
+}
+
 void attention_fwd_scalar(const AttentionFwd& p) {
   dispatch_scalar(p.dtype, p.D, [&](auto element, auto head_dim) {
     using T = decltype(element);
     constexpr int kD = decltype(head_dim)::value;
-    const int64_t blocks = p.B * p.H * divide_up(p.N, 16 * per_thread<T>(kD, false));
+    const int64_t blocks = p.B * p.H * divide_up(p.N, 16 * per_thread(sizeof(T), kD, false));
     launch<fwd_scalar<T, kD>>({"attention_fwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, blocks, kThreads,
-                               shared_elements<T>(kD, false) * sizeof(T)},
+                               attention_scalar_bytes(p.dtype, p.D, false)},
                               p);
   });
 }
@@ -270,9 +288,9 @@ void attention_fwd_scalar(const AttentionFwd& p) {
 void attention_bwd_scalar(const AttentionBwd& p, const void* delta) {
   dispatch_scalar(p.dtype, p.D, [&](auto element, auto head_dim) {
     using T = decltype(element);
-    constexpr int kD = decltype(head_dim)::value, kTile = 16 * per_thread<T>(kD, true);
-    Launch shape = {"attention_bwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, 0,
-                    kThreads,        shared_elements<T>(kD, true) * sizeof(T)};
+    constexpr int kD = decltype(head_dim)::value, kTile = 16 * per_thread(sizeof(T), kD, true);
+    Launch shape = {"attention_bwd", attention_shape(p.B, p.N, p.L, p.H, p.D),  p.context, 0,
+                    kThreads,        attention_scalar_bytes(p.dtype, p.D, true)};
     shape.blocks = p.B * p.H * divide_up(p.N, kTile);
     launch<bwd_scalar<T, kD, true>>(shape, p, static_cast<const T*>(delta));
     shape.blocks = p.B * p.H * divide_up(p.L, kTile);

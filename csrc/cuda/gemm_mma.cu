@@ -178,6 +178,7 @@ constexpr int mma_shared_bytes(int tile) {
   const int stages = kStages * 2 * tile * kTileBytes, sums = tile * (tile + 8) * 4;
   return stages > sums ? stages : sums;
 }
+static_assert(mma_shared_bytes(128) <= kLeastShared, "must run on every GPU");
 
 template <class T>
 void run(const char* op, const Gemm& g, const Context& context) {

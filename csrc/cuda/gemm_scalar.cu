@@ -99,9 +99,11 @@ void run(const char* op, const Gemm& g, const Context& context) {
   constexpr int kTile = 16 * kPer, kPitch = kTile + 16 / static_cast<int>(sizeof(T));
   const int64_t blocks = divide_up(g.M, kTile) * divide_up(g.N, kTile) * g.batch * g.splits;
   const int64_t K_split = divide_up(divide_up(g.K, kStep), g.splits) * kStep;
-  launch<gemm_fma<T, kPer>>({op, Shape({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, blocks,
-                             kBlock, larger(4 * kStep * kPitch, kTile * (kTile + 4)) * sizeof(T)},
-                            g.a, g.b, g.batch, g.K, K_split, Epilogue<T>(g));
+  constexpr std::size_t shared_bytes = larger(4 * kStep * kPitch, kTile * (kTile + 4)) * sizeof(T);
+  static_assert(shared_bytes <= kLeastShared, "must run on every GPU");
+  launch<gemm_fma<T, kPer>>(
+      {op, Shape({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, blocks, kBlock, shared_bytes}, g.a,
+      g.b, g.batch, g.K, K_split, Epilogue<T>(g));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include "driver.cuh"
 #include "instructions.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -25,14 +26,8 @@ inline bool encode_tensor_map(TensorMap& map, const void* data, bool bfloat16, c
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static const Encode encode = [] {  // through the runtime: the module does not link to the driver
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result) !=
-        cudaSuccess)
-      function = nullptr;
-    return reinterpret_cast<Encode>(function);
-  }();
+  static std::atomic<void*> known{nullptr};
+  const auto encode = reinterpret_cast<Encode>(driver_function("cuTensorMapEncodeTiled", 12000, known));
   const uint32_t box[3] = {box0, box1, 1}, steps[3] = {1, 1, 1};
   return encode && encode(&map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
                           const_cast<void*>(data), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

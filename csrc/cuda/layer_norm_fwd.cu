@@ -121,10 +121,12 @@ bool fits_in_registers(const LayerNormFwd& p) {
 
 namespace vit {
 
-void layer_norm_fwd(const LayerNormFwd& p) {
+void layer_norm_fwd(const LayerNormFwd& given) {
   using namespace cuda;
   const char* op = "layer_norm_fwd";
-  check(p);
+  check(given);
+  LayerNormFwd p = given;
+  p.eps = kept_positive(p.eps, p.dtype);
   if (p.M == 0 || p.C == 0) return;
   const DeviceGuard guard(op, p.context);
   const Shape shape({{"M", p.M}, {"C", p.C}});

@@ -103,12 +103,16 @@ struct Weight {
 Weight cast_weight(const Launch& like, const void* weight, int64_t stride, int64_t N, int64_t K, DType dtype,
                    DType param_dtype, void* workspace) {
   if (dtype == param_dtype || N * K == 0) return {weight, stride};
-  dispatch(dtype, [&](auto element) {
+  const auto cast = [&](auto element) {
     using T = decltype(element);
     const int64_t blocks = smaller<int64_t>(divide_up(N * K, kBlock), 1 << 16);
     launch<cast_rows<T>>({like.op, like.shape, like.context, blocks, kBlock}, static_cast<const float*>(weight), stride,
                          static_cast<T*>(workspace), N, K);
-  });
+  };
+  if (dtype == DType::float64)
+    cast(double{});
+  else
+    dispatch_16_bit(dtype, cast);
   return {workspace, K};
 }
 

@@ -1,4 +1,5 @@
 // The parts of runtime.cuh that are no templates, and vit::info().
+#include "driver.cuh"
 #include "runtime.cuh"
 
 namespace vit::cuda {
@@ -11,9 +12,20 @@ std::atomic<Path> current_path{Path::automatic};
 int attribute(cudaDeviceAttr which, int device, std::atomic<int> (&cache)[kMaxDevices]) {
   if (device < 0 || device >= kMaxDevices) return 0;
   int value = cache[device].load(std::memory_order_relaxed) - 1;
-  if (value < 0 && cudaDeviceGetAttribute(&value, which, device) == cudaSuccess)
-    cache[device].store(value + 1, std::memory_order_relaxed);
-  return larger(value, 0);
+  if (value >= 0) return value;
+  if (!went_well(cudaDeviceGetAttribute(&value, which, device))) return 0;
+  cache[device].store(value + 1, std::memory_order_relaxed);
+  return value;
+}
+
+// Whether this process has used a device, so that to make it current again costs nothing.
+bool has_context(int device) {
+  using GetState = int (*)(int device, unsigned* flags, int* active);  // cuDevicePrimaryCtxGetState
+  static std::atomic<void*> known{nullptr};
+  const auto state = reinterpret_cast<GetState>(driver_function("cuDevicePrimaryCtxGetState", 7000, known));
+  unsigned flags = 0;
+  int active = 0;
+  return !state || state(device, &flags, &active) != 0 || active != 0;
 }
 
 std::string version_text(int version) {
@@ -30,15 +42,16 @@ DeviceGuard::DeviceGuard(const char* op, const Context& context) {
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
   if (error == cudaSuccess && current != context.device) {
+    const bool used = has_context(current);
     error = cudaSetDevice(context.device);
-    if (error == cudaSuccess) previous_ = current;
+    if (error == cudaSuccess && used) previous_ = current;
   }
-  if (error != cudaSuccess)
+  if (!went_well(error))
     fail(op, "cannot use device " + std::to_string(context.device) + ": " + cudaGetErrorString(error));
 }
 
 DeviceGuard::~DeviceGuard() {
-  if (previous_ >= 0) cudaSetDevice(previous_);
+  if (previous_ >= 0) went_well(cudaSetDevice(previous_));
 }
 
 int capability(int device) {
@@ -63,8 +76,7 @@ Path path() { return current_path.load(std::memory_order_relaxed); }
 void set_path(Path path) { current_path.store(path, std::memory_order_relaxed); }
 
 void check_launch(cudaError_t error, const Launch& launch) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // clears it: the caller gets it as an exception, not as the error of its next CUDA call
+  if (went_well(error)) return;
   fail(launch.op, std::string(cudaGetErrorString(error)) + " while launching " + std::to_string(launch.blocks) +
                       " blocks of " + std::to_string(launch.threads) + " threads with " +
                       std::to_string(launch.shared_bytes) + " bytes of shared memory for " + launch.shape.text());
@@ -111,6 +123,11 @@ extern "C" __attribute__((visibility("default"))) void vit_cuda_set_path(int pat
   vit::cuda::set_path(static_cast<vit::cuda::Path>(path));
 }
 
+// For python/vit/backends/cuda.py, which compares it with vit_cuda_attention_shared (attention.cu).
+extern "C" __attribute__((visibility("default"))) int vit_cuda_shared_limit(int device) {
+  return vit::cuda::shared_limit(device);
+}
+
 namespace vit {
 
 bool takes(DType dtype) { return dtype >= DType::float32 && dtype <= DType::float16; }
@@ -119,10 +136,9 @@ const char* const kTakes = "the cuda backend takes float32, float64, bfloat16 an
 std::vector<std::pair<std::string, std::string>> info() {
   int driver = 0, devices = 0;
   std::vector<std::pair<std::string, std::string>> facts;
-  cudaDriverGetVersion(&driver);  // 0 without a driver
+  if (!cuda::went_well(cudaDriverGetVersion(&driver))) driver = 0;  // 0 without a driver
   const cudaError_t error = cudaGetDeviceCount(&devices);
-  if (error != cudaSuccess) devices = 0;
-  cudaGetLastError();
+  if (!cuda::went_well(error)) devices = 0;
   facts.emplace_back("runtime", cuda::version_text(CUDART_VERSION));
   facts.emplace_back("driver", driver == 0 ? "none" : cuda::version_text(driver));
   facts.emplace_back("architectures", VIT_CUDA_ARCHITECTURES);
@@ -131,7 +147,7 @@ std::vector<std::pair<std::string, std::string>> info() {
   if (error != cudaSuccess) facts.emplace_back("error", cudaGetErrorString(error));
   for (int i = 0; i < devices && i < cuda::kMaxDevices; ++i) {
     cudaDeviceProp properties;
-    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
+    if (!cuda::went_well(cudaGetDeviceProperties(&properties, i))) continue;
     const int capability = 10 * properties.major + properties.minor;
     const std::string key = "device" + std::to_string(i);
     facts.emplace_back(key, std::string(properties.name) + ", compute capability " + std::to_string(properties.major) +

@@ -30,7 +30,15 @@ inline std::size_t aligned(std::size_t n) { return (n + 255) / 256 * 256; }
 
 inline bool is_aligned(const void* p, std::size_t to = 16) { return reinterpret_cast<std::uintptr_t>(p) % to == 0; }
 
-// The device of a call is current while this lives; the one that was current before comes back after.
+// A positive number that is 0 in float32 becomes the least that is not: a row of zeros over sqrt(0 + 0) would be NaN.
+inline double kept_positive(double x, DType dtype) {
+  constexpr double least = 1.401298464324817e-45;  // 2^-149
+  return dtype != DType::float64 && x > 0 && x < least ? least : x;
+}
+
+// The device of a call is current while this lives; the one that was current before comes back after, if the process
+// uses it: to make a device current gives it a context, which takes 530 MB of the memory of, say, device 0 in each of 8
+// processes that work on the others. (So does PyTorch, whose allocation of the result has been here before.)
 class DeviceGuard {
  public:
   DeviceGuard(const char* op, const Context& context);
@@ -88,8 +96,11 @@ struct Launch {
 // reported by the next call that synchronises, as with every CUDA library.
 void check_launch(cudaError_t, const Launch&);
 
-// Shared memory a block of the device may have at most: 99 KiB (8.6, 8.9), 163 KiB (8.0), 227 KiB (9.0).
+// Shared memory a block of the device may have at most: 99 KiB (8.6, 8.9, 12.x), 163 KiB (8.0), 227 KiB (9.0, 10.x).
 int shared_limit(int device);
+// The least of them. A kernel that may need more is either one that something else can stand in for, and chosen by
+// shared_limit, or in the table of attention.cu from which the backend knows what it must refuse.
+inline constexpr int kLeastShared = 99 * 1024;
 
 // What cudaLaunchKernelEx takes. `allowed` belongs to the kernel: a kernel that wants more than 48 KiB says so before,
 // once per device.

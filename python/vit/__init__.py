@@ -1,9 +1,10 @@
 """Vision Transformers on a readable PyTorch reference and on compiled kernels, forward and backward."""
 
-from . import ops, optim, weights
+from . import ops, optim, viz, weights
 from .backends import BackendError, backends
 from .engine import Engine
 from .factory import create
+from .fronts import from_timm, from_transformers, patch
 from .model import VisionTransformer, list_models
 from .version import __version__
 from .weights import WeightsError
@@ -16,8 +17,12 @@ __all__ = [
     "__version__",
     "backends",
     "create",
+    "from_timm",
+    "from_transformers",
     "list_models",
     "ops",
     "optim",
+    "patch",
+    "viz",
     "weights",
 ]

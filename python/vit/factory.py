@@ -154,7 +154,12 @@ def _preprocess(
                 f"vit: {checkpoint.source}: the transform beside it makes images of {list(made)} pixels, and the model "
                 f"takes {list(taken)}; pass img_size"
             )
-    values |= {"img_size": model.patch_embed.img_size, "in_chans": model.patch_embed.in_chans}
+    return preprocess_for(values, model)
+
+
+def preprocess_for(arguments: Mapping[str, Any], model: VisionTransformer) -> Preprocess:
+    """A transform of these arguments at the size and channels of the model."""
+    values = {**arguments, "img_size": model.patch_embed.img_size, "in_chans": model.patch_embed.in_chans}
     for statistic in ("mean", "std"):
         per_channel = values.get(statistic, (0.5,))
         if len(per_channel) not in (1, values["in_chans"]):  # statistics of images with other channels

@@ -20,6 +20,7 @@ from typing import Any
 import pybind11
 import torch
 from vit.backends import NativeBackend
+from vit.backends.cuda import tf32_allowed
 from vit.ops import OPS
 from vit.ops import bound as glue
 
@@ -110,9 +111,9 @@ def load(path: Path) -> ModuleType:
 
 
 @contextmanager
-def registered(path: Path) -> Iterator[Emulated]:
-    """The backend "cuda_emulator" from a compiled module, known to vit while the context lasts."""
-    record = Emulated(path)
+def registered(path: Path, name: str = "cuda_emulator") -> Iterator[Emulated]:
+    """A backend from a compiled module, known to vit while the context lasts; a name serves once in a process."""
+    record = Emulated(path, name)
     backends = importlib.import_module("vit.backends")
     backends._RECORDS[record.name] = record
     for op in OPS.values():
@@ -124,15 +125,16 @@ def registered(path: Path) -> Iterator[Emulated]:
 
 
 class Emulated(NativeBackend):
-    """The CUDA kernels on CPU tensors, as an emulated GPU of compute capability 9.0 with three multiprocessors."""
+    """The CUDA kernels on CPU tensors, as one of the emulated GPUs (instructions.cuh): at first device 0, a Hopper."""
 
-    name = "cuda_emulator"
     device_types = ("cpu",)
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
         self.module = load(path)
-        self._set_path = ctypes.CDLL(str(path)).vit_cuda_set_path
+        self.exported = ctypes.CDLL(str(path))
+        self.device = 0
 
     def unavailable(self) -> str | None:
         return None
@@ -141,11 +143,11 @@ class Emulated(NativeBackend):
         return self.module
 
     def context(self, device: torch.device) -> tuple[int, int, int, bool]:
-        return 0, 0, 1, torch.get_float32_matmul_precision() != "highest"
+        return 0, self.device, 1, tf32_allowed()
 
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.full((nbytes,), 255, dtype=torch.uint8)  # NaN: nothing may be read that was not written
 
     def use(self, path: str) -> None:
         """Which kernels may run, a name of PATHS."""
-        self._set_path(PATHS[path])
+        self.exported.vit_cuda_set_path(PATHS[path])

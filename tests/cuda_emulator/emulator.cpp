@@ -273,6 +273,22 @@ void Product::run() const {
 
 }  // namespace vit::emulator
 
+// For the tests, with ctypes: makes device 0 current, where the devices of the bits `used` alone have a context; the
+// current device; which have a context, as bits; the error that the next call of the runtime would find.
+extern "C" {
+__attribute__((visibility("default"))) void vit_emulator_reset(int used) {
+  for (int i = 0; i < kEmulatedDevices; ++i) emulated_contexts[i] = used >> i & 1;
+  emulated_device = 0;
+}
+__attribute__((visibility("default"))) int vit_emulator_device() { return emulated_device; }
+__attribute__((visibility("default"))) int vit_emulator_contexts() {
+  int bits = 0;
+  for (int i = 0; i < kEmulatedDevices; ++i) bits |= emulated_contexts[i] << i;
+  return bits;
+}
+__attribute__((visibility("default"))) int vit_emulator_error() { return emulated_error; }
+}
+
 namespace vit::cuda {
 
 // The first thread of a warpgroup keeps the list of its products.

@@ -78,11 +78,14 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                             : "invalid argument";
 }
 
-// Four GPUs: two Hopper of three multiprocessors, one of 8.6, and one with less shared memory than any that exists.
+// Four GPUs: two Hopper of three multiprocessors, one of 8.6, and one with less shared memory than any that exists. A
+// device has a context, and so memory of it is gone, from when it was made current on.
 inline constexpr int kEmulatedDevices = 4;
 inline thread_local int emulated_device = 0;
-inline thread_local cudaError_t emulated_error = cudaSuccess;               // of the last launch, until it is asked for
+inline bool emulated_contexts[kEmulatedDevices];
+inline thread_local cudaError_t emulated_error = cudaSuccess;               // of a call, until it is asked for
 inline std::map<std::pair<int, const void*>, std::size_t> emulated_limits;  // of a kernel on a device
+inline cudaError_t emulated_failure(cudaError_t error) { return emulated_error = error; }
 
 inline cudaError_t cudaGetLastError() {
   const cudaError_t error = emulated_error;
@@ -91,14 +94,16 @@ inline cudaError_t cudaGetLastError() {
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulated_device, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= kEmulatedDevices) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= kEmulatedDevices) return emulated_failure(cudaErrorInvalidDevice);
+  emulated_contexts[device] = true;
   return emulated_device = device, cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
-inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) { return cudaErrorInvalidValue; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) { return emulated_failure(cudaErrorInvalidValue); }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
   const int shared[kEmulatedDevices] = {227, 227, 99, 48};
+  if (device < 0 || device >= kEmulatedDevices) return emulated_failure(cudaErrorInvalidDevice);
   *value = 0;
   if (which == cudaDevAttrComputeCapabilityMajor) *value = device < 2 ? 9 : 8;
   if (which == cudaDevAttrComputeCapabilityMinor) *value = device < 2 ? 0 : 6;
@@ -109,8 +114,21 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   int most = 0;
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, emulated_device);
-  if (bytes > most) return cudaErrorInvalidValue;
+  if (bytes > most) return emulated_failure(cudaErrorInvalidValue);
   emulated_limits[{emulated_device, kernel}] = static_cast<std::size_t>(bytes);
+  return cudaSuccess;
+}
+
+inline int emulated_context_state(int device, unsigned* flags, int* active) {  // cuDevicePrimaryCtxGetState
+  return *flags = 0, *active = emulated_contexts[device], 0;
+}
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+inline constexpr int cudaEnableDefault = 0;
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, int,
+                                                    cudaDriverEntryPointQueryResult* result) {
+  const bool known = std::strcmp(name, "cuDevicePrimaryCtxGetState") == 0;
+  *function = known ? reinterpret_cast<void*>(&emulated_context_state) : nullptr;
+  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 
@@ -225,6 +243,7 @@ inline const cudaStream_t kFailingStream = reinterpret_cast<cudaStream_t>(1);
 template <class Kernel, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, Args... args) {
   if (emulated_error != cudaSuccess) vit::emulator::stop("an error was left for the next call to find");
+  emulated_contexts[emulated_device] = true;
   if (config->stream == kFailingStream) return emulated_error = cudaErrorMemoryAllocation;
   const auto limit = emulated_limits.find({emulated_device, reinterpret_cast<const void*>(kernel)});
   if (config->dynamicSmemBytes > (limit == emulated_limits.end() ? 48 * 1024 : limit->second))

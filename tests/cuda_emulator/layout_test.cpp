@@ -1,9 +1,32 @@
-// Brute-force checks of csrc/cuda/layout.cuh: prints what is wrong, nothing when all is well.
+// Brute-force checks of csrc/cuda/layout.cuh, and of driver.cuh: prints what is wrong, "ok" when all is well.
 #include "layout.cuh"
 
 #include <cstdio>
 #include <set>
 #include <vector>
+
+// A runtime that fails so many times, and keeps an error until it is asked for.
+enum cudaError_t { cudaSuccess = 0, cudaErrorUnknown = 999 };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+static constexpr int cudaEnableDefault = 0;
+static cudaError_t kept = cudaSuccess;
+static int failures_left = 0, asked = 0;
+static cudaError_t cudaGetLastError() {
+  const cudaError_t error = kept;
+  kept = cudaSuccess;
+  return error;
+}
+static cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, int,
+                                                    cudaDriverEntryPointQueryResult* result) {
+  ++asked;
+  if (failures_left-- > 0) return kept = cudaErrorUnknown;
+  const bool known = name[0] == 'c';
+  *function = known ? &asked : nullptr;
+  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
+
+#include "driver.cuh"
 
 using namespace vit::cuda;
 
@@ -152,7 +175,20 @@ static void tiles_by_group() {
   }
 }
 
+// A failure is not for ever and leaves no error behind; what was found is not looked for again.
+static void driver_functions() {
+  static std::atomic<void*> known{nullptr}, unknown{nullptr};
+  failures_left = 2;
+  for (int call = 0; call < 4; ++call) {
+    check((driver_function("cuSomething", 12000, known) == &asked) == (call >= 2), "driver function", call);
+    check(kept == cudaSuccess, "an error was left", call);
+  }
+  check(asked == 3, "looked for again", asked);
+  check(!driver_function("unknown", 12000, unknown), "found what is not there");
+}
+
 int main() {
+  driver_functions();
   no_bank_conflicts("swizzle_4", 128, 4, [](int r, int g) { return swizzle_4(r, g); });
   no_bank_conflicts("swizzle_8<8>", 64, 8, [](int r, int g) { return swizzle_8<8>(r, g); });
   no_bank_conflicts("swizzle_8<16>", 32, 16, [](int r, int g) { return swizzle_8<16>(r, g); });

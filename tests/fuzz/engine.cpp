@@ -243,8 +243,18 @@ std::vector<float> fixed_call(vit_engine* engine) {
   return logits;
 }
 
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+// Reports `what` and the first place where two results differ in their bits, or that one call had none.
+void compare(const std::vector<float>& a, const std::vector<float>& b, const std::string& what) {
+  if (a.size() != b.size())
+    return wrong(what + ": " + std::to_string(a.size()) + " and " + std::to_string(b.size()) + " values, last error '" +
+                 vit_engine_last_error() + "'");
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (std::memcmp(&a[i], &b[i], sizeof(float)) == 0) continue;
+    char text[96];
+    std::snprintf(text, sizeof text, ": value %zu of %zu is %a, was %a", i, a.size(), static_cast<double>(b[i]),
+                  static_cast<double>(a[i]));
+    return wrong(what + text);
+  }
 }
 
 void random_call(Random& r, vit_engine* engine) {
@@ -413,7 +423,9 @@ void network_case(Random& r, const std::string& folder) {
   if (vit_engine_save(engine.get(), path.c_str()) != VIT_OK) return wrong("saving failed");
   const Handle again(r.chance(0.5) ? vit_engine_create(path.c_str(), 0) : vit_engine_map(path.c_str(), 0));
   if (!again) return wrong(std::string("a saved engine was refused: ") + vit_engine_last_error());
-  if (!same_bits(fixed_call(engine.get()), fixed_call(again.get()))) wrong("a saved engine gives other results");
+  const std::vector<float> results = fixed_call(engine.get());
+  compare(results, fixed_call(engine.get()), "a second call gives other results");
+  compare(results, fixed_call(again.get()), "a saved engine gives other results");
   const char* kept = vit_engine_text(again.get(), "note");
   if (!kept || kept != value) wrong("a text is not what was saved");
 }
@@ -591,7 +603,7 @@ void file_case(Random& r, const std::string& folder, const std::vector<Sound>& s
   vit_engine_get_config(engine.get(), &c);
   if (!is_small(c)) return;
   const std::vector<float> results = fixed_call(engine.get());
-  if (!forged && !same_bits(results, seed.results)) wrong("a damaged file gives other results");
+  if (!forged) compare(seed.results, results, "a damaged file gives other results");
   for (int i = 0; i < 2; ++i) random_call(r, engine.get());
 }
 

@@ -3,6 +3,7 @@ same case list as every backend; their index functions and launch plans by brute
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cuda_emulator
 import draw
@@ -18,6 +20,9 @@ import torch
 import torch.nn.functional as F
 import vit
 from cuda_emulator import PATHS, Emulated
+from vit.backends.cuda import tf32_allowed
+from vit.ops import OPS
+from vit.ops.bound import spec_of
 from vit.parity import Case, backend_ops, cases, run
 from vit.parity.tf32 import round_factor
 
@@ -48,7 +53,9 @@ def emulated(built: Path) -> Iterator[Emulated]:
 def _automatic(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "emulated" in request.fixturenames:
-        request.getfixturevalue("emulated").use("automatic")
+        emulated = request.getfixturevalue("emulated")
+        emulated.use("automatic")
+        emulated.device = 0
 
 
 def check(case: Case) -> None:
@@ -293,6 +300,185 @@ def test_every_device_gets_its_own_permission_for_shared_memory(emulated):
         attention(emulated, 197, device=device)
 
 
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize(
+    ("dtype", "d"),
+    [
+        *(("float32", d) for d in (64, 65, 80, 88, 128, 129, 256)),
+        *(("float64", d) for d in (64, 80, 128)),
+        ("tf32", 128),
+    ],
+)
+def test_exact_attention_runs_on_every_gpu(emulated, dtype, d, direction):
+    """Device 2 has the 99 KiB of shared memory of 8.6, 8.9 and 12.x; the bits are those of device 0."""
+    emulated.device = 2
+    check(sized("attention", dtype, direction, b=1, n=20, l=20, h=1, d=d))
+
+
+def sized(op: str, dtype: str, direction: str, **sizes: int) -> Case:
+    """A case that is not on the list."""
+    tf32 = dtype == "tf32"
+    return Case(op, "", tuple(sizes.items()), dtype="float32" if tf32 else dtype, direction=direction, tf32=tf32)
+
+
+def cuda_record(emulated: Emulated, monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]]) -> Any:
+    """vit's own record of the backend, with GPUs of these capabilities and the emulated module in the place of its."""
+    module = importlib.import_module("vit.backends.cuda")
+    monkeypatch.setattr(module.Cuda, "unavailable", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capabilities[index or 0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: f"GPU {index or 0}")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setitem(vars(module.BACKEND), "lib", emulated.module)
+    monkeypatch.setitem(vars(module.BACKEND), "exported", emulated.exported)
+    monkeypatch.setitem(vars(module.BACKEND), "codes", emulated.codes)
+    facts = {"driver": "13.0", "runtime": "13.0", "architectures": "80 90a-real"}
+    monkeypatch.setattr(module, "_facts", lambda info: facts)
+    return SimpleNamespace(reasons=module.BACKEND.reasons, facts=facts)
+
+
+def test_shared_memory_is_a_reason(emulated, monkeypatch):
+    """What the table says is what a launch of it needs, and what exceeds a device is refused before any launch."""
+    record = cuda_record(emulated, monkeypatch, [(9, 0), (9, 0), (8, 6)])
+
+    def reasons(dtype: torch.dtype, d: int, training: bool, index: int) -> list[str]:
+        shapes = {"q": ("*", 20, 1, d), "k": ("*", 20, 1, d), "v": ("*", 20, 1, d)}
+        return record.reasons(vit.ops.Spec("attention", dtype, shapes, training, {}, "cuda", device_index=index))
+
+    emulated.device = 2
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for d in (1, 64, 80, 128, 129, 256):
+            for training in (False, True):
+                assert reasons(dtype, d, training, 0) == []
+                refused = reasons(dtype, d, training, 2)
+                name, direction = str(dtype).removeprefix("torch."), "bwd" if training else "fwd"
+                case = sized("attention", name, direction, b=1, n=3, l=3, h=1, d=d)
+                if refused:
+                    with pytest.raises(RuntimeError, match="bytes of shared memory per block"):
+                        check(case)
+                elif d in (129, 256):
+                    check(case)
+                assert bool(refused) == (dtype == torch.float64 and d > 128 and training)
+    text = (
+        "head dimension 129 in float64 needs 136192 bytes of shared memory per block in the backward, GPU 2 has 101376"
+    )
+    assert reasons(torch.float64, 129, True, 2) == [text]
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-46, 1e-300])
+def test_a_scale_that_is_zero_in_float32_gives_the_mean_of_the_values(emulated, scale):
+    q, k, v = draw.randn(3, 1, 20, 1, 64, dtype=torch.bfloat16)
+    got = vit.ops.attention(q, k, v, scale=scale, backend="cuda_emulator")
+    assert (got.double() - v.double().mean(1, keepdim=True)).abs().max() <= 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [64, 63])
+@pytest.mark.parametrize("eps", [1e-44, 1e-46, 1e-300])
+def test_an_eps_that_is_zero_in_float32_keeps_zeros_finite(emulated, eps, columns, dtype):
+    x = torch.zeros(2, columns, dtype=dtype)
+    ops = backend_ops("cuda_emulator")
+    assert ops.rms_norm(x, eps=eps).equal(x)
+    assert ops.layer_norm(x, torch.ones(columns, dtype=dtype), torch.zeros(columns, dtype=dtype), eps=eps).equal(x)
+
+
+def test_a_device_that_the_process_does_not_use_gets_no_context(emulated):
+    """Work on device 1 while device 0 is current: 530 MB of device 0 that nobody asked for."""
+    emulated.exported.vit_emulator_reset(0)
+    attention(emulated, 20, device=1)
+    assert emulated.exported.vit_emulator_contexts() == 0b10
+    emulated.exported.vit_emulator_reset(0b01)
+    attention(emulated, 20, device=1)
+    assert emulated.exported.vit_emulator_contexts() == 0b11
+    assert emulated.exported.vit_emulator_device() == 0
+
+
+def test_errors_do_not_stay_in_the_runtime(emulated):
+    """The next call of PyTorch would report them as its own."""
+    with pytest.raises(RuntimeError, match="cannot use device 4"):
+        attention(emulated, 20, device=4)
+    assert emulated.exported.vit_emulator_error() == 0
+    assert emulated.exported.vit_cuda_shared_limit(60) == 0
+    assert emulated.exported.vit_emulator_error() == 0
+    emulated.module.info()
+    assert emulated.exported.vit_emulator_error() == 0
+
+
+@pytest.fixture
+def switches() -> Iterator[None]:
+    """PyTorch's switches of TF32 as they are in a new process, and afterwards as they were."""
+    precision = torch.get_float32_matmul_precision()
+    owners = [torch.backends.cuda.matmul, torch.backends, torch.backends.cudnn.conv] if NEW_SWITCHES else []
+    before = [owner.fp32_precision for owner in owners]
+    for owner in owners[:2]:
+        owner.fp32_precision = "none"
+    yield
+    for owner, value in zip(owners, before, strict=True):
+        owner.fp32_precision = value
+    torch.set_float32_matmul_precision(precision)
+
+
+#: torch 2.9 brought switches for each backend.
+NEW_SWITCHES = hasattr(torch.backends, "fp32_precision")
+#: How PyTorch is told: name of the switch, its value, whether products may then be in TF32.
+SWITCHES = [
+    ("set_float32_matmul_precision", "high", True),
+    ("set_float32_matmul_precision", "highest", False),
+    ("backends.cuda.matmul.allow_tf32", True, True),
+    ("backends.cuda.matmul.fp32_precision", "tf32", True),
+    ("backends.cuda.matmul.fp32_precision", "ieee", False),
+    ("backends.fp32_precision", "tf32", True),
+    ("backends.cudnn.conv.fp32_precision", "ieee", False),
+]
+
+
+@pytest.mark.parametrize(("switch", "value", "allowed"), SWITCHES)
+def test_every_switch_of_tf32(emulated, switches, switch, value, allowed):
+    *path, name = switch.split(".")
+    owner = functools.reduce(getattr, path, torch)
+    if name == "fp32_precision" and not NEW_SWITCHES:
+        pytest.skip("switches of torch 2.9")
+    if path:
+        setattr(owner, name, value)
+    else:
+        getattr(owner, name)(value)
+    assert tf32_allowed() == allowed
+    a, b = draw.randn(16, 16), draw.randn(16, 16)
+    factors = [round_factor(a), round_factor(b)] if allowed else [a, b]
+    truth = factors[0].double() @ factors[1].double()
+    assert (vit.ops.matmul(a, b, backend="cuda_emulator") - truth).norm() < 1e-6 * truth.norm()
+    for dtype in ("float32", "tf32"):  # `vit parity` sets what it needs, and leaves the switches as it found them
+        check(sized("matmul", dtype, "fwd", m=16, n=16, k=16))
+    assert tf32_allowed() == allowed
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "driver", "text"),
+    [
+        ("80 90a-real", (12, 0), "13.0", None),
+        ("80 90a-real", (12, 0), "13.1", None),
+        ("80 90a-real", (12, 0), "12.9", "would run these kernels from PTX of CUDA 13.0, newer than the driver's 12.9"),
+        ("80 90a-real", (8, 6), "12.9", None),
+        ("80 90a-real", (9, 0), "12.9", None),
+        ("80 90a-real 120-real", (12, 1), "12.9", None),
+        (
+            "90a-real",
+            (8, 9),
+            "13.0",
+            "compute capability 8.9 of GPU 0 has no code in this build, which is for 90a-real",
+        ),
+        ("120", (9, 0), "13.0", "rebuild with -DCMAKE_CUDA_ARCHITECTURES=90"),
+        ("86-virtual", (8, 0), "13.0", "has no code in this build"),
+    ],
+)
+def test_a_gpu_without_code_that_its_driver_takes_is_a_reason(
+    emulated, monkeypatch, architectures, capability, driver, text
+):
+    record = cuda_record(emulated, monkeypatch, [capability])
+    record.facts.update(architectures=architectures, driver=driver)
+    reasons = record.reasons(vit.ops.Spec("gelu", torch.float32, device_type="cuda"))
+    assert text in "; ".join(reasons) if text else not reasons
+
+
 @pytest.mark.parametrize(
     ("facts", "torch_cuda", "text"),
     [
@@ -316,13 +502,17 @@ def test_what_a_machine_lacks_is_a_reason(monkeypatch, facts, torch_cuda, text):
     assert text in module._look_for_gpu()
 
 
-def test_a_gpu_that_is_too_old_is_a_reason(monkeypatch):
-    module = importlib.import_module("vit.backends.cuda")
-    monkeypatch.setattr(module.Cuda, "unavailable", lambda self: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    spec = vit.ops.Spec("gelu", torch.float32, device_type="cuda")
-    assert "compute capability 7.5 of Tesla T4 is below 8.0" in module.BACKEND.reasons(spec)
+def test_a_gpu_that_is_too_old_is_a_reason(emulated, monkeypatch):
+    """The GPU of the tensors, not the current one."""
+    record = cuda_record(emulated, monkeypatch, [(9, 0), (7, 5)])
+    for index, reasons in ((None, []), (0, []), (1, ["compute capability 7.5 of GPU 1 is below 8.0"])):
+        spec = vit.ops.Spec("gelu", torch.float32, device_type="cuda", device_index=index)
+        assert record.reasons(spec) == reasons
+    assert spec_of(OPS["gelu"], {"x": torch.empty(2, device="meta")}).device_index is None
+    asked = vit.create("vit_tiny_patch16_224", depth=1, backend="reference").specs(
+        torch.device("cuda", 1), torch.float32, True
+    )
+    assert {(spec.device_type, spec.device_index) for spec in asked} == {("cuda", 1)}
 
 
 @pytest.mark.sanitizer

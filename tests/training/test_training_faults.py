@@ -158,11 +158,12 @@ def test_a_killed_reader_costs_nothing(tmp_path: Path, number: signal.Signals) -
     whole = train(dataclasses.replace(config, workers=0), out=tmp_path / "whole")
 
     def end_readers() -> None:
-        # Again while one lives: a thread that PyTorch starts before the signals are blocked may take SIGTERM away.
-        while readers := [process for process in multiprocessing.active_children() if process.is_alive()]:
-            for process in readers:
-                os.kill(process.pid or 0, number)
-            time.sleep(0.05)
+        readers = multiprocessing.active_children()
+        for process in readers:
+            os.kill(process.pid or 0, number)
+        for process in readers:
+            process.join(60)
+            assert process.exitcode is not None
 
     # In the first epoch: in the second all batches may have been given already.
     kill = Hook(2, end_readers)

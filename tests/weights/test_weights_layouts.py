@@ -29,8 +29,7 @@ GATE = {"use_gated_mlp": True, "hidden_act": "silu"}
 
 @pytest.fixture(scope="module")
 def hf():
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

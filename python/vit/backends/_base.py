@@ -28,7 +28,8 @@ class Spec:
 
     `shapes` maps argument names to sizes; "*" stands for a size that may be anything (the batch).
     `param_dtype` is the type of weights where it differs from `dtype`. `options` are the op's non-tensor
-    arguments a limit may depend on, for example {"dropout": 0.1}.
+    arguments a limit may depend on, for example {"dropout": 0.1}. Devices of one type differ: `device_index` None is
+    the current one.
     """
 
     op: str
@@ -38,6 +39,7 @@ class Spec:
     options: Mapping[str, Any] = field(default_factory=dict)
     device_type: str = "cpu"
     param_dtype: torch.dtype | None = None
+    device_index: int | None = None
 
     def __str__(self) -> str:
         def dims(shape: tuple[int | str, ...]) -> str:

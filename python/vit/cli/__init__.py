@@ -20,7 +20,9 @@ from typing import Any
 from ..support.text import printable
 from .arguments import filled
 
-COMMANDS = ("info", "train", "eval", "predict", "parity", "bench", "quantize", "convert")
+COMMANDS = (
+    "info", "train", "eval", "predict", "data", "runs", "sweep", "viz", "parity", "bench", "quantize", "convert",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which images (default: test for the run's own data, all for --data)",
     )
     parser.add_argument("--model", metavar="NAME", help="model name, for weights that do not know theirs")
+    parser.add_argument("--task", metavar="NAME", help="what the model has learned (default: that of the run)")
     classes.add_argument(parser)
     parser.add_argument("--backend", help="backend of the ops (default: that of the run; auto for weights)")
     parser.add_argument(
@@ -74,6 +76,7 @@ class Subject:
     batch_size: int
     workers: int
     threads: int | str | None = None
+    task: str = "classification"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if subject_of is _weights and not args.data:
         print(f"vit: {printable(args.run)} is no run folder and has no data; give images with --data", file=sys.stderr)
+        return 2
+    if args.task and args.task != "classification" and (args.crops > 1 or args.flip or args.knn or args.probe):
+        print(f"vit: --crops, --flip, --knn and --probe go with classification, not {args.task}", file=sys.stderr)
         return 2
     subject = subject_of(args)
     with cpu_threads(subject.threads):
@@ -98,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _figures(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     """The figures of the classifier; of a model without one the number of images alone."""
+    from .. import tasks
     from ..tasks.classification import confusion_counts, per_class, wilson
     from ..training.evaluate import evaluate
     from ..training.views import Views
@@ -106,6 +113,12 @@ def _figures(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     figures: dict[str, Any] = {"images": len(subject.samples), "classes": len(names)}
     if not model.num_classes:
         return figures
+    if subject.task != "classification":
+        task = tasks.get(subject.task)
+        found = evaluate(model, subject.samples, subject.batch_size, subject.workers, task=task)
+        known = [None if math.isnan(share) else share for share in getattr(found, "iou", ())]
+        rows = [{"class": name, "iou": share} for name, share in zip(names, known, strict=True)]
+        return figures | task.figures(found) | {"per_class": rows}
     views = Views(model.preprocess, args.crops, args.flip) if args.crops > 1 or args.flip else None
     result = evaluate(model, subject.samples, subject.batch_size, subject.workers, views=views, average=args.average)
     figures |= {
@@ -135,7 +148,15 @@ def _on_features(args: argparse.Namespace, subject: Subject) -> dict[str, float]
 
 
 def _show(figures: dict[str, Any]) -> None:
-    if "accuracy" in figures:
+    if "miou" in figures:
+        print(
+            f"mIoU {100 * figures['miou']:.2f} %  pixels {100 * figures['accuracy']:.2f} %  "
+            f"loss {figures['loss']:.4f}  {figures['images']} images"
+        )
+        for row in figures["per_class"]:
+            share = "not there" if row["iou"] is None else f"{100 * row['iou']:.2f} %"
+            print(f"  {printable(row['class'])}: {share}")
+    elif "accuracy" in figures:
         low, high = figures["interval"]
         print(
             f"accuracy {100 * figures['accuracy']:.2f} %  loss {figures['loss']:.4f}  {figures['images']} images\n"
@@ -163,6 +184,11 @@ def _run(args: argparse.Namespace) -> Subject:
 
     run = Run.open(args.run)
     names, config = run.model["class_names"], run.config
+    task = str(config.task or "classification")
+    if args.task not in (None, task):
+        raise ValueError(f"vit: {args.run} was trained for {task}, not for {args.task}")
+    if task != "classification" and (args.crops > 1 or args.flip or args.knn or args.probe):
+        raise ValueError(f"vit: --crops, --flip, --knn and --probe go with classification, not {task}")
     if run.edited():
         print(
             f"vit: {printable(str(run.path / 'config.yaml'))} was changed after the training: the figures may not be "
@@ -182,15 +208,17 @@ def _run(args: argparse.Namespace) -> Subject:
         batch_size=args.batch_size or config.batch_size or 1,
         workers=config.workers if args.workers is None else args.workers,
         threads=config.threads,
+        task=task,
     )
 
 
 def _weights(args: argparse.Namespace) -> Subject:
-    from .. import data
+    from .. import data, tasks
     from ..factory import create
     from ..training.config import TrainConfig
 
-    model = create(args.model, backend=args.backend or "auto", weights=args.run, training=False)
+    task = tasks.get(args.task)
+    model = create(args.model, backend=args.backend or "auto", weights=args.run, training=False, **task.arch)
     by_features = args.knn or args.probe
     if not model.num_classes and not by_features:
         raise ValueError(f"vit: {args.run} has no classifier head, only features: --knn K or --probe evaluates these")
@@ -208,6 +236,7 @@ def _weights(args: argparse.Namespace) -> Subject:
         ),
         batch_size=args.batch_size or 32,
         workers=args.workers or 0,
+        task=args.task or "classification",
     )
 
 

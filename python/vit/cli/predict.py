@@ -13,7 +13,7 @@ from typing import Any
 
 from ..support.files import replacing, to_json
 from ..support.text import printable
-from . import classes
+from . import classes, masks
 from .arguments import json_target, new_file, positive
 from .submission import submission
 
@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--submission", metavar="FILE", type=new_file, help="write ImageId,Label, as Kaggle's Digit Recognizer takes it"
     )
+    parser.add_argument("--task", metavar="NAME", help="what the model has learned (default: that of the run)")
+    parser.add_argument(
+        "--masks", metavar="FOLDER", help="of a segmentation: write each image's classes, and it painted, as PNG files"
+    )
     parser.add_argument("--model", metavar="NAME", help="model name, for weights that do not know theirs")
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes per image (default: %(default)s)")
     classes.add_argument(parser)
@@ -56,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from .. import tasks
     from ..factory import create
 
     if args.json and args.csv == "-":
@@ -71,7 +76,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         paths, failed = _images(args.images)
         items = [(path, partial(_read, path)) for path in paths]
-    model = create(args.model, backend=args.backend, weights=args.weights, training=False)
+    task = masks.task_of(args.weights, args.task)
+    if (task != "segmentation" and args.masks) or (task == "segmentation" and (args.csv or args.submission)):
+        print(f"vit: --masks goes with segmentation, --csv and --submission do not; this is {task}", file=sys.stderr)
+        return 2
+    arch = tasks.get(task).arch
+    model = create(args.model, backend=args.backend, weights=args.weights, training=False, **arch)
+    if task == "segmentation":
+        return masks.run(args, model, items, failed)
     if not model.num_classes:
         raise ValueError(f"vit: {args.weights} has no classifier head, only features: nothing to choose from")
     names = classes.class_names(model, args.class_names)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--print-config", action="store_true", help="print all options as YAML, and train nothing")
     parser.add_argument("--list-recipes", action="store_true", help="print the recipes (with --json as JSON), and stop")
-    _add_options(parser.add_argument_group("options"))
+    add_options(parser.add_argument_group("options"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list_recipes:
         return _list_recipes(args.json)
-    given = _given(args)
+    given = options_given(args)
     if args.print_config:
         return _print_config(args, given)
     show = display(sys.stderr if args.json else sys.stdout)
@@ -80,23 +80,26 @@ def run(args: argparse.Namespace) -> int:
 def _report(result: Any, say: Any, as_json: bool) -> None:
     """The end of a training, in words and as JSON."""
     epoch = f"best epoch {result.best_epoch}, {result.seconds:.1f} s"
+    figures = {f"test_{name}": value for name, value in vars(result.test).items()} if result.test else {}
     if result.test:
+        name = "test_miou" if "test_miou" in figures else "test_accuracy"
         say(
-            f"test accuracy {100 * result.test.accuracy:.2f} % ({result.test.images} images, loss "
+            f"{name.replace('_', ' ')} {100 * figures[name]:.2f} % ({result.test.images} images, loss "
             f"{result.test.loss:.4f}), {epoch}"
         )
     else:
         say(f"no test images, {epoch}")
     say(f"next: vit eval {result.run}    vit predict {result.run} IMAGE...")
     if as_json:
-        figures = {
+        answer = {
             "run": str(result.run),
-            "test_accuracy": result.test.accuracy if result.test else None,
+            "test_accuracy": figures.get("test_accuracy"),
+            **({"test_miou": figures["test_miou"]} if "test_miou" in figures else {}),
             "epochs": result.epochs,
             "seconds": round(result.seconds, 3),
             "backend": result.backend,
         }
-        print(to_json(figures))
+        print(to_json(answer))
 
 
 def _list_recipes(as_json: bool) -> int:
@@ -126,7 +129,7 @@ def _where(args: argparse.Namespace) -> str:
     return str(args.config or "the command line")
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
+def options_given(args: argparse.Namespace) -> dict[str, Any]:
     """The options of a command line: those of --recipe, over them the file of --config, over them the flags."""
     where = _where(args)
     values = recipe_options(args.recipe) if args.recipe else {}
@@ -150,7 +153,7 @@ def parse_arch(words: list[str]) -> dict[str, Any]:
     return convert("arch", arch, "the command line")
 
 
-def _add_options(parser: argparse._ActionsContainer) -> None:
+def add_options(parser: argparse._ActionsContainer) -> None:
     """One flag per option, absent from the result unless given, so that flags can override a file."""
     hints = get_type_hints(TrainConfig)
     for name, option in FIELDS.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .format import Format, Request, path_of
+from .index import Recorder
 from .samples import DataError, ReaderError, Samples, Skipped, Source
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Skipped",
     "Source",
     "class_names",
+    "is_built_in",
     "kind_of",
     "open_source",
     "recipe_of",
@@ -44,6 +46,11 @@ def kind_of(data: str) -> str:
     return _format_of(data)[0]
 
 
+def is_built_in(data: str) -> bool:
+    """Whether `data` is a name and no path: data that come with a package, or are drawn."""
+    return _format_of(data)[1].built_in
+
+
 def recipe_of(data: str) -> str:
     """The kind of data whose recipe fills the open options of a training on `data`."""
     return _format_of(data)[1].recipe(data)
@@ -62,6 +69,7 @@ def open_source(
     validate: str = "decode",
     report: Callable[[str], None] | None = None,
     classes: Sequence[str] | None = None,
+    recorder: Recorder | None = None,
 ) -> Source:
     """The data set behind `--data`.
 
@@ -70,6 +78,7 @@ def open_source(
     report: called with a line of text while a long check runs
     classes: the names a model knows. The labels are then numbers in this order, the data may hold images of some of
     the classes only, and need no training images.
+    recorder: writes down what each file is; see `vit.data.index`
     """
-    source = _format_of(data)[1].open(data, Request(bad_images, validate, report, classes))
+    source = _format_of(data)[1].open(data, Request(bad_images, validate, report, classes, recorder))
     return source if classes is None else source.relabelled(classes, report)

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from ..support.random import Stream
 
+VOID = 255  # the value of a mask where there is no class
+
 
 class Augment(Protocol):
-    """A random change of one image; `resizes` says that it also brings the image to the model's size."""
+    """A random change of one image; `resizes` says that it also brings the image to the model's size. With `mask` and
+    the same random numbers the mask of the image is moved as it is, without blending its values."""
 
     resizes: ClassVar[bool]
 
-    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image: ...
+    def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Affine:
     shift: float = 0.06
     fill: int = 0
 
-    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
+    def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image:
         angle, shear, scale, right, down = rng.uniform(-1.0, 1.0, 5).tolist()
         angle, shear = math.radians(self.rotate * angle), math.tan(math.radians(self.shear * shear))
         scale = 1.0 / (1.0 + self.scale * scale)
@@ -53,8 +56,8 @@ class Affine:
             Image.Transform.AFFINE,
             # Sines and cosines differ in the last bit from one C library to another.
             tuple(round(value, 12) for value in (a, b, c, d, e, f)),
-            Image.Resampling.BILINEAR,
-            fillcolor=self.fill,
+            Image.Resampling.NEAREST if mask else Image.Resampling.BILINEAR,
+            fillcolor=VOID if mask else self.fill,
         )
 
 
@@ -74,7 +77,7 @@ class CropFlip:
     aspect: float = 4 / 3
     flip: bool = True
 
-    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
+    def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image:
         area, aspect, left, top, mirror = rng.uniform(0.0, 1.0, 5).tolist()
         width, height = image.size
         target = width * height * (self.area + (1.0 - self.area) * area)
@@ -83,7 +86,8 @@ class CropFlip:
         h = min(height, max(1, round(math.sqrt(target / ratio))))
         x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
         box = (x, y, min(width, x + w), min(height, y + h))
-        image = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)
+        kind = Image.Resampling.NEAREST if mask else Image.Resampling.BICUBIC
+        image = image.resize(self.size[::-1], kind, box=box)
         if self.flip and mirror < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image

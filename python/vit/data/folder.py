@@ -18,6 +18,7 @@ import numpy as np
 
 from ..support.images import EXTENSIONS, decoded_pixels, explain, opened
 from ..support.text import printable
+from .index import Check, Index, Recorder
 from .layout import ALLOWED, class_folders, file_text, listed, split_folders
 from .samples import DataError, Samples, Skipped, Source
 
@@ -33,6 +34,7 @@ def folder(
     validate: str = "decode",
     report: Callable[[str], None] | None = None,
     classes: Sequence[str] | None = None,
+    recorder: Recorder | None = None,
 ) -> Source:
     """The data set of a folder.
 
@@ -40,6 +42,7 @@ def folder(
     validate: "decode" decodes every image once; "header" reads the headers only, for large and trusted data
     report: called with a line of text while a long check runs
     classes: the names a model knows; the folder may then hold some of them and needs no train/
+    recorder: writes down what each file is, for an index; without one, files that an index knows are not looked at
     Raises DataError for fewer than two classes, a class without images, or a class unknown to the training
     split.
     """
@@ -47,7 +50,7 @@ def folder(
     bases = {split: class_folders(base) for split, base in roots.items()}
     class_names = _class_names(root, roots, bases) if classes is None else tuple(classes)
     _check_known(bases, class_names, str(roots["train"]) if classes is None else "the model")
-    check = check_of(validate)
+    check = check_of(validate, root, recorder)
     skipped: list[Skipped] = []
     splits = {}
     for split, found in bases.items():
@@ -156,9 +159,14 @@ def _read_header(path: Path) -> None:
         pass
 
 
-def check_of(validate: str) -> Callable[[Any], object]:
-    """What is done with each path or file object before training: "decode" or "header"."""
-    return {"decode": _Decoder().decode, "header": _read_header}[validate]
+def check_of(validate: str, root: Path | None = None, recorder: Recorder | None = None) -> Check:
+    """What is done with each path or file object before training: "decode" or "header"; nothing with a file that the
+    index of the folder `root` knows."""
+    check: Check = {"decode": _Decoder().decode, "header": _read_header}[validate]
+    if recorder:
+        return recorder.watching(check)
+    index = Index.of(root) if root else None
+    return index.guarding(check) if index else check
 
 
 def reasons_against(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .index import Recorder
 from .samples import Source
 
 
@@ -17,6 +18,7 @@ class Request:
     validate: str = "decode"
     report: Callable[[str], None] | None = None
     classes: Sequence[str] | None = None
+    recorder: Recorder | None = None
 
     @property
     def complete(self) -> bool:
@@ -42,6 +44,7 @@ class Format:
     open: the data set; DataError names the file, the place and the value that cannot be
     recipe: the kind of data whose recipe fills the open options of a training
     names: class names without a look at the images, or None where `open` finds them as fast
+    built_in: whether `--data` is a name, not a path
     rank: of two kinds that recognize the same data the one with the smaller number is it
     """
 
@@ -51,6 +54,7 @@ class Format:
     recipe: Callable[[str], str]
     names: Callable[[str], list[str] | None] = _whatever
     rank: int = 50
+    built_in: bool = False
 
 
 def path_of(data: str) -> Path:

@@ -26,8 +26,10 @@ class Torchvision:
     name: str
     crop: CropFlip
 
-    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
-        image = self.crop(image, rng)
+    def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image:
+        image = self.crop(image, rng, mask)
+        if mask:  # "three" changes colours alone; the others, which turn images too, are refused where there are masks
+            return image
         before = torch.get_rng_state()
         try:
             torch.manual_seed(int(rng.integers(0, 1 << 31, 1)[0]))

@@ -46,9 +46,11 @@ class WatchedLoader:
             return
         with _unhandled_deaths(), _Watch(self.readers, self.patience) as watch:
             try:
-                passes = watch.wait(lambda: iter(self.loader))
+                with self._start():
+                    passes = watch.wait(lambda: iter(self.loader))
                 watch.know(passes, complete=False)  # a wrapper may start them with the first batch
-                batch = watch.wait(lambda: next(passes, _NOTHING))
+                with self._start():
+                    batch = watch.wait(lambda: next(passes, _NOTHING))
                 watch.know(passes, complete=True)
                 while batch is not _NOTHING:
                     yield batch
@@ -59,6 +61,20 @@ class WatchedLoader:
             finally:
                 if not getattr(self.loader, "persistent_workers", False):
                     self.close()
+
+    @contextmanager
+    def _start(self) -> Iterator[None]:
+        """Readers that begin with `leave_signals` are forked with SIGTERM blocked, and so is every thread of theirs.
+        PyTorch may start one before it calls that function, and the kernel gives a signal to any thread that takes it.
+        """
+        if getattr(self.loader, "worker_init_fn", None) is not leave_signals:
+            yield
+            return
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
         """Ends the readers. Another iteration starts new ones."""
@@ -216,9 +232,8 @@ def leave_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM reach all processes of a terminal or a service; the main one decides, and its readers end when
     it says so. A lone SIGTERM to a reader changes nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Where a library has a thread of its own, whose mask is not ours, the signal ends nothing there either.
     signal.signal(signal.SIGTERM, _nothing)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of every thread of this process, for they inherit it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already so where WatchedLoader has started the reader
     threading.Thread(target=_obey_parent, daemon=True).start()
 
 

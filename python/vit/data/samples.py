@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..support.images import explain, open_image
+from ..support.images import ImageError, explain, open_image, opened
 from ..support.text import printable
 from .stored import Stored
 
@@ -35,11 +35,14 @@ class Samples:
     labels: int64 [n]
     keys: a stable name per image, by which the splits are drawn (a path below the data folder, or a running
         number)
+    masks: of data for segmentation the class of each pixel, as uint8 [n, H, W] or the paths of image files; 255 is of
+        no class. The labels are then zeros
     """
 
     images: np.ndarray | Stored | Sequence[Path]
     labels: np.ndarray
     keys: Sequence[str]
+    masks: np.ndarray | Sequence[Path] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.labels) == len(self.keys):
@@ -57,6 +60,12 @@ class Samples:
             return Image.fromarray(item)
         return read_image(item)
 
+    def mask(self, index: int) -> Image.Image:
+        """The classes of the image's pixels, mode L; DataError names a file that cannot be read."""
+        assert self.masks is not None
+        item = self.masks[index]
+        return Image.fromarray(item) if isinstance(item, np.ndarray) else read_mask(item)
+
     def take(self, indices: Sequence[int] | np.ndarray) -> Samples:
         """The samples at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
@@ -67,7 +76,10 @@ class Samples:
             images = self.images.take(chosen)
         else:
             images = [self.images[i] for i in chosen]
-        return Samples(images, self.labels[chosen], [self.keys[i] for i in chosen])
+        masks: np.ndarray | Sequence[Path] | None = self.masks
+        if masks is not None:
+            masks = masks[chosen] if isinstance(masks, np.ndarray) else [masks[i] for i in chosen]
+        return Samples(images, self.labels[chosen], [self.keys[i] for i in chosen], masks)
 
     @staticmethod
     def concatenate(parts: Sequence[Samples]) -> Samples:
@@ -80,7 +92,12 @@ class Samples:
         else:
             images = [image for part in parts for image in part.images]  # type: ignore[misc]
         keys = [key for part in parts for key in part.keys]
-        return Samples(images, np.concatenate([part.labels for part in parts]), keys)
+        masks: np.ndarray | Sequence[Path] | None = None
+        if arrays := [part.masks for part in parts if isinstance(part.masks, np.ndarray)]:
+            masks = np.concatenate(arrays)
+        elif all(part.masks is not None for part in parts):
+            masks = [mask for part in parts for mask in part.masks]  # type: ignore[union-attr]
+        return Samples(images, np.concatenate([part.labels for part in parts]), keys, masks)
 
 
 @dataclass(frozen=True)
@@ -163,6 +180,11 @@ class Source:
             report(f"{self.name} holds {len(present)} of the model's {len(classes)} classes: {', '.join(names)}{more}")
         return replace(self, class_names=tuple(classes), splits=splits)
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether the pixels have classes, not the images."""
+        return any(part.masks is not None for part in self.splits.values())
+
     def fingerprint(self) -> str:
         """A digest of the class names and of every split's keys and labels: equal only for the same data."""
         digest = hashlib.sha256(repr(self.class_names).encode())
@@ -175,6 +197,8 @@ class Source:
                 digest.update(samples.images.tobytes())
             elif isinstance(samples.images, Stored):
                 digest.update(samples.images.digest())
+            if isinstance(samples.masks, np.ndarray):
+                digest.update(samples.masks.tobytes())
         return digest.hexdigest()
 
 
@@ -201,6 +225,19 @@ def read_image(path: Path) -> Image.Image:
         return open_image(path)
     except Exception as error:  # decoders raise SyntaxError, struct.error, ... on damaged files, not only OSError
         raise DataError(f"vit: cannot read image {printable(str(path))}: {printable(explain(path, error))}") from error
+
+
+def read_mask(path: Path) -> Image.Image:
+    """The classes in a mask file, mode L: its grey values, or the numbers of its palette. DataError as read_image."""
+    try:
+        with opened(path) as image:
+            image.load()
+            if image.mode not in ("L", "P", "1"):
+                raise ImageError(f"mode {image.mode}; a mask is grey, or has a palette, with the class as its value")
+            values = np.asarray(image)
+            return Image.fromarray(values.astype(np.uint8))
+    except Exception as error:  # as in read_image
+        raise DataError(f"vit: cannot read mask {printable(str(path))}: {printable(explain(path, error))}") from error
 
 
 def _decoded(images: Stored, index: int) -> Image.Image:

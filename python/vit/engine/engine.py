@@ -277,7 +277,7 @@ class Engine:
         if executor is None:  # one of two that come here at once keeps its executor, which has no thread yet
             new = ThreadPoolExecutor(1, thread_name_prefix=f"vit-{self.name}")
             executor = self._executors.setdefault(process, new)
-        return executor.submit(self._forward, images, out, outputs, layout, self._threads())
+        return running.submit(executor, self._forward, images, out, outputs, layout, self._threads())
 
     def _threads(self) -> int:
         return self.num_threads or min(torch.get_num_threads(), self._library.default_threads())

@@ -1,9 +1,4 @@
-"""What an engine is given, checked: images as a tensor that native code may read, tensors that it may write to.
-
-Where images need no change, nothing here calls a function of PyTorch that releases the GIL (torch.empty, detach,
-is_neg): before Python 3.14, a daemon thread inside such a function when the interpreter ends makes PyTorch abort the
-process.
-"""
+"""What an engine is given, checked: images as a tensor that native code may read, tensors that it may write to."""
 
 from __future__ import annotations
 
@@ -38,16 +33,13 @@ def as_tensor(images: Any) -> Tensor:
 
 def dense(images: Tensor) -> Tensor:
     """The images, contiguous."""
-    if images.is_contiguous():
-        return images
-    return (
-        images.detach().contiguous() if images.requires_grad else torch.from_numpy(np.array(images.numpy(), order="C"))
-    )
+    return images if images.is_contiguous() else images.detach().contiguous()
 
 
 def room(shape: tuple[int, ...]) -> Tensor:
-    """A float32 tensor for an output."""
-    return torch.from_numpy(np.empty(shape, np.float32))
+    """A float32 tensor for an output. PyTorch's own memory: freeing that of a NumPy array asks for the GIL inside a
+    C++ destructor, and a daemon thread that does so when the program ends makes the process abort."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _negated(tensor: Tensor) -> bool:

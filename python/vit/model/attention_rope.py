@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import masked_scores
+from .blocks import masked_scores, softmax_rows
 from .eva_options import EvaOptions
 from .parts import make_norm
 from .planned import CallsOps, HasBuffers
@@ -76,24 +76,40 @@ class AttentionRope(CallsOps, nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         """x [B, N, C] -> what the heads give, side by side [B, queries or N, C]. layer: how projections are called."""
-        ops, half = self.ops, "half" if self.rotate_half else "interleaved"
+        ops = self.ops
         packed, q, k, v = self._project(x, layer, queries)
-        normed = not (untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity))
         masked = attn_mask is not None or is_causal
-        if packed is not None and rope is None and not normed and not masked and self._attends():
+        if packed is not None and rope is None and self._norms_are_identities() and not masked and self._attends():
             return ops.attention(packed, queries=queries).flatten(2)
         if packed is not None:
             q, k, v = ops.movement.unpack(packed) if isinstance(packed, Tensor) else packed.unbind(2)
             if queries is not None:
                 q = ops.movement.first(q.flatten(2), queries).unflatten(2, (self.num_heads, -1))
-        if normed:  # timm's norms see the heads before the tokens
+        q, k = self._placed(q, k, rope, queries)
+        return self._attend(q, k, v, attn_mask, is_causal).flatten(2)
+
+    def _placed(self, q: Tensor, k: Tensor, rope: Tensor | None, queries: int | None = None) -> tuple[Tensor, Tensor]:
+        """q [B, queries or N, H, D] and k [B, N, H, D] normed and rotated, where they are."""
+        ops, half = self.ops, "half" if self.rotate_half else "interleaved"
+        if not self._norms_are_identities():  # timm's norms see the heads before the tokens
             q, k = (call(ops, n, t.transpose(1, 2)).transpose(1, 2) for n, t in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
             prefix = self.num_prefix_tokens
             k = ops.rotary(k, rope, prefix, half)
             if queries is None or queries > prefix:
                 q = ops.rotary(q, rope if queries is None else rope[..., : queries - prefix, :], prefix, half)
-        return self._attend(q, k, v, attn_mask, is_causal).flatten(2)
+        return q, k
+
+    def _norms_are_identities(self) -> bool:
+        return untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)
+
+    def probabilities(self, x: Tensor, queries: Tensor, rope: Tensor | None = None) -> Tensor:
+        """What the tokens `queries` [Q] give each token: x [B, N, C] -> softmax(scale q k^T) [B, H, Q, N]."""
+        packed, q, k, _ = self._project(x, call, None)
+        if packed is not None:
+            q, k, _ = packed.unbind(2)
+        q, k = self._placed(q, k, rope)
+        return softmax_rows(q[:, queries].transpose(1, 2), k.transpose(1, 2), self.scale)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """q, k, v [B, N, H, D] -> [B, N, H, D]."""

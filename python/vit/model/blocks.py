@@ -103,6 +103,13 @@ class Attention(CallsOps, nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate, is_causal=is_causal)
         return y.transpose(1, 2)
 
+    def probabilities(self, x: Tensor, queries: Tensor) -> Tensor:
+        """What the tokens `queries` [Q] give each token: x [B, N, C] -> softmax(scale q k^T) [B, H, Q, N]."""
+        ops = self.ops
+        q, k, _ = call(ops, self.qkv, x).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, N, H, D]
+        q, k = call(ops, self.q_norm, q[:, queries].transpose(1, 2)), call(ops, self.k_norm, k.transpose(1, 2))
+        return softmax_rows(q, k, self.scale)
+
     def _norms_are_identities(self) -> bool:
         return untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)
 
@@ -116,6 +123,12 @@ def masked_scores(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> 
     if attn_mask.dtype == torch.bool:
         return scores.masked_fill(~attn_mask, float("-inf"))
     return scores + attn_mask
+
+
+def softmax_rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T): q [B, H, Q, D], k [B, H, N, D] -> [B, H, Q, N], of half precision in float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return (q.to(dtype) * scale @ k.to(dtype).transpose(-2, -1)).softmax(dim=-1)
 
 
 class Block(CallsOps, nn.Module):
@@ -151,6 +164,10 @@ class Block(CallsOps, nn.Module):
         y = self.attn(y, attn_mask=attn_mask, is_causal=is_causal) if masked else self.attn(y)
         x = x + call(ops, self.drop_path1, call(ops, self.ls1, y))
         return x + call(ops, self.drop_path2, call(ops, self.ls2, self.mlp(call(ops, self.norm2, x))))
+
+    def probabilities(self, x: Tensor, queries: Tensor) -> Tensor:
+        """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
+        return self.attn.probabilities(call(self.ops, self.norm1, x), queries)
 
     def _below(self) -> list[nn.Module]:
         """The modules of the block, then those of its attention and of its MLP."""

@@ -60,6 +60,7 @@ class Eva(VisionTransformer):
     Options = EvaOptions
     ARGUMENTS = defaults_of(EvaOptions)
     options: EvaOptions
+    pools_prefix = True
 
     def _build_embedding(self, home: Tensor, factory: dict[str, Any]) -> None:
         o = self.options
@@ -152,12 +153,6 @@ class Eva(VisionTransformer):
         batch, heads, count = kept.shape[0], rope.shape[-3], kept.shape[1]
         rope = rope.expand(*lead, batch, heads, *rope.shape[-2:])
         return tokens, rope.gather(-2, index.expand(*lead, batch, heads, count, rope.shape[-1]))
-
-    def pool(self, tokens: Tensor, pool_type: str | None = None) -> Tensor:
-        """tokens [B, N, C] -> what the head reads [B, C]; all of them for "". pool_type: instead of global_pool."""
-        if self.attn_pool is not None:
-            return self.attn_pool(tokens)
-        return super().pool(tokens, pool_type)
 
     def specs(self, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
         """Everything the forward asks of the ops, fused or not."""

@@ -52,6 +52,11 @@ class EvaBlock(CallsOps, nn.Module):
         branch = self.mlp(call(ops, self.norm2, x))
         return x + call(ops, self.drop_path2, branch if self.gamma_2 is None else self.gamma_2 * branch)
 
+    def probabilities(self, x: Tensor, queries: Tensor, rope: Tensor | None = None) -> Tensor:
+        """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
+        attn: Any = self.attn
+        return attn.probabilities(call(self.ops, self.norm1, x), queries, rope)
+
     def _below(self) -> list[nn.Module]:
         """The modules of the block in order."""
         attn, mlp = self.attn, self.mlp
@@ -116,6 +121,11 @@ class EvaBlockPostNorm(CallsOps, nn.Module):
         ops = self.ops
         x = x + call(ops, self.drop_path1, call(ops, self.norm1, self.attn(x, rope=rope, **masks)))
         return x + call(ops, self.drop_path2, call(ops, self.norm2, self.mlp(x)))
+
+    def probabilities(self, x: Tensor, queries: Tensor, rope: Tensor | None = None) -> Tensor:
+        """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
+        attn: Any = self.attn
+        return attn.probabilities(x, queries, rope)
 
 
 def _add(

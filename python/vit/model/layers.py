@@ -190,6 +190,10 @@ class PatchEmbed(CallsOps, nn.Module):
         """Rows and columns of patches of these images."""
         return self._grid(*images.shape[-2:]) if self.dynamic_img_size else self.grid_size
 
+    def filters(self) -> Tensor:
+        """The projection's weight as filters [dim, C, P, Q]."""
+        return self.proj.weight.reshape(-1, self.in_chans, *self.patch_size)
+
     def _project(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, dim], the projection called as timm calls it unless nobody would notice."""
         ops, proj = self.ops, self.proj

@@ -100,6 +100,10 @@ class NaFlexEmbeds(CallsOps, nn.Module):
         tokens = ops.movement.tokens(tokens, None, self.positions(grid))
         return call(ops, self.pos_drop, ops.movement.tokens(tokens, self._prefix(), None)), grid
 
+    def filters(self) -> Tensor:
+        """The projection's weight as filters [dim, in_chans, P, P]."""
+        return self.proj.weight.reshape(-1, *self.patch_size, self.in_chans).permute(0, 3, 1, 2)
+
     def positions(self, grid: tuple[int, int]) -> Tensor | None:
         """The positions of a grid [1, N, C]; keeps_aspect: of a square as long as its longer side, cut at the right and
         the bottom."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blocks import softmax_rows
 from .mlp import Mlp
 from .options import Options
 from .parts import make_norm
@@ -35,6 +36,18 @@ class AttentionPoolLatent(CallsOps, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ops = self.ops
+        y = ops.attention(*self._project(x)).flatten(2)  # [B, 1, C]
+        y = call(ops, self.proj_drop, call(ops, self.proj, y))
+        return (y + self.mlp(call(ops, self.norm, y)))[:, 0]
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """What the learned query gives each token: x [B, N, C] -> softmax(scale q k^T) [B, H, 1, N]."""
+        q, k, _ = self._project(x)
+        return softmax_rows(q.transpose(1, 2), k.transpose(1, 2), self.head_dim**-0.5)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, 1, H, D], k and v [B, N, H, D]."""
+        ops = self.ops
         heads = self.num_heads, self.head_dim
         if untouched(self.q, nn.Linear):
             q = call(ops, self.q, self.latent).expand(x.shape[0], -1, -1)  # one row, whatever the batch
@@ -45,9 +58,7 @@ class AttentionPoolLatent(CallsOps, nn.Module):
         if not (untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)):
             q = call(ops, self.q_norm, q.transpose(1, 2)).transpose(1, 2)
             k = call(ops, self.k_norm, k.transpose(1, 2)).transpose(1, 2)
-        y = ops.attention(q, k, v).flatten(2)  # [B, 1, C]
-        y = call(ops, self.proj_drop, call(ops, self.proj, y))
-        return (y + self.mlp(call(ops, self.norm, y)))[:, 0]
+        return q, k, v
 
 
 know(AttentionPoolLatent)

@@ -43,7 +43,8 @@ class Asking:
         self.asked: list[Spec] = []
 
     def ask(self, op: str, options: Mapping[str, Any] | None = None, **shapes: tuple[int | str, ...]) -> None:
-        self.asked.append(Spec(op, self.dtype, shapes, self.training, options or {}, self.device.type))
+        kind, index = self.device.type, self.device.index
+        self.asked.append(Spec(op, self.dtype, shapes, self.training, options or {}, kind, device_index=index))
 
     def linear(self, rows: tuple[int | str, ...], inputs: int, outputs: int, **options: Any) -> None:
         self.ask("linear", options, x=(*rows, inputs), weight=(outputs, inputs))

@@ -202,12 +202,12 @@ class _Planned(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        planned = _PLANNED.get(func)
+        planned = PLANNED.get(func)
         y = None if planned is None else planned(self.ops, *args, **kwargs)
         return func(*args, **kwargs) if y is None else y
 
 
-def _runs(op: Any, x: Tensor, *others: Tensor | None) -> bool:
+def runs(op: Any, x: Tensor, *others: Tensor | None) -> bool:
     """Whether a plan's kernel can be given these instead of PyTorch's function."""
     return (
         isinstance(op, NativeOp)
@@ -219,7 +219,7 @@ def _runs(op: Any, x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _plan_linear(ops: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    fits = weight.dim() == 2 and _runs(ops.linear, input, weight, bias)
+    fits = weight.dim() == 2 and runs(ops.linear, input, weight, bias)
     return ops.linear(input, weight, bias) if fits else None
 
 
@@ -231,19 +231,19 @@ def _plan_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    fits = tuple(normalized_shape) == input.shape[-1:] and _runs(ops.layer_norm, input, weight, bias)
+    fits = tuple(normalized_shape) == input.shape[-1:] and runs(ops.layer_norm, input, weight, bias)
     return ops.layer_norm(input, weight, bias, eps) if fits else None
 
 
 def _plan_rms_norm(
     ops: Any, input: Tensor, normalized_shape: Iterable[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor | None:
-    fits = tuple(normalized_shape) == input.shape[-1:] and eps is not None and _runs(ops.rms_norm, input, weight)
+    fits = tuple(normalized_shape) == input.shape[-1:] and eps is not None and runs(ops.rms_norm, input, weight)
     return ops.rms_norm(input, weight, eps) if fits else None
 
 
 def _plan_gelu(ops: Any, input: Tensor, approximate: str = "none") -> Tensor | None:
-    return ops.gelu(input, approximate) if _runs(ops.gelu, input) else None
+    return ops.gelu(input, approximate) if runs(ops.gelu, input) else None
 
 
 def _plan_conv2d(
@@ -260,7 +260,7 @@ def _plan_conv2d(
     # Sizes are tensors while torch.jit.trace looks on.
     kernel = int(weight.shape[2]), int(weight.shape[3])
     fits = is_patch_projection(kernel, stride, padding, dilation, groups) and input.dim() == 4
-    if not fits or not _runs(ops.linear, input, weight, bias):
+    if not fits or not runs(ops.linear, input, weight, bias):
         return None
     rows, columns = int(input.shape[2]) // kernel[0], int(input.shape[3]) // kernel[1]
     image = input[:, :, : rows * kernel[0], : columns * kernel[1]]
@@ -281,7 +281,7 @@ def _plan_attention(
 ) -> Tensor | None:
     """Attention without a mask: query [B, H, N, D], key and value [B, H, L, D] -> [B, H, N, D]."""
     op = ops.attention
-    if attn_mask is not None or dropout_p or is_causal or query.dim() != 4 or not _runs(op, query, key, value):
+    if attn_mask is not None or dropout_p or is_causal or query.dim() != 4 or not runs(op, query, key, value):
         return None
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     fits = k.shape == v.shape and q.shape[::2] == k.shape[::2] and q.shape[3] == k.shape[3]
@@ -300,7 +300,8 @@ def is_patch_projection(kernel: tuple[int, ...], stride: Any, padding: Any, dila
     )
 
 
-_PLANNED: dict[Any, Callable[..., Tensor | None]] = {
+#: PyTorch's functions -> the op of a plan that computes them; None where it cannot.
+PLANNED: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: _plan_linear,
     F.layer_norm: _plan_layer_norm,
     F.rms_norm: _plan_rms_norm,

@@ -77,6 +77,8 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
     head: nn.Module
     #: Whether logits depend on the class token alone where that is what is pooled.
     reads_one_token = True
+    #: Whether pooling by attention reads all tokens, also those before the patches.
+    pools_prefix = False
     #: What the arguments are checked by.
     Options: type[Options] = Options
 
@@ -290,7 +292,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         """tokens [B, N, C] -> what the head reads [B, C]; all of them for "". pool_type: instead of global_pool."""
         skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
         if self.attn_pool is not None:
-            return self.attn_pool(tokens[:, skip:])
+            return self.attn_pool(tokens if self.pools_prefix else tokens[:, skip:])
         kind = self.global_pool if pool_type is None else pool_type
         if kind == "token":
             return self.ops.movement.first(tokens, 1).squeeze(1)

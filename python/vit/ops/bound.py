@@ -182,6 +182,7 @@ def spec_of(op: Op, tensors: dict[str, Tensor]) -> Spec:
         shapes={name: tuple(t.shape) for name, t in tensors.items()},
         training=torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()),
         device_type=first.device.type,
+        device_index=first.device.index,
     )
 
 

@@ -133,8 +133,17 @@ def _torch_in_tf32(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _allow_tf32(allowed: bool) -> Iterator[None]:
-    """What users set: whether products of float32 may be in TF32."""
-    before = torch.get_float32_matmul_precision()
+    """What users set: whether products of float32 may be in TF32, by those switches that this process uses."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # after a use of the switches that are new in torch 2.9
+        matmul: Any = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+        return
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     try:
         yield

@@ -35,6 +35,14 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+#: Those that change the sides.
+_ACROSS = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+
 #: Where Pillow looks for the orientation.
 _ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
@@ -107,6 +115,15 @@ def upright(image: Image.Image) -> Image.Image:
     for key in _ORIENTED_BY:
         turned.info.pop(key, None)
     return turned
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of the upright image, without decoding it."""
+    try:
+        turned = _TURNS.get(image.getexif().get(_ORIENTATION, 1), Image.Transpose.ROTATE_180) in _ACROSS
+    except Exception:  # as in upright
+        turned = False
+    return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def flat(image: Image.Image, mode: str) -> Image.Image:

@@ -15,8 +15,9 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "task")
 
 
-def get(name: str) -> Task:
-    """The task of that name; ValueError names those there are."""
+def get(name: str | None) -> Task:
+    """The task of that name (None: classification); ValueError names those there are."""
+    name = "classification" if name is None else name
     if name not in names():
         raise ValueError(f"vit: unknown task {name!r}; known are {', '.join(names())}")
     task: Task = importlib.import_module(f"{__name__}.{name}").TASK

@@ -17,8 +17,15 @@ from .task import Evaluation, Figures
 class Classification:
     """Images [B, C, H, W] -> logits [B, classes] against class indices int64 [B]."""
 
+    metric = "accuracy"
     monitored = ("train_cross_entropy", "train_accuracy")
     picture_name = "confusion"
+    needs_masks = False
+    arch: dict[str, Any] = {}  # noqa: RUF012 (read only)
+
+    def arrange(self, outputs: Tensor, model: Any) -> Tensor:
+        """Logits are what the model gives."""
+        return outputs
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float, kind: str = "ce") -> Tensor:
         """Cross entropy in float32, with `smoothing` of the target spread over all classes (arXiv:1512.00567).
@@ -83,7 +90,9 @@ class Classification:
             f"loss {figures['loss']:.4f}"
         )
 
-    def picture(self, evaluation: Evaluation, class_names: Sequence[str], paths: Sequence[Path]) -> None:
+    def picture(
+        self, evaluation: Evaluation, class_names: Sequence[str], paths: Sequence[Path], model: Any, samples: Any
+    ) -> None:
         """The confusion matrix."""
         from ..viz import confusion
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -32,8 +32,20 @@ class Evaluation:
 class Task(Protocol):
     """One kind of problem. All of it is arithmetic without state, so that a training can stop and go on anywhere."""
 
+    #: The name of the figure by which trainings are compared, a share of which more is better.
+    metric: str
+
     #: The figures of a training step besides its loss, in the order of `monitor`.
     monitored: tuple[str, ...]
+
+    #: Arguments of vit.create that a model for the task needs.
+    arch: dict[str, Any]
+
+    #: Whether the data must have a class for each pixel, instead of one for each image.
+    needs_masks: bool
+
+    def arrange(self, outputs: Tensor, model: Any) -> Tensor:
+        """What the model gives -> the outputs that everything below takes."""
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float, kind: str = "ce") -> Tensor:
         """The mean loss of a batch, which the training makes small: a scalar with a gradient."""
@@ -56,8 +68,10 @@ class Task(Protocol):
     def describe(self, figures: Figures, images: int) -> str:
         """The figures in words, with the interval that the number of images leaves."""
 
-    def picture(self, evaluation: Evaluation, class_names: Sequence[str], paths: Sequence[Path]) -> None:
-        """Draws the evaluation into each of the files."""
+    def picture(
+        self, evaluation: Evaluation, class_names: Sequence[str], paths: Sequence[Path], model: Any, samples: Any
+    ) -> None:
+        """Draws the evaluation of `model` on `samples` into each of the files."""
 
     #: File name (without suffix) of the picture.
     picture_name: str

@@ -4,9 +4,10 @@ from ..data import ReaderError
 from ..tasks import Evaluation
 from .config import TrainConfig
 from .evaluate import evaluate
-from .loop import Interrupted, TrainError, TrainResult, train
+from .loop import Interrupted, TrainError, TrainResult
 from .resume import RefusedChange
 from .run import Run
+from .start import train
 
 __all__ = [
     "Evaluation",

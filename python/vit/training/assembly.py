@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import tasks
 from ..data import Source, open_source
 from ..data.augment import Affine, Augment, CropFlip, Erase
 from ..data.folder import describe
@@ -19,12 +21,16 @@ from ..data.readers import WatchedLoader
 from ..factory import create, settle
 from ..model import VisionTransformer, list_models
 from ..model.configs import get_config
+from ..model.deit import VisionTransformerDistilled
 from ..preprocess import Preprocess
 from ..support.text import printable
 from ..weights import WeightsError, read
 from ..weights.infer import is_eva
 from .config import AUTO, TrainConfig
 from .optim import Average, make_optimizer
+from .scale import check_fp16
+from .sharded import copy_into
+from .teacher import Teacher, load_teacher
 from .threads import choose_threads
 
 
@@ -40,11 +46,19 @@ class Parts:
     loader: WatchedLoader
     optimizer: torch.optim.Optimizer
     average: Average | None
+    teacher: Teacher | None = None
+    sharded: bool = False  # whether each process is to have a share of the model
+    whole: VisionTransformer | None = None  # where `model` is sharded and has no average: what is evaluated
 
     @property
     def kept_model(self) -> Any:
         """The model whose weights are validated and kept."""
-        return self.average.model if self.average else self.model
+        return self.average.model if self.average else self.whole or self.model
+
+    def gather(self) -> None:
+        """Brings the parameters of a sharded model together, for validation; all processes must ask for it."""
+        if self.whole:
+            copy_into(self.whole, self.model.parameters())
 
     @property
     def backend(self) -> str:
@@ -62,6 +76,7 @@ def assemble(
 ) -> Parts:
     """Data, model and optimizer of a new training, or of one whose model.json is `described` (without its weights)."""
     source = open_data(config, report)
+    _check_task(config, source)
     if described is None:
         model, info = _new_model(config, source, accelerator.device)
     else:
@@ -70,6 +85,12 @@ def assemble(
         _freeze(model)
     if config.grad_checkpoint == "yes":
         model.set_grad_checkpointing()
+    sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
+    if sharded and config.optimizer != "adamw":
+        raise ValueError(f"vit: --parallel fsdp goes with --optimizer adamw, not {config.optimizer}")
+    if config.amp == "fp16":
+        check_fp16(model.plan)
+    teacher = _teacher(config, source, model) if config.teacher else None
     if config.threads == AUTO:
         config = dataclasses.replace(config, threads=choose_threads(model, config.batch_size or 1))
     batches, images = _training_batches(config, source, model, accelerator)
@@ -84,12 +105,55 @@ def assemble(
             model, config.lr or 0.0, config.weight_decay, config.beta2, config.layer_decay, config.optimizer
         ),
         average=Average(model, config.ema) if config.ema else None,
+        teacher=teacher,
+        whole=copy.deepcopy(model).eval().requires_grad_(False) if sharded and not config.ema else None,
+        sharded=sharded,
+    )
+
+
+def _check_task(config: TrainConfig, source: Source) -> None:
+    """ValueError where the data have other answers than the task, or an option does not go with it."""
+    task = tasks.get(config.task)
+    if task.needs_masks and not source.has_masks:
+        raise ValueError(
+            f"vit: --task {config.task} needs a class for each pixel, and {config.data} has none; give a folder with "
+            "images/ and masks/"
+        )
+    if not task.needs_masks and source.has_masks:
+        raise ValueError(
+            f"vit: {config.data} has masks, a class for each pixel, which --task {config.task} does not take; give "
+            "--task segmentation"
+        )
+    if not task.needs_masks:
+        return
+    given = {
+        "--mixup": config.mixup,
+        "--cutmix": config.cutmix,
+        "--patch-drop-rate": config.patch_drop_rate,
+        "--teacher": config.teacher,
+        "--loss bce": config.loss == "bce",
+        f"--augment {config.augment}": config.augment in ("randaug", "trivial"),
+    }
+    if wrong := [name for name, value in given.items() if value]:
+        raise ValueError(
+            f"vit: {', '.join(wrong)}: not with --task {config.task}, whose answers are pixels of the image"
+        )
+
+
+def _teacher(config: TrainConfig, source: Source, model: VisionTransformer) -> Teacher:
+    """The teacher; a model with a head for it learns from it by that one."""
+    if isinstance(model, VisionTransformerDistilled):
+        model.set_distilled_training()
+    return load_teacher(
+        str(config.teacher), config.teacher_model, config.backend, model.device, model.preprocess, source.class_names
     )
 
 
 def _freeze(model: VisionTransformer) -> None:
     """Leaves only the head to learn."""
-    head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)  # two with a distillation token
+    head = {id(parameter) for one in heads for parameter in one.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in head)
 
@@ -108,6 +172,9 @@ def _new_model(config: TrainConfig, source: Source, device: Any) -> tuple[Any, d
     """The model, and what is written of it: whatever the options and the weights change of the named one."""
     torch.manual_seed(config.seed)
     arch = {"num_classes": len(source.class_names), "drop_path_rate": config.drop_path} | config.arch
+    arch = tasks.get(config.task).arch | arch
+    if config.patch_drop_rate:
+        arch = {"patch_drop_rate": config.patch_drop_rate} | arch
     if arch["num_classes"] != len(source.class_names):
         raise ValueError(
             f"vit: --arch num_classes={arch['num_classes']}, but {config.data} has "
@@ -118,6 +185,8 @@ def _new_model(config: TrainConfig, source: Source, device: Any) -> tuple[Any, d
         model = create(config.model, config.backend, weights=start, device=device, **arch)
     except WeightsError as error:
         raise WeightsError(_with_fitting_models(str(error), config, start)) from error
+    if tasks.get(config.task).needs_masks:  # a border that is cut off has classes, too
+        model.preprocess = dataclasses.replace(model.preprocess, crop_pct=1.0)
     name, settings = settle(config.model, start, arch)
     named = get_config(name).arch
     info = {
@@ -184,12 +253,13 @@ def _training_batches(
             f"{config.accumulate} forward passes x {world} process(es); use a smaller --batch-size"
         )
     erase = Erase(config.erase) if config.erase else None
-    images = Images(samples, model.preprocess, _augment(config, model), config.seed, erase)
+    images = Images(samples, model.preprocess, augment_of(config, model), config.seed, erase)
     on_gpu = accelerator.device.type == "cuda"
     return batches, loader(images, batches, config.workers, pin_memory=on_gpu)
 
 
-def _augment(config: TrainConfig, model: VisionTransformer) -> Augment | None:
+def augment_of(config: TrainConfig, model: VisionTransformer) -> Augment | None:
+    """The random changes of --augment, if any."""
     if config.augment == "affine":
         return Affine()
     if config.augment == "crop":

@@ -20,7 +20,9 @@ AUTO = "auto"  # of --threads: by the size of the model and the free cores
 
 CHOICES = {
     "augment": ("none", "affine", "crop", "three", "randaug", "trivial"),
-    "amp": ("no", "bf16"),
+    "amp": ("no", "bf16", "fp16"),
+    "parallel": ("ddp", "fsdp"),
+    "distill": ("soft", "hard"),
     "loss": ("ce", "bce"),
     "optimizer": ("adamw", "adamw8bit"),
     "freeze": ("no", "backbone"),
@@ -45,6 +47,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "mixup": (0.0, 4.0),
     "cutmix": (0.0, 4.0),
     "erase": (0.0, 1.0),
+    "distill_alpha": (0.0, 1.0),
+    "distill_temperature": (0.01, 1000.0),
+    "patch_drop_rate": (0.0, 0.99),
     "spike": (0.0, math.inf),
     "patience": (0, math.inf),
     "crop_area": (0.01, 1.0),
@@ -53,6 +58,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "ema": (0.0, 1.0),
     "val_fraction": (0.0, 1.0),
     "test_fraction": (0.0, 1.0),
+    "keep": (1, 1000),
     "split_seed": (0, 2**63 - 1),
     "seed": (0, 2**63 - 1),
     "workers": (0, 1024),
@@ -101,6 +107,16 @@ class TrainConfig:
     cutmix: float = _option(0.0, "alpha of CutMix (arXiv:1905.04899); with mixup one of the two by turns of a coin")
     erase: float = _option(0.0, "probability that a random rectangle of an image is erased (arXiv:1708.04896)")
     drop_path: float | None = _option(None, "stochastic depth of the last block")
+    patch_drop_rate: float = _option(
+        0.0, "share of the patches that a training step leaves out (arXiv:2212.00794); all are seen in evaluation"
+    )
+    teacher: str | None = _option(
+        None, "a model whose answers are targets, too: a run folder, weights, or a model's name (from the hub)"
+    )
+    teacher_model: str | None = _option(None, "the teacher's model name, for weights that do not know theirs")
+    distill: str = _option("hard", "hard: the teacher's class is the target; soft: its probabilities (DeiT)")
+    distill_alpha: float = _option(0.5, "share of the teacher in the loss")
+    distill_temperature: float = _option(3.0, "of soft distillation: logits are divided by it")
     ema: float = _option(
         0.995,
         "decay of the averaged weights, which are the ones kept; step t uses min(this, (1 + t) / (10 + t)), so that "
@@ -112,7 +128,10 @@ class TrainConfig:
         "and then 3-Augment, RandAugment or TrivialAugment of torchvision",
     )
     crop_area: float = _option(0.35, "smallest share of an image's area that a random crop takes")
-    amp: str = _option("no", "bf16 runs matmul, linear and attention in bfloat16 (autocast)")
+    amp: str = _option("no", "bf16, fp16: matmul, linear and attention in bfloat16 or float16; fp16 with a loss scale")
+    parallel: str = _option(
+        "ddp", "of several processes: ddp, each has the whole model; fsdp, each a share of it (FSDP2)"
+    )
     val_fraction: float = _option(
         0.1, "of the training images, if the data has no validation split; 0: no validation, the last weights are kept"
     )
@@ -130,9 +149,10 @@ class TrainConfig:
         "time between checkpoints, or 20 times as long as writing one takes, if that is more; 0: after every step. "
         "There is always one after the first step, at the end, at an error and at a signal",
     )
+    keep: int = _option(1, "best epochs whose weights are kept, as epoch-N.safetensors where these are more than one")
     log_seconds: float = _option(30.0, "time between the lines about steps in a pipe or a log")
     figures: str = _option("png", "format of the curves and the confusion matrix; pdf and svg come beside png")
-    task: str = _option("classification", "what the model learns: a name of vit.tasks.names()")
+    task: str | None = _option(None, "what the model learns: a name of vit.tasks.names()")
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -155,7 +175,8 @@ class TrainConfig:
 
     def filled(self, options: Mapping[str, Any]) -> TrainConfig:
         """The configuration with None replaced by what `options` say."""
-        return dataclasses.replace(self, **{k: v for k, v in options.items() if getattr(self, k) is None})
+        known = {"task": "classification"} | dict(options)
+        return dataclasses.replace(self, **{k: v for k, v in known.items() if getattr(self, k) is None})
 
     def to_yaml(self) -> str:
         """The text of config.yaml, in the order of the fields."""

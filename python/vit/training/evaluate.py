@@ -51,6 +51,8 @@ def evaluate(
     logits or, as `average` says, the probabilities are averaged. Raises ReaderError when one of the `workers` dies.
     """
     task = task or get("classification")
+    if task.needs_masks != (samples.masks is not None):
+        raise ValueError(f"vit: the data have {'no ' * task.needs_masks}classes of pixels, so the task is another one")
     was_training = model.training
     model.eval()
     measured: list[tuple[Tensor, ...]] = []
@@ -60,6 +62,7 @@ def evaluate(
             outputs = model(images.to(model.device).flatten(0, 1) if views else images.to(model.device))
             if views:
                 outputs = averaged(outputs.unflatten(0, images.shape[:2]), average)
+            outputs = task.arrange(outputs, model)
             measured.append(task.measure(outputs, labels))
             if advance:
                 advance()

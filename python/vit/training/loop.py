@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import tasks
-from ..data import ReaderError, kind_of, recipe_of
+from ..data import ReaderError
 from ..support.extras import require
 from ..tasks import Evaluation
 from . import resume as resuming
@@ -29,12 +28,14 @@ from . import state
 from .assembly import Parts, assemble
 from .config import TrainConfig
 from .environment import accelerator, without_options
-from .evaluate import cpu_threads, evaluate
+from .evaluate import evaluate
 from .interrupt import Signals
+from .kept import keep_best
 from .progress import Display, Silent
 from .record import RunRecord
 from .report import announce, epoch_line, write_final
-from .run import Run, is_free, new_folder, new_path
+from .run import Run, new_folder, new_path
+from .sharded import is_lost_process
 from .state import Progress
 from .step import Stepper, TrainError
 
@@ -58,48 +59,6 @@ class TrainResult:
     backend: str
     best_epoch: int
     is_main: bool  # whether this is the process that speaks for all
-
-
-def train(
-    config: TrainConfig | None = None,
-    out: str | Path | None = None,
-    resume: str | Path | None = None,
-    display: Display | None = None,
-    changes: Mapping[str, Any] | None = None,
-) -> TrainResult:
-    """Trains a model as `config` says into a new run folder, or goes on with the run folder `resume`.
-
-    resume="auto" goes on with the folder `out` if it holds a run, and starts one there if not. changes: options of the
-    resumed run by name that are to have other values from here on (see vit.training.resume.FREE).
-
-    The kept weights are those of the epoch with the best validation accuracy (of equal ones the smaller
-    loss), or the last ones without validation images; the test images are looked at once, at the end. Raises
-    ValueError for options and data that do not fit and for a folder in use, Interrupted after a signal, TrainError when
-    the gradients stop being finite or a process that reads images dies, OSError when a checkpoint cannot be written.
-    """
-    for module in ("accelerate", "yaml", "matplotlib"):  # missing at the end would cost the whole training
-        require(module, "train")
-    if resume == "auto":
-        if out is None:
-            raise ValueError("vit: --resume auto needs --out: the folder to go on with, or to start")
-        resume = None if is_free(Path(out)) else out
-    run = Run.open(resume) if resume is not None else None
-    config = resuming.changed(run, _absolute(changes or {})) if run else config or TrainConfig()
-    kind = kind_of(config.data)
-    config = dataclasses.replace(config, **_absolute({"data": config.data})).resolved(recipe_of(config.data))
-    name = "digits" if kind == "digits" else Path(config.data).name
-    if not run:
-        new_path(out, name)  # a folder in use is refused before the data are read
-    with cpu_threads(0):  # puts back what accelerate or this training sets
-        return Training(config, run, out, name, display or Silent()).run_all()
-
-
-def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with a data folder's path from the root."""
-    data = values.get("data")
-    if data is None or data == "digits":
-        return dict(values)
-    return {**values, "data": str(Path(data).expanduser().resolve())}
 
 
 class Training:
@@ -128,7 +87,7 @@ class Training:
     def _build(self, config: TrainConfig, resumed: Run | None, out: str | Path | None, name: str) -> None:
         if resumed and self.main:
             self.held.enter_context(resumed.lock())
-        fresh = resumed is not None and _is_unstarted(resumed)
+        fresh = resumed is not None and resumed.is_unstarted()
         described = resumed.model if resumed and not fresh else None
         self.parts: Parts = assemble(config, described, self.accelerator, self.display.line)
         self.held.callback(self.parts.loader.close)
@@ -182,9 +141,7 @@ class Training:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """See vit.training.resume."""
-        return resuming.facts(
-            self.config, self.parts.source.fingerprint(), self.parts.model, self.parts.info, self.accelerator
-        )
+        return resuming.facts(self.config, self.parts.source.fingerprint(), self.parts, self.accelerator)
 
     @property
     def done(self) -> int:
@@ -245,19 +202,21 @@ class Training:
         """Leaves a checkpoint of the last whole step, and raises the error in words that say how to go on."""
         if isinstance(error, Interrupted):
             raise error
-        if self.main and self.stepper.consistent:
+        if self.main and self.stepper.consistent and not self.parts.sharded:  # whose parts others have
             try:
                 self._checkpoint()
             except OSError as second:
                 if not isinstance(error, OSError):  # a full disk has been named already
                     self.display.line(f"no checkpoint of the last steps: {second}")
-        can_go_on = self.run.checkpoint.is_file() or _is_unstarted(self.run)
+        can_go_on = self.run.checkpoint.is_file() or self.run.is_unstarted()
         way_out = f"; go on with: vit train --resume {self.run.path}" if can_go_on else ""
         if isinstance(error, ReaderError):
             time.sleep(0.05)  # a signal to the whole process group comes to the readers and to this process
             if self.signals.asked:
                 self._interrupt(checkpoint=False)
             raise TrainError(f"{error}{way_out}") from error
+        if self.accelerator.num_processes > 1 and is_lost_process(error):
+            raise TrainError(f"vit: another process of this training has ended or does not answer{way_out}") from error
         if isinstance(error, OSError):
             raise OSError(f"{error}{way_out}") from error
         if way_out and not isinstance(error, TrainError):
@@ -279,12 +238,13 @@ class Training:
                     self.stepper.step(passes)
                     self._after_step()
         speed = (self.steps - first) * self.images / max(time.monotonic() - began, 1e-9)
+        parts.gather()
         figures = self._validate()
         better = not progress.best_epoch or not figures or self.task.better(figures, progress.best)
         self._keep(better)
         line = epoch_line(config, self.task, progress, self.steps, self.stepper.learning_rate(self.steps - 1), figures)
         line |= {"images_per_second": round(speed, 1), "seconds": round(time.monotonic() - self.started, 3)}
-        written = self.run.log(line, progress.metrics_bytes) if self.main else 0
+        written = self._log(line) if self.main else 0
         self.stepper.consistent = False
         if better:
             progress.best, progress.best_epoch = figures, progress.epoch + 1
@@ -330,15 +290,22 @@ class Training:
         """The only look at the test images: by the code and the file that `vit eval` uses."""
         self.accelerator.wait_for_everyone()
         config, progress, samples = self.config, self.progress, self.parts.source.splits["test"]
-        test = None
+        test = model = None
         if len(samples):
-            test = evaluate(self.run.load(), samples, config.batch_size or 1, config.workers, task=self.task)
+            test = evaluate(model := self.run.load(), samples, config.batch_size or 1, config.workers, task=self.task)
         seconds = time.monotonic() - self.started
         if self.main:
-            write_final(self.run, self.parts, self.task, progress, test, seconds, self.display.line)
+            write_final(self.run, self.parts, self.task, progress, test, model, seconds, self.display.line)
         return TrainResult(
             self.run.path, test, progress.epoch, seconds, self.parts.backend, progress.best_epoch, self.main
         )
+
+    def _log(self, line: dict[str, Any]) -> int:
+        """Writes the line of an epoch, and keeps its weights if it is one of the best; the length of the metrics."""
+        written = self.run.log(line, self.progress.metrics_bytes)
+        if self.config.keep > 1:
+            keep_best(self.run, self.task, self.parts.kept_model.state_dict(), self.config.keep, written)
+        return written
 
     # ---- checkpoints and interruption ----
 
@@ -373,24 +340,22 @@ class Training:
         """After the first step, and when the interval is over; it is longer where a checkpoint takes long."""
         wanted = self.config.checkpoint_seconds
         interval = max(wanted, self.checkpoint_cost / CHECKPOINT_SHARE) if wanted else 0.0
-        return not self.checkpoints or time.monotonic() - self.last_checkpoint >= interval
+        due = [not self.checkpoints or time.monotonic() - self.last_checkpoint >= interval]
+        if self.parts.sharded:  # all processes make it together, when the first one says so
+            require("accelerate.utils", "train").broadcast_object_list(due)
+        return due[0]
 
     def _checkpoint(self) -> None:
         began = time.monotonic()
         self.progress.seconds = began - self.started
         parts = self.parts
-        if self.main:
-            state.save(self.run.checkpoint, self.progress, self.facts, parts.model, parts.average, parts.optimizer)
+        if self.main or parts.sharded:
+            tensors = state.collect(parts.model, parts.average, parts.optimizer)
+            if self.main:
+                state.save(self.run.checkpoint, self.progress, self.facts, tensors)
         self.checkpoints += 1
         self.last_checkpoint = time.monotonic()
         self.checkpoint_cost = self.last_checkpoint - began
 
 
-def _is_unstarted(run: Run) -> bool:
-    """Whether the run was ended before its first checkpoint: it starts anew, with nothing lost."""
-    return (
-        not run.checkpoint.exists() and not run.weights.exists() and run.metrics.is_file() and not run.metrics_bytes()
-    )
-
-
-__all__ = ["Interrupted", "TrainError", "TrainResult", "Training", "train"]
+__all__ = ["Interrupted", "TrainError", "TrainResult", "Training"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..model import VisionTransformer
 from ..optim import AdamW
 from ..optim.adamw import initial_state
+from .sharded import whole
 
 
 def make_optimizer(
@@ -87,4 +88,4 @@ class Average:
     def update(self, model: nn.Module, step: int) -> None:
         """Moves the average after optimizer step `step` (counted from 1)."""
         weight = 1.0 - used_decay(self.decay, step)
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
+        torch._foreach_lerp_(list(self.model.parameters()), [whole(p) for p in model.parameters()], weight)

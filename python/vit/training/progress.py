@@ -60,10 +60,9 @@ class Lines:
             self.told, self.told_at = self.done, now
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        validation = ""
-        if "val_loss" in line:
-            validation = f"  val loss {line['val_loss']:.4f}  val accuracy {100 * line['val_accuracy']:.2f} %"
-        self.line(f"epoch {line['epoch']:>3}/{epochs}  train loss {line['train_loss']:.4f}{validation}")
+        loss = f"  val loss {line['val_loss']:.4f}" if "val_loss" in line else ""
+        shares = "".join(f"  val {name} {100 * value:.2f} %" for name, value in _validated(line))
+        self.line(f"epoch {line['epoch']:>3}/{epochs}  train loss {line['train_loss']:.4f}{loss}{shares}")
 
     def stop(self) -> None: ...
 
@@ -84,11 +83,17 @@ class Bar:
         self.bar.advance(text.partition("  ")[0])  # 80 columns hold the loss, and no more
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        validation = f"  val {100 * line['val_accuracy']:.2f} %" if "val_accuracy" in line else ""
+        validation = "".join(f"  val {100 * value:.2f} %" for _, value in _validated(line)[:1])
         self.bar.figures(f"epoch {line['epoch']}/{epochs}{validation}")
 
     def stop(self) -> None:
         self.bar.stop()
+
+
+def _validated(line: dict[str, Any]) -> list[tuple[str, float]]:
+    """The shares that the validation found, by name; the task's own figure stands last in a line, and here first."""
+    found = [(name.removeprefix("val_"), line[name]) for name in line if name.startswith("val_") and name != "val_loss"]
+    return found[::-1]
 
 
 def display(stream: TextIO | None = None) -> Display:

@@ -72,10 +72,12 @@ def write_final(
     task: Task,
     progress: Progress,
     test: Evaluation | None,
+    model: Any,
     seconds: float,
     say: Callable[[str], None],
 ) -> None:
-    """The last line of the metrics, the kept epoch in words, and the pictures."""
+    """The last line of the metrics, the kept epoch in words, and the pictures. model: the kept one, where it was tested
+    with the figures `test`."""
     from ..viz import curves
 
     splits = parts.source.splits
@@ -91,4 +93,4 @@ def write_final(
         say(f"kept epoch {progress.best_epoch}: {chosen} on {len(splits['val']):,} validation images")
     curves(run.read_metrics(), *run.pictures("curves"))
     if test:
-        task.picture(test, parts.source.class_names, run.pictures(task.picture_name))
+        task.picture(test, parts.source.class_names, run.pictures(task.picture_name), model, splits["test"])

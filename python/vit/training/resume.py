@@ -14,6 +14,7 @@ from ..backends import get
 from ..support.files import to_json
 from ..support.records import Record, shown
 from ..support.tensors import DamagedFile, read_tensors
+from .assembly import Parts
 from .config import FIELDS, TrainConfig, flag
 from .run import Run
 from .state import Progress
@@ -22,7 +23,7 @@ from .state import Progress
 #: come follow the cosine of the new length.
 FREE = (
     "data", "backend", "epochs", "workers", "threads", "bad_images", "validate", "checkpoint_seconds", "log_seconds",
-    "figures",
+    "figures", "keep",
 )  # fmt: skip
 
 
@@ -52,18 +53,19 @@ def changed(run: Run, given: Mapping[str, Any]) -> TrainConfig:
     return dataclasses.replace(run.config, **different)
 
 
-def facts(config: TrainConfig, fingerprint: str, model: Any, info: dict[str, Any], accelerator: Any) -> dict[str, Any]:
-    """What a checkpoint says of its training: `data`, `processes`, `options` and `model` must be the same for it to go
-    on, `machine` should for equal bits."""
+def facts(config: TrainConfig, fingerprint: str, parts: Parts, accelerator: Any) -> dict[str, Any]:
+    """What a checkpoint says of its training: `data`, `processes`, `options`, `model` and `teacher` must be the same
+    for it to go on, `machine` should for equal bits."""
     from ..version import __version__
 
     return {
         "data": fingerprint,
         "processes": accelerator.num_processes,
         "options": {name: getattr(config, name) for name in FIELDS if name not in FREE},
-        "model": info,
+        "model": parts.info,
+        "teacher": parts.teacher.digest() if parts.teacher else None,
         "machine": {
-            "backend": model.plan,
+            "backend": parts.model.plan,
             "device": str(accelerator.device.type),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -93,6 +95,8 @@ def check(run: Run, config: TrainConfig, progress: Progress, steps: int, saved: 
             f"vit: {config.data} is not the data {run.path} was trained on: images, labels or classes "
             "have changed since; start a new run"
         )
+    if saved.raw("teacher", None) != now["teacher"]:
+        raise ValueError(f"vit: --teacher {config.teacher}: its weights have changed since; put them back")
     if saved.integer("processes", low=1) != now["processes"]:
         raise ValueError(
             f"vit: {run.path} was trained by {saved.raw('processes')} process(es), not {now['processes']}; "

@@ -5,6 +5,7 @@ model.json          name, arguments of vit.create, class names, preprocessing
 run.json            commands, versions, host, times, the digest of config.yaml
 best.safetensors    the weights kept: best validation accuracy
 last.safetensors    the weights of the last epoch
+epoch-N.safetensors the weights of the --keep best epochs, where these are more than one
 metrics.jsonl       one line per epoch, then one with the test figures; raw values
 checkpoint.safetensors   the whole state of the training, for --resume
 curves.png, confusion.png   pictures of metrics.jsonl and of the test images
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import tasks
 from ..data import DataError, Samples, Source, open_source
 from ..factory import create
 from ..preprocess import Preprocess
@@ -100,6 +102,14 @@ class Run:
             raise ValueError(f"vit: {path / 'model.json'} is damaged: {text}") from error
         return cls(path, config, model)
 
+    def epoch_weights(self, epoch: int) -> Path:
+        """The file of an epoch's weights, where several are kept."""
+        return self.path / f"epoch-{epoch}.safetensors"
+
+    def is_unstarted(self) -> bool:
+        """Whether the run was ended before its first checkpoint: it starts anew, with nothing lost."""
+        return not (self.checkpoint.exists() or self.weights.exists() or self.metrics_bytes())
+
     def edited(self) -> bool:
         """Whether config.yaml is not the one that the last session noted in run.json."""
         try:
@@ -159,7 +169,8 @@ class Run:
         samples = self.samples(split, data)
         workers = self.config.workers if workers is None else workers
         with cpu_threads(self.config.threads):
-            return evaluate(self.load(backend), samples, batch_size or self.config.batch_size or 1, workers)
+            task = tasks.get(self.config.task)
+            return evaluate(self.load(backend), samples, batch_size or self.config.batch_size or 1, workers, task=task)
 
     def with_config(self, config: TrainConfig) -> Run:
         """The run with another config.yaml, written."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..support.records import Record, RecordError
 from ..support.tensors import DamagedFile, read_tensors, write_tensors
 from .optim import Average, expected_state
+from .sharded import gathered
 
 FORMAT = 2
 
@@ -35,6 +36,8 @@ class Progress:
     skipped: int = 0  # steps of this epoch left out for a gradient that was not finite
     skipped_in_a_row: int = 0
     loss_mean: float = 0.0  # of the steps taken so far, the last ones counting most; 0 before the first
+    loss_scale: float = 65536.0  # of --amp fp16, and the steps since it changed or overflowed
+    scaled_steps: int = 0
     best_epoch: int = 0  # 0: none yet
     best: dict[str, float] = field(default_factory=dict)  # validation figures of that epoch
     metrics_bytes: int = 0
@@ -54,6 +57,8 @@ class Progress:
             skipped=record.integer("skipped", low=0, high=step),
             skipped_in_a_row=record.integer("skipped_in_a_row", low=0),
             loss_mean=record.number("loss_mean", 0.0),
+            loss_scale=record.number("loss_scale", 65536.0, low=1.0),
+            scaled_steps=record.integer("scaled_steps", 0, low=0),
             best_epoch=record.integer("best_epoch", low=0, high=epoch + 1),
             # A loss that was not finite is null in JSON.
             best={key: math.inf if best.raw(key) is None else best.number(key) for key in best.values},
@@ -66,23 +71,21 @@ class Progress:
         return progress
 
 
-def save(
-    path: Path,
-    progress: Progress,
-    facts: dict[str, Any],
-    model: nn.Module,
-    average: Average | None,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Replaces the checkpoint; OSError when it cannot be written, and then the previous one is still there.
-
-    facts: what must be the same for the training to go on (see `vit.training.resume`)
-    """
+def collect(model: nn.Module, average: Average | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, all whole: of a sharded model every process must ask for them."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if average:
         tensors |= {f"average.{name}": tensor for name, tensor in average.model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    return gathered(tensors)
+
+
+def save(path: Path, progress: Progress, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Replaces the checkpoint; OSError when it cannot be written, and then the previous one is still there.
+
+    facts: what must be the same for the training to go on (see `vit.training.resume`)
+    """
     header = {"format": FORMAT, "progress": asdict(progress), "facts": facts}
     write_tensors(path, tensors, header)
 

@@ -17,7 +17,10 @@ from .evaluate import cpu_threads
 from .mix import mixed
 from .optim import learning_rate as schedule
 from .progress import Display
+from .scale import LossScale
+from .sharded import shard, whole
 from .state import Progress
+from .teacher import distillation_loss
 
 BAD_STEPS = 10  # steps in a row without a finite gradient before the training gives up
 
@@ -38,7 +41,12 @@ class Stepper:
         self.parts, self.progress, self.task = parts, progress, task
         self.config, self.steps = parts.config, parts.steps
         self.accelerator, self.display, self.where = accelerator, display, where
-        self.prepared, self.prepared_optimizer = accelerator.prepare(parts.model, parts.optimizer)
+        if parts.sharded:
+            shard(parts.model, parts.optimizer)
+            self.prepared, self.prepared_optimizer = parts.model, accelerator.prepare(parts.optimizer)
+        else:
+            self.prepared, self.prepared_optimizer = accelerator.prepare(parts.model, parts.optimizer)
+        self.scale = LossScale(progress, self.config.amp == "fp16")
         self.consistent = True
 
     def step(self, passes: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -58,10 +66,14 @@ class Stepper:
                 figures = self._forward_backward(*(next(passes) if number else batch), rng)
                 total += figures[0] / config.accumulate
                 monitored = [a + b / config.accumulate for a, b in zip(monitored, figures[1:], strict=True)]
+        self.scale.unscale(self.parts.model.parameters())
         norm = self._clip()
         finite = math.isfinite(norm) and math.isfinite(total)
         spiked = finite and self._is_spike(step, total)
-        if not finite or spiked:
+        overflowed = self.scale.update(finite) and math.isfinite(total)
+        if overflowed:
+            self.display.line(f"step {step + 1}: float16 overflowed: loss scale {self.scale.factor:g}, step left out")
+        elif not finite or spiked:
             mean = f", mean {progress.loss_mean:.4f}" if spiked else ""
             self.display.line(f"step {step + 1}: loss {total}{mean}, gradient norm {norm}: step left out")
             finite = False
@@ -79,7 +91,8 @@ class Stepper:
             progress.norm_sum += norm
             progress.monitor_sums = [a + b for a, b in zip(progress.monitor_sums, monitored, strict=True)]
         progress.skipped += not finite
-        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        if not overflowed:
+            progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
         progress.step += 1
         self.consistent = True
         self.prepared_optimizer.zero_grad()
@@ -96,11 +109,19 @@ class Stepper:
         targets = labels
         if config.mixup or config.cutmix:
             images, targets = mixed(images, labels, self.parts.model.num_classes, config.mixup, config.cutmix, rng)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
+        low = torch.float16 if config.amp == "fp16" else torch.bfloat16
+        with torch.autocast(images.device.type, low, enabled=config.amp != "no"):
             outputs = self.prepared(images)
-        loss = task.loss(outputs, targets, config.label_smoothing, config.loss)
-        accelerator.backward(loss)
-        figures = torch.cat([loss.detach().float()[None], task.monitor(outputs, labels)])
+        # A model with a distillation token has two heads: the second one learns from the teacher.
+        first, second = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+        first, second = task.arrange(first, self.parts.model), task.arrange(second, self.parts.model)
+        loss = task.loss(first, targets, config.label_smoothing, config.loss)
+        if self.parts.teacher:
+            taught = distillation_loss(second, self.parts.teacher(images), config.distill, config.distill_temperature)
+            loss = torch.lerp(loss, taught, config.distill_alpha)
+        accelerator.backward(loss * self.scale.factor)
+        answer = (first + second) / 2 if isinstance(outputs, tuple) else first
+        figures = torch.cat([loss.detach().float()[None], task.monitor(answer, labels)])
         found: list[float] = accelerator.reduce(figures, "mean").tolist()
         return found
 
@@ -109,7 +130,8 @@ class Stepper:
         elements depend on the number of threads in the last bits, and the bits of a training must not."""
         on_cpu = self.accelerator.device.type == "cpu"
         with cpu_threads(1 if on_cpu else 0):
-            return float(self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.clip or math.inf))
+            norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.clip or math.inf)
+            return float(whole(norm))
 
     def learning_rate(self, step: int) -> float:
         """Of optimizer step `step` of the current epoch."""

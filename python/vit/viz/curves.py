@@ -17,12 +17,15 @@ def curves(metrics: Sequence[dict[str, Any]], *paths: str | Path) -> None:
     """
     epochs = [line for line in metrics if "epoch" in line]
     final = next((line for line in metrics if line.get("final")), {})
+    metric = "miou" if any("val_miou" in line for line in epochs) or "test_miou" in final else "accuracy"
+    error = {"accuracy": "error", "miou": "1 - mIoU"}[metric]
     figure = new_figure(11, 3.8)
     losses, errors, rate = figure.subplots(1, 3)
     _plot(losses, epochs, "train_cross_entropy", "C0", "training (augmented images)")
     _plot(losses, epochs, "val_loss", "C1", "validation")
     losses.set(title="cross entropy", xlabel="epoch", yscale="log")
-    _plot_errors(errors, epochs, final)
+    _plot_errors(errors, epochs, final, metric)
+    errors.set(title=f"{error}, %", xlabel="epoch", yscale="log")
     _plot(rate, epochs, "lr", "C2", "")
     rate.set(title="learning rate", xlabel="epoch")
     for axes in (losses, errors, rate):
@@ -30,10 +33,11 @@ def curves(metrics: Sequence[dict[str, Any]], *paths: str | Path) -> None:
     for axes in (losses, errors):
         if axes.get_legend_handles_labels()[0]:  # there may be nothing to draw
             axes.legend()
-    if "test_accuracy" in final:
+    if f"test_{metric}" in final:
         loss = final["test_loss"]  # null in JSON where it was no finite number
         figure.suptitle(
-            f"test error {100 - 100 * final['test_accuracy']:.2f} %, loss {'nan' if loss is None else f'{loss:.4f}'} "
+            f"test {error} {100 - 100 * final[f'test_{metric}']:.2f} %, loss "
+            f"{'nan' if loss is None else f'{loss:.4f}'} "
             f"({final['test_images']:,} images, weights of epoch {final['best_epoch']})",
             fontsize="medium",
         )
@@ -47,18 +51,18 @@ def _plot(axes: Any, epochs: Sequence[dict[str, Any]], key: str, colour: str, la
         axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="." if len(points) < 3 else None)
 
 
-def _plot_errors(axes: Any, epochs: Sequence[dict[str, Any]], final: dict[str, Any]) -> None:
+def _plot_errors(axes: Any, epochs: Sequence[dict[str, Any]], final: dict[str, Any], metric: str) -> None:
     """Error in percent. A logarithmic axis has no zero: no error at all is drawn as half an image."""
     floor = 50 / max(1, final.get("val_images", 0) or 1000)
     for key, colour, label in (
-        ("train_accuracy", "C0", "training (augmented images)"),
-        ("val_accuracy", "C1", "validation"),
+        (f"train_{metric}", "C0", "training (augmented images)"),
+        (f"val_{metric}", "C1", "validation"),
     ):
         points = [(line["epoch"], max(floor, 100 - 100 * line[key])) for line in epochs if line.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="." if len(points) < 3 else None)
-    kept = next((line for line in epochs if line["epoch"] == final.get("best_epoch") and "val_accuracy" in line), None)
+    name = f"val_{metric}"
+    kept = next((line for line in epochs if line["epoch"] == final.get("best_epoch") and name in line), None)
     if kept:
-        error = max(floor, 100 - 100 * kept["val_accuracy"])
+        error = max(floor, 100 - 100 * kept[name])
         axes.plot([kept["epoch"]], [error], "ko", fillstyle="none", label=f"kept: epoch {kept['epoch']}")
-    axes.set(title="error, %", xlabel="epoch", yscale="log")

@@ -9,11 +9,16 @@ from typing import Any
 from ..support.extras import require
 from ..support.files import replacing
 
+#: Formats of pictures, by suffix.
+SUFFIXES = (".png", ".svg", ".pdf")
+#: Text that can be searched and edited, names inside an SVG that depend on the picture alone.
+WRITTEN = {"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "vit"}
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of that size in inches, drawn by the Agg renderer."""
+
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> Any:
+    """An empty figure of that size in inches, drawn by the Agg renderer. layout: matplotlib's, None for one by hand."""
     _headless()
-    figure = require("matplotlib.figure", "train").Figure(figsize=(width, height), layout="constrained")
+    figure = require("matplotlib.figure", "train").Figure(figsize=(width, height), layout=layout)
     require("matplotlib.backends.backend_agg", "train").FigureCanvasAgg(figure)
     return figure
 
@@ -28,9 +33,10 @@ def _headless() -> None:
             os.environ["MPLBACKEND"] = named
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: str | Path) -> None:
     """Replaces the picture at `path`; its suffix is the format: .png, .pdf or .svg."""
+    path = Path(path)
     kind = path.suffix.removeprefix(".").lower() or "png"
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}  # equal pictures are equal files
-    with replacing(path) as temporary:
+    with require("matplotlib", "train").rc_context(WRITTEN), replacing(path) as temporary:
         figure.savefig(temporary, dpi=160, format=kind, metadata=undated.get(kind))

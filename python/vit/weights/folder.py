@@ -40,7 +40,8 @@ def read_folder(folder: Path) -> Checkpoint:
 
 def is_of_run(path: Path) -> bool:
     """Whether a file is the weights of a run, beside its model.json."""
-    return path.name in (BEST, LAST, STATE) and (path.parent / "model.json").is_file()
+    named = path.name in (BEST, LAST, STATE) or re.fullmatch(r"epoch-\d+\.safetensors", path.name)
+    return bool(named) and (path.parent / "model.json").is_file()
 
 
 def read_file_of_run(path: Path) -> Checkpoint:

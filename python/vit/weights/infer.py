@@ -14,12 +14,13 @@ from ..model.configs import get_config, list_models
 PATCHES = "patch_embed.proj.weight"
 
 
-def options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of VisionTransformer, or of Eva, that follow from names and shapes; the number of heads does not."""
+def options(state: Mapping[str, Tensor], eva: bool | None = None) -> dict[str, Any]:
+    """Arguments of VisionTransformer, or of Eva, that follow from names and shapes; the number of heads does not.
+    eva: which of the two it is, where that is known."""
     patches = state.get(PATCHES)
     if patches is None or patches.ndim != 4 or "blocks.0.norm1.weight" not in state:
         return {}
-    dim, eva = len(patches), is_eva(state)
+    dim, eva = len(patches), is_eva(state) if eva is None else eva
     found: dict[str, Any] = {
         "embed_dim": dim,
         "depth": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),

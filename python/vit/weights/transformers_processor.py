@@ -42,13 +42,15 @@ _SUFFIXES = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "Featu
 
 
 def preprocess(path: Path) -> dict[str, Any] | None:
-    """What preprocessor_config.json says, as arguments of Preprocess; None where there is no such file.
+    """What preprocessor_config.json says, as arguments of Preprocess; None where there is no such file."""
+    return preprocess_of(Record.read(path)) if path.exists() else None
+
+
+def preprocess_of(record: Record) -> dict[str, Any]:
+    """What an image processor's record says, as arguments of Preprocess.
 
     transformers resizes to exactly `size` where that is height and width, (x * rescale_factor - mean) / std afterwards.
     """
-    if not path.exists():
-        return None
-    record = Record.read(path)
     name = record.text("image_processor_type", record.text("feature_extractor_type", "ViTImageProcessor"))
     known = {kind + suffix: (kind, suffix) for kind in PROCESSORS for suffix in _SUFFIXES}
     if name not in known:

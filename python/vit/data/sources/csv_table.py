@@ -193,7 +193,8 @@ def _listed(path: Path, request: Request) -> Source:
             labels.append(cells[label])
     except csv.Error as error:
         raise DataError(f"vit: {path}, line {rows.line_num}: {error}") from error
-    reasons = reasons_against(files, check_of(request.validate), len(files), request.report)
+    check = check_of(request.validate, path.parent, request.recorder)
+    reasons = reasons_against(files, check, len(files), request.report)
     skipped = tuple(Skipped(file, why) for file, why in zip(files, reasons, strict=True) if why)
     if skipped and request.bad_images == "refuse":
         raise DataError(f"vit: {describe(skipped, path.parent)}. Remove them, or use --bad-images skip")

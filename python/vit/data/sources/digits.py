@@ -27,4 +27,5 @@ FORMAT = Format(
     open=lambda data, request: digits(),
     recipe=lambda data: "digits",
     rank=0,
+    built_in=True,
 )

@@ -9,7 +9,9 @@ from ..samples import Source
 
 
 def _open(data: str, request: Request) -> Source:
-    return folder(path_of(data), request.bad_images, request.validate, request.report, request.classes)
+    return folder(
+        path_of(data), request.bad_images, request.validate, request.report, request.classes, request.recorder
+    )
 
 
 def _names(data: str) -> list[str]:

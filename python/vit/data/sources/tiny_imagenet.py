@@ -45,9 +45,10 @@ def tiny_imagenet(root: Path, request: Request) -> Source:
                 f"{len(wnids)} numbers of wnids.txt, with tabs between"
             )
         found["val"].append((root / "val" / "images" / name, known[rest[0]]))
+    check = check_of(request.validate, root, request.recorder)
     splits = {}
     for split, items in found.items():
-        reasons = reasons_against([path for path, _ in items], check_of(request.validate), len(items), request.report)
+        reasons = reasons_against([path for path, _ in items], check, len(items), request.report)
         skipped += [Skipped(path, why) for (path, _), why in zip(items, reasons, strict=True) if why]
         usable = [item for item, why in zip(items, reasons, strict=True) if not why]
         keys = [path.relative_to(root).as_posix() for path, _ in usable]

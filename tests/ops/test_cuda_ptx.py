@@ -1,0 +1,103 @@
+"""The CUDA kernels without a GPU, as nvcc compiles them: their PTX is interpreted, their host code runs as it is.
+
+`pytest -m ptx` runs a part of the case list on every device, and kernels that were broken on purpose; the whole list:
+
+    cd tests && python -m ptx_emulator --folder ../build/ptx [--device 8.6] [--path portable]
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import draw
+import pytest
+import torch
+import vit
+from cuda_emulator import Emulated
+from ptx_emulator import DEVICES, Launches, backend, build, nvcc
+from ptx_emulator.cases import failure
+from ptx_emulator.mutations import MUTATIONS, Mutation, noticed
+from vit.parity import Case, cases
+
+pytestmark = [pytest.mark.ptx, pytest.mark.slow, pytest.mark.skipif(nvcc() is None, reason="no nvcc")]
+
+CASES = [case for case in cases("cuda") if case.group != "large"]
+#: A tenth of it, the one with the fewest products: a third of the others' time.
+TENTH = CASES[5::10]
+#: Kernels that the interpreter has seen least; their cases are small.
+NEW = [case for case in CASES if case.op in ("rms_norm", "swiglu", "rotary")]
+
+
+@pytest.fixture(scope="module")
+def emulated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Emulated, Launches]]:
+    """The compiled module is kept between runs, unless pytest is to keep nothing (-p no:cacheprovider)."""
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("ptx_emulator") if cache else tmp_path_factory.mktemp("ptx_emulator")
+    with backend(build(folder)) as both:
+        yield both
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def check(emulated: tuple[Emulated, Launches], case: Case, device: str, path: str = "automatic") -> None:
+    record, launches = emulated
+    record.device = DEVICES[device]
+    record.use(path)
+    assert not failure(case, record, launches)
+
+
+@pytest.mark.parametrize(
+    ("case", "device"),
+    list(zip(TENTH, itertools.cycle(["9.0", "8.6", "9.0", "8.0", "9.0", "12.0"]), strict=False)),
+    ids=lambda value: getattr(value, "id", value),
+)
+def test_parity(emulated, case, device):
+    check(emulated, case, device)
+
+
+@pytest.mark.parametrize("case", CASES[7::80], ids=lambda case: case.id)
+@pytest.mark.parametrize("path", ["portable", "no_wgmma"])
+def test_parity_of_other_paths(emulated, case, path):
+    check(emulated, case, "9.0", path)
+
+
+@pytest.mark.parametrize("case", NEW[4::10], ids=lambda case: case.id)
+def test_parity_of_the_newest_kernels(emulated, case):
+    check(emulated, case, "12.0")
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize(
+    ("dtype", "d"),
+    [*(("float32", d) for d in (65, 80, 128, 129, 256)), *(("float64", d) for d in (64, 80, 128))],
+)
+def test_exact_attention_runs_in_99_kib(emulated, dtype, d, direction):
+    sizes = (("b", 1), ("n", 20), ("h", 1), ("d", d))
+    check(emulated, Case("attention", "", sizes, dtype=dtype, direction=direction), "8.6")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1e-44, 1e-46])
+def test_a_scale_that_is_zero_in_float32_gives_the_mean_of_the_values(emulated, device, scale):
+    record, launches = emulated
+    launches.fresh()
+    record.device = DEVICES[device]
+    record.use("automatic")
+    q, k, v = draw.randn(3, 1, 20, 1, 64, dtype=torch.bfloat16)
+    got = vit.ops.attention(q, k, v, scale=scale, backend=record.name)
+    assert (got.double() - v.double().mean(1, keepdim=True)).abs().max() <= 0.01
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: f"{mutation.file}-{mutation.what}")
+def test_a_broken_kernel_is_noticed(emulated, mutation: Mutation):
+    record, launches = emulated
+    record.device = DEVICES["9.0"]
+    record.use(mutation.path)
+    good, text = noticed(launches, mutation)
+    assert good, text

@@ -1,0 +1,90 @@
+"""Trainings of two processes (gloo): the results of one, sharded or not, and a clear end when one of them is killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import two_processes
+from training_helpers import figures, same_bits
+from vit.training import train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes have trained; see two_processes.py."""
+    out = tmp_path_factory.mktemp("pair")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).parent
+    search = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    common = os.environ | {"PYTHONPATH": search, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, two_processes.__file__, str(out)],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    texts = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, -signal.SIGKILL], texts
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same training in one process, with the whole batch."""
+    return train(two_processes.CONFIG, out=tmp_path_factory.mktemp("alone") / "run").run
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_does(pair: Path, alone: Path, kind: str) -> None:
+    lines, wanted = figures(pair / kind), figures(alone)
+    assert wanted[-2]["step"] == 54
+    for line, want in zip(lines[:-1], wanted[:-1], strict=True):
+        for name in ("train_loss", "train_cross_entropy", "val_loss", "grad_norm"):
+            assert line[name] == pytest.approx(want[name], abs=1e-5, rel=1e-5), name
+    assert lines[0]["train_loss"] > lines[5]["train_loss"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_every_image_is_counted_once(pair: Path, alone: Path, kind: str) -> None:
+    """The validation images are an odd number: one process has one more than the other."""
+    final, wanted = figures(pair / kind)[-1], figures(alone)[-1]
+    assert wanted["val_images"] % 2 == 1
+    for name in ("val_images", "test_images"):
+        assert final[name] == wanted[name]
+    for name in ("val_accuracy", "test_accuracy"):
+        assert final[name] == wanted[name]
+
+
+def test_a_sharded_training_without_average_keeps_its_weights(pair: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(two_processes.CONFIG, ema=0.0, clip=0.0, epochs=2)
+    wanted = figures(train(config, out=tmp_path / "run").run)
+    for line, want in zip(figures(pair / "plain"), wanted, strict=True):
+        for name in ("val_loss", "test_loss"):
+            assert line.get(name) == pytest.approx(want.get(name), rel=1e-5)
+
+
+def test_a_sharded_training_goes_on_to_the_bit(pair: Path) -> None:
+    same_bits(pair / "whole", pair / "interrupted")
+
+
+def test_a_killed_process_ends_the_other_with_a_way_out(pair: Path) -> None:
+    text = (pair / "error.txt").read_text()
+    assert "another process of this training has ended or does not answer" in text
+    assert f"go on with: vit train --resume {pair / 'lost'}" in text
+    assert (pair / "lost" / "checkpoint.safetensors").is_file()
