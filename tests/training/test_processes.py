@@ -74,9 +74,13 @@ def test_every_image_is_counted_once(pair: Path, alone: Path, kind: str) -> None
 def test_a_sharded_training_without_average_keeps_its_weights(pair: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(two_processes.CONFIG, ema=0.0, clip=0.0, epochs=2)
     wanted = figures(train(config, out=tmp_path / "run").run)
+    compared = set()
     for line, want in zip(figures(pair / "plain"), wanted, strict=True):
-        for name in ("val_loss", "test_loss"):
-            assert line.get(name) == pytest.approx(want.get(name), rel=1e-5)
+        assert line.keys() == want.keys()
+        for name in want.keys() & {"val_loss", "test_loss"}:
+            assert line[name] == pytest.approx(want[name], rel=1e-5)
+            compared.add(name)
+    assert compared == {"val_loss", "test_loss"}
 
 
 def test_a_sharded_training_goes_on_to_the_bit(pair: Path) -> None:

@@ -248,10 +248,9 @@ def test_predictions_are_pictures(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert [len(found[key]) for key in ("predictions", "failed")] == [2, 1]
     for answer in found["predictions"]:
         assert sum(answer["shares"].values()) == pytest.approx(1)
-        mask = Image.open(answer["mask"])
-        assert (mask.mode, mask.size) == ("P", (50, 50))
-        assert set(np.unique(np.asarray(mask))) <= {0, 1, 2, 3}
-        assert Image.open(answer["mask"].replace(".png", "-painted.png")).size == (50, 50)
+        with Image.open(answer["mask"]) as mask, Image.open(answer["mask"].replace(".png", "-painted.png")) as painted:
+            assert (mask.mode, mask.size, painted.size) == ("P", (50, 50), (50, 50))
+            assert set(np.unique(np.asarray(mask))) <= {0, 1, 2, 3}
     assert main(["predict", str(run), files[0], "--csv", str(tmp_path / "a.csv")]) == 2
     model = vit.create(weights=run).eval()
     picture = Image.fromarray(shapes.draw(3)[0])

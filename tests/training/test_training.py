@@ -376,11 +376,12 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
     model = vit.create("vit_digits", backend="reference")
     optimizer = make_optimizer(model, 1e-3, 0.05, 0.999)
     path = tmp_path / "checkpoint.safetensors"
-    checkpoints.save(path, checkpoints.Progress(epoch=3), {}, model, None, optimizer)
+    tensors = checkpoints.collect(model, None, optimizer)
+    checkpoints.save(path, checkpoints.Progress(epoch=3), {}, tensors)
     before = path.read_bytes()
     for size in (0, 1000, len(before) - 1):
         with full_disk(size), pytest.raises(OSError, match="The file before this one is unchanged"):
-            checkpoints.save(path, checkpoints.Progress(epoch=4), {}, model, None, optimizer)
+            checkpoints.save(path, checkpoints.Progress(epoch=4), {}, tensors)
         assert path.read_bytes() == before
         assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert checkpoints.load(path)[0].epoch == 3
@@ -424,7 +425,8 @@ def test_written_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> Non
     try:
         checkpoint = tmp_path / "checkpoint.safetensors"
         model = vit.create("vit_digits", backend="reference")
-        checkpoints.save(checkpoint, checkpoints.Progress(), {}, model, None, make_optimizer(model, 1, 0, 0.9))
+        tensors = checkpoints.collect(model, None, make_optimizer(model, 1, 0, 0.9))
+        checkpoints.save(checkpoint, checkpoints.Progress(), {}, tensors)
         assert checkpoint.stat().st_mode & 0o777 == 0o640
     finally:
         os.umask(before)

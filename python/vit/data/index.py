@@ -122,7 +122,7 @@ def places(root: Path) -> tuple[Path, Path]:
 def _read(path: Path) -> dict[str, Entry]:
     """The entries of an index file; DataError where it is damaged or of another version."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             parts = {name: archive[name] for name in archive.files}  # zipfile compares the checksums
         version, count = parts["about"].tolist()
         if version != FORMAT:
