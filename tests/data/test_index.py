@@ -8,8 +8,10 @@ import os
 import zipfile
 from pathlib import Path
 
+import draw
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from vit.cli import main
 from vit.data import DataError, open_source
@@ -25,11 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning
 def photos(tmp_path: Path) -> Path:
     """Two classes of six images, of which one of cats is cut off and one of dogs empty."""
     root = tmp_path / "photos"
-    rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (root / name).mkdir(parents=True)
         for i in range(6):
-            Image.fromarray(rng.integers(0, 256, (20 + i, 24, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+            pixels = draw.randint(0, 256, (20 + i, 24, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / name / f"{i}.png")
     whole = (root / "cat" / "1.png").read_bytes()
     (root / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
     (root / "dog" / "2.png").write_bytes(b"")

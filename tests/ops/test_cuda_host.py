@@ -404,8 +404,10 @@ def test_errors_do_not_stay_in_the_runtime(emulated):
 
 
 @pytest.fixture
-def switches() -> Iterator[None]:
+def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """PyTorch's switches of TF32 as they are in a new process, and afterwards as they were."""
+    # PyTorch's own test functions, which other files here import, forbid the switches when they are imported.
+    monkeypatch.setitem(torch.backends.disable_global_flags.__globals__, "__allow_nonbracketed_mutation_flag", True)
     precision = torch.get_float32_matmul_precision()
     owners = [torch.backends.cuda.matmul, torch.backends, torch.backends.cudnn.conv] if NEW_SWITCHES else []
     before = [owner.fp32_precision for owner in owners]

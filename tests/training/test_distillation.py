@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import draw
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,8 +63,7 @@ class Watching(torch.nn.Module):
 
 
 def test_a_teacher_sees_the_image_as_it_was_trained_to() -> None:
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    picture = Image.fromarray(draw.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy())
     own = Preprocess((16, 16), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=1.0)
     mine = Preprocess((16, 16), crop_pct=1.0)
     model = Watching(own)
