@@ -234,7 +234,7 @@ CLASSES = {
 
 @pytest.fixture(scope="module")
 def hf():
-    found = pytest.importorskip("transformers", reason="transformers is in no extra")
+    found = pytest.importorskip("transformers")
     found.logging.set_verbosity_error()
     return found
 
