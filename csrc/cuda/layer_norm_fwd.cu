@@ -121,12 +121,10 @@ bool fits_in_registers(const LayerNormFwd& p) {
 
 namespace vit {
 
-void layer_norm_fwd(const LayerNormFwd& given) {
+void layer_norm_fwd(const LayerNormFwd& p) {
   using namespace cuda;
   const char* op = "layer_norm_fwd";
-  check(given);
-  LayerNormFwd p = given;
-  p.eps = kept_positive(p.eps, p.dtype);
+  check(p);
   if (p.M == 0 || p.C == 0) return;
   const DeviceGuard guard(op, p.context);
   const Shape shape({{"M", p.M}, {"C", p.C}});

@@ -138,12 +138,10 @@ void backward(const RmsNormBwd& p, const Launch& like) {
 
 namespace vit {
 
-void rms_norm_fwd(const RmsNormFwd& given) {
+void rms_norm_fwd(const RmsNormFwd& p) {
   using namespace cuda;
   const char* op = "rms_norm_fwd";
-  check(given);
-  RmsNormFwd p = given;
-  p.eps = kept_positive(p.eps, p.dtype);
+  check(p);
   if (p.M == 0 || p.C == 0) return;
   const DeviceGuard guard(op, p.context);
   const Launch rows = {op, Shape({{"M", p.M}, {"C", p.C}}), p.context, row_blocks(p.M), kWarps * 32};

@@ -30,12 +30,6 @@ inline std::size_t aligned(std::size_t n) { return (n + 255) / 256 * 256; }
 
 inline bool is_aligned(const void* p, std::size_t to = 16) { return reinterpret_cast<std::uintptr_t>(p) % to == 0; }
 
-// A positive number that is 0 in float32 becomes the least that is not: a row of zeros over sqrt(0 + 0) would be NaN.
-inline double kept_positive(double x, DType dtype) {
-  constexpr double least = 1.401298464324817e-45;  // 2^-149
-  return dtype != DType::float64 && x > 0 && x < least ? least : x;
-}
-
 // The device of a call is current while this lives; the one that was current before comes back after, if the process
 // uses it: to make a device current gives it a context, which takes 530 MB of the memory of, say, device 0 in each of 8
 // processes that work on the others. (So does PyTorch, whose allocation of the result has been here before.)

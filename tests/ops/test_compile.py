@@ -262,6 +262,13 @@ class TestTrace:
         assert all(a.equal(b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_the_choice_of_a_backend_is_compiled(op):
+    tensors, options = small(op)
+    compiled = torch.compile(lambda given: call(op, "auto", given, options), fullgraph=True, backend="eager")
+    assert compiled(tensors).equal(call(op, "auto", tensors, options))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("export", ["trace", "export"])
 def test_onnx_gets_ops_it_knows(backend, device, monkeypatch, export):

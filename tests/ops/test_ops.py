@@ -108,6 +108,15 @@ def test_gelu_of_infinities_is_what_the_formula_says(backend, device, dtype, app
 # ---- gradients in unusual circumstances ----
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [1e-44, 1e-46, 1e-310])
+def test_an_eps_that_is_zero_in_float32_keeps_zeros_finite(backend, device, eps, dtype):
+    x = torch.zeros(2, 7, dtype=dtype, device=device)
+    for name in (backend, "reference"):
+        assert vit.ops.rms_norm(x, eps=eps, backend=name).equal(x)
+        assert vit.ops.layer_norm(x, torch.ones_like(x[0]), torch.zeros_like(x[0]), eps, backend=name).equal(x)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_stride_0_gradient_is_read_correctly(backend, device, op):
     """sum().backward() sends one number with stride 0."""

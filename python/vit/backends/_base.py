@@ -102,15 +102,8 @@ class NativeBackend(Backend):
 
     def lacking(self, spec: Spec) -> list[str]:
         """What `spec` asks for and the compiled module has not."""
-        module, _ = _load(self.name)
-        if module is None:
-            return []
-        if f"{spec.op}_fwd" not in module.fields:
-            return [f"its compiled module has no {spec.op}_fwd"]
-        activation = spec.options.get("activation")
-        if activation is not None and activation not in module.Activation.__members__:
-            return [f"its compiled module has no activation {activation}"]
-        return []
+        why = _lacking(self.name, spec.op, spec.options.get("activation"))
+        return [] if why is None else [why]
 
     @cached_property
     def lib(self) -> Any:
@@ -197,6 +190,19 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     if name not in _LOADED:
         _LOADED[name] = _import(name)
     return _LOADED[name]
+
+
+@constant
+def _lacking(name: str, op: str, activation: str | None) -> str | None:
+    """What the compiled module of that name has not; None where it has all, or is none."""
+    module, _ = _load(name)
+    if module is None:
+        return None
+    if f"{op}_fwd" not in module.fields:
+        return f"its compiled module has no {op}_fwd"
+    if activation is not None and activation not in module.Activation.__members__:
+        return f"its compiled module has no activation {activation}"
+    return None
 
 
 _LOADED: dict[str, tuple[ModuleType | None, str | None]] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import NativeBackend, Spec
 from .bound import call
-from .launch import acc_dtype, contiguous, launch, ptr, row_count, rows
+from .launch import acc_dtype, contiguous, kept_positive, launch, ptr, row_count, rows
 from .op import Op
 
 
@@ -30,7 +30,7 @@ def layer_norm(
 
 def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """The formula in PyTorch."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, kept_positive(eps, x.dtype))
 
 
 def limits(spec: Spec) -> list[str]:
@@ -66,7 +66,7 @@ def arguments(
     if param is not None and param.dtype not in (x.dtype, torch.float32):
         weight = None if weight is None else weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-    return (x, weight, bias, eps), None
+    return (x, weight, bias, kept_positive(eps, x.dtype)), None
 
 
 def _param_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:

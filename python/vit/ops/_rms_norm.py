@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import NativeBackend, Spec
 from .bound import call
-from .launch import acc_dtype, contiguous, launch, ptr, row_count, rows
+from .launch import acc_dtype, contiguous, kept_positive, launch, ptr, row_count, rows
 from .op import Op
 
 
@@ -29,7 +29,7 @@ def reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Ten
     """The formula in PyTorch, computed in float32 or wider: F.rms_norm rounds before the weight, and takes none of
     another dtype."""
     wide = x.to(acc_dtype(x.dtype))
-    y = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = wide * (wide.square().mean(-1, keepdim=True) + kept_positive(eps, x.dtype)).rsqrt()
     return (y if weight is None else y * weight).to(_result_dtype(x))
 
 
@@ -62,7 +62,7 @@ def arguments(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tup
     x = x.to(_result_dtype(x))
     if weight is not None and weight.dtype not in (x.dtype, torch.float32):
         weight = weight.to(x.dtype)
-    return (x, weight, eps), None
+    return (x, weight, kept_positive(eps, x.dtype)), None
 
 
 FWD = "(Tensor x, Tensor? weight, float eps, bool save) -> (Tensor y, Tensor rstd)"

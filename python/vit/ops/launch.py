@@ -21,6 +21,16 @@ def ptr(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+#: The least positive float32.
+_LEAST = 2.0**-149
+
+
+def kept_positive(eps: float, dtype: torch.dtype) -> float:
+    """eps, or the least that float32 has where a smaller one would be 0 in it: a row of zeros over sqrt(0 + 0) is NaN.
+    Sums of every dtype but float64 are float32."""
+    return _LEAST if 0 < eps < _LEAST and dtype != torch.float64 else eps
+
+
 def launch(
     backend: NativeBackend, kernel: Callable[..., int | None], fields: tuple[Any, ...], device: torch.device
 ) -> None:

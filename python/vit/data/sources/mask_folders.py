@@ -68,11 +68,15 @@ def mask_folders(root: Path, request: Request) -> Source:
         reasons = reasons_against(files, check, len(files), request.report)
         found[split] = []
         for (image, mask), why in zip(pairs, reasons, strict=True):
-            why = why or (_reason(image, mask, names) if mask else f"there is no mask of its name in {masks}")
+            largest = -1
+            if mask is None:
+                why = why or f"there is no mask of its name in {masks}"
+            elif not why:
+                why, largest = _examined(image, mask, names)
             if why or mask is None:
                 skipped.append(Skipped(image, why))
                 continue
-            most = max(most, _largest(mask))
+            most = max(most, largest)
             found[split].append((image, mask))
     if skipped and request.bad_images == "refuse":
         raise DataError(f"vit: {describe(skipped, root)}. Remove them, or use --bad-images skip")
@@ -108,27 +112,22 @@ def _class_names(root: Path) -> list[str] | None:
     return names
 
 
-def _reason(image: Path, mask: Path, names: list[str] | None) -> str:
-    """Why a mask does not go with its image, or ""."""
+def _examined(image: Path, mask: Path, names: list[str] | None) -> tuple[str, int]:
+    """Why a mask does not go with its image, or ""; and the largest class in it, -1 where there is none."""
     try:
         found = read_mask(mask)
         with opened(image) as picture:
             size = picture.size
     except (DataError, OSError) as error:
-        return str(error).removeprefix("vit: ")
+        return str(error).removeprefix("vit: "), -1
     if found.size != size:
-        return f"its mask is {found.width} x {found.height}, the image {size[0]} x {size[1]}"
-    largest = _largest(mask)
+        return f"its mask is {found.width} x {found.height}, the image {size[0]} x {size[1]}", -1
+    values = np.asarray(found)
+    known = values[values != 255]
+    largest = int(known.max()) if known.size else -1
     if names is not None and largest >= len(names):
-        return f"its mask has the class {largest}; classes.txt names 0 to {len(names) - 1} (255 is none)"
-    return ""
-
-
-def _largest(mask: Path) -> int:
-    """The largest class in a mask; -1 where there is none."""
-    counts = np.asarray(read_mask(mask))
-    known = counts[counts != 255]
-    return int(known.max()) if known.size else -1
+        return f"its mask has the class {largest}; classes.txt names 0 to {len(names) - 1} (255 is none)", largest
+    return "", largest
 
 
 def _recognizes(data: str) -> bool:
