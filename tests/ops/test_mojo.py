@@ -9,6 +9,10 @@ import pytest
 import torch
 import vit
 from vit.backends import get, records
+from vit.ops import OPS
+from vit.parity import backend_ops, cases
+from vit.parity.problems import DEFINITIONS, build
+from vit.parity.runner import call
 
 BACKEND = get("mojo")
 pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=f"mojo: {BACKEND.unavailable()}")
@@ -47,3 +51,22 @@ def test_few_rows_are_the_same_chain_of_sums(n, k, dtype, threads):
     whole = vit.ops.linear(x, w, residual=residual, **given)
     for rows in range(1, 10):
         assert vit.ops.linear(x[:rows], w, residual=residual[:rows], **given).equal(whole[:rows]), f"{rows} rows"
+
+
+def _results(case, name):
+    ops = backend_ops(name)
+    return call(build(case, "cpu"), lambda tensors: DEFINITIONS[case.op].call(ops, case, tensors))
+
+
+@pytest.mark.skipif(get("cpu").unavailable() is not None, reason="the cpu backend is not built")
+@pytest.mark.parametrize("op", OPS)
+def test_results_are_those_of_the_cpu_backend(op):
+    """The same bits: the order of sums is the same. Not in the backward of attention in float64, whose log-sum-exp
+    comes from another logarithm."""
+    torch.set_num_threads(1)
+    for case in cases("cpu", ops=[op], groups=["odd", "corner"])[::6]:
+        if (case.op, case.dtype, case.direction) == ("attention", "float64", "bwd"):
+            continue
+        got, wanted = _results(case, "mojo"), _results(case, "cpu")
+        for name, tensor in wanted.items():
+            assert torch.allclose(got[name], tensor, rtol=0, atol=0, equal_nan=True), (case.id, name)
