@@ -28,13 +28,6 @@ void run(void (*Kernels::*kernel)(const P&), const P& p) {
   (active_kernels().*kernel)(p);
 }
 
-// A workspace is asked for before the context is checked.
-template <class P>
-P with_a_thread(P p) {
-  if (p.context.num_threads < 1) p.context.num_threads = 1;
-  return p;
-}
-
 }  // namespace
 
 const Kernels& active_kernels() {

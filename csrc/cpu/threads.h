@@ -20,6 +20,13 @@ struct Barrier {
   void wait(int members);
 };
 
+// Arguments of at least one thread: a workspace is asked for before the context is checked.
+template <class P>
+P with_a_thread(P p) {
+  if (p.context.num_threads < 1) p.context.num_threads = 1;
+  return p;
+}
+
 // Where the threads come from, in words for `vit info`.
 std::string threads_runtime();
 

@@ -38,13 +38,6 @@ void run(void (*MojoKernels::*kernel)(const P*), const P& p) {
   (active_kernels().*kernel)(&p);
 }
 
-// A workspace is asked for before the context is checked.
-template <class P>
-P with_a_thread(P p) {
-  if (p.context.num_threads < 1) p.context.num_threads = 1;
-  return p;
-}
-
 template <class P>
 std::size_t workspace(int64_t (*MojoKernels::*function)(const P*), const P& p) {
   const P given = with_a_thread(p);
