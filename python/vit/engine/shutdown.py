@@ -28,13 +28,17 @@ class _Calls:
 
     def __init__(self) -> None:
         self.threads: list[int] = []  # one entry for each call that runs; appending and removing are atomic
+        self.elsewhere = False  # whether a thread besides the main one has called
         self.ended = False
 
     def __enter__(self) -> None:
         me = threading.get_ident()
         self.threads.append(me)
+        if me == threading.main_thread().ident:
+            return
+        self.elsewhere = True
         # After the entry: `end` sets the mark first and looks at the entries then, so that one of the two sees it.
-        if self.ended and me != threading.main_thread().ident:
+        if self.ended:
             self.threads.remove(me)
             _sleep()
 
@@ -54,7 +58,7 @@ class _Calls:
     def end(self) -> None:
         """Waits for the calls of other threads. Functions of atexit may still use engines, in the main thread."""
         self.ended = True
-        if not self.threads:
+        if not self.elsewhere:
             return
         deadline = time.monotonic() + WAIT_SECONDS
         me = threading.get_ident()
