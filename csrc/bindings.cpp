@@ -19,6 +19,14 @@
 namespace py = pybind11;
 using namespace vit;
 
+// A backend that is written op by op lacks some: weak, so that Python sees no function of that name.
+namespace vit {
+#define VIT_OP(name, Params, ...) __attribute__((weak)) void name(const Params&);
+#define VIT_ROUTINE VIT_OP
+#define VIT_WORKSPACE(name, Params) __attribute__((weak)) std::size_t name##_workspace(const Params&);
+#include "ops.def"
+}  // namespace vit
+
 namespace {
 
 // The enumerations once more, as types of this file alone: pybind11 makes one Python type of a C++ type in a process,
@@ -222,8 +230,8 @@ std::size_t bytes_as(const void* params) {
 
 std::vector<Function> functions() {
   std::vector<Function> all;
-#define VIT_FUNCTION(op, P, ...)                                                               \
-  {                                                                                            \
+#define VIT_OP(op, P, ...)                                                                     \
+  if (&vit::op != nullptr) {                                                                   \
     struct Lister : P {                                                                        \
       void list(Function& f) { add_all(f, static_cast<P*>(this), __VA_ARGS__); }               \
     };                                                                                         \
@@ -231,9 +239,7 @@ std::vector<Function> functions() {
     all.push_back({#op, #__VA_ARGS__, "", sizeof(P), {}, 0, run_as<P, vit::op>, nullptr, {}}); \
     lister.list(all.back());                                                                   \
   }
-#define VIT_OP(op, P, ...) VIT_FUNCTION(op, P, __VA_ARGS__)
-#define VIT_ROUTINE(op, P, ...) \
-  if (&vit::op != nullptr) VIT_FUNCTION(op, P, __VA_ARGS__)
+#define VIT_ROUTINE VIT_OP
 #define VIT_WORKSPACE(op, P) \
   for (Function& f : all)    \
     if (std::string_view(f.name) == #op) f.workspace = bytes_as<P, vit::op##_workspace>;

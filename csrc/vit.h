@@ -1,7 +1,7 @@
 // The native contract of vit: one plain struct and one function per op and direction; ops.def is the list of them.
 //
-// Every backend (csrc/<backend>/) defines the functions declared here, of the routines those it has; bindings.cpp
-// exposes them to Python under the same names. Neither torch nor Python is known below this line: NumPy, torch and C++
+// Every backend (csrc/<backend>/) defines the functions declared here, or those it has; bindings.cpp exposes them to
+// Python under the same names. Neither torch nor Python is known below this line: NumPy, torch and C++
 // callers are equal.
 //
 // Letters      B batch, N tokens (queries), L tokens (keys), H heads, D head dimension, C channels, M rows.
@@ -31,7 +31,8 @@
 
 namespace vit {
 
-// Raised by one whenever a struct or function below changes: Python refuses a module built from another number.
+// Raised by one whenever a struct or function below changes: Python refuses a module built from another number. A new op
+// changes nothing of the others; a module without it lacks that op alone.
 inline constexpr int kContract = 4;
 
 struct Error : std::runtime_error {

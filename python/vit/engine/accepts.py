@@ -7,6 +7,7 @@ make its logits wrong without a word.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -34,22 +35,14 @@ _DROP: Kinds = (nn.Dropout, nn.Identity, DropPath, PatchDropout)
 
 #: Poolings that the engine computes.
 POOLS = ("token", "avg", "")
-#: Options that the engine does not compute yet -> their values that it does.
-OPTIONS: dict[str, tuple[Any, ...]] = {
-    "reg_tokens": (0,),
-    "no_embed_class": (False,),
-    "pre_norm": (False,),
-    "final_norm": (True,),
-    "init_values": (None, 0),
-    "qk_norm": (False,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
-    "norm_layer": ("layernorm",),
-    "embed_norm_layer": (None,),
-    "mlp_layer": ("mlp",),
-    "act_layer": ("gelu", "gelu_tanh"),
-    "dynamic_img_size": (False,),
-}
+#: Options that the engine computes at any value, or that the modules, tensors and lines below decide about.
+COMPUTED = frozenset(
+    "img_size patch_size in_chans num_classes embed_dim depth num_heads mlp_ratio qkv_bias proj_bias class_token "
+    "global_pool fc_norm pool_include_prefix pos_embed pos_resize patch_embed dynamic_img_pad drop_edge norm_eps "
+    "drop_rate pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate weight_init fix_init".split()
+)
+#: Those of the others that may have another value than the default -> the values.
+OPTIONS: dict[str, tuple[Any, ...]] = {"init_values": (None, 0), "act_layer": ("gelu", "gelu_tanh")}
 
 #: path -> the classes it may have, in a model and in each of its blocks.
 MODEL: dict[str, Kinds] = {
@@ -109,10 +102,11 @@ def refusals(model: nn.Module) -> Iterator[str]:
 
 
 def _options(model: Any) -> Iterator[str]:
-    """Options of the model that the engine does not compute yet."""
-    for name, allowed in OPTIONS.items():
-        value = getattr(model.options, name)
-        if value not in allowed:
+    """Options of the model that the engine does not compute: also one that this file has never heard of."""
+    for option in fields(model.options):
+        name, value = option.name, getattr(model.options, option.name)
+        allowed = OPTIONS.get(name, (option.default,))
+        if name not in COMPUTED and value not in allowed:
             yield f"{name}={value!r}: the engine computes {' or '.join(map(repr, allowed))}"
     if model.global_pool not in POOLS:
         computed = ", ".join(map(repr, POOLS))

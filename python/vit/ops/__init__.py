@@ -1,6 +1,7 @@
 """The ops of a Vision Transformer, each on every backend: `vit.ops.<op>(..., backend="auto")`.
 
-OPS is the only list of them in Python: tests, benchmarks, `vit info` and the documentation iterate over it.
+Each module of this package that starts with an underscore is one op and defines OP. OPS, made of them, is the only
+list of ops in Python: tests, benchmarks, `vit info` and the documentation iterate over it.
 
 What is no tensor is a TypeError that names the argument. Sizes and dtypes that do not fit are a ValueError of a native
 backend; the reference is plain PyTorch, whose own errors (most are RuntimeErrors) stand.
@@ -8,8 +9,11 @@ backend; the reference is plain PyTorch, whose own errors (most are RuntimeError
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from ..backends import Spec
-from . import _attention, _gelu, _layer_norm, _linear, _matmul, _rms_norm, _rotary, _swiglu, bound
+from . import bound
 from ._attention import attention
 from ._gelu import gelu, quick_gelu, silu
 from ._layer_norm import layer_norm
@@ -41,9 +45,8 @@ __all__ = [
     "swiglu",
 ]
 
-_MODULES = (_layer_norm, _rms_norm, _gelu, _swiglu, _matmul, _linear, _rotary, _attention)
-
-OPS: dict[str, Op] = {m.OP.name: m.OP for m in _MODULES}
+_MODULES = [m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith("_")]
+OPS: dict[str, Op] = {name[1:]: importlib.import_module(f"{__name__}.{name}").OP for name in _MODULES}
 
 for _record in OPS.values():
     bound.bind_all(_record)
