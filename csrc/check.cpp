@@ -3,6 +3,11 @@
 #include <initializer_list>
 
 namespace vit {
+
+// Weak, as in bindings.cpp: a backend without attention has no check called that asks for them.
+__attribute__((weak)) std::size_t attention_fwd_workspace(const AttentionFwd&);
+__attribute__((weak)) std::size_t attention_bwd_workspace(const AttentionBwd&);
+
 namespace {
 
 [[noreturn]] void fail(const char* op, const std::string& text) { throw Error(std::string(op) + ": " + text); }

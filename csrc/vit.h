@@ -31,8 +31,8 @@
 
 namespace vit {
 
-// Raised by one whenever a struct or function below changes: Python refuses a module built from another number. A new op
-// changes nothing of the others; a module without it lacks that op alone.
+// Raised by one whenever a struct or function below changes: Python refuses a module built from another number. A new
+// op changes nothing of the others; a module without it lacks that op alone.
 inline constexpr int kContract = 4;
 
 struct Error : std::runtime_error {

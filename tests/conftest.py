@@ -18,6 +18,20 @@ NATIVE = {name: record for name, record in records().items() if isinstance(recor
 USABLE = [name for name, record in NATIVE.items() if record.unavailable() is None]
 
 
+#: The marker of a backend's tests, where it has one.
+MARKERS = {"cuda": "gpu", "sycl": "sycl", "mojo": "mojo"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that runs over the backends bears the marker of the one that it is about."""
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        for value in parameters.values():
+            if isinstance(value, str) and value in MARKERS:
+                item.add_marker(MARKERS[value])
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` runs over every native backend; one that cannot run here is a skip with its own reason."""
     if "backend" not in metafunc.fixturenames:

@@ -1,7 +1,7 @@
 """The pages that say how to extend vit: their blocks, and what becomes of a copy of the tree that follows them.
 
-A block of code belongs to the line before it: "New file `path`:" or "In `path`, before|after|in place of `text`:", where
-the text stands in exactly one line of the file.
+A block of code belongs to the line before it: "New file `path`:" or "In `path`, before|after|in place of `text`:". The text
+stands in exactly one line of the file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 #: What the blocks change, and what a build and `import vit` need.
-PARTS = ("CMakeLists.txt", "csrc", "mkdocs.yml", "pyproject.toml", "python/vit", "docs/kernels")
-PARTS = (*PARTS, "tests/conftest.py", "tests/draw.py", "tests/ops")
+PARTS = ("CMakeLists.txt", "mkdocs.yml", "pyproject.toml", "build_backend", "csrc", "docs/kernels", "python/vit")
+TESTS = ("tests/conftest.py", "tests/draw.py", "tests/ops")
 STEP = re.compile(
     r"^(?:New file `(?P<new>[^`]+)`|In `(?P<path>[^`]+)`, (?P<how>before|after|in place of) `(?P<text>[^`]+)`):\n\n"
     r"```\w*\n(?P<code>.*?)^```$",
@@ -35,7 +35,7 @@ class Changed:
 
 def copy_tree(to: Path) -> Path:
     """What a page needs of the tree, without what was built in it."""
-    for part in PARTS:
+    for part in PARTS + TESTS:
         source, target = ROOT / part, to / part
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():

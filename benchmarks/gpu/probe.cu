@@ -5,6 +5,7 @@
 //   probe NAME       runs one: nothing is printed and the exit code is 0 when all is as assumed
 //
 // All data are small integers, exact in every type, so results must be equal. The emulator of the tests runs it too.
+// Longer than 400 lines: one program of one file, which a machine with a GPU compiles by one command.
 #include <cstdio>
 #include <cstring>
 #include <functional>

@@ -15,7 +15,10 @@ from vit.parity.problems import DEFINITIONS, build
 from vit.parity.runner import call
 
 BACKEND = get("mojo")
-pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=f"mojo: {BACKEND.unavailable()}")
+pytestmark = [
+    pytest.mark.mojo,
+    pytest.mark.skipif(BACKEND.unavailable() is not None, reason=f"mojo: {BACKEND.unavailable()}"),
+]
 
 
 def test_the_module_holds_nothing_of_mojos_run_time_library():

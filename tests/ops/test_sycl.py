@@ -20,7 +20,10 @@ from vit.parity import cases
 from vit.parity.runner import backend_ops, run
 
 BACKEND = get("sycl")
-pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=f"sycl: {BACKEND.unavailable()}")
+pytestmark = [
+    pytest.mark.sycl,
+    pytest.mark.skipif(BACKEND.unavailable() is not None, reason=f"sycl: {BACKEND.unavailable()}"),
+]
 
 #: lanes, sub-groups of a work-group, right operands in local memory, host memory copied
 VARIANTS = {

@@ -23,9 +23,11 @@ def test_the_page_adds_an_op(tmp_path: Path) -> None:
     tree = pages.copy_tree(tmp_path)
     changed = pages.follow("add-an-op.md", tree)
     assert (len(changed.new), len(changed.edited)) == (3, 9)
+    pages.python(tree, "build_backend/stub.py")
+    assert "def relu2_bwd(" in (tree / "python/vit/backends/_native.pyi").read_text()
     pages.build(tree, "cpu", "-DVIT_CPU_BASELINE_ONLY=ON", "-DVIT_CPU_OPTIMIZE=-O0")
     assert pages.python(tree, "-c", PROGRAM) == "[0.0, 0.25, 9.0] [0.0, 1.0, 6.0]\n" * 2
     table = pages.python(tree, "-m", "vit", "parity", "--op", "relu2", "--backend", "cpu")
     assert ", 0 failed, 0 skipped" in table
-    tests = pages.python(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "relu2 and not parity", "tests/ops/test_ops.py")
-    assert " passed" in tests
+    options = ("-q", "-p", "no:cacheprovider", "-k", "relu2 and not parity", "tests/ops/test_ops.py")
+    assert " passed" in pages.python(tree, "-m", "pytest", *options)

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
+
+if TYPE_CHECKING:
+    from ._native import Native
 
 #: Must equal vit::kContract of csrc/vit.h.
 CONTRACT = 4
@@ -106,17 +109,17 @@ class NativeBackend(Backend):
         return [] if why is None else [why]
 
     @cached_property
-    def lib(self) -> Any:
+    def lib(self) -> Native:
         """The compiled module; raises BackendError with the reason when there is none."""
         return self.load()
 
-    def load(self) -> Any:
+    def load(self) -> Native:
         """Imports the compiled module."""
         module, why = _load(self.name)
         if module is None:
             hint = 'Use backend="auto" or "reference".'
             raise BackendError(f"vit: backend '{self.name}' cannot be used: {why}. {hint}")
-        return module
+        return cast("Native", module)
 
     @cached_property
     def codes(self) -> dict[torch.dtype, int]:

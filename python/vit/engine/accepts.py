@@ -37,9 +37,10 @@ _DROP: Kinds = (nn.Dropout, nn.Identity, DropPath, PatchDropout)
 POOLS = ("token", "avg", "")
 #: Options that the engine computes at any value, or that the modules, tensors and lines below decide about.
 COMPUTED = frozenset(
-    "img_size patch_size in_chans num_classes embed_dim depth num_heads mlp_ratio qkv_bias proj_bias class_token "
-    "global_pool fc_norm pool_include_prefix pos_embed pos_resize patch_embed dynamic_img_pad drop_edge norm_eps "
-    "drop_rate pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate weight_init fix_init".split()
+    {"img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "norm_eps"}
+    | {"qkv_bias", "proj_bias", "class_token", "global_pool", "fc_norm", "pool_include_prefix", "patch_embed"}
+    | {"pos_embed", "pos_resize", "dynamic_img_pad", "drop_edge", "weight_init", "fix_init"}
+    | {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
 )
 #: Those of the others that may have another value than the default -> the values.
 OPTIONS: dict[str, tuple[Any, ...]] = {"init_values": (None, 0), "act_layer": ("gelu", "gelu_tanh")}

@@ -98,7 +98,8 @@ def launch_fwd(backend: NativeBackend, x: Tensor, table: Tensor, prefix: int, pa
     """y [B, N, H, D]."""
     x, table = _adjacent(backend, x), _adjacent(backend, table)
     y = backend.empty(x.shape, x.dtype, x.device)
-    backend.lib.rotary_fwd(
+    kernel: Callable[..., None] = backend.lib.rotary_fwd  # mypy does not know how many numbers a shape has
+    kernel(
         *_heads(x), *_positions(table), *_heads(y), *x.shape, prefix, backend.pairings[pairing],
         backend.codes[x.dtype], backend.codes[table.dtype], *backend.context(x.device),
     )  # fmt: skip
@@ -123,7 +124,8 @@ def launch_bwd(
     x = None if x is None else _adjacent(backend, x)
     dx = backend.empty(dy.shape, dy.dtype, dy.device) if mask[0] else None
     dtable = backend.empty(table.shape, table.dtype, table.device) if mask[1] else None
-    backend.lib.rotary_bwd(
+    kernel: Callable[..., None] = backend.lib.rotary_bwd  # mypy does not know how many numbers a shape has
+    kernel(
         *_heads(dy), *_heads(x), *_positions(table), *_heads(dx), ptr(dtable), *dy.shape, *_lead(table), prefix,
         backend.pairings[pairing], backend.codes[dy.dtype], backend.codes[table.dtype], *backend.context(dy.device),
     )  # fmt: skip

@@ -80,9 +80,8 @@ def launch_fwd(backend: NativeBackend, x: Tensor, gate: Tensor | None, save: boo
     width = _width(x, gate)
     y = backend.empty((*x.shape[:-1], width), x.dtype, x.device)
     _, data, strides = _halves(backend, x, gate)
-    backend.lib.swiglu_fwd(
-        *data, ptr(y), row_count(y.shape), width, *strides, backend.codes[x.dtype], *backend.context(x.device)
-    )
+    kernel: Callable[..., None] = backend.lib.swiglu_fwd  # mypy counts wrong where several tuples are given
+    kernel(*data, ptr(y), row_count(y.shape), width, *strides, backend.codes[x.dtype], *backend.context(x.device))
     return y
 
 
@@ -98,7 +97,8 @@ def launch_bwd(backend: NativeBackend, dy: Tensor, x: Tensor, gate: Tensor | Non
     dgate = None if gate is None else backend.empty(gate.shape, gate.dtype, gate.device)
     kept, data, strides = _halves(backend, x, gate)
     _, gradients, gradient_strides = _halves(backend, dx, dgate)
-    backend.lib.swiglu_bwd(
+    kernel: Callable[..., None] = backend.lib.swiglu_bwd  # mypy counts wrong where several tuples are given
+    kernel(
         ptr(dy), *data, *gradients, row_count(dy.shape), dy.shape[-1], *strides, *gradient_strides,
         backend.codes[x.dtype], *backend.context(x.device),
     )  # fmt: skip

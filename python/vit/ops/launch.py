@@ -109,7 +109,8 @@ def _move_into(
     term: int,
     divisor: float,
 ) -> None:
-    backend.lib.move(
+    kernel: Callable[..., None] = backend.lib.move  # mypy does not know how many numbers a tuple of sizes has
+    kernel(
         *_view(a), *_view(lead), *_view(b),
         out.data_ptr(), *_six(out.shape, 1), leads, terms, term, divisor,
         backend.codes[out.dtype], *backend.context(out.device),
