@@ -25,7 +25,7 @@ class Native(Protocol):
     def info(self) -> list[tuple[str, str]]: ...
 """
 
-#: Type of a field in vit.h -> what it is in Python, one name behind the field's for each number; "" is the field itself.
+#: Type of a field in vit.h -> what is added to the field's name for each of its numbers in Python -> the number's type.
 KINDS = {
     "pointer": {"": "int"},
     "int64_t": {"": "int"},

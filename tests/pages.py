@@ -1,7 +1,7 @@
 """The pages that say how to extend vit: their blocks, and what becomes of a copy of the tree that follows them.
 
-A block of code belongs to the line before it: "New file `path`:" or "In `path`, before|after|in place of `text`:". The text
-stands in exactly one line of the file.
+A block of code belongs to the line before it: "New file `path`:" or "In `path`, before|after|in place of `text`:". The
+text stands in exactly one line of the file.
 """
 
 from __future__ import annotations

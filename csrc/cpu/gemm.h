@@ -31,7 +31,7 @@ int64_t row_threads(int threads, int64_t M, int64_t panels) {
   return best;
 }
 
-// Asks for the memory an epilogue will read and write for a tile, while the tile is computed.
+// Prefetches the lines that an epilogue reads and writes for a tile, while the tile is computed.
 template <class E>
 VIT_INLINE auto ask(const E& epilogue, int64_t row, int64_t rows, int64_t column, int64_t columns, int)
     -> decltype(epilogue.ask(row, rows, column, columns)) {

@@ -198,8 +198,8 @@ class Block(CallsOps, nn.Module):
         return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
 
     def fused(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """`forward` where `can_fuse`. With `queries` only the first so many tokens are computed, [B, queries, C]: the
-        others are read as keys and values."""
+        """`forward` where `can_fuse`. With `queries` only the first `queries` tokens are computed, [B, queries, C]:
+        all tokens are keys and values."""
         attn: Any
         mlp: Any
         ops, attn, mlp = self.ops, self.attn, self.mlp

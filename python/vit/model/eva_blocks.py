@@ -86,8 +86,8 @@ class EvaBlock(CallsOps, nn.Module):
         return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
 
     def fused(self, x: Tensor, rope: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """`forward` where `can_fuse`. With `queries` only the first so many tokens are computed, [B, queries, C]: the
-        others are read as keys and values."""
+        """`forward` where `can_fuse`. With `queries` only the first `queries` tokens are computed, [B, queries, C]:
+        all tokens are keys and values."""
         ops = self.ops
         attn: Any = self.attn
         mlp: Any = self.mlp

@@ -40,7 +40,7 @@ class EvaAsking(Asking):
         return self.asked
 
     def block(self, tokens: int, options: dict[str, Any] | None = None) -> None:
-        """A block of which the first so many tokens are computed."""
+        """A block that computes the first `tokens` tokens."""
         o, C = self.o, self.o.embed_dim
         self.attention(tokens)
         self.norm(o.norm_layer, ("*", self.tokens), C)

@@ -79,7 +79,7 @@ class Asking:
         return self.asked
 
     def block(self, tokens: int, options: dict[str, Any]) -> None:
-        """A block of which the first so many tokens are computed."""
+        """A block that computes the first `tokens` tokens."""
         o, C, H = self.o, self.o.embed_dim, self.o.num_heads
         rows, queries = ("*", tokens), ("*", tokens if o.qk_norm else self.tokens, H, C // H)
         heads = ("*", self.tokens, H, C // H)
@@ -118,7 +118,7 @@ class Asking:
             self.linear(pooled, C, model.num_classes)
 
     def attention_pool(self, o: Options, count: int) -> None:
-        """The pooling by attention over so many tokens."""
+        """The pooling by attention over `count` tokens."""
         C, H, D = o.embed_dim, o.num_heads, o.embed_dim // o.num_heads
         self.linear(("*", 1), C, C)
         self.linear(("*", count), C, 2 * C)

@@ -33,7 +33,7 @@ def attention(
     q [B, N, H, D]; k, v [B, L, H, D], L >= 1, any strides on B, N (L) and H, so that views of a packed projection
     are read in place; out [B, N, H, D], contiguous. Under autocast all three are cast to its dtype. Without k and v, q
     is the packed projection [B, N, 3, H, D] itself, and so is its gradient, which then needs no copy. `queries`:
-    the output for the first so many tokens only, out [B, queries, H, D]; all tokens are keys.
+    the output for the first `queries` tokens only, out [B, queries, H, D]; all tokens are keys.
     Raises ValueError for sizes or dtypes that do not fit, BackendError when the named backend cannot run it.
     """
     return call(OP, backend, q=q, k=k, v=v, scale=scale, queries=queries)
