@@ -1,4 +1,4 @@
-"""The type stub of the compiled modules, made from csrc/ops.def and csrc/vit.h; `python build_backend/stub.py` writes it."""
+"""The type stub of the compiled modules, made from csrc/ops.def and csrc/vit.h by `python build_backend/stub.py`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 //   pack_b    B as panels of kTileColumns columns, [panel][step][column]: what tile reads is one contiguous stream.
 //   Right     a B whose panels are packed one by one where they are used first.
 //   prepare_a A is read where it lies (rows or columns adjacent); it is copied only where its strides forbid that. Not
-//             packing A was worth 10 to 15 % (float32, M = 197 and 1576).
+//             packing A was worth 10 to 15 % (float32, M = 197 and 1576, Zen 4).
 #pragma once
 
 #include "cpu/gemm_tile.h"
@@ -12,7 +12,7 @@
 namespace vit::VIT_ISA {
 
 inline constexpr int64_t kPackRows = 8;       // rows of a row-major B packed at a time (32 took up to 4 times as long)
-inline constexpr int64_t kBlockSteps = 1024;  // steps per partial sum; 512 cost weight gradients 4 %, forward none
+inline constexpr int64_t kBlockSteps = 1024;  // steps per partial sum; 512 cost weight gradients 4 %, forward none (Zen 4)
 inline constexpr int64_t kAheadRows = 16;     // rows of a row-major B that packing asks for in advance
 
 // --- B ---------------------------------------------------------------------------------------------------------------

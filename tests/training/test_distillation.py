@@ -172,8 +172,12 @@ def test_float16_goes_on_to_the_bit_with_its_scale(tmp_path: Path, monkeypatch: 
     with pytest.raises(Interrupted):
         train(HALF, out=tmp_path / "run", display=Hook(4, terminate))
     same_bits(whole, train(resume=tmp_path / "run").run)
-    plain = figures(train(dataclasses.replace(HALF, amp="no"), out=tmp_path / "plain").run)
-    assert figures(whole)[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=0.02)
+    losses = {
+        amp: figures(train(dataclasses.replace(HALF, amp=amp), out=tmp_path / amp).run)[0]["train_loss"]
+        for amp in ("no", "bf16")
+    }
+    # The first epoch's loss is as near to float32's as bfloat16's, whose roundings are eight times as large.
+    assert abs(figures(whole)[0]["train_loss"] - losses["no"]) <= abs(losses["bf16"] - losses["no"])
 
 
 def test_the_scale_halves_at_an_overflow_and_grows_again() -> None:
