@@ -162,8 +162,8 @@ VIT_INLINE Vec<A> exp_of_sum(Vec<A> x, Vec<A> rest) {
 }
 
 // a / b to the precision of T, for b from 1 to 2^100. For bfloat16 the approximate reciprocal is enough (14 bits; a
-// division keeps a multiplier busy for 10 cycles, gelu gained 9 % on Zen 4). float would need a Newton step, which costs as
-// much as the division.
+// division keeps a multiplier busy for 10 cycles, gelu gained 9 % on Zen 4). float would need a Newton step, which
+// costs as much as the division.
 template <class T>
 VIT_INLINE Vec<Acc<T>> quotient(Vec<Acc<T>> a, Vec<Acc<T>> b) {
 #if defined(__AVX512F__)
