@@ -8,8 +8,7 @@
 // into the panels that `tile` of gemm_tile.h reads; each row tile of queries makes its scores, their exponentials and
 // the product with v while they are in L1. With more than one block of keys the softmax is online: sums and outputs so
 // far are rescaled when a larger score appears. The rows of q, k and v that come next are asked for meanwhile: in a
-// packed projection they lie 3 KB or more apart, where no hardware looks for them (15 % of the time with 8 images, Zen
-// 4).
+// packed projection they lie 3 KB or more apart, where no hardware looks for them (15 % of the time, 8 images, Zen 4).
 //
 // Sources: Dao et al., "FlashAttention", arXiv:2205.14135; Milakov and Gimelshein, "Online normalizer calculation for
 // softmax", arXiv:1805.02867.

@@ -12,7 +12,7 @@
 namespace vit::VIT_ISA {
 
 inline constexpr int64_t kPackRows = 8;       // rows of a row-major B packed at a time (32 took up to 4 times as long)
-inline constexpr int64_t kBlockSteps = 1024;  // steps per partial sum; 512 cost weight gradients 4 %, forward none (Zen 4)
+inline constexpr int64_t kBlockSteps = 1024;  // steps per partial sum; 512 cost weight gradients 4 % (Zen 4)
 inline constexpr int64_t kAheadRows = 16;     // rows of a row-major B that packing asks for in advance
 
 // --- B ---------------------------------------------------------------------------------------------------------------
