@@ -56,7 +56,7 @@ VIT_INLINE int64_t steps_of(int64_t K) {
 // --- tile sizes -----------------------------------------------------------------------------------------------------
 
 // The largest tile whose accumulators, one row of B and one word of A fit the registers: 32 with AVX-512 and NEON, 16
-// with AVX2 and SSE2. 8 x 3 reached 96 to 100 % of a Zen 4 core's AVX-512 peak, 12 x 2 and 6 x 4 one to two points less.
+// with AVX2 and SSE2. 8 x 3 reached 96 to 100 % of a Zen 4 core's peak, 12 x 2 and 6 x 4 one to two points less.
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kTileRows = 8, kTileVectors = 3;
 #elif defined(__AVX2__)
