@@ -42,7 +42,7 @@ COMPUTED = frozenset(
     | {"pos_embed", "pos_resize", "dynamic_img_pad", "drop_edge", "weight_init", "fix_init"}
     | {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
 )
-#: Those of the others that may have another value than the default -> the values.
+#: Options beside them that may differ from their default -> the values that the engine computes.
 OPTIONS: dict[str, tuple[Any, ...]] = {"init_values": (None, 0), "act_layer": ("gelu", "gelu_tanh")}
 
 #: path -> the classes it may have, in a model and in each of its blocks.
