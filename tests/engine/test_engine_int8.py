@@ -59,6 +59,15 @@ def test_a_margin_over_weights_and_images(level):
         assert calibrated > 0.9985, (name, seed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    model = make()
+    images = images_for(model)
+    expected = vit.Engine(model, "int8", calibrate=images)(images)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(vit.Engine(model, "int8", calibrate=images)(images), expected)
+
+
 @pytest.mark.parametrize("option", ["plain", "no-qkv-bias", "narrow", "average", "tanh"])
 def test_smoothing_changes_no_logits(option):
     arch = SMALL | OPTIONS[option] | {"dtype": "float64"}

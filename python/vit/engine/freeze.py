@@ -93,10 +93,12 @@ def freeze(
         texts["class_names"] = json.dumps(list(model.class_names))
     plain = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
     if dtype == "int8":
-        inputs = observe(model, natural_image(model) if calibrate is None else calibrate)
-        plain, inputs = smooth(plain, depth, inputs)
-        inputs = {layer: found for layer, found in inputs.items() if layer not in exclude}
-        plain = rounding.round_layers(plain, inputs, get(native.DEFAULT).info().get("isa") in rounding.PAIRS_SATURATE)
+        images = natural_image(model) if calibrate is None else calibrate
+        with torch.autocast(images.device.type, enabled=False), torch.autocast("cpu", enabled=False):
+            plain, inputs = smooth(plain, depth, observe(model, images))
+            inputs = {layer: found for layer, found in inputs.items() if layer not in exclude}
+            pairs = get(native.DEFAULT).info().get("isa") in rounding.PAIRS_SATURATE
+            plain = rounding.round_layers(plain, inputs, pairs)
     return Frozen(config, plain, precisions, texts)
 
 
