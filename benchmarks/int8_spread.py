@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import vit
-from tables import markdown, short
+from tables import spread
 from torch import Tensor, nn
 from vit.bench.machine import machine
 from vit.bench.weights import seeded_state
@@ -83,21 +83,6 @@ def cosines(given: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, done.stdout.splitlines())
 
 
-def table(records: list[dict[str, Any]]) -> list[str]:
-    groups: dict[tuple[str, str], dict[bool, list[list[float]]]] = {}
-    for record in records:
-        kinds = groups.setdefault((record["model"], record["isa"]), {False: [], True: []})
-        kinds[record["calibrated"]] += record["cosines"]
-    rows = []
-    for (model, isa), kinds in groups.items():
-        figures = []
-        for found in (torch.tensor(kinds[calibrated]) for calibrated in (False, True)):
-            figures += [f"{value:.5f}" for value in (found.mean(1).min(), found.min(), found.mean())]
-        rows.append((short(model), isa, str(found.numel()), *figures))
-    plain = ("smallest batch", "smallest image", "mean")
-    return markdown(("", "level", "images", *plain, *(f"calibrated: {name}" for name in plain)), rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -116,9 +101,12 @@ def main() -> None:
             print(json.dumps(record), flush=True)
         return
     records = [record for name in given.models for record in cosines(given, name)]
+    report = {"environment": machine(), "records": records}
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine(), "records": records}, indent=1) + "\n")
-    print("\n".join(table(records)))
+        lines = ",\n  ".join(map(json.dumps, records))
+        environment = json.dumps(report["environment"], indent=1)
+        given.json.write_text(f'{{\n "environment": {environment},\n "records": [\n  {lines}\n ]\n}}\n')
+    print("\n".join(spread(report)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The tables of docs/benchmarks.md, made from the records below benchmarks/results: python benchmarks/tables.py
+"""The tables of docs/benchmarks.md and docs/engine.md from the records: python benchmarks/tables.py
 
-A table stands between `<!-- table NAME FILE -->` and `<!-- end -->`; the text around it is written by hand. A regular
-expression after FILE chooses among the ops.
+Records are those of benchmarks/results. A table stands between `<!-- table NAME FILE -->` and `<!-- end -->`; the text
+around it is written by hand. A regular expression after FILE chooses among the ops.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
+DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "engine.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 BLOCK = re.compile(r"(<!-- table (\w+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -168,13 +168,35 @@ def start_up(report: Report) -> list[str]:
     return markdown(("fresh process", "", "import", "construct", "first batch", "memory of the process"), rows)
 
 
+def spread(report: Report) -> list[str]:
+    """Cosine of int8's logits with float32's over weights and images: the smallest mean of a batch, the smallest of an
+    image, the mean of all, without and with calibration."""
+    groups: dict[tuple[str, str], dict[bool, list[list[float]]]] = {}
+    for record in report["records"]:
+        kinds = groups.setdefault((record["model"], record["isa"]), {False: [], True: []})
+        kinds[record["calibrated"]] += record["cosines"]
+    rows = []
+    for (model, isa), kinds in groups.items():
+        figures, images = [], 0
+        for batches in (kinds[calibrated] for calibrated in (False, True)):
+            every = [cosine for batch in batches for cosine in batch]
+            images = len(every)
+            smallest = min(sum(batch) / len(batch) for batch in batches)
+            figures += [f"{value:.5f}" for value in (smallest, min(every), sum(every) / images)]
+        rows.append((short(model), isa, str(images), *figures))
+    plain = ("smallest batch", "smallest image", "mean")
+    return markdown(("", "level", "images", *plain, *(f"calibrated: {name}" for name in plain)), rows)
+
+
 TABLES: dict[str, Callable[[Report], list[str]]] = {
     "models": models, "ops": ops, "peers": peers, "accuracy": accuracy, "phases": phases, "start_up": start_up,
+    "spread": spread,
 }  # fmt: skip
 
 
 def main() -> int:
-    DOCUMENT.write_text(generate(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(generate(document.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

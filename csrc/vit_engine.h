@@ -90,8 +90,8 @@ typedef struct vit_engine_config {
 
 /* A float32 weight under timm's name, and for matrices the vit_precision they are packed for. Besides timm's names:
  * "prefix" [prefix_tokens, embed_dim] (class token plus its position), "positions" [patches, embed_dim] (may be
- * absent), "mean" and "std" [channels]; "blocks.I.<layer>.mean", the mean input of a layer packed for int8 (may be
- * absent): its bias is moved so that rounding the weight does not move its mean output. */
+ * absent), "mean" and "std" [channels]; "blocks.I.<layer>.scale" [outputs], where the rows of a weight packed for int8
+ * are rounded already: whole multiples of it, from -127 to 127 (may be absent). */
 typedef struct vit_tensor {
   const char* name;
   const float* data;

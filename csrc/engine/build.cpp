@@ -38,10 +38,10 @@ Precision precision_of(const Sources& sources, const std::string& name, Precisio
   return precision;
 }
 
-// What a calibration may say of the input of a matrix.
-Part mean_of_input(const Part& matrix) {
+// The scales of a matrix whose rows are rounded already.
+Part scale_of_rows(const Part& matrix) {
   const std::string layer = matrix.name.substr(0, matrix.name.rfind('.'));
-  return {layer + ".mean", nullptr, nullptr, nullptr, matrix.matrix->K, true, false};
+  return {layer + ".scale", nullptr, nullptr, nullptr, matrix.matrix->N, true, false};
 }
 
 // As every reader understands it, whatever decimal point the program has chosen.
@@ -68,7 +68,7 @@ void check_all_read(const Sources& sources, const std::vector<Part>& parts) {
   std::set<std::string> read;
   for (const Part& part : parts) {
     if (!part.derived) read.insert(part.name);
-    if (part.matrix) read.insert(mean_of_input(part).name);
+    if (part.matrix) read.insert(scale_of_rows(part).name);
   }
   std::string names;
   for (const auto& [name, source] : sources)
@@ -123,9 +123,9 @@ std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit
       if (source && part.count > 0)
         std::memcpy(*part.vector, source->data, static_cast<std::size_t>(part.count) * sizeof(float));
     } else {
-      const vit_tensor* mean = find(sources, mean_of_input(part));
-      if (mean) check_finite(*mean);
-      pack({source->data, mean ? mean->data : nullptr, part.matrix, available_threads()});
+      const vit_tensor* scale = find(sources, scale_of_rows(part));
+      if (scale) check_finite(*scale);
+      pack({source->data, scale ? scale->data : nullptr, part.matrix, available_threads()});
     }
   }
   if (!can_normalize(n)) invalid("mean and std of pixels must be finite, std above 0");

@@ -96,7 +96,7 @@ struct Forward {
 // Packing of one matrix weight [N, K] float32 into `out`, whose N, K, precision, zero, memory and bias are set.
 struct Packing {
   const float* weight;
-  const float* mean;  // [K] of its input, may be null (int8 alone uses it)
+  const float* scale;  // [N] of rows that are rounded already, may be null (int8 alone uses it)
   const Linear* out;
   int threads;
 };

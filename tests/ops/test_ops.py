@@ -426,6 +426,22 @@ def test_autocast_follows_torch(backend, device, op):
         assert torch.allclose(x.grad.cpu().double(), exact[name].grad, rtol=0.05, atol=0.05), name
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_to_a_dtype_that_no_kernel_has(op):
+    """backend="auto" runs what PyTorch has, a backend that is named says what it lacks."""
+    tensors, options = small(op, grad=True)
+    with torch.autocast("cpu", torch.float16):
+        y = call(op, "auto", tensors, options)
+        truth = call(op, "reference", tensors, options)
+        assert y.dtype == truth.dtype
+        assert torch.allclose(y, truth, rtol=1e-5, atol=1e-6)
+        if y.dtype == torch.float16 and "cpu" in USABLE:
+            with pytest.raises(vit.BackendError, match="float16 is not one of float32, float64, bfloat16"):
+                call(op, "cpu", tensors, options)
+    y.float().sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in tensors.values())
+
+
 def test_the_definitions_of_the_case_list_cover_all_ops():
     assert set(DEFINITIONS) == set(OPS) == set(SMALL)
 

@@ -162,13 +162,11 @@ struct QuantizedEpilogue {
   }
 };
 
-// What a row of the weight becomes: its scale, the sum of its bytes, and what rounding takes from the mean of y.
+// What a row of the weight becomes: 1 / scale and the sum of its bytes.
 struct QuantizedWeightRow {
-  const float* row;   // null: a column of zeros that fills a vector
-  const float* mean;  // [K] of the layer's input, may be null
-  f32v scale, inverse;
+  const float* row;  // null: a column of zeros that fills a vector
+  f32v inverse;
   i32v total;
-  f32v lost;
 };
 
 // Bytes of the elements from k of a row of K elements; 0 beyond its end.
@@ -177,11 +175,8 @@ VIT_INLINE u32v quantized_words(QuantizedWeightRow& r, int64_t k, int64_t K) {
   Bytes bytes[4] = {};
   const f32v magic = broadcast(Layout<float>::magic);
   for (int i = 0; r.row && i < 4 && k < K; ++i, k += kLanes<float>) {
-    const f32v weight = load<float>(r.row + k, K - k);
-    const i32v values = bit_cast<i32v>(fma(weight, r.inverse, magic)) - bit_cast<i32v>(magic);
+    const i32v values = bit_cast<i32v>(fma(load<float>(r.row + k, K - k), r.inverse, magic)) - bit_cast<i32v>(magic);
     r.total += values;
-    if (r.mean)
-      r.lost = fma(weight - r.scale * __builtin_convertvector(values, f32v), load<float>(r.mean + k, K - k), r.lost);
     bytes[i] = __builtin_convertvector(values, Bytes);
   }
   return load_raw<u32v>(bytes);
@@ -200,9 +195,9 @@ VIT_INLINE float largest_of_row(const float* row, int64_t K) {
   return fold<float, kLanes<float>>(largest, Most{});
 }
 
-// The weight [N, K] of `out` in float32, K a multiple of 4, into its panels; scales and sums of its rows. With the mean
-// [K] of the input, what rounding takes from the mean of y goes to the bias, which is there already.
-inline void pack_quantized(int threads, const float* weight, const float* mean, const engine::Linear& out) {
+// The weight [N, K] of `out` in float32, K a multiple of 4, into its panels; scales and sums of its rows. Rows that are
+// rounded already come with their scales [N]: they are used unless they are too small for the products.
+inline void pack_quantized(int threads, const float* weight, const float* given, const engine::Linear& out) {
   constexpr int64_t lanes = kWordLanes<q8>, word = sizeof(uint32_t);
   const int64_t N = out.N, K = out.K, steps = steps_of<q8>(K), vectors = ceil_div(N, lanes);
   parallel_for(threads, vectors, [&](int64_t begin, int64_t end, int) {
@@ -213,9 +208,9 @@ inline void pack_quantized(int threads, const float* weight, const float* mean, 
       QuantizedWeightRow rows[lanes] = {};
       for (int64_t i = 0; i < min(lanes, N - first); ++i) {
         rows[i].row = weight + (first + i) * K;
-        rows[i].mean = mean;
-        const float largest = largest_of_row(rows[i].row, K), scale = largest > 0 ? largest / 127.0f : 1.0f;
-        rows[i].scale = broadcast(scale);
+        const float needed = largest_of_row(rows[i].row, K) / 127.0f;
+        const float smallest = given ? given[first + i] : 0.0f, most = needed > smallest ? needed : smallest;
+        const float scale = most > 0 ? most : 1.0f;
         rows[i].inverse = broadcast(1.0f / scale);
         out.scale[first + i] = scale;
       }
@@ -230,7 +225,6 @@ inline void pack_quantized(int threads, const float* weight, const float* mean, 
         int32_t total = 0;
         for (int64_t lane = 0; lane < lanes; ++lane) total += rows[i].total[lane];
         out.sums[first + i] = out.zero * total;
-        if (mean) out.bias[first + i] += sum(rows[i].lost);
       }
     }
   });

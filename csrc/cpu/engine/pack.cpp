@@ -34,7 +34,7 @@ void engine_pack(const engine::Packing& p) {
   with_precision(linear.precision, [&](auto t) {
     using T = decltype(t);
     if constexpr (same<T, q8>)
-      pack_quantized(p.threads, p.weight, p.mean, linear);
+      pack_quantized(p.threads, p.weight, p.scale, linear);
     else
       pack_b<T>(p.threads, Matrix<float>{p.weight, 1, linear.K}, linear.K, linear.N, linear.weight);
   });

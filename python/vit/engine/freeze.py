@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import BackendError
+from ..backends import BackendError, get
 from ..model.specs import APPROXIMATE
 from ..model.vision_transformer import VisionTransformer
-from . import native
+from . import native, rounding
 from .accepts import modules_of, refusals, tensor_of
 from .smooth import LAYERS, natural_image, observe, smooth
 
@@ -40,7 +40,7 @@ def freeze(
 ) -> Frozen:
     """The model's sizes and weights; dropout and drop-path do nothing at inference and are left out.
 
-    For int8 the weights are smoothed, and rounding leaves each layer's mean output where it is: on `calibrate` images,
+    For int8 the weights are smoothed and rounded so that each layer's output stays where it is: on `calibrate` images,
     or on one of noise. `weights`: how the linear layers of blocks are stored, where it is not dtype. Layers that
     `exclude` names stay bfloat16.
 
@@ -93,8 +93,12 @@ def freeze(
         texts["class_names"] = json.dumps(list(model.class_names))
     plain = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
     if dtype == "int8":
-        inputs = observe(model, natural_image(model) if calibrate is None else calibrate)
-        plain = smooth(plain, depth, inputs)
+        images = natural_image(model) if calibrate is None else calibrate
+        with torch.autocast(images.device.type, enabled=False), torch.autocast("cpu", enabled=False):
+            plain, inputs = smooth(plain, depth, observe(model, images))
+            inputs = {layer: found for layer, found in inputs.items() if layer not in exclude}
+            pairs = get(native.DEFAULT).info().get("isa") in rounding.PAIRS_SATURATE
+            plain = rounding.round_layers(plain, inputs, pairs)
     return Frozen(config, plain, precisions, texts)
 
 

@@ -242,4 +242,5 @@ OP = Op(
     bwd_fields=BWD_FIELDS,
     save=save,
     backward=backward,
+    autocasts=True,
 )

@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from .. import backends
 from ..backends import BackendError, NativeBackend, Spec, constant
 from . import flops, registration
+from .launch import autocast_dtype
 from .op import Op
 
 #: What a launcher may be given: anything else (subclasses, proxies) goes through the dispatcher.
@@ -174,11 +175,12 @@ class NativeOp(BoundOp):
 
 
 def spec_of(op: Op, tensors: dict[str, Tensor]) -> Spec:
-    """What a call with these tensors asks of a backend; the first one decides dtype and device."""
+    """What a call with the tensors needs; the first decides the device, and without autocast the dtype."""
     first = next(iter(tensors.values()))
+    wanted = autocast_dtype(first) if op.autocasts else None
     return Spec(
         op.name,
-        dtype=first.dtype,
+        dtype=wanted or first.dtype,
         shapes={name: tuple(t.shape) for name, t in tensors.items()},
         training=torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()),
         device_type=first.device.type,

@@ -30,6 +30,7 @@ class Op:
     bwd_schema, bwd_fake, launch_bwd, bwd_fields   the same of the backward kernel
     save        (ctx, args, outputs): keep what backward needs
     backward    (ctx, kernel, dy): gradients for each argument of the forward kernel, None where not wanted
+    autocasts   whether `arguments` casts to the dtype of torch.autocast
     """
 
     name: str
@@ -46,6 +47,7 @@ class Op:
     bwd_fields: str
     save: Callable[..., None]
     backward: Callable[..., tuple[Tensor | None, ...]]
+    autocasts: bool = False
 
     #: Names of the forward kernel's arguments, the tensors among them first.
     inputs: tuple[str, ...] = field(init=False)
