@@ -187,9 +187,11 @@ void spoil(Random& r, Network& n) {
     case 5:
       n.tensors[i].count += r.chance(0.5) ? 1 : INT32_MAX;
       break;
-    case 6:
-      n.values[i][static_cast<std::size_t>(r.below(n.tensors[i].count))] = r.of(kFloats);
+    case 6: {  // not by tensors[i]: after another change its place and count may not be those of values[i]
+      auto& data = n.values[static_cast<std::size_t>(r.below(static_cast<int64_t>(n.values.size())))];
+      data[static_cast<std::size_t>(r.below(static_cast<int64_t>(data.size())))] = r.of(kFloats);
       break;
+    }
     case 7:
       n.tensors[i].precision = static_cast<int32_t>(r.chance(0.5) ? r.below(6) : r.of(kNumbers));
       break;
