@@ -106,8 +106,8 @@ class Preprocess:
             # Of levels up to 255, with room for each step in float32; of NaN no comparison holds.
             if not (abs(mean) + 1.0) * 256.0 / min(std, 1.0) < FLOAT32_MAX or not std < FLOAT32_MAX:
                 raise ValueError(
-                    f"vit: preprocess: mean {self.mean} and std {self.std} must be finite, and so must (x - mean) / std "
-                    "in float32"
+                    f"vit: preprocess: mean {self.mean} and std {self.std} must be finite, "
+                    "and so must (x - mean) / std in float32"
                 )
 
     def __call__(self, image: Image.Image) -> Tensor:
