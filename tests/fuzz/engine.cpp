@@ -2,6 +2,8 @@
 //
 // Every case depends on SEED and its number alone. FOLDER/case holds the number of the case that runs and
 // FOLDER/input.vit the file it reads, for whoever finds the process dead. The last line of output is JSON.
+#include <fcntl.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/time.h>
@@ -617,6 +619,12 @@ int main(int argc, char** argv) {
     return 2;
   }
   const std::string folder = argv[1];
+  // Of two processes with one folder each would read what the other writes: other results, or a mapped file cut short.
+  const int lock = open((folder + "/lock").c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0600);
+  if (lock < 0 || flock(lock, LOCK_EX | LOCK_NB) != 0) {
+    std::printf("%s: is there no such folder, or does another process use it?\n", argv[1]);
+    return 2;
+  }
   const uint64_t seed = std::strtoull(argv[2], nullptr, 10);
   const int64_t first = std::atoll(argv[3]), count = std::atoll(argv[4]);
   Random start{seed};
