@@ -101,11 +101,17 @@ def create(
 def settle(name: str | None, checkpoint: Checkpoint | None, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name of a model and its arguments: those of the named model, over them the weights', over them `given`."""
     settings: dict[str, Any] = {}
+    own = None
     if checkpoint:
         settings = checkpoint.settings(name)
-        name = name or checkpoint.model_name()
-    name = resolve(name or DEFAULT_NAME)
-    config = get_config(name)
+        own = None if name else checkpoint.model_name()
+    name = resolve(name or own or DEFAULT_NAME)
+    try:
+        config = get_config(name)
+    except ValueError as error:
+        if own is None or checkpoint is None:
+            raise
+        raise WeightsError(f"vit: {checkpoint.source}: {str(error).removeprefix('vit: ')}") from None
     spelled = model_class(config.kind).spelled
     return name, {**config.arch, **spelled(settings), **spelled(given)}
 
@@ -154,7 +160,12 @@ def _preprocess(
                 f"vit: {checkpoint.source}: the transform beside it makes images of {list(made)} pixels, and the model "
                 f"takes {list(taken)}; pass img_size"
             )
-    return preprocess_for(values, model)
+    try:
+        return preprocess_for(values, model)
+    except ValueError as error:
+        if not (checkpoint and checkpoint.preprocess):
+            raise
+        raise WeightsError(f"vit: {checkpoint.source}: {str(error).removeprefix('vit: ')}") from None
 
 
 def preprocess_for(arguments: Mapping[str, Any], model: VisionTransformer) -> Preprocess:

@@ -36,6 +36,8 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
 }
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 #: Pixels of an enlarged image that are computed although only its centre is kept: 64 MiB.
 WHOLE = 1 << 24
 
@@ -98,8 +100,15 @@ class Preprocess:
             raise ValueError(f"vit: preprocess: crop_pct must be above 0 and at most 1, got {self.crop_pct}")
         if min(self.img_size) < 1:
             raise ValueError(f"vit: preprocess: img_size must be positive, got {self.img_size}")
-        if min(self.std) <= 0.0:
+        if not all(std > 0.0 for std in self.std):
             raise ValueError(f"vit: preprocess: std must be positive, got {self.std}")
+        for mean, std in zip(self.mean, self.std, strict=True):
+            # Of levels up to 255, with room for each step in float32; of NaN no comparison holds.
+            if not (abs(mean) + 1.0) * 256.0 / min(std, 1.0) < FLOAT32_MAX or not std < FLOAT32_MAX:
+                raise ValueError(
+                    f"vit: preprocess: mean {self.mean} and std {self.std} must be finite, "
+                    "and so must (x - mean) / std in float32"
+                )
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = self.convert(image)

@@ -500,10 +500,15 @@ def test_bad_arguments():
         engine(images, outputs=("features", "logits"), out=torch.empty(3, 10))
     with pytest.raises(ValueError, match="dtype 'float16'"):
         vit.Engine(model, torch.float16)
-    with pytest.raises(ValueError, match="max_batch"):
-        vit.Engine(model, max_batch=0)
-    with pytest.raises(ValueError, match="num_threads"):
-        vit.Engine(model, num_threads=0)
+    for name in ("max_batch", "num_threads"):
+        for value in (0, -1, 2**63, 2**64 + 5, 10**30):  # one that ctypes would cut to its bits
+            with pytest.raises(ValueError, match=rf"{name} must be .*, got {value}"):
+                vit.Engine(model, **{name: value})
+        for other in (1.5, "2", [1]):
+            with pytest.raises(TypeError, match=rf"{name} must be a whole number or None, got "):
+                vit.Engine(model, **{name: other})
+    with pytest.raises(ValueError, match="num_threads must be below"):
+        vit.Engine(model, num_threads=2**32 + 1)
 
 
 def test_what_the_engine_cannot_run_is_a_reason():

@@ -227,6 +227,9 @@ def test_saving_follows_no_link_and_leaves_nothing_behind(tmp_path):
             engine.save(bad)
     with pytest.raises(ValueError, match="null character"):
         engine.save(f"{folder}/a\0b")
+    for action in (engine.save, vit.Engine.load):
+        with pytest.raises(ValueError, match=r"the path '.*ud800.vit' cannot be the name of a file"):
+            action(f"{folder}/\ud800.vit")
     assert sorted(os.listdir(folder)) == ["device", "fifo", "model.vit"]
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 

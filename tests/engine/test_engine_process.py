@@ -57,6 +57,7 @@ AT_EXIT = {
     "submit": "for_ever(lambda: engine.submit(x).result())",
     "pending": "[engine.submit(x) for _ in range(8)]",
     "another engine for each call": "for_ever(lambda: vit.Engine.load(FILE)(x))",
+    "build": "for_ever(lambda: vit.Engine(model))",
     "del": "for_ever(lambda e=engine: e(x)); del engine",
     "atexit": "atexit.register(lambda: engine(x)); for_ever(lambda: engine(x))",
     "server": """

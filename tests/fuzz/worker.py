@@ -21,6 +21,7 @@ from typing import Any
 MIB = 1 << 20
 MOST_MEMORY = 512 * MIB  # above what the process had, beside what the file itself justifies
 MOST_SECONDS = 10.0  # of the processor
+START_SECONDS = 120.0  # likewise, for imports and what is filled once: matplotlib's list of fonts, a first training
 ASLEEP = 30.0  # seconds without any work
 PROGRAMS = ("gs", "gswin32c", "djpeg", "cjpeg", "convert", "magick", "display", "xdg-open", "dot", "unzip", "tar")
 
@@ -189,6 +190,7 @@ class Worker:
             **dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR", "XDG_CACHE_HOME"), home),
         }
         self.process: subprocess.Popen[bytes] | None = None
+        self.warm: set[str] = set()  # uses that the process has read a sound file of
 
     def run(self, job: dict[str, Any]) -> tuple[str, str]:
         """The outcome of one job, and a text about it."""
@@ -196,11 +198,14 @@ class Worker:
             self._start()
         assert self.process is not None
         assert self.process.stdin is not None
+        answer: dict[str, Any] | str = {}
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
-        answer = self._answer(MOST_SECONDS)
-        if isinstance(answer, dict) and "ready" in answer:
+        if job["use"] not in self.warm:
+            self.warm.add(job["use"])
+            answer = self._answer(START_SECONDS)
+        if not isinstance(answer, str):
             answer = self._answer(MOST_SECONDS)
         if isinstance(answer, dict):
             return answer["outcome"], answer["text"]
@@ -208,13 +213,14 @@ class Worker:
         return ("hang", "no answer") if answer == "hang" else ("died", answer)
 
     def _start(self) -> None:
+        self.warm = set()
         command = [sys.executable, "-m", f"{__package__}.worker"]
         with open(self.folder / "stderr", "wb") as errors:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0,  # select sees all
                 env=self.environment, cwd=self.folder, start_new_session=True,
             )  # fmt: skip
-        if not isinstance(answer := self._answer(120.0), dict):
+        if not isinstance(answer := self._answer(START_SECONDS), dict):
             self.close()
             raise RuntimeError(f"the worker does not start ({answer}): {(self.folder / 'stderr').read_text()[-2000:]}")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import USABLE
-from fuzz import native
 from fuzz.formats import FORMATS, Change, job_of
 from fuzz.run import fuzz
 from fuzz.worker import Worker
@@ -63,6 +62,16 @@ def test_every_kind_of_failure_is_noticed(text, outcome, worker, tmp_path):
     assert worker.run(job)[0] == outcome
 
 
+def test_what_a_process_does_once_is_no_inputs_time(worker, tmp_path, monkeypatch):
+    monkeypatch.setattr("fuzz.worker.MOST_SECONDS", 1.0)
+    worker.close()  # a new process reads the seed first
+    seed, path = tmp_path / "seed.py", tmp_path / "input.py"
+    seed.write_text("import time\nend = time.process_time() + 3\nwhile time.process_time() < end: pass\n")
+    path.write_text("pass")
+    job = job_of("config", path, seed, Change(""), "") | {"use": "script"}
+    assert worker.run(job) == ("right", "done")
+
+
 def test_results_that_are_or_are_not_the_seeds(worker, tmp_path):
     path = tmp_path / "input.py"
     path.write_text("pass")
@@ -70,9 +79,3 @@ def test_results_that_are_or_are_not_the_seeds(worker, tmp_path):
     assert worker.run(job)[0] == "wrong silently"
     job = job_of("config", path, path, Change("", differs=("depth",)), "done") | {"use": "script"}
     assert worker.run(job) == ("wrong silently", "the change of depth changed nothing")
-
-
-def test_the_c_api_with_damaged_files_and_calls(tmp_path):
-    """Random networks, calls and engine files, on the lowest instruction-set level: what is tried lies above it."""
-    good, text = native.fuzz(tmp_path, tmp_path / "kept", seed=0)
-    assert good, text

@@ -59,6 +59,46 @@ def test_tensors_of_files_that_are_not_plain_are_named(kind, tmp_path):
         create(tmp_path / "w.pt")
 
 
+def _inside_itself(keys: tuple[str, ...]) -> dict:
+    outer: dict = {}
+    inner = outer
+    for key in keys:
+        inner[key] = {}
+        inner = inner[key]
+    inner["state_dict"] = outer
+    return outer
+
+
+def _fan(width: int) -> dict:
+    found: dict = {}
+    for _ in range(6):
+        found = dict.fromkeys(map(str, range(width)), found)
+    return found
+
+
+CONTAINERS = {
+    "inside itself": lambda: _inside_itself(()),
+    "inside itself, below": lambda: _inside_itself(("model", "ema")),
+    "deep": lambda: _inside_itself(("state_dict",) * 900),
+    "under 3,000 names at each level": lambda: _fan(3000),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_mappings_that_repeat_are_looked_at_once(kind, tmp_path):
+    """On the way of a pickle too; beside them a model is found."""
+    found = CONTAINERS[kind]()
+    with pytest.raises(WeightsError, match="holds no tensors that are parameters"):
+        create(found)
+    if kind != "deep":  # pickle itself recurses
+        torch.save(found, tmp_path / "w.pt")
+        with pytest.raises(WeightsError, match=r"w\.pt holds no tensors that are parameters"):
+            create(tmp_path / "w.pt")
+    state = model().state_dict()
+    taken = create(found | {"model": state}).state_dict()
+    assert all(torch.equal(taken[key], value) for key, value in state.items())
+
+
 @pytest.mark.parametrize(
     "change",
     [

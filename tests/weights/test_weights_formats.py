@@ -163,6 +163,8 @@ def test_sizes_come_from_pretrained_cfg_as_in_timm(tmp_path):
         ({"label_names": 5}, "label_names"),
         ({"surprise": 5}, "surprise"),
         ({"architecture": 5}, "architecture"),
+        ({"architecture": ""}, "architecture"),
+        ({"architecture": "../x"}, "architecture"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -170,6 +172,22 @@ def test_what_a_timm_config_says_is_used_or_refused_by_name(change, key, tmp_pat
     folder = timm_folder(tmp_path / "m", model(), **change)
     with pytest.raises(WeightsError, match=rf"config.json.*{key}"):
         vit.create(weights=folder)
+
+
+@pytest.mark.parametrize("cfg", [{"std": [1e-45, 1, 1]}, {"mean": [1e39, 0, 0]}], ids=lambda cfg: "-".join(cfg))
+def test_statistics_that_give_infinite_images_are_refused(cfg, tmp_path):
+    folder = timm_folder(tmp_path / "m", model(), pretrained_cfg=cfg)
+    with pytest.raises(WeightsError, match=rf"{folder}.*: preprocess: mean .* and std .* must be finite"):
+        vit.create(weights=folder)
+
+
+def test_a_folder_of_a_model_that_there_is_not_is_named(tmp_path):
+    folder = timm_folder(tmp_path / "m", model(), architecture="resnet50")
+    with pytest.raises(WeightsError, match=rf"{folder}.*: unknown model 'resnet50'; nearest: "):
+        vit.create(weights=folder)
+    assert torch.equal(create(folder).head.weight, model().head.weight)  # the name is given
+    with pytest.raises(ValueError, match=r"^vit: unknown model 'resnet51'"):
+        vit.create("resnet51", weights=folder)
 
 
 # ---- JAX ----

@@ -17,7 +17,7 @@ from ..preprocess import Preprocess, arguments
 from ..support.records import Record, RecordError, parse_json
 from ..support.text import printable
 from . import native
-from .freeze import freeze
+from .freeze import Frozen, freeze
 from .images import as_tensor, check_out, dense, room
 from .profile import Phase, flops, phases, timed
 from .shutdown import calls as running
@@ -67,8 +67,15 @@ class Engine:
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in native.PRECISIONS:
             raise ValueError(f"vit.Engine: dtype {dtype!r} is not one of {', '.join(native.PRECISIONS)}")
+        limit = native.count("max_batch", max_batch, 63)
+        native.count("num_threads", num_threads, 31)
+        with running:  # for its tensors, as a call
+            handle = self._build(freeze(model, dtype, calibrate, exclude, weights), limit)
+        self._adopt(native.library(), handle, max_batch, num_threads, "the model")
+
+    @staticmethod
+    def _build(frozen: Frozen, limit: int) -> int:
         library = native.library()
-        frozen = freeze(model, dtype, calibrate, exclude, weights)
         tensors = (native.Weight * len(frozen.tensors))(
             *[
                 native.Weight(name.encode(), t.data_ptr(), t.numel(), frozen.precisions.get(name, 0))
@@ -79,13 +86,7 @@ class Engine:
             *[native.Text(k.encode(), v.encode()) for k, v in frozen.texts.items()]
         )
         config = native.Config(**frozen.config)
-        self._adopt(
-            library,
-            library.made(library.build(config, tensors, len(tensors), texts, len(texts), _limit(max_batch))),
-            max_batch,
-            num_threads,
-            "the model",
-        )
+        return library.made(library.build(config, tensors, len(tensors), texts, len(texts), limit))
 
     @classmethod
     def load(
@@ -105,12 +106,12 @@ class Engine:
         Raises FileNotFoundError, or OSError for a file that is damaged, foreign, or made for another version of vit or
         another kind of processor.
         """
-        name = _file_name(path)
+        name = native.file_name(path)
         if not os.path.exists(path):
             raise FileNotFoundError(f"vit.Engine: there is no file {os.fspath(path)}")
         engine = cls.__new__(cls)
         library = native.library()
-        handle = (library.map if mmap else library.create)(name, _limit(max_batch))
+        handle = (library.map if mmap else library.create)(name, native.count("max_batch", max_batch, 63))
         engine._adopt(library, library.made(handle), max_batch, num_threads, str(os.fspath(path)))
         return engine
 
@@ -118,10 +119,9 @@ class Engine:
         """Writes packed weights, sizes and preprocessing as one safetensors file; OSError when that fails.
 
         It runs on processors with the instruction-set level of this one (`isa`), in Python and from C. After any error,
-        and whatever else writes there, the path has the old file or a whole new one. A symbolic link is replaced, not
-        followed.
+        and whatever else writes there, the path has the old file or a whole new one. A symbolic link is refused.
         """
-        self._library.check(self._library.save(self._handle, _file_name(path)))
+        self._library.check(self._library.save(self._handle, native.file_name(path)))
 
     def __reduce__(self) -> NoReturn:
         """A copy would share the native memory and use it after the original has gone."""
@@ -137,8 +137,7 @@ class Engine:
         self._library = library
         # Not at exit: daemon threads may be inside a call, and functions of atexit may still use the engine.
         weakref.finalize(self, library.destroy, handle).atexit = False
-        if num_threads is not None and num_threads < 1:
-            raise ValueError(f"vit.Engine: num_threads must be positive or None, got {num_threads}")
+        native.count("num_threads", num_threads, 31)
         self.max_batch = max_batch
         self.num_threads = num_threads
         self._config = native.Config()
@@ -381,17 +380,3 @@ class Engine:
             for _ in range(calls):
                 self(images, layout=layout)
         return phases(seconds, calls, flops(self._config, len(images)))
-
-
-def _file_name(path: str | os.PathLike[str]) -> bytes:
-    """The path as the system takes it; ValueError for one with a null character, which would end it early."""
-    name = os.fsencode(path)
-    if b"\0" in name:
-        raise ValueError(f"vit.Engine: the path {os.fspath(path)!r} holds a null character")
-    return name
-
-
-def _limit(max_batch: int | None) -> int:
-    if max_batch is not None and max_batch < 1:
-        raise ValueError(f"vit.Engine: max_batch must be positive or None, got {max_batch}")
-    return max_batch or 0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import operator
+import os
 from collections.abc import Callable, Iterator, Mapping
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
@@ -183,3 +185,32 @@ def library(backend: str = DEFAULT) -> Library:
             f"vit: the compiled module of backend '{backend}' lacks a part of the engine ({error}): "
             f"it has none, or is of another version; reinstall vit-kernels. There is an engine in '{DEFAULT}'"
         ) from error
+
+
+def file_name(path: str | os.PathLike[str]) -> bytes:
+    """The path as the system takes it; ValueError for one that it cannot have.
+
+    A null character would end it early; half of a UTF-16 pair stands for no byte of a name.
+    """
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError(f"vit.Engine: the path {os.fspath(path)!r} cannot be the name of a file") from None
+    if b"\0" in name:
+        raise ValueError(f"vit.Engine: the path {os.fspath(path)!r} holds a null character")
+    return name
+
+
+def count(name: str, value: int | None, bits: int) -> int:
+    """An argument of so many bits, 0 for None. ctypes would cut a larger one: 2^64 + 5 became 5 without a word."""
+    if value is None:
+        return 0
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"vit.Engine: {name} must be a whole number or None, got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"vit.Engine: {name} must be positive or None, got {number}")
+    if number >= 2**bits:
+        raise ValueError(f"vit.Engine: {name} must be below 2^{bits}, got {number}")
+    return number

@@ -57,6 +57,8 @@ _SPELLINGS = {"swiglupacked": "swiglu_packed", "swish": "silu", "layernorm2d": "
 def about(record: Record) -> dict[str, Any]:
     """What timm's config.json says, as arguments of Checkpoint."""
     name = record.text("architecture", None)
+    if name is not None and not name.partition(".")[0]:
+        record.refuse("architecture", "the name of a model")
     cfg = record.record("pretrained_cfg", None)
     flat = cfg is None  # older files have all of it in one object
     cfg = record if cfg is None else cfg

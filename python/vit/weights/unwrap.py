@@ -52,13 +52,13 @@ def _tensors(found: Mapping[Any, Any], source: str) -> dict[str, Any]:
     return state
 
 
-def _container(found: Mapping[Any, Any], source: str) -> Mapping[Any, Any]:
+def _container(found: Mapping[Any, Any], source: str, deeper: int = DEEPEST) -> Mapping[Any, Any]:
     """The mapping of `found`, itself or inside it, that holds a model."""
-    models = list(_models(found, ()))
+    models = list(_models(found))
     if not models:  # no ViT: the outermost tensors say in which way
         for name in WRAPPERS:
-            if isinstance(found.get(name), Mapping):
-                return _container(found[name], source)
+            if deeper and isinstance(found.get(name), Mapping):
+                return _container(found[name], source, deeper - 1)
         return found
     if len(models) == 1 or models[0][0] == ():
         return models[0][1]
@@ -76,15 +76,24 @@ def _container(found: Mapping[Any, Any], source: str) -> Mapping[Any, Any]:
     return chosen[0][1]
 
 
-def _models(found: Mapping[Any, Any], path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Mapping[Any, Any]]]:
-    """The mappings that hold a patch projection: (the keys that lead to it, the mapping)."""
-    if any(isinstance(found[name], (Tensor, np.ndarray)) for name in _projections(found)):
-        yield path, found
-        return
-    if len(path) < DEEPEST:
-        for key, value in found.items():
-            if isinstance(value, Mapping):
-                yield from _models(value, (*path, key))
+def _models(found: Mapping[Any, Any]) -> Iterator[tuple[tuple[Any, ...], Mapping[Any, Any]]]:
+    """The mappings that hold a patch projection: (the keys that lead to it, the mapping), the outer ones first.
+
+    Each is looked at once: a pickle may hold one mapping under thousands of names, or inside itself.
+    """
+    seen: set[int] = {id(found)}
+    level: list[tuple[tuple[Any, ...], Mapping[Any, Any]]] = [((), found)]
+    for _ in range(DEEPEST + 1):
+        below = []
+        for path, mapping in level:
+            if any(isinstance(mapping[name], (Tensor, np.ndarray)) for name in _projections(mapping)):
+                yield path, mapping
+                continue
+            for key, value in mapping.items():
+                if isinstance(value, Mapping) and id(value) not in seen:
+                    seen.add(id(value))
+                    below.append(((*path, key), value))
+        level = below
 
 
 def _projections(found: Mapping[Any, Any]) -> dict[str, tuple[Layout, str]]:
