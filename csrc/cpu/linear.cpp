@@ -26,7 +26,7 @@ struct ForwardBuffers {
 
   explicit ForwardBuffers(const LinearFwd& p, char* base) {
     Arena arena{base};
-    weight = arena.take(packed_b_bytes<T>(p.K, p.N));
+    weight = arena.take(packed_b_bytes<Operand<T>>(p.K, p.N));
     x = arena.take(prepared_a_bytes(rows_of<T>(p.x, p.x_stride), p.M, p.K));
     bias = arena.take(p.N * acc_size(p.dtype));
     bytes = arena.used;
@@ -41,7 +41,7 @@ void forward(const LinearFwd& p) {
   A* bias = p.bias ? reinterpret_cast<A*>(buffers.bias) : nullptr;
   for (int64_t j = 0; bias && j < p.N; j += kLanes<A>)
     store<A>(bias + j, load<A>(static_cast<const P*>(p.bias) + j, p.N - j), p.N - j);
-  const Right<T, P> right{{static_cast<const P*>(p.weight), 1, p.weight_stride}, buffers.weight, p.K, p.N};
+  const Right<Operand<T>, P> right{{static_cast<const P*>(p.weight), 1, p.weight_stride}, buffers.weight, p.K, p.N};
   const Left left = prepare_a(threads, rows_of<T>(p.x, p.x_stride), p.M, p.K, buffers.x);
   with_activation(p.activation, [&](auto activation) {
     const Epilogue<T, O, decltype(activation)::value> epilogue{
@@ -64,7 +64,7 @@ struct BackwardBuffers {
     Arena arena{base};
     dz = arena.take(p.M * p.N * size_of(p.dtype));
     sums = arena.take(2 * ceil_div(p.M, block_rows(p.M)) * p.N * acc_size(p.dtype));
-    packed = arena.take(max(packed_b_bytes<T>(p.N, p.K), packed_b_bytes<T>(p.M, p.K)));
+    packed = arena.take(max(packed_b_bytes<Operand<T>>(p.N, p.K), packed_b_bytes<Operand<T>>(p.M, p.K)));
     left = arena.take(max(prepared_a_bytes(dz_rows, p.M, p.N), prepared_a_bytes(dz_columns, p.N, p.M)));
     partial = arena.take(partial_bytes<Acc<T>, P>(p.N, p.K));
     bytes = arena.used;
@@ -135,12 +135,12 @@ void backward(const LinearBwd& p) {
 
   const T* dz = dy_is_dz ? static_cast<const T*>(p.dy) : made.dz;
   if (p.dx && p.M && p.K) {
-    const Right<T, P> right{rows_of<P>(p.weight, p.weight_stride), buffers.packed, p.N, p.K};
+    const Right<Operand<T>, P> right{rows_of<P>(p.weight, p.weight_stride), buffers.packed, p.N, p.K};
     const Left left = prepare_a(threads, Matrix<T>{dz, p.N, 1}, p.M, p.N, buffers.left);
     gemm(threads, left, right, p.M, store_to<A>(static_cast<T*>(p.dx), nullptr, p.K));
   }
   if (p.dweight && p.N && p.K) {
-    const Right<T, T> right{rows_of<T>(p.x, p.x_stride), buffers.packed, p.M, p.K};
+    const Right<Operand<T>, T> right{rows_of<T>(p.x, p.x_stride), buffers.packed, p.M, p.K};
     const Left left = prepare_a(threads, Matrix<T>{dz, 1, p.N}, p.N, p.M, buffers.left);
     gemm(threads, left, right, p.N, store_to<A>(static_cast<P*>(p.dweight), buffers.partial, p.K));
   }
