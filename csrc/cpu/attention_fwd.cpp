@@ -302,7 +302,8 @@ void attention_fwd_range(const AttentionFwd& p, char* scratch, int64_t begin, in
 
 void attention_fwd(const AttentionFwd& p) {
   const int64_t scratch = attention_fwd_scratch(p);
-  parallel_for(p.context.num_threads, attention_fwd_units(p), [&](int64_t begin, int64_t end, int thread) {
+  const int threads = threads_for(p.context.num_threads, 2 * p.B * p.H * p.N * p.L * p.D);
+  parallel_for(threads, attention_fwd_units(p), [&](int64_t begin, int64_t end, int thread) {
     attention_fwd_range(p, static_cast<char*>(p.workspace) + thread * scratch, begin, end);
   });
 }

@@ -24,6 +24,30 @@ struct Matrix {
   int64_t row, col;
 };
 
+// A float that takes part in products of bfloat16: rounded when it is read, also where their operands are float.
+struct rounded {
+  float value;
+};
+VIT_INLINE float to_acc(rounded x) { return to_acc(from_acc<bf16>(x.value)); }
+
+template <>
+struct Memory<float, rounded> {
+  static VIT_INLINE f32v load(const rounded* p) { return from_bf16(to_bf16(load_raw<f32v>(p))); }
+  static VIT_INLINE f32v load(const rounded* p, int64_t n) { return from_bf16(to_bf16(load_raw<f32v>(p, n))); }
+};
+
+// How a product of elements T reads a matrix of elements P.
+template <class T, class S, class P>
+struct SourceOf {
+  using type = P;
+};
+template <>
+struct SourceOf<bf16, float, float> {
+  using type = rounded;
+};
+template <class T, class P>
+using Source = typename SourceOf<T, Operand<T>, P>::type;
+
 template <class T>
 VIT_INLINE int64_t panels_of(int64_t N) {
   return ceil_div(N, kTileColumns<T>);

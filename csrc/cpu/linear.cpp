@@ -36,12 +36,13 @@ struct ForwardBuffers {
 template <class T, class P, class O>
 void forward(const LinearFwd& p) {
   using A = Acc<T>;
-  const int threads = p.context.num_threads;
+  const int threads = threads_for(p.context.num_threads, p.M * p.N * p.K);
   const ForwardBuffers<T> buffers(p, static_cast<char*>(p.workspace));
   A* bias = p.bias ? reinterpret_cast<A*>(buffers.bias) : nullptr;
   for (int64_t j = 0; bias && j < p.N; j += kLanes<A>)
     store<A>(bias + j, load<A>(static_cast<const P*>(p.bias) + j, p.N - j), p.N - j);
-  const Right<Operand<T>, P> right{{static_cast<const P*>(p.weight), 1, p.weight_stride}, buffers.weight, p.K, p.N};
+  using W = Source<T, P>;
+  const Right<Operand<T>, W> right{{static_cast<const W*>(p.weight), 1, p.weight_stride}, buffers.weight, p.K, p.N};
   const Left left = prepare_a(threads, rows_of<T>(p.x, p.x_stride), p.M, p.K, buffers.x);
   with_activation(p.activation, [&](auto activation) {
     const Epilogue<T, O, decltype(activation)::value> epilogue{
@@ -81,13 +82,13 @@ struct Made {
 
 // dz = scale dy activation'(preact), and the sums over dz and over dy activation(preact).
 template <class T, class O, Activation kActivation>
-void make_dz(const LinearBwd& p, const Made<T>& made) {
+void make_dz(int threads, const LinearBwd& p, const Made<T>& made) {
   using A = Acc<T>;
   const O* dy = static_cast<const O*>(p.dy);
   const T* preact = static_cast<const T*>(p.preact);
   const A* scale = static_cast<const A*>(p.scale);
   const int64_t rows = block_rows(p.M);
-  parallel_for(p.context.num_threads, ceil_div(p.M, rows), [&](int64_t begin, int64_t end, int) {
+  parallel_for(threads, ceil_div(p.M, rows), [&](int64_t begin, int64_t end, int) {
     for (int64_t block = begin; block < end; ++block) {
       A* dbias = made.dbias ? made.dbias + block * p.N : nullptr;
       A* dscale = made.dscale ? made.dscale + block * p.N : nullptr;
@@ -121,7 +122,7 @@ void add_blocks(const A* partial, int64_t blocks, int64_t N, P* out) {
 template <class T, class P, class O>
 void backward(const LinearBwd& p) {
   using A = Acc<T>;
-  const int threads = p.context.num_threads;
+  const int threads = threads_for(p.context.num_threads, p.M * p.N * p.K);
   const BackwardBuffers<T, P> buffers(p, static_cast<char*>(p.workspace));
   const bool dy_is_dz = p.activation == Activation::none && !p.scale && same<T, O>;
   const int64_t blocks = ceil_div(p.M, block_rows(p.M));
@@ -129,13 +130,14 @@ void backward(const LinearBwd& p) {
   const Made<T> made{dy_is_dz ? nullptr : reinterpret_cast<T*>(buffers.dz), p.dbias ? sums : nullptr,
                      p.dscale ? sums + blocks * p.N : nullptr};
   if (made.dz || made.dbias || made.dscale)
-    with_activation(p.activation, [&](auto activation) { make_dz<T, O, decltype(activation)::value>(p, made); });
+    with_activation(p.activation, [&](auto activation) { make_dz<T, O, decltype(activation)::value>(threads, p, made); });
   if (p.dbias) add_blocks(made.dbias, blocks, p.N, static_cast<P*>(p.dbias));
   if (p.dscale) add_blocks(made.dscale, blocks, p.N, static_cast<A*>(p.dscale));
 
   const T* dz = dy_is_dz ? static_cast<const T*>(p.dy) : made.dz;
   if (p.dx && p.M && p.K) {
-    const Right<Operand<T>, P> right{rows_of<P>(p.weight, p.weight_stride), buffers.packed, p.N, p.K};
+    using W = Source<T, P>;
+    const Right<Operand<T>, W> right{rows_of<W>(p.weight, p.weight_stride), buffers.packed, p.N, p.K};
     const Left left = prepare_a(threads, Matrix<T>{dz, p.N, 1}, p.M, p.N, buffers.left);
     gemm(threads, left, right, p.M, store_to<A>(static_cast<T*>(p.dx), nullptr, p.K));
   }
