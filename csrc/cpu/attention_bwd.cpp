@@ -54,16 +54,16 @@ struct Sizes {
 template <class T>
 struct Scratch {
   using A = Acc<T>;
-  char *queries_t, *douts_t;    // packed [D, queries]
-  char *queries, *douts;        // packed [queries, D]
-  char* keys;                   // packed [keys, D]
-  char *key_rows, *value_rows;  // row tiles, where their words cannot be read in place
-  A *lse, *delta;               // of each query, lse times log2(e)
-  A *scores, *dscores;          // row tiles
-  Operand<T> *probabilities, *ds;  // [kTileRows, query_panels.width()]
-  Word<Operand<T>>* ds_words;            // [steps of keys, query_panels.width()]
-  A *dkeys, *dvalues;           // row tiles of a part, or a single one where there is one block of queries
-  A* dqueries;                  // [groups] row tiles of a block of queries, where a head is one part
+  char *queries_t, *douts_t;      // packed [D, queries]
+  char *queries, *douts;          // packed [queries, D]
+  char* keys;                     // packed [keys, D]
+  char *key_rows, *value_rows;    // row tiles, where their words cannot be read in place
+  A *lse, *delta;                 // of each query, lse times log2(e)
+  A *scores, *dscores;            // row tiles
+  Operand<T>*probabilities, *ds;  // [kTileRows, query_panels.width()]
+  Word<Operand<T>>* ds_words;     // [steps of keys, query_panels.width()]
+  A *dkeys, *dvalues;             // row tiles of a part, or a single one where there is one block of queries
+  A* dqueries;                    // [groups] row tiles of a block of queries, where a head is one part
 
   Scratch(const Sizes<T>& s, int64_t D, Arena& arena) {
     using S = Operand<T>;

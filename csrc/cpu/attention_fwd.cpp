@@ -59,12 +59,12 @@ struct Sizes {
 template <class T>
 struct Scratch {
   using A = Acc<T>;
-  char *keys, *values;  // packed
-  char* queries;        // a row tile, where its words cannot be read in place
-  A* scores;            // [kTileRows, key_panels.width()]
+  char *keys, *values;        // packed
+  char* queries;              // a row tile, where its words cannot be read in place
+  A* scores;                  // [kTileRows, key_panels.width()]
   Operand<T>* probabilities;  // the same, in place of the scores where the type is theirs
-  A* outputs;           // [queries, head_panels.width()], not yet divided by their totals
-  A *largest, *totals;  // of each query of the block
+  A* outputs;                 // [queries, head_panels.width()], not yet divided by their totals
+  A *largest, *totals;        // of each query of the block
 
   Scratch(const Sizes<T>& s, Arena& arena) {
     const auto take = [&](int64_t count, int64_t size) { return arena.take(count * size); };
@@ -137,8 +137,8 @@ VIT_INLINE Acc<T> exponentials(const Acc<T>* row, int64_t keys, Acc<T> scale, Ac
 // where they were those of older keys, rescale(row, factor) is called for what was summed with the older total.
 // All rows have their largest score before the first exponential: the latencies of eight reductions overlap.
 template <class T, bool kNegative, class F>
-VIT_INLINE void softmax(const RowTile<Acc<T>>& scores, int64_t keys, Acc<T> scale, Operand<T>* out, bool first, Acc<T>* largest,
-                        Acc<T>* totals, const F& rescale) {
+VIT_INLINE void softmax(const RowTile<Acc<T>>& scores, int64_t keys, Acc<T> scale, Operand<T>* out, bool first,
+                        Acc<T>* largest, Acc<T>* totals, const F& rescale) {
   using A = Acc<T>;
   constexpr A least = kLeast<A, kNegative>;
   A now[kTileRows];
@@ -248,8 +248,9 @@ struct Worker {
                             for (int64_t d = 0; d < outputs.stride; d += kLanes<A>)
                               store<A>(row + d, factor * load<A>(row + d));
                           });
-    multiply<T>(reinterpret_cast<const char*>(scratch.probabilities), key_width * static_cast<int64_t>(sizeof(Operand<T>)),
-             values_of(block), steps_of<Operand<T>>(keys), s.head_panels, block > 0, outputs, upcoming);
+    multiply<T>(reinterpret_cast<const char*>(scratch.probabilities),
+                key_width * static_cast<int64_t>(sizeof(Operand<T>)), values_of(block), steps_of<Operand<T>>(keys),
+                s.head_panels, block > 0, outputs, upcoming);
     if (block + 1 == s.key_blocks()) store_rows(unit, i, outputs);
   }
 
