@@ -154,7 +154,7 @@ class Block(CallsOps, nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         #: The classes of the modules below in order: a block of others calls them one by one.
         self._as_built = tuple(type(m) for m in self._below())
-        self._kinds = (Block, *dict.fromkeys(self._as_built))
+        self._kinds: tuple[type[nn.Module], ...] = (Block, *dict.fromkeys(self._as_built))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         masked = attn_mask is not None or is_causal
@@ -186,7 +186,7 @@ class Block(CallsOps, nn.Module):
             tuple(map(type, below)) == self._as_built
             and unwatched(below)
             and as_known(self._kinds)
-            and self._modules["attn"].fused_attn
+            and self.attn.fused_attn
             and plain([p for m in below if m._parameters for p in m._parameters.values()])
         )
 
@@ -201,10 +201,8 @@ class Block(CallsOps, nn.Module):
     def fused(self, x: Tensor, queries: int | None = None) -> Tensor:
         """`forward` where `can_fuse`. With `queries` only the first so many tokens are computed, [B, queries, C]: the
         others are read as keys and values."""
-        # The table: nn.Module's look-up of a name takes 0.2 us.
-        attn: Any
-        mlp: Any
-        norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = self._modules.values()
+        below: dict[str, Any] = self._modules  # nn.Module's look-up of a name takes 0.2 us
+        norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = below.values()
         ops, of_attn, of_mlp = self.ops, attn._modules, mlp._modules
         branch, x = ops.movement.fork(x)
         if queries is not None:
