@@ -40,7 +40,7 @@ struct Sizes {
         keys(Blocks::of(groups.largest(), kBackwardKeys).largest()),
         query_panels(queries.largest()),
         head_panels(p.D),
-        steps(steps_of<T>(p.D)) {
+        steps(steps_of<Operand<T>>(p.D)) {
     // As few parts as keep the threads busy; each packs the queries again, about 3 % of its work.
     int64_t best = INT64_MAX;
     for (int64_t n = 1; n <= groups.count; ++n) {
@@ -54,18 +54,19 @@ struct Sizes {
 template <class T>
 struct Scratch {
   using A = Acc<T>;
-  char *queries_t, *douts_t;    // packed [D, queries]
-  char *queries, *douts;        // packed [queries, D]
-  char* keys;                   // packed [keys, D]
-  char *key_rows, *value_rows;  // row tiles, where their words cannot be read in place
-  A *lse, *delta;               // of each query, lse times log2(e)
-  A *scores, *dscores;          // row tiles
-  T *probabilities, *ds;        // [kTileRows, query_panels.width()]
-  Word<T>* ds_words;            // [steps of keys, query_panels.width()]
-  A *dkeys, *dvalues;           // row tiles of a part, or a single one where there is one block of queries
-  A* dqueries;                  // [groups] row tiles of a block of queries, where a head is one part
+  char *queries_t, *douts_t;      // packed [D, queries]
+  char *queries, *douts;          // packed [queries, D]
+  char* keys;                     // packed [keys, D]
+  char *key_rows, *value_rows;    // row tiles, where their words cannot be read in place
+  A *lse, *delta;                 // of each query, lse times log2(e)
+  A *scores, *dscores;            // row tiles
+  Operand<T>*probabilities, *ds;  // [kTileRows, query_panels.width()]
+  Word<Operand<T>>* ds_words;     // [steps of keys, query_panels.width()]
+  A *dkeys, *dvalues;             // row tiles of a part, or a single one where there is one block of queries
+  A* dqueries;                    // [groups] row tiles of a block of queries, where a head is one part
 
   Scratch(const Sizes<T>& s, int64_t D, Arena& arena) {
+    using S = Operand<T>;
     const auto take = [&](int64_t count, int64_t size) { return arena.take(count * size); };
     const int64_t width = s.query_panels.width(), rows = s.queries.largest();
     queries_t = take(packed_bytes<T>(D, rows), 1);
@@ -73,15 +74,15 @@ struct Scratch {
     queries = take(packed_bytes<T>(rows, D), 1);
     douts = take(packed_bytes<T>(rows, D), 1);
     keys = take(packed_bytes<T>(s.keys, D), 1);
-    key_rows = take(kTileRows * s.steps, sizeof(Word<T>));
-    value_rows = take(kTileRows * s.steps, sizeof(Word<T>));
+    key_rows = take(kTileRows * s.steps, sizeof(Word<S>));
+    value_rows = take(kTileRows * s.steps, sizeof(Word<S>));
     lse = reinterpret_cast<A*>(take(width, sizeof(A)));
     delta = reinterpret_cast<A*>(take(width, sizeof(A)));
     scores = reinterpret_cast<A*>(take(kTileRows * width, sizeof(A)));
     dscores = reinterpret_cast<A*>(take(kTileRows * width, sizeof(A)));
-    probabilities = reinterpret_cast<T*>(take(kTileRows * width, sizeof(T)));
-    ds = reinterpret_cast<T*>(take(kTileRows * width, sizeof(T)));
-    ds_words = reinterpret_cast<Word<T>*>(take(steps_of<T>(s.keys) * width, sizeof(Word<T>)));
+    probabilities = reinterpret_cast<S*>(take(kTileRows * width, sizeof(S)));
+    ds = reinterpret_cast<S*>(take(kTileRows * width, sizeof(S)));
+    ds_words = reinterpret_cast<Word<S>*>(take(steps_of<S>(s.keys) * width, sizeof(Word<S>)));
     const int64_t kept = (s.queries.count == 1 ? kTileRows : s.groups.size) * s.head_panels.width();
     dkeys = reinterpret_cast<A*>(take(kept, sizeof(A)));
     dvalues = reinterpret_cast<A*>(take(kept, sizeof(A)));
@@ -146,7 +147,8 @@ struct Head {
   VIT_INLINE void differentiate(const RowTile<A>& scores, const RowTile<A>& dscores, int64_t columns,
                                 int64_t step) const {
     using V = Vec<A>;
-    constexpr int64_t depth = Step<T>::kDepth, lanes = kLanes<A>;
+    using S = Operand<T>;
+    constexpr int64_t depth = Step<S>::kDepth, lanes = kLanes<A>;
     const A scale = static_cast<A>(p.scale * 1.44269504088896340736);
     const int64_t width = scores.stride;
     for (int64_t r = 0; r < scores.rows; r += depth) {
@@ -162,8 +164,8 @@ struct Head {
           store<A>(scratch.probabilities + at, e);
           store<A>(scratch.ds + at, d[half]);
         }
-        Word<T>* words = scratch.ds_words + (step + r / depth) * width + i;
-        if constexpr (same<T, bf16>) {
+        Word<S>* words = scratch.ds_words + (step + r / depth) * width + i;
+        if constexpr (same<S, bf16>) {
           const u32v pairs = __builtin_convertvector(to_bf16(d[0]), u32v) | __builtin_convertvector(to_bf16(d[1]), u32v)
                                                                                 << 16;
           memcpy(words, &pairs, sizeof pairs);
@@ -210,11 +212,12 @@ struct Head {
   }
 
   void key_block(int64_t block, int64_t n, int64_t j, int64_t keys, bool add, A* dqueries, Upcoming& upcoming) const {
-    constexpr int64_t depth = Step<T>::kDepth, size = sizeof(T);
+    using S = Operand<T>;
+    constexpr int64_t depth = Step<S>::kDepth, size = sizeof(S);
     const int64_t width = s.query_panels.width(), head_width = s.head_panels.width();
     const Panels<T> panels(n);
     pack(Matrix<T>{k + j * p.k.token, p.k.token, 1}, keys, p.D, scratch.keys);
-    const Blocks tiles{steps_of<T>(keys), ceil_div(keys, kTileRows)};  // whole steps: pairs of keys share a word
+    const Blocks tiles{steps_of<S>(keys), ceil_div(keys, kTileRows)};  // whole steps: pairs of keys share a word
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t row = tiles.begin(t) * depth, rows = min(tiles.end(t) * depth, keys) - row;
       const RowTile<A> scores{scratch.scores, width, rows}, dscores{scratch.dscores, width, rows};
@@ -228,9 +231,9 @@ struct Head {
       const int64_t kept = s.queries.count == 1 ? 0 : (j + row) * head_width;
       const RowTile<A> dkeys{scratch.dkeys + kept, head_width, rows};
       const RowTile<A> dvalues{scratch.dvalues + kept, head_width, rows};
-      multiply(reinterpret_cast<const char*>(scratch.probabilities), width * size, scratch.douts, steps_of<T>(n),
+      multiply(reinterpret_cast<const char*>(scratch.probabilities), width * size, scratch.douts, steps_of<S>(n),
                s.head_panels, block > 0, dvalues, upcoming);
-      multiply(reinterpret_cast<const char*>(scratch.ds), width * size, scratch.queries, steps_of<T>(n), s.head_panels,
+      multiply(reinterpret_cast<const char*>(scratch.ds), width * size, scratch.queries, steps_of<S>(n), s.head_panels,
                block > 0, dkeys, upcoming);
       if (block + 1 < s.queries.count) continue;
       for (int64_t r = 0; r < rows; ++r) {
@@ -243,7 +246,7 @@ struct Head {
       const int64_t row = query_tiles.begin(t);
       const RowTile<A> dqueries_tile{dqueries + row * head_width, head_width, query_tiles.end(t) - row};
       multiply<T, true>(reinterpret_cast<const char*>(scratch.ds_words + row),
-                        width * static_cast<int64_t>(sizeof(Word<T>)), scratch.keys, steps_of<T>(keys), s.head_panels,
+                        width * static_cast<int64_t>(sizeof(Word<S>)), scratch.keys, steps_of<S>(keys), s.head_panels,
                         add, dqueries_tile, upcoming);
     }
   }

@@ -47,7 +47,7 @@ struct Sizes {
         values_bytes(packed_bytes<T>(key_panels.width(), p.D)),
         resident(key_blocks() == 1 || key_blocks() * (keys_bytes + values_bytes) <= kResidentBytes),
         queries(Blocks::of(p.N, resident ? kForwardQueries : kLongForwardQueries)),
-        steps(steps_of<T>(p.D)) {}
+        steps(steps_of<Operand<T>>(p.D)) {}
 
   int64_t key_blocks() const { return key_units.count; }
   int64_t packed_blocks() const { return resident ? key_blocks() : 1; }
@@ -59,23 +59,23 @@ struct Sizes {
 template <class T>
 struct Scratch {
   using A = Acc<T>;
-  char *keys, *values;  // packed
-  char* queries;        // a row tile, where its words cannot be read in place
-  A* scores;            // [kTileRows, key_panels.width()]
-  T* probabilities;     // the same, in place of the scores where the type is theirs
-  A* outputs;           // [queries, head_panels.width()], not yet divided by their totals
-  A *largest, *totals;  // of each query of the block
+  char *keys, *values;        // packed
+  char* queries;              // a row tile, where its words cannot be read in place
+  A* scores;                  // [kTileRows, key_panels.width()]
+  Operand<T>* probabilities;  // the same, in place of the scores where the type is theirs
+  A* outputs;                 // [queries, head_panels.width()], not yet divided by their totals
+  A *largest, *totals;        // of each query of the block
 
   Scratch(const Sizes<T>& s, Arena& arena) {
     const auto take = [&](int64_t count, int64_t size) { return arena.take(count * size); };
     keys = take(s.packed_blocks(), s.keys_bytes);
     values = take(s.packed_blocks(), s.values_bytes);
-    queries = take(kTileRows * s.steps, sizeof(Word<T>));
+    queries = take(kTileRows * s.steps, sizeof(Word<Operand<T>>));
     scores = reinterpret_cast<A*>(take(kTileRows * s.key_panels.width(), sizeof(A)));
-    if constexpr (same<T, A>)
+    if constexpr (same<Operand<T>, A>)
       probabilities = scores;
     else
-      probabilities = reinterpret_cast<T*>(take(kTileRows * s.key_panels.width(), sizeof(T)));
+      probabilities = reinterpret_cast<Operand<T>*>(take(kTileRows * s.key_panels.width(), sizeof(Operand<T>)));
     outputs = reinterpret_cast<A*>(take(s.queries.largest() * s.head_panels.width(), sizeof(A)));
     largest = reinterpret_cast<A*>(take(s.queries.largest(), sizeof(A)));
     totals = reinterpret_cast<A*>(take(s.queries.largest(), sizeof(A)));
@@ -114,7 +114,7 @@ VIT_INLINE A largest_of(const A* row, int64_t keys) {
 
 // A row of scores to their exponentials relative to `origin`; returns the sum of them. scale includes log2(e).
 template <class T>
-VIT_INLINE Acc<T> exponentials(const Acc<T>* row, int64_t keys, Acc<T> scale, Acc<T> origin, T* out) {
+VIT_INLINE Acc<T> exponentials(const Acc<T>* row, int64_t keys, Acc<T> scale, Acc<T> origin, Operand<T>* out) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
@@ -137,8 +137,8 @@ VIT_INLINE Acc<T> exponentials(const Acc<T>* row, int64_t keys, Acc<T> scale, Ac
 // where they were those of older keys, rescale(row, factor) is called for what was summed with the older total.
 // All rows have their largest score before the first exponential: the latencies of eight reductions overlap.
 template <class T, bool kNegative, class F>
-VIT_INLINE void softmax(const RowTile<Acc<T>>& scores, int64_t keys, Acc<T> scale, T* out, bool first, Acc<T>* largest,
-                        Acc<T>* totals, const F& rescale) {
+VIT_INLINE void softmax(const RowTile<Acc<T>>& scores, int64_t keys, Acc<T> scale, Operand<T>* out, bool first,
+                        Acc<T>* largest, Acc<T>* totals, const F& rescale) {
   using A = Acc<T>;
   constexpr A least = kLeast<A, kNegative>;
   A now[kTileRows];
@@ -241,15 +241,16 @@ struct Worker {
     const RowTile<A> scores{scratch.scores, key_width, rows};
     const RowTile<A> outputs{scratch.outputs + i * s.head_panels.width(), s.head_panels.width(), rows};
     const Left left = prepare_a(1, Matrix<T>{query(unit) + i * p.q.token, p.q.token, 1}, rows, p.D, scratch.queries);
-    multiply(left.data, left.stride, keys_of(block), s.steps, Panels<T>(keys), false, scores, upcoming);
+    multiply<T>(left.data, left.stride, keys_of(block), s.steps, Panels<T>(keys), false, scores, upcoming);
     softmax<T, kNegative>(scores, keys, scale, scratch.probabilities, block == 0, scratch.largest + i,
                           scratch.totals + i, [&](int64_t r, A factor) {
                             A* row = outputs.data + r * outputs.stride;
                             for (int64_t d = 0; d < outputs.stride; d += kLanes<A>)
                               store<A>(row + d, factor * load<A>(row + d));
                           });
-    multiply(reinterpret_cast<const char*>(scratch.probabilities), key_width * static_cast<int64_t>(sizeof(T)),
-             values_of(block), steps_of<T>(keys), s.head_panels, block > 0, outputs, upcoming);
+    multiply<T>(reinterpret_cast<const char*>(scratch.probabilities),
+                key_width * static_cast<int64_t>(sizeof(Operand<T>)), values_of(block), steps_of<Operand<T>>(keys),
+                s.head_panels, block > 0, outputs, upcoming);
     if (block + 1 == s.key_blocks()) store_rows(unit, i, outputs);
   }
 
@@ -302,7 +303,8 @@ void attention_fwd_range(const AttentionFwd& p, char* scratch, int64_t begin, in
 
 void attention_fwd(const AttentionFwd& p) {
   const int64_t scratch = attention_fwd_scratch(p);
-  parallel_for(p.context.num_threads, attention_fwd_units(p), [&](int64_t begin, int64_t end, int thread) {
+  const int threads = threads_for(p.context.num_threads, 2 * p.B * p.H * p.N * p.L * p.D);
+  parallel_for(threads, attention_fwd_units(p), [&](int64_t begin, int64_t end, int thread) {
     attention_fwd_range(p, static_cast<char*>(p.workspace) + thread * scratch, begin, end);
   });
 }

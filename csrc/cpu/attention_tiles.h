@@ -16,10 +16,10 @@ struct Blocks {
   int64_t largest() const { return count ? ceil_div(size, count) : 0; }
 };
 
-// The columns of an operand B in panels of at most kTileVectors vectors: 3, 2 rather than 3, 3, ..., 1.
+// The columns of an operand B of elements T in panels of at most kTileVectors vectors: 3, 2 rather than 3, 3, ..., 1.
 template <class T>
 struct Panels {
-  static constexpr int64_t lanes = kWordLanes<T>;
+  static constexpr int64_t lanes = kWordLanes<Operand<T>>;
   int64_t vectors, count;
 
   explicit Panels(int64_t columns) : vectors(ceil_div(columns, lanes)), count(ceil_div(vectors, kTileVectors)) {}
@@ -29,16 +29,17 @@ struct Panels {
 
 template <class T>
 int64_t packed_bytes(int64_t K, int64_t N) {
-  return steps_of<T>(K) * Panels<T>(N).vectors * kVectorBytes;
+  return steps_of<Operand<T>>(K) * Panels<T>(N).vectors * kVectorBytes;
 }
 
 template <class T>
 void pack(const Matrix<T>& b, int64_t K, int64_t N, char* packed) {
   const Panels<T> panels(N);
-  const int64_t steps = steps_of<T>(K);
+  const int64_t steps = steps_of<Operand<T>>(K);
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t v = panels.begin(panel);
-    pack_panel<T>(b, v * panels.lanes, panels.begin(panel + 1) - v, 0, steps, K, N, packed + v * steps * kVectorBytes);
+    pack_panel<Operand<T>>(b, v * panels.lanes, panels.begin(panel + 1) - v, 0, steps, K, N,
+                           packed + v * steps * kVectorBytes);
   }
 }
 
@@ -87,8 +88,8 @@ VIT_INLINE void multiply(const char* a, int64_t stride, const char* b, int64_t s
     const int64_t v0 = panels.begin(panel), v1 = panels.begin(panel + 1);
     const char* panel_b = b + v0 * steps * kVectorBytes;
     const Ahead ahead = kColumns ? Ahead{} : upcoming.next(steps, panel_b);  // columns ask for themselves
-    tile_for<T, kColumns>(out.rows, v1 - v0)(a, stride, panel_b, steps, ahead, add, out.data + v0 * panels.lanes,
-                                             out.stride);
+    tile_for<Operand<T>, kColumns>(out.rows, v1 - v0)(a, stride, panel_b, steps, ahead, add,
+                                                      out.data + v0 * panels.lanes, out.stride);
   }
 }
 

@@ -24,6 +24,30 @@ struct Matrix {
   int64_t row, col;
 };
 
+// A float that takes part in products of bfloat16: rounded when it is read, also where their operands are float.
+struct rounded {
+  float value;
+};
+VIT_INLINE float to_acc(rounded x) { return to_acc(from_acc<bf16>(x.value)); }
+
+template <>
+struct Memory<float, rounded> {
+  static VIT_INLINE f32v load(const rounded* p) { return from_bf16(to_bf16(load_raw<f32v>(p))); }
+  static VIT_INLINE f32v load(const rounded* p, int64_t n) { return from_bf16(to_bf16(load_raw<f32v>(p, n))); }
+};
+
+// How a product of elements T reads a matrix of elements P.
+template <class T, class S, class P>
+struct SourceOf {
+  using type = P;
+};
+template <>
+struct SourceOf<bf16, float, float> {
+  using type = rounded;
+};
+template <class T, class P>
+using Source = typename SourceOf<T, Operand<T>, P>::type;
+
 template <class T>
 VIT_INLINE int64_t panels_of(int64_t N) {
   return ceil_div(N, kTileColumns<T>);
@@ -36,13 +60,13 @@ VIT_INLINE int64_t packed_b_bytes(int64_t K, int64_t N) {
 // The word of T for one step, from up to two elements of type P.
 template <class T, class P>
 VIT_INLINE Word<T> word_of(P first, P second) {
-  if constexpr (same<P, bf16>) {
-    return first.bits | static_cast<uint32_t>(second.bits) << 16;
-  } else if constexpr (same<T, bf16>) {
-    return word_of<bf16>(from_acc<bf16>(first), from_acc<bf16>(second));
-  } else {
+  if constexpr (!same<T, bf16>) {
     (void)second;
     return static_cast<T>(to_acc(first));
+  } else if constexpr (same<P, bf16>) {
+    return first.bits | static_cast<uint32_t>(second.bits) << 16;
+  } else {
+    return word_of<bf16>(from_acc<bf16>(first), from_acc<bf16>(second));
   }
 }
 
@@ -207,22 +231,37 @@ enum class LeftCopy { none, rows, columns };
 // What prepare_a must do with a: nothing where a step's word can be read in place.
 template <class T>
 VIT_INLINE LeftCopy left_copy(const Matrix<T>& a, int64_t K) {
-  constexpr bool pairs = Step<T>::kDepth > 1;
-  if (a.col == 1) return pairs && K % 2 ? LeftCopy::rows : LeftCopy::none;
-  if (a.row == 1) return pairs ? LeftCopy::columns : LeftCopy::none;
+  constexpr bool kPairs = Step<Operand<T>>::kDepth > 1, kSame = same<T, Operand<T>>;
+  if (a.col == 1) return kSame && !(kPairs && K % 2) ? LeftCopy::none : LeftCopy::rows;
+  if (a.row == 1) return kSame && !kPairs ? LeftCopy::none : LeftCopy::columns;
   return LeftCopy::rows;
 }
 
+// Bytes from row to row of a matrix whose columns tiles read: an odd number of cache lines, which meet every set of a
+// cache. Rows of 3072 floats meet a sixteenth of L2's, and its lines push each other out.
+VIT_INLINE int64_t spread_bytes(int64_t bytes) { return round_up(bytes, kAlign) | kAlign; }
+
 template <class T>
 VIT_INLINE int64_t prepared_a_bytes(const Matrix<T>& a, int64_t M, int64_t K) {
-  return left_copy(a, K) == LeftCopy::none ? 0 : M * steps_of<T>(K) * static_cast<int64_t>(sizeof(Word<T>));
+  using S = Operand<T>;
+  constexpr int64_t size = sizeof(Word<S>);
+  switch (left_copy(a, K)) {
+    case LeftCopy::none:
+      return 0;
+    case LeftCopy::columns:
+      return steps_of<S>(K) * spread_bytes(M * size);
+    case LeftCopy::rows:
+      return M * steps_of<S>(K) * size;
+  }
+  return 0;
 }
 
-// a[M, K] as tile can read it; `copy` has prepared_a_bytes.
+// a[M, K] as tile reads operands of type Operand<T>; `copy` has prepared_a_bytes.
 template <class T>
 Left prepare_a(int threads, const Matrix<T>& a, int64_t M, int64_t K, char* copy) {
-  constexpr int64_t size = sizeof(Word<T>), depth = Step<T>::kDepth, lanes = kWordLanes<T>;
-  const int64_t steps = steps_of<T>(K);
+  using S = Operand<T>;
+  constexpr int64_t size = sizeof(Word<S>), depth = Step<S>::kDepth, lanes = kWordLanes<S>;
+  const int64_t steps = steps_of<S>(K);
   const LeftCopy how = left_copy(a, K);
   if (how == LeftCopy::none) {
     const bool columns = a.col != 1;
@@ -230,29 +269,30 @@ Left prepare_a(int threads, const Matrix<T>& a, int64_t M, int64_t K, char* copy
             columns};
   }
   if (how == LeftCopy::columns) {
+    const int64_t stride = spread_bytes(M * size);
     parallel_for(threads, steps, [&](int64_t begin, int64_t end, int) {
       for (int64_t s = begin; s < end; ++s) {
         const T* first = a.data + s * depth * a.col;
         const T* second = s * depth + 1 < K ? first + a.col : nullptr;
         for (int64_t i = 0; i < M; i += lanes) {
           const int64_t n = min(lanes, M - i);
-          const Words<T> words = column_words<T>(first + i, second ? second + i : nullptr, n);
-          store_words<T>(copy + (s * M + i) * size, words, n);
+          const Words<S> words = column_words<S>(first + i, second ? second + i : nullptr, n);
+          store_words<S>(copy + s * stride + i * size, words, n);
         }
       }
     });
-    return {copy, M * size, true};
+    return {copy, stride, true};
   }
   parallel_for(threads, M, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       if (a.col == 1) {
         for (int64_t s = 0; s < steps; s += lanes)
-          store_words<T>(copy + (i * steps + s) * size, row_words<T>(a.data + i * a.row, s * depth, K), steps - s);
+          store_words<S>(copy + (i * steps + s) * size, row_words<S>(a.data + i * a.row, s * depth, K), steps - s);
         continue;
       }
       for (int64_t s = 0; s < steps; ++s) {
         const T* first = a.data + i * a.row + s * depth * a.col;
-        const Word<T> word = word_of<T>(first[0], s * depth + 1 < K ? first[a.col] : T{});
+        const Word<S> word = word_of<S>(first[0], s * depth + 1 < K ? first[a.col] : T{});
         memcpy(copy + (i * steps + s) * size, &word, size);
       }
     }

@@ -16,6 +16,7 @@
 namespace vit::VIT_ISA {
 namespace {
 
+constexpr int64_t kRowProducts = 16;  // multiply-adds that take as long as an element: it is read three times
 constexpr int kGroup = 4;  // rows that share one load of weight and bias, or of the partial sums of their gradients
 
 template <class T, class P, int rows>
@@ -32,7 +33,8 @@ VIT_INLINE void forward_rows(const LayerNormFwd& p, int64_t row) {
 
 template <class T, class P>
 void forward(const LayerNormFwd& p) {
-  parallel_for(p.context.num_threads, p.M, [&](int64_t begin, int64_t end, int) {
+  const int threads = threads_for(p.context.num_threads, p.M * p.C * kRowProducts);
+  parallel_for(threads, p.M, [&](int64_t begin, int64_t end, int) {
     int64_t row = begin;
     for (; row + kGroup <= end; row += kGroup) forward_rows<T, P, kGroup>(p, row);
     for (; row < end; ++row) forward_rows<T, P, 1>(p, row);

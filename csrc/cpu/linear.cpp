@@ -26,7 +26,7 @@ struct ForwardBuffers {
 
   explicit ForwardBuffers(const LinearFwd& p, char* base) {
     Arena arena{base};
-    weight = arena.take(packed_b_bytes<T>(p.K, p.N));
+    weight = arena.take(packed_b_bytes<Operand<T>>(p.K, p.N));
     x = arena.take(prepared_a_bytes(rows_of<T>(p.x, p.x_stride), p.M, p.K));
     bias = arena.take(p.N * acc_size(p.dtype));
     bytes = arena.used;
@@ -36,12 +36,13 @@ struct ForwardBuffers {
 template <class T, class P, class O>
 void forward(const LinearFwd& p) {
   using A = Acc<T>;
-  const int threads = p.context.num_threads;
+  const int threads = threads_for(p.context.num_threads, p.M * p.N * p.K);
   const ForwardBuffers<T> buffers(p, static_cast<char*>(p.workspace));
   A* bias = p.bias ? reinterpret_cast<A*>(buffers.bias) : nullptr;
   for (int64_t j = 0; bias && j < p.N; j += kLanes<A>)
     store<A>(bias + j, load<A>(static_cast<const P*>(p.bias) + j, p.N - j), p.N - j);
-  const Right<T, P> right{{static_cast<const P*>(p.weight), 1, p.weight_stride}, buffers.weight, p.K, p.N};
+  using W = Source<T, P>;
+  const Right<Operand<T>, W> right{{static_cast<const W*>(p.weight), 1, p.weight_stride}, buffers.weight, p.K, p.N};
   const Left left = prepare_a(threads, rows_of<T>(p.x, p.x_stride), p.M, p.K, buffers.x);
   with_activation(p.activation, [&](auto activation) {
     const Epilogue<T, O, decltype(activation)::value> epilogue{
@@ -54,17 +55,25 @@ void forward(const LinearFwd& p) {
 // Rows of one partial sum of dbias and dscale: at most 64 blocks, so that adding the blocks stays cheap.
 int64_t block_rows(int64_t M) { return max<int64_t>(32, ceil_div(M, 64)); }
 
+// Elements from row to row of dz: of dy, where dz is dy itself.
+template <class T>
+int64_t dz_stride(const LinearBwd& p) {
+  if (p.activation == Activation::none && !p.scale && p.dtype == p.out_dtype) return p.N;
+  return spread_bytes(p.N * size_of(p.dtype)) / size_of(p.dtype);
+}
+
 template <class T, class P>
 struct BackwardBuffers {
   char *dz, *sums, *packed, *left, *partial;
   int64_t bytes;
 
   explicit BackwardBuffers(const LinearBwd& p, char* base) {
-    const Matrix<T> dz_rows{nullptr, p.N, 1}, dz_columns{nullptr, 1, p.N};
+    const int64_t stride = dz_stride<T>(p);
+    const Matrix<T> dz_rows{nullptr, stride, 1}, dz_columns{nullptr, 1, stride};
     Arena arena{base};
-    dz = arena.take(p.M * p.N * size_of(p.dtype));
+    dz = arena.take(p.M * stride * size_of(p.dtype));
     sums = arena.take(2 * ceil_div(p.M, block_rows(p.M)) * p.N * acc_size(p.dtype));
-    packed = arena.take(max(packed_b_bytes<T>(p.N, p.K), packed_b_bytes<T>(p.M, p.K)));
+    packed = arena.take(max(packed_b_bytes<Operand<T>>(p.N, p.K), packed_b_bytes<Operand<T>>(p.M, p.K)));
     left = arena.take(max(prepared_a_bytes(dz_rows, p.M, p.N), prepared_a_bytes(dz_columns, p.N, p.M)));
     partial = arena.take(partial_bytes<Acc<T>, P>(p.N, p.K));
     bytes = arena.used;
@@ -74,20 +83,20 @@ struct BackwardBuffers {
 // Where make_dz leaves its results; null: not wanted.
 template <class T>
 struct Made {
-  T* dz;           // [M, N]; null: dz is dy itself
+  T* dz;           // [M, N] rows dz_stride apart; null: dz is dy itself
   Acc<T>* dbias;   // [blocks, N], the sum of each block of rows
   Acc<T>* dscale;  // likewise
 };
 
 // dz = scale dy activation'(preact), and the sums over dz and over dy activation(preact).
 template <class T, class O, Activation kActivation>
-void make_dz(const LinearBwd& p, const Made<T>& made) {
+void make_dz(int threads, const LinearBwd& p, const Made<T>& made) {
   using A = Acc<T>;
   const O* dy = static_cast<const O*>(p.dy);
   const T* preact = static_cast<const T*>(p.preact);
   const A* scale = static_cast<const A*>(p.scale);
-  const int64_t rows = block_rows(p.M);
-  parallel_for(p.context.num_threads, ceil_div(p.M, rows), [&](int64_t begin, int64_t end, int) {
+  const int64_t rows = block_rows(p.M), stride = dz_stride<T>(p);
+  parallel_for(threads, ceil_div(p.M, rows), [&](int64_t begin, int64_t end, int) {
     for (int64_t block = begin; block < end; ++block) {
       A* dbias = made.dbias ? made.dbias + block * p.N : nullptr;
       A* dscale = made.dscale ? made.dscale + block * p.N : nullptr;
@@ -102,7 +111,7 @@ void make_dz(const LinearBwd& p, const Made<T>& made) {
           if (scale) v *= load<A>(scale + j, n);
           if constexpr (kActivation != Activation::none)
             v *= activation_derivative<T, kActivation>(load<A>(preact + at, n));
-          if (made.dz) store<A>(made.dz + at, v, n);
+          if (made.dz) store<A>(made.dz + i * stride + j, v, n);
           if (dbias) store<A>(dbias + j, load<A>(dbias + j, n) + v, n);
         }
     }
@@ -121,27 +130,29 @@ void add_blocks(const A* partial, int64_t blocks, int64_t N, P* out) {
 template <class T, class P, class O>
 void backward(const LinearBwd& p) {
   using A = Acc<T>;
-  const int threads = p.context.num_threads;
+  const int threads = threads_for(p.context.num_threads, p.M * p.N * p.K);
   const BackwardBuffers<T, P> buffers(p, static_cast<char*>(p.workspace));
   const bool dy_is_dz = p.activation == Activation::none && !p.scale && same<T, O>;
-  const int64_t blocks = ceil_div(p.M, block_rows(p.M));
+  const int64_t blocks = ceil_div(p.M, block_rows(p.M)), stride = dz_stride<T>(p);
   A* sums = reinterpret_cast<A*>(buffers.sums);
   const Made<T> made{dy_is_dz ? nullptr : reinterpret_cast<T*>(buffers.dz), p.dbias ? sums : nullptr,
                      p.dscale ? sums + blocks * p.N : nullptr};
   if (made.dz || made.dbias || made.dscale)
-    with_activation(p.activation, [&](auto activation) { make_dz<T, O, decltype(activation)::value>(p, made); });
+    with_activation(p.activation,
+                    [&](auto activation) { make_dz<T, O, decltype(activation)::value>(threads, p, made); });
   if (p.dbias) add_blocks(made.dbias, blocks, p.N, static_cast<P*>(p.dbias));
   if (p.dscale) add_blocks(made.dscale, blocks, p.N, static_cast<A*>(p.dscale));
 
   const T* dz = dy_is_dz ? static_cast<const T*>(p.dy) : made.dz;
   if (p.dx && p.M && p.K) {
-    const Right<T, P> right{rows_of<P>(p.weight, p.weight_stride), buffers.packed, p.N, p.K};
-    const Left left = prepare_a(threads, Matrix<T>{dz, p.N, 1}, p.M, p.N, buffers.left);
+    using W = Source<T, P>;
+    const Right<Operand<T>, W> right{rows_of<W>(p.weight, p.weight_stride), buffers.packed, p.N, p.K};
+    const Left left = prepare_a(threads, Matrix<T>{dz, stride, 1}, p.M, p.N, buffers.left);
     gemm(threads, left, right, p.M, store_to<A>(static_cast<T*>(p.dx), nullptr, p.K));
   }
   if (p.dweight && p.N && p.K) {
-    const Right<T, T> right{rows_of<T>(p.x, p.x_stride), buffers.packed, p.M, p.K};
-    const Left left = prepare_a(threads, Matrix<T>{dz, 1, p.N}, p.N, p.M, buffers.left);
+    const Right<Operand<T>, T> right{rows_of<T>(p.x, p.x_stride), buffers.packed, p.M, p.K};
+    const Left left = prepare_a(threads, Matrix<T>{dz, 1, stride}, p.N, p.M, buffers.left);
     gemm(threads, left, right, p.N, store_to<A>(static_cast<P*>(p.dweight), buffers.partial, p.K));
   }
 }

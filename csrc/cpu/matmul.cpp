@@ -27,7 +27,7 @@ struct Buffers {
 
   Buffers(const Matrix<T>& a, const Sizes& s, char* base) {
     Arena arena{base};
-    packed_b = arena.take(packed_b_bytes<T>(s.K, s.N));
+    packed_b = arena.take(packed_b_bytes<Operand<T>>(s.K, s.N));
     left = arena.take(prepared_a_bytes(a, s.M, s.K));
     partial = arena.take(a.col == 1 ? 0 : partial_bytes<Acc<T>, T>(s.M, s.N));
     bytes = arena.used;
@@ -39,7 +39,8 @@ void multiply(int threads, const Matrix<T>& a, const Matrix<T>& b, const Sizes& 
   if (s.M == 0 || s.N == 0) return;
   const Buffers<T> buffers(a, s, workspace);
   const Left left = prepare_a(threads, a, s.M, s.K, buffers.left);
-  gemm(threads, left, Right<T, T>{b, buffers.packed_b, s.K, s.N}, s.M, store_to<Acc<T>>(c, buffers.partial, s.N));
+  const Right<Operand<T>, T> right{b, buffers.packed_b, s.K, s.N};
+  gemm(threads, left, right, s.M, store_to<Acc<T>>(c, buffers.partial, s.N));
 }
 
 bool split_batch(int64_t batch, const Context& context) {

@@ -76,6 +76,8 @@ VIT_INLINE float to_acc(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x
 VIT_INLINE u32v widen(u16hv bits) {
 #if defined(__AVX512F__)
   return bit_cast<u32v>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(bits)));  // GCC 12 makes it two halves
+#elif defined(__AVX2__)
+  return bit_cast<u32v>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
 #else
   return __builtin_convertvector(bits, u32v);
 #endif

@@ -33,6 +33,10 @@ std::string threads_runtime();
 #ifdef VIT_ISA
 namespace VIT_ISA {
 
+// How many threads pay for so many multiply-adds. A region of two costs 1 to 2 us where the second one still spins
+// and 50 us where it sleeps or its core is taken; one core of a Zen 5 does this many in 4 us.
+inline int threads_for(int threads, int64_t products) { return products < (int64_t{1} << 19) ? 1 : threads; }
+
 // Splits units [0, n) into one contiguous range per thread and calls f(begin, end, thread) on each; thread < threads
 // indexes scratch memory. A unit's result must not depend on the range it falls into.
 template <class F>

@@ -13,7 +13,7 @@ from std.sys import size_of
 from .activation import activate, activate_grad
 from .contract import NONE, SILU, Elements, LinearBwd, LinearFwd, elements, optional
 from .gemm import ask_rows, gemm, partial_bytes, store_to
-from .pack import COUNT_ONLY, Arena, Matrix, Right, packed_b_bytes, prepare_a, prepared_a_bytes
+from .pack import COUNT_ONLY, Arena, Matrix, Right, packed_b_bytes, prepare_a, prepared_a_bytes, spread_bytes
 from .rows import add_blocks, cleared
 from .simd import Accumulator, ceil_div, fma, lanes, load, store
 from .threads import Task, parallel_for
@@ -119,6 +119,14 @@ def block_rows(M: Int) -> Int:
     return max(32, ceil_div(M, 64))
 
 
+def dz_stride[T: DType](p: LinearBwd) -> Int:
+    """Elements from row to row of dz: of dy, where dz is dy itself."""
+    comptime size = size_of[Scalar[T]]()
+    if Int(p.activation) == NONE and not p.scale and p.dtype == p.out_dtype:
+        return p.N
+    return spread_bytes(p.N * size) // size
+
+
 @fieldwise_init
 struct BackwardBuffers[T: DType, P: DType](TrivialRegisterPassable):
     var dz: Bytes
@@ -132,11 +140,12 @@ struct BackwardBuffers[T: DType, P: DType](TrivialRegisterPassable):
         comptime size = size_of[Scalar[Accumulator[Self.T]]]()
         var arena = Arena(base, 0)
         var dz = elements[Self.T](p.dy)
-        self.dz = arena.take(p.M * p.N * size_of[Scalar[Self.T]]())
+        var stride = dz_stride[Self.T](p)
+        self.dz = arena.take(p.M * stride * size_of[Scalar[Self.T]]())
         self.sums = arena.take(2 * ceil_div(p.M, block_rows(p.M)) * p.N * size)
         self.packed = arena.take(max(packed_b_bytes[Self.T](p.N, p.K), packed_b_bytes[Self.T](p.M, p.K)))
         self.left = arena.take(
-            max(prepared_a_bytes(Matrix(dz, p.N, 1), p.M, p.N), prepared_a_bytes(Matrix(dz, 1, p.N), p.N, p.M))
+            max(prepared_a_bytes(Matrix(dz, stride, 1), p.M, p.N), prepared_a_bytes(Matrix(dz, 1, stride), p.N, p.M))
         )
         self.partial = arena.take(partial_bytes[Self.T, Self.P](p.N, p.K))
         self.bytes = arena.used
@@ -158,6 +167,7 @@ struct MakeDz[T: DType, O: DType, activation: Int](Task):
     var dscale: Optional[Elements[Self.A]]  # likewise
     var M: Int
     var N: Int
+    var stride: Int  # of dz
 
     def run(self, begin: Int, end: Int, thread: Int):
         comptime A = Self.A
@@ -185,7 +195,7 @@ struct MakeDz[T: DType, O: DType, activation: Int](Task):
             var x = load[A](self.preact.unsafe_value().unsafe_offset(at), n)
             v *= activate_grad[Self.activation, Self.T](x)
         if self.dz:
-            store(self.dz.unsafe_value().unsafe_offset(at), v, n)
+            store(self.dz.unsafe_value().unsafe_offset(i * self.stride + j), v, n)
         if dbias:
             var total = dbias.unsafe_value().unsafe_offset(j)
             store(total, load[A](total, n) + v, n)
@@ -196,6 +206,7 @@ def backward[T: DType, P: DType, O: DType](p: LinearBwd):
     var threads = p.context.threads()
     var buffers = BackwardBuffers[T, P](p, Int(elements[DType.uint8](p.workspace)))
     var blocks = ceil_div(p.M, block_rows(p.M))
+    var stride = dz_stride[T](p)
     var dz = elements[T](p.dy)
     var made: Optional[Elements[T]] = None
     if T != O or Int(p.activation) != NONE or p.scale:
@@ -213,18 +224,26 @@ def backward[T: DType, P: DType, O: DType](p: LinearBwd):
         comptime for activation in range(NONE, SILU + 1):
             if Int(p.activation) == activation:
                 var task = MakeDz[T, O, activation](
-                    elements[O](p.dy), optional[T](p.preact), optional[A](p.scale), made, dbias, dscale, p.M, p.N
+                    elements[O](p.dy),
+                    optional[T](p.preact),
+                    optional[A](p.scale),
+                    made,
+                    dbias,
+                    dscale,
+                    p.M,
+                    p.N,
+                    stride,
                 )
                 parallel_for(threads, blocks, task)
     add_blocks[A, P](threads, sums_of_bias, blocks, p.N, p.N, p.dbias)
     add_blocks[A, A](threads, sums_of_scale, blocks, p.N, p.N, p.dscale)
     if p.dx and p.M and p.K:
         var right = Right[T, P](Matrix(elements[P](p.weight), p.weight_stride, 1), buffers.packed, p.N, p.K, True)
-        var left = prepare_a(threads, Matrix(dz, p.N, 1), p.M, p.N, buffers.left)
+        var left = prepare_a(threads, Matrix(dz, stride, 1), p.M, p.N, buffers.left)
         gemm(threads, left, right, p.M, store_to[T](elements[T](p.dx), buffers.partial, p.K))
     if p.dweight and p.N and p.K:
         var right = Right[T, T](Matrix(elements[T](p.x), p.x_stride, 1), buffers.packed, p.M, p.K, True)
-        var left = prepare_a(threads, Matrix(dz, 1, p.N), p.N, p.M, buffers.left)
+        var left = prepare_a(threads, Matrix(dz, 1, stride), p.N, p.M, buffers.left)
         gemm(threads, left, right, p.N, store_to[T](elements[P](p.dweight), buffers.partial, p.K))
 
 

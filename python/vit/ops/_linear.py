@@ -102,8 +102,8 @@ def arguments(
         )
     if scale is not None and scale.shape != weight_shape[:1]:
         raise ValueError(f"vit.ops.linear: scale must have shape [{weight_shape[0]}], got {list(scale.shape)}")
-    out = _out_dtype(dtype, residual=residual, scale=scale)
-    if residual is not None:
+    out = dtype if residual is None and scale is None else _out_dtype(dtype, residual=residual, scale=scale)
+    if residual is not None and residual.dtype != out:
         residual = residual.to(out)
     if scale is not None:
         scale = scale.to(acc_dtype(dtype))
@@ -187,7 +187,7 @@ def launch_fwd(
     keep = save and (activation != "none" or scale is not None)
     preact = backend.empty(shape, dtype, device) if keep else None
     fields = (
-        ptr(x), ptr(weight), ptr(bias), ptr(scale), ptr(residual), ptr(y), ptr(preact),
+        x.data_ptr(), weight.data_ptr(), ptr(bias), ptr(scale), ptr(residual), y.data_ptr(), ptr(preact),
         row_count(shape), n, k, x_stride, weight_stride, backend.activations[activation],
         codes[dtype], codes[weight.dtype], codes[out_dtype],
     )  # fmt: skip

@@ -92,7 +92,7 @@ class NativeOp(BoundOp):
         self.check_transforms(inputs)
         self.check(inputs)
         ordinary = _ordinary(inputs)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
+        if torch.is_grad_enabled() and _any_requires_grad(inputs):
             y = (self.direct if ordinary else self.dispatched).apply(*inputs)
         elif ordinary:
             outputs = self.op.launch_fwd(self.record, *inputs, False)
@@ -113,7 +113,7 @@ class NativeOp(BoundOp):
     def compiled(self, inputs: Sequence[Any]) -> Any:
         """In torch.compile's and torch.export's graphs."""
         # The registered op, which has gradients of its own: torch 2.6 traces no autograd.Function with a closure.
-        saved = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
+        saved = torch.is_grad_enabled() and _any_requires_grad(inputs)
         return _tuple(self.fwd_op(*_distinct(inputs), saved))[0]
 
     def jit(self, inputs: Sequence[Any]) -> Any:
@@ -149,7 +149,7 @@ class NativeOp(BoundOp):
         """The guard of every call: one device of ours, a dtype of ours. The kernels check sizes themselves."""
         device = inputs[0].device
         fits = device.type in self.record.device_types and inputs[0].dtype in self.record.dtypes
-        for a in inputs:  # all(...) over a generator would be a fifth of a small call
+        for a in inputs[1:]:  # all(...) over a generator would be a fifth of a small call
             if isinstance(a, Tensor) and a.device != device:
                 fits = False
         if fits:
@@ -207,14 +207,25 @@ def _exporting_to_onnx() -> bool:
 
 def _ordinary(args: Sequence[Any]) -> bool:
     """Whether raw pointers may be taken: nothing traces, no dispatch mode is on, every tensor is exactly a Tensor."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and _ORDINARY.issuperset(map(type, args))
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or not _ORDINARY.issuperset(map(type, args))
+    ):
+        return False
+    for a in args:  # noqa: SIM110 (any() of a generator takes three times as long)
         # The imaginary part of a conjugated tensor is a view whose sign only the dispatcher turns.
-        and not any(type(a) is Tensor and a.is_neg() for a in args)
-    )
+        if type(a) is Tensor and a.is_neg():
+            return False
+    return True
+
+
+def _any_requires_grad(args: Sequence[Any]) -> bool:
+    for a in args:  # noqa: SIM110 (any() of a generator takes three times as long)
+        if isinstance(a, Tensor) and a.requires_grad:
+            return True
+    return False
 
 
 def _dispatched(op: Any, *args: Any) -> Any:
