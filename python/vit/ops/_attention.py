@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import NativeBackend, Spec
 from .bound import call
-from .launch import acc_dtype, autocast_dtype, contiguous, launch, ptr, zeros
+from .launch import acc_dtype, autocast_dtype, contiguous, launch, zeros
 from .op import Op
 
 #: Head dimensions every native kernel takes.
@@ -25,6 +27,7 @@ def attention(
     scale: float | None = None,
     queries: int | None = None,
     backend: str = "auto",
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Replaces each query by the mean of the values, weighted by the softmax of its scaled products with the keys.
 
@@ -34,9 +37,11 @@ def attention(
     are read in place; out [B, N, H, D], contiguous. Under autocast all three are cast to its dtype. Without k and v, q
     is the packed projection [B, N, 3, H, D] itself, and so is its gradient, which then needs no copy. `queries`:
     the output for the first `queries` tokens only, out [B, queries, H, D]; all tokens are keys.
+    `lengths`: B is 1, and the N tokens are those of several images, one behind another, lengths[i] of image i; a token
+    sees those of its own image, every image has the very results of its own call, and `queries` of each are computed.
     Raises ValueError for sizes or dtypes that do not fit, BackendError when the named backend cannot run it.
     """
-    return call(OP, backend, q=q, k=k, v=v, scale=scale, queries=queries)
+    return call(OP, backend, q=q, k=k, v=v, scale=scale, queries=queries, lengths=lengths)
 
 
 def reference(
@@ -45,11 +50,20 @@ def reference(
     v: Tensor | None = None,
     scale: float | None = None,
     queries: int | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """The formula in PyTorch."""
-    _check(q, k, v, queries)
+    _check(q, k, v, queries, lengths)
+    if lengths is not None:
+        one_by_one = zip(*(_split(t, lengths) for t in (q, k, v)), strict=True)
+        return torch.cat([reference(*image, scale, queries) for image in one_by_one], dim=1)
     q, k, v = (t.transpose(1, 2) for t in _unpacked(q, k, v, queries))  # [B, H, N, D]
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _split(x: Tensor | None, lengths: Sequence[int]) -> Sequence[Tensor | None]:
+    """The tokens of each image."""
+    return [None] * len(lengths) if x is None else x.split(list(lengths), dim=1)
 
 
 def limits(spec: Spec) -> list[str]:
@@ -72,9 +86,10 @@ def arguments(
     v: Tensor | None = None,
     scale: float | None = None,
     queries: int | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> tuple[tuple[Any, ...], None]:
-    """q, k, v of one dtype, or a packed q alone; the scale; how many queries."""
-    _check(q, k, v, queries)
+    """q, k, v of one dtype, or a packed q alone; the scale; how many queries; the lengths."""
+    _check(q, k, v, queries, lengths)
     if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(
             f"vit.ops.attention: head dimension {q.shape[-1]} is not in 1..{MAX_HEAD_DIM}, got {_shapes(q, k, v)}; "
@@ -85,10 +100,12 @@ def arguments(
         q, k, v = (None if t is None else t.to(dtype) for t in (q, k, v))  # type: ignore[assignment]
     if k is not None and v is not None and not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"vit.ops.attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    return (q, k, v, scale, queries), None
+    return (q, k, v, scale, queries, None if lengths is None else list(lengths)), None
 
 
-def _check(q: Tensor, k: Tensor | None, v: Tensor | None, queries: int | None) -> None:
+def _check(
+    q: Tensor, k: Tensor | None, v: Tensor | None, queries: int | None, lengths: Sequence[int] | None = None
+) -> None:
     """ValueError unless it is q, k, v of sizes that go together, or a packed q alone, and that many tokens."""
     packed = k is None and v is None and q.dim() == 5 and q.shape[2] == 3
     if not packed and (k is None or v is None):
@@ -105,10 +122,37 @@ def _check(q: Tensor, k: Tensor | None, v: Tensor | None, queries: int | None) -
             )
         if k.shape[1] == 0 and q.numel() > 0:
             raise ValueError(f"vit.ops.attention: at least one key is needed, got {_shapes(q, k, v)}")
-    if queries is not None and not 1 <= queries <= q.shape[1]:
+    if lengths is not None:
+        _check_lengths(q, k, v, lengths)
+    tokens = q.shape[1] if lengths is None else min(lengths)
+    if queries is not None and not 1 <= queries <= tokens:
+        of = "q" if lengths is None else "the shortest image"
         raise ValueError(
-            f"vit.ops.attention: queries must be within 1..{q.shape[1]}, the tokens of q, got {queries}; "
+            f"vit.ops.attention: queries must be within 1..{tokens}, the tokens of {of}, got {queries}; "
             "None stands for all"
+        )
+
+
+def _check_lengths(q: Tensor, k: Tensor | None, v: Tensor | None, lengths: Sequence[int]) -> None:
+    """ValueError or TypeError unless they say of every token to which image it belongs."""
+    if not isinstance(lengths, (list, tuple)) or any(
+        isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in lengths
+    ):
+        kind = type(lengths).__name__
+        hint = "; use lengths.tolist()" if hasattr(lengths, "tolist") else ""
+        given = repr(lengths) if isinstance(lengths, (list, tuple, str)) else f"a {kind}"
+        raise TypeError(f"vit.ops.attention: lengths must be a list or tuple of integers, got {given}{hint}")
+    if q.shape[0] != 1 or (k is not None and k.shape[1] != q.shape[1]):
+        raise ValueError(
+            "vit.ops.attention: with lengths q, k and v are [1, N, H, D], the tokens of all images one behind another, "
+            f"got {_shapes(q, k, v)}"
+        )
+    for i, n in enumerate(lengths):
+        if n < 1:
+            raise ValueError(f"vit.ops.attention: lengths must be positive, got {n} at position {i}")
+    if sum(lengths) != q.shape[1] or not lengths:
+        raise ValueError(
+            f"vit.ops.attention: lengths {list(lengths)} sum up to {sum(lengths)}, and q has {q.shape[1]} tokens"
         )
 
 
@@ -124,47 +168,94 @@ def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None, queries: int | None
     return (q if queries is None else q[:, :queries]), k, v
 
 
-FWD = "(Tensor q, Tensor? k, Tensor? v, float scale, int? queries, bool save) -> (Tensor out, Tensor lse)"
+FWD = (
+    "(Tensor q, Tensor? k, Tensor? v, float scale, int? queries, SymInt[]? lengths, bool save)"
+    " -> (Tensor out, Tensor lse)"
+)
 FWD_FIELDS = "q k v out lse B N L H D scale dtype workspace context"
 BWD = (
-    "(Tensor dout, Tensor q, Tensor? k, Tensor? v, Tensor out, Tensor lse, float scale)"
+    "(Tensor dout, Tensor q, Tensor? k, Tensor? v, Tensor out, Tensor lse, float scale, SymInt[]? lengths)"
     " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 BWD_FIELDS = "dout q k v out lse dq dk dv B N L H D scale dtype workspace context"
 
 
 def fwd_fake(
-    q: Tensor, k: Tensor | None, v: Tensor | None, scale: float, queries: int | None, save: bool
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    scale: float,
+    queries: int | None,
+    lengths: Sequence[int] | None,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, queries or N, H, D], lse [B, H, queries or N]."""
-    q, _, _ = _unpacked(q, k, v, queries)
-    return q.new_empty(q.shape), _new_lse(q) if save else q.new_empty(0)
+    """out [B, queries or N, H, D], with lengths [1, queries of all images, H, D]; lse [B, H, the same]."""
+    out = q.new_empty(_out_shape(q if k is not None else q[:, :, 0], queries, lengths))
+    return out, _new_lse(out) if save else q.new_empty(0)
 
 
-def _new_lse(q: Tensor) -> Tensor:
-    """Memory for the logarithms of the softmax denominators: [B, H, N]."""
-    b, n, h, _ = q.shape
-    return q.new_empty((b, h, n), dtype=acc_dtype(q.dtype))
+def _out_shape(q: Tensor, queries: int | None, lengths: Sequence[int] | None) -> tuple[int, ...]:
+    b, n, h, d = q.shape
+    return b, n if queries is None else queries if lengths is None else queries * len(lengths), h, d
+
+
+def _new_lse(out: Tensor) -> Tensor:
+    """Memory for the logarithms of the softmax denominators: [B, H, N]; with lengths those of one image, [H, n], behind
+    those of another."""
+    b, n, h, _ = out.shape
+    return out.new_empty((b, h, n), dtype=acc_dtype(out.dtype))
+
+
+def _calls(
+    q: Tensor, k: Tensor, queries: int | None, lengths: Sequence[int] | None
+) -> Iterator[tuple[int, int, int, int, int, int | None]]:
+    """The calls of the kernel, one for neighbouring images of one length: how many images, the first token and the
+    first row of out, the queries and the keys of each, and how many tokens lie between two (None: as the strides say).
+    """
+    if lengths is None:
+        yield q.shape[0], 0, 0, q.shape[1] if queries is None else queries, k.shape[1], None
+        return
+    token = row = 0
+    for length, run in itertools.groupby(lengths):
+        images, own = len(list(run)), length if queries is None else queries
+        yield images, token, row, own, length, length
+        token, row = token + images * length, row + images * own
 
 
 def launch_fwd(
-    backend: NativeBackend, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float, queries: int | None, save: bool
+    backend: NativeBackend,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    scale: float,
+    queries: int | None,
+    lengths: Sequence[int] | None,
+    save: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """out [B, queries or N, H, D]; lse [B, H, queries or N] to be saved."""
-    q, k, v = _unpacked(q, k, v, queries)
+    q, k, v = _unpacked(q, k, v, None)
     q, k, v = _adjacent(backend, q), _adjacent(backend, k), _adjacent(backend, v)
-    shape, dtype, device = q.shape, q.dtype, q.device
-    out, lse = backend.empty(shape, dtype, device), _new_lse(q) if save else None
-    b, n, h, d = shape
-    fields = (
-        *_heads(q), *_heads(k), *_heads(v), ptr(out), ptr(lse), b, n, k.shape[1], h, d, scale, backend.codes[dtype]
-    )  # fmt: skip
-    launch(backend, backend.lib.attention_fwd, fields, device)
+    dtype, device, (h, d) = q.dtype, q.device, q.shape[2:]
+    out = backend.empty(_out_shape(q, queries, lengths), dtype, device)
+    lse = _new_lse(out) if save else None
+    for images, token, row, own, keys, step in _calls(q, k, queries, lengths):
+        fields = (
+            *_heads(q, token, step), *_heads(k, token, step), *_heads(v, token, step), _row(out, row * h * d),
+            _row(lse, row * h), images, own, keys, h, d, scale, backend.codes[dtype],
+        )  # fmt: skip
+        launch(backend, backend.lib.attention_fwd, fields, device)
     return out, lse
 
 
 def bwd_fake(
-    dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    lengths: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv like q, k, v; of a packed q one gradient."""
     if k is None or v is None:
@@ -181,26 +272,31 @@ def launch_bwd(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    lengths: Sequence[int] | None,
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv like q, k, v, all three; of a packed q one gradient."""
     dout = contiguous(backend, dout)
-    queries, dtype, device = dout.shape[1], q.dtype, q.device
+    rows, dtype, device = dout.shape[1], q.dtype, q.device
 
     def gradient(x: Tensor) -> Tensor:
-        if queries == q.shape[1]:
+        if rows == q.shape[1]:
             return backend.empty(x.shape, dtype, device)
         return zeros(backend, x.shape, dtype, device)  # of the other tokens, which no kernel writes
 
     grads = tuple(None if t is None else gradient(t) for t in (q, k, v))
-    dq, dk, dv = _unpacked(*grads, queries)  # type: ignore[arg-type, call-arg]
-    q, k, v = _unpacked(q, k, v, queries)
+    queries = None if rows == q.shape[1] else rows if lengths is None else rows // len(lengths)
+    dq, dk, dv = _unpacked(*grads, None)  # type: ignore[arg-type, call-arg]
+    q, k, v = _unpacked(q, k, v, None)
     q, k, v = _adjacent(backend, q), _adjacent(backend, k), _adjacent(backend, v)
-    b, n, h, d = q.shape
-    fields = (
-        ptr(dout), *_heads(q), *_heads(k), *_heads(v), ptr(out), ptr(lse), *_heads(dq), *_heads(dk), *_heads(dv),
-        b, n, k.shape[1], h, d, scale, backend.codes[dtype],
-    )  # fmt: skip
-    launch(backend, backend.lib.attention_bwd, fields, device)
+    h, d = q.shape[2:]
+    for images, token, row, own, keys, step in _calls(q, k, queries, lengths):
+        read = (x for t in (q, k, v) for x in _heads(t, token, step))
+        written = (x for t in (dq, dk, dv) for x in _heads(t, token, step))
+        fields = (
+            _row(dout, row * h * d), *read, _row(out, row * h * d), _row(lse, row * h), *written,
+            images, own, keys, h, d, scale, backend.codes[dtype],
+        )  # fmt: skip
+        launch(backend, backend.lib.attention_bwd, fields, device)
     return grads
 
 
@@ -209,22 +305,29 @@ def _adjacent(backend: NativeBackend, x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else contiguous(backend, x)
 
 
-def _heads(x: Tensor) -> tuple[int, ...]:
-    """The fields of a vit::Heads."""
-    return (x.data_ptr(), *x.stride()[:3])
+def _heads(x: Tensor, token: int, step: int | None) -> tuple[int, ...]:
+    """The fields of a vit::Heads that begins at a token; step: how many tokens each image has, None: see x.stride(0)."""
+    batch, stride, head = x.stride()[:3]
+    first = x.data_ptr() + token * stride * x.element_size()
+    return first, batch if step is None else step * stride, stride, head
+
+
+def _row(x: Tensor | None, elements: int) -> int:
+    """The address of an element of a contiguous tensor; 0 stands for "not given"."""
+    return 0 if x is None else x.data_ptr() + elements * x.element_size()
 
 
 def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     """Keeps q, k, v, out and lse."""
-    q, k, v, ctx.scale, _ = args
+    q, k, v, ctx.scale, _, ctx.lengths = args
     ctx.save_for_backward(q, k, v, *outputs)
 
 
 def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
     """dq, dk, dv."""
     q, k, v, out, lse = ctx.saved_tensors
-    dq, dk, dv = kernel(dy, q, k, v, out, lse, ctx.scale)
-    return dq, None if k is None else dk, None if v is None else dv, None, None
+    dq, dk, dv = kernel(dy, q, k, v, out, lse, ctx.scale, ctx.lengths)
+    return dq, None if k is None else dk, None if v is None else dv, None, None, None
 
 
 OP = Op(

@@ -35,17 +35,42 @@ def matmul_bwd(dc: Shape, a: Shape, b: Shape, mask: Sequence[bool], **_: Any) ->
     return 2 * math.prod(a) * b[-1] * (mask[0] + mask[1])
 
 
-def attention_fwd(q: Shape, k: Shape | None, *_: Any, out_shape: Any, **__: Any) -> int:
-    return 2 * _attention(out_shape[0], q, k)
+def attention_fwd(
+    q: Shape,
+    k: Shape | None,
+    v: Shape | None,
+    scale: float,
+    queries: int | None,
+    lengths: Shape | None,
+    *_: Any,
+    out_shape: Any,
+    **__: Any,
+) -> int:
+    return 2 * _attention(out_shape[0], q, k, lengths)
 
 
-def attention_bwd(dout: Shape, q: Shape, k: Shape | None, *_: Any, **__: Any) -> int:
-    return 5 * _attention(dout, q, k)
+def attention_bwd(
+    dout: Shape,
+    q: Shape,
+    k: Shape | None,
+    v: Shape | None,
+    out: Shape,
+    lse: Shape,
+    scale: float,
+    lengths: Shape | None = None,
+    **__: Any,
+) -> int:
+    return 5 * _attention(dout, q, k, lengths)
 
 
-def _attention(out: Shape, q: Shape, k: Shape | None) -> int:
-    """One product of queries and keys: out [B, N, H, D], keys [B, L, H, D] or packed in q [B, L, 3, H, D]."""
-    return 2 * math.prod(out) * (q if k is None else k)[1]
+def _attention(out: Shape, q: Shape, k: Shape | None, lengths: Shape | None) -> int:
+    """One product of queries and keys: out [B, N, H, D], keys [B, L, H, D] or packed in q [B, L, 3, H, D]; with lengths
+    those of each image with its own."""
+    keys = (q if k is None else k)[1]
+    if lengths is None:
+        return 2 * math.prod(out) * keys
+    own = lengths if out[1] == keys else [out[1] // len(lengths)] * len(lengths)
+    return 2 * out[2] * out[3] * sum(n * m for n, m in zip(own, lengths, strict=True))
 
 
 FORMULAS: dict[str, Callable[..., int]] = {

@@ -65,6 +65,8 @@ def _option_text(name: str, value: Any) -> str:
         return name
     if value is False:
         return f"no_{name}"
+    if isinstance(value, tuple):
+        return name + "_".join(map(str, value))
     return value if isinstance(value, str) else f"{name}{value:g}"
 
 
@@ -285,6 +287,10 @@ def _attention() -> Iterator[Case]:
         yield _case("attention", "odd", "b2 n27 h3 d24", layout=layout)
     for scale in (1.0, 0.05, -0.3, 0.0):
         yield _case("attention", "odd", "b1 n37 h2 d32", scale=scale)
+    for lengths in ((37,), (1, 1), (5, 17, 17, 1, 70), (130, 3)):
+        yield _case("attention", "odd", f"b1 n{sum(lengths)} h2 d24", layout="packed", lengths=lengths)
+    yield _case("attention", "odd", "b1 n50 h3 d64", layout="columns", lengths=(16, 33, 1))
+    yield _case("attention", "large", "b1 n845 h6 d64", layout="packed", lengths=(64, 197, 197, 387))
     for sizes in _words("b0 n5 h2 d16, b2 n0 l5 h2 d16, b2 n5 h0 d16"):
         yield _case("attention", "corner", sizes)
     for values in _words(

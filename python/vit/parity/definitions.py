@@ -7,6 +7,7 @@ magnitude times the curve's derivative. Times the accumulator's eps it is the si
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Protocol
 
@@ -296,13 +297,24 @@ class Attention:
         pass
 
     def call(self, ops: Ops, case: Case, t: Tensors) -> Tensor:
-        return ops.attention(t["q"], t["k"], t["v"], scale=case.option("scale"))
+        return ops.attention(t["q"], t["k"], t["v"], scale=case.option("scale"), lengths=case.option("lengths"))
 
     def torch(self, case: Case, t: Tensors) -> Tensor:
-        q, k, v = (t[name].transpose(1, 2) for name in "qkv")
-        return F.scaled_dot_product_attention(q, k, v, scale=case.option("scale")).transpose(1, 2)
+        lengths = case.option("lengths")
+        if lengths is None:
+            q, k, v = (t[name].transpose(1, 2) for name in "qkv")
+            return F.scaled_dot_product_attention(q, k, v, scale=case.option("scale")).transpose(1, 2)
+        q, k, v = (t[name].transpose(1, 2).split(lengths, 2) for name in "qkv")
+        images = zip(q, k, v, strict=True)
+        out = [F.scaled_dot_product_attention(*image, scale=case.option("scale")) for image in images]
+        return torch.cat(out, 2).transpose(1, 2)
 
     def magnitude(self, case: Case, t: Tensors, dy: Tensor) -> Tensors:
+        if lengths := case.option("lengths"):
+            alone = dataclasses.replace(case, options=())
+            split = zip(*(x.split(lengths, 1) for x in (t["q"], t["k"], t["v"], dy)), strict=True)
+            each = [self.magnitude(alone, dict(zip("qkv", image, strict=False)), image[3]) for image in split]
+            return {name: torch.cat([one[name] for one in each], 1) for name in each[0]}
         q, k, v, do = (x.transpose(1, 2) for x in (t["q"], t["k"], t["v"], dy))
         scale = case.option("scale")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -329,7 +341,8 @@ class Attention:
 
     def work(self, case: Case) -> tuple[float, str]:
         keys = self.shapes(case)["k"][1]
-        return 4.0 * case["b"] * case["h"] * case["n"] * keys * case["d"], "GFLOP/s"
+        scores = sum(n * n for n in case.option("lengths", ())) or case["n"] * keys
+        return 4.0 * case["b"] * case["h"] * scores * case["d"], "GFLOP/s"
 
 
 class Definition(Protocol):
