@@ -57,6 +57,7 @@ struct Function {
 union Params {
 #define VIT_OP(name, Params, ...) Params name##_params;
 #define VIT_ROUTINE VIT_OP
+#define VIT_INTEGER_ROUTINE VIT_OP
 #include "ops.def"
   Params() {}
 };
@@ -234,9 +235,11 @@ std::vector<Function> functions() {
 #define VIT_OP(op, P, ...) VIT_FUNCTION(op, P, __VA_ARGS__)
 #define VIT_ROUTINE(op, P, ...) \
   if (&vit::op != nullptr) VIT_FUNCTION(op, P, __VA_ARGS__)
+#define VIT_INTEGER_ROUTINE VIT_ROUTINE
 #define VIT_WORKSPACE(op, P) \
   for (Function& f : all)    \
     if (std::string_view(f.name) == #op) f.workspace = bytes_as<P, vit::op##_workspace>;
+#define VIT_ROUTINE_WORKSPACE VIT_WORKSPACE
 #include "ops.def"
   return all;
 }

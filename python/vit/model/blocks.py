@@ -21,6 +21,7 @@ from .mlp import MLPS, GluMlp, Mlp, SwiGLU
 from .options import Options
 from .parts import ACTIVATION_KINDS, NORM_KINDS, activation_of, make_norm, norm
 from .planned import CallsOps
+from .quant_linear import QuantLinear
 from .torch_layers import (
     as_known,
     call,
@@ -152,8 +153,7 @@ class Block(CallsOps, nn.Module):
         self.mlp = MLPS[o.mlp_layer](o, **factory)
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        #: The classes of the modules below in order: a block of others calls them one by one.
-        self._as_built = tuple(type(m) for m in self._below())
+        self.keep_classes()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         masked = attn_mask is not None or is_causal
@@ -168,6 +168,10 @@ class Block(CallsOps, nn.Module):
     def probabilities(self, x: Tensor, queries: Tensor) -> Tensor:
         """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
         return self.attn.probabilities(call(self.ops, self.norm1, x), queries)
+
+    def keep_classes(self) -> None:
+        """Takes the classes of the modules below as its own: a block of others calls them one by one."""
+        self._as_built = tuple(type(m) for m in self._below())
 
     def _below(self) -> list[nn.Module]:
         """The modules of the block, then those of its attention and of its MLP."""
@@ -244,6 +248,7 @@ _KINDS: tuple[type[nn.Module], ...] = (
     DropPath,
     LayerScale,
     nn.Linear,
+    QuantLinear,
     nn.Dropout,
 )
 _KINDS = (*_KINDS, *NORM_KINDS, *ACTIVATION_KINDS)
