@@ -47,12 +47,15 @@ def quantize(
         )
     layers = _layers(model, exclude)
     made = copy.deepcopy(model).eval().requires_grad_(False)
-    if calibrate is not None:
-        _smooth(made, calibrate)
+    smoothed = {} if calibrate is None else _smooth(made, calibrate)
+    intact = [block for block in made.blocks if block.is_as_built()]
     for name in layers:
         parent, _, child = name.rpartition(".")
-        setattr(made.get_submodule(parent), child, QuantLinear.of(made.get_submodule(name)))  # type: ignore[arg-type]
-    for block in made.blocks:
+        linear: Any = made.get_submodule(name)
+        if type(linear) is nn.Linear:  # a block that stands twice has been here before
+            weight, bias = (smoothed.get(f"{name}.{own}", getattr(linear, own)) for own in ("weight", "bias"))
+            setattr(made.get_submodule(parent), child, QuantLinear.of(weight, bias, smoothed.get(f"{name}.mean")))
+    for block in intact:
         block.keep_classes()
     made.replan(training=False)
     return made
@@ -83,21 +86,17 @@ def _layers(model: VisionTransformer, exclude: Collection[str]) -> list[str]:
     return names
 
 
-def _smooth(model: VisionTransformer, images: Tensor) -> None:
-    """Smooths the weights in place; biases take back what rounding will take from the mean output."""
+def _smooth(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
+    """Smooths the weights in place; returns them in float32, and the mean input of each layer (engine/smooth.py)."""
     if not len(images):
         raise ValueError("vit.quantize: calibrate holds no images")
     if reasons := list(refusals(model)):
         raise ValueError("vit.quantize: calibrate cannot smooth this model: " + "; ".join(reasons))
-    tensors = {name: t.float() for name, t in model.state_dict().items()}
-    smoothed = smooth(tensors, len(model.blocks), observe(model, images))
-    for name, tensor in model.state_dict().items():
-        if name in smoothed and smoothed[name] is not tensors[name]:
-            tensor.copy_(smoothed[name])
-    for name in _layers(model, ()):
-        layer: Any = model.get_submodule(name)
-        if layer.bias is None:
-            continue
-        made = QuantLinear.of(layer)
-        lost = layer.weight.float() - made.weight.float() * made.weight_scale[:, None]
-        layer.bias.add_(lost @ smoothed[f"{name}.mean"].to(lost))
+    own = model.state_dict()
+    before = {name: t.float().cpu() for name, t in own.items()}
+    smoothed = smooth(before, len(model.blocks), observe(model, images))
+    changed = {name: t.to(model.device) for name, t in smoothed.items() if t is not before.get(name)}
+    for name, tensor in changed.items():
+        if name in own:
+            own[name].copy_(tensor)
+    return changed

@@ -133,6 +133,37 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(other.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
 
 
+def test_calibration_changes_only_what_is_rounded():
+    """With all layers but one excluded, the smoothed network is the network: excluded biases are not moved."""
+    model, seen = make(), images(4)
+    everything = [f"blocks.{i}.{name}" for i in range(2) for name in LAYERS]
+    kept = vit.quantize(model, exclude=everything[:-1], calibrate=seen)
+    plain = vit.quantize(model, exclude=everything[:-1])
+    given = images()
+    assert cosine(kept(given), plain(given)) > 0.9999
+    assert not torch.equal(kept.blocks[0].norm1.weight, model.blocks[0].norm1.weight)
+    for name in everything[:-1]:
+        if name.endswith(("attn.proj", "mlp.fc1")):
+            assert torch.equal(kept.get_submodule(name).bias, model.get_submodule(name).bias)
+    last = everything[-1]
+    assert not torch.equal(kept.get_submodule(last).bias, plain.get_submodule(last).bias)
+
+
+def test_a_replaced_module_is_still_called():
+    model = make()
+
+    class Doubled(nn.LayerNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    given, plain = images(), vit.quantize(model)
+    model.blocks[0].norm1 = Doubled(64)
+    quantized = vit.quantize(model)
+    assert not quantized.blocks[0].can_fuse()
+    assert quantized.blocks[1].can_fuse()
+    assert cosine(quantized(given), plain(given)) < 0.9999
+
+
 def test_refusals():
     model = make()
     with pytest.raises(ValueError, match=r"dtype 'int4' is not one of int8"):

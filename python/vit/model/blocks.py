@@ -171,7 +171,11 @@ class Block(CallsOps, nn.Module):
 
     def keep_classes(self) -> None:
         """Takes the classes of the modules below as its own: a block of others calls them one by one."""
-        self._as_built = tuple(type(m) for m in self._below())
+        self._as_built = tuple(map(type, self._below()))
+
+    def is_as_built(self) -> bool:
+        """Whether no module below was replaced by one of another class."""
+        return tuple(map(type, self._below())) == self._as_built
 
     def _below(self) -> list[nn.Module]:
         """The modules of the block, then those of its attention and of its MLP."""
@@ -186,7 +190,7 @@ class Block(CallsOps, nn.Module):
             return False
         below = self._below()
         return (
-            tuple(map(type, below)) == self._as_built
+            self.is_as_built()
             and unwatched(below)
             and as_known(_KINDS)
             and self.attn.fused_attn

@@ -31,11 +31,17 @@ class QuantLinear(CallsOps, nn.Module):
         self.register_buffer("bias", bias)
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> QuantLinear:
-        """Of a Linear: weight_scale = max |row of the weight| / 127, rounded half to even."""
-        weight, scale = quantize_rows(linear.weight.detach())
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        return cls(weight, scale.flatten(), bias).train(linear.training)
+    def of(cls, weight: Tensor, bias: Tensor | None, mean: Tensor | None = None) -> QuantLinear:
+        """Of a Linear's weight and bias: weight_scale = max |row of the weight| / 127, rounded half to even.
+
+        With the mean of the input [in_features] a bias takes back what rounding takes from the mean of the output.
+        """
+        q, scale = quantize_rows(weight.detach())
+        if bias is not None:
+            bias = bias.detach().float().clone()
+            if mean is not None:
+                bias += (weight.detach().float() - q * scale) @ mean.to(bias)
+        return cls(q, scale.flatten(), bias).eval()
 
     def asks(self, device: torch.device, dtype: torch.dtype, training: bool) -> Spec:
         """Its product, for inference; BackendError for training."""
