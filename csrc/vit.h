@@ -296,10 +296,36 @@ struct Move {
   Context context;
 };
 
+// linear_int8: y = scale * activation(x weight^T + bias) + residual from exact products of 8-bit integers.
+//
+//   x_scale = max |x| of the row / 127;  q = x / x_scale, rounded half to even;  x weight^T = (sum of q weight) x_scale
+//   weight_scale
+//
+// all in float32, division, rounding and sums exactly as written: integers agree on every backend. A row whose largest
+// |x| is below 2^-100 has the scale 1; one that holds a NaN or an infinity gives NaN. A routine.
+struct LinearInt8 {
+  const void* x;             // [M, K] rows x_stride apart, no float64
+  const void* weight;        // [N, K] signed bytes from -127 to 127, rows weight_stride apart
+  const void* weight_scale;  // [N] float32
+  const void* bias;          // [N] float32, may be null: 0
+  const void* scale;         // [N] float32, may be null: 1
+  const void* residual;      // [M, N] out_dtype, may be null: 0
+  void* y;                   // [M, N] out_dtype; may be the residual itself
+  void* workspace;           // linear_int8_workspace bytes
+  int64_t M, N, K;           // K at most 131072: the sums fit 32 bits
+  int64_t x_stride, weight_stride;
+  Activation activation;
+  DType dtype, out_dtype;
+  Context context;
+};
+
 #define VIT_OP(name, Params, ...) void name(const Params&);
 #define VIT_WORKSPACE(name, Params) std::size_t name##_workspace(const Params&);
 #include "ops.def"
 #define VIT_ROUTINE(name, Params, ...) __attribute__((weak)) void name(const Params&);
+#define VIT_ROUTINE_WORKSPACE(name, Params)       \
+  __attribute__((weak)) void name(const Params&); \
+  __attribute__((weak)) std::size_t name##_workspace(const Params&);
 #include "ops.def"
 
 // What this build is and what it found on this machine ("isa", "threads", "compiler", ...), shown by `vit info`.

@@ -112,9 +112,11 @@ void gemm(int threads, const Left& a, Right<T, P> b, int64_t M, const E& epilogu
   }
   const int64_t panels = panels_of<T>(b.N), row_parts = min(row_threads<T>(threads, M, panels), M);
   const int64_t column_parts = min(max<int64_t>(threads / row_parts, 1), panels);
-  if (b.packs() && row_parts > 1) {  // several threads read each panel: it must be there before
-    pack_b<T>(threads, b.matrix, b.K, b.N, b.packed);
-    b.matrix.data = nullptr;
+  if constexpr (!same<P, Packed>) {
+    if (b.packs() && row_parts > 1) {  // several threads read each panel: it must be there before
+      pack_b<T>(threads, b.matrix, b.K, b.N, b.packed);
+      b.matrix.data = nullptr;
+    }
   }
   parallel_for(threads, row_parts * column_parts, [&](int64_t begin, int64_t end, int) {
     for (int64_t unit = begin; unit < end; ++unit) {

@@ -13,6 +13,8 @@ namespace vit {
 struct Kernels {
 #define VIT_OP(name, Params, ...) void (*name)(const Params&);
 #define VIT_ROUTINE VIT_OP
+#define VIT_INTEGER_ROUTINE VIT_OP
+#define VIT_ROUTINE_WORKSPACE VIT_WORKSPACE
 #define VIT_WORKSPACE(name, Params) std::size_t (*name##_workspace)(const Params&);
 #include "ops.def"
 };
@@ -25,6 +27,8 @@ namespace VIT_ISA {
 
 #define VIT_OP(name, Params, ...) void name(const Params&);
 #define VIT_ROUTINE VIT_OP
+#define VIT_INTEGER_ROUTINE VIT_OP
+#define VIT_ROUTINE_WORKSPACE VIT_WORKSPACE
 #define VIT_WORKSPACE(name, Params) std::size_t name##_workspace(const Params&);
 #include "ops.def"
 

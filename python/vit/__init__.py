@@ -6,6 +6,7 @@ from .engine import Engine
 from .factory import create
 from .fronts import from_timm, from_transformers, patch
 from .model import VisionTransformer, list_models
+from .quantization import quantize
 from .version import __version__
 from .weights import WeightsError
 
@@ -23,6 +24,7 @@ __all__ = [
     "ops",
     "optim",
     "patch",
+    "quantize",
     "viz",
     "weights",
 ]

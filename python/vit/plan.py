@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from .backends import BackendError, Spec, choose, reasons, records
-from .ops import OPS, bind
+from .ops import ALL, bind
 from .ops.movement import of
 
 
@@ -24,7 +24,7 @@ class Plan(Mapping[str, str]):
         for spec in self.specs:
             by_op.setdefault(spec.op, []).append(spec)
         for op, wanted in by_op.items():
-            self._choice[op] = choose(requested, wanted, OPS[op].limits, purpose).name
+            self._choice[op] = choose(requested, wanted, ALL[op].limits, purpose).name
 
     def __getitem__(self, op: str) -> str:
         return self._choice[op]
@@ -45,9 +45,9 @@ class Plan(Mapping[str, str]):
     def ops(self) -> SimpleNamespace:
         """The bound ops: `plan.ops.layer_norm(x, weight, bias, eps)` and so on, and the `movement` between them.
 
-        Ops of OPS that were not planned are there too, and raise BackendError when they are called.
+        Ops that were not planned are there too, and raise BackendError when they are called.
         """
-        bound = {op: bind(op, self._choice[op]) if op in self._choice else Unplanned(op, self) for op in OPS}
+        bound = {op: bind(op, self._choice[op]) if op in self._choice else Unplanned(op, self) for op in ALL}
         follows = self._choice.get("linear", "auto") if self.requested == "auto" else self.requested
         return SimpleNamespace(**bound, movement=of(follows))
 
@@ -89,6 +89,6 @@ def _refused_before(requested: str, chosen: str, specs: list[Spec]) -> str:
     for name, backend in records().items():
         if name == chosen:
             break
-        why = dict.fromkeys(reason for spec in specs for reason in reasons(backend, spec, OPS[spec.op].limits))
+        why = dict.fromkeys(reason for spec in specs for reason in reasons(backend, spec, ALL[spec.op].limits))
         refused.append(f"{name}: {'; '.join(why)}")
     return " | ".join(refused)

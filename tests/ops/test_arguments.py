@@ -101,6 +101,11 @@ def test_what_does_not_fit_together_is_refused(module):
         call(module, "rotary_bwd", H=2, table_B=1, table_H=5)
     with pytest.raises(RuntimeError, match=r"^move: leads is 4; dimension 1 has 3"):
         call(module, "move", sizes=3, leads=4)
+    if "linear_int8" in module.fields:
+        with pytest.raises(RuntimeError, match=r"^linear_int8: K is 131073; at most 131072 products of bytes fit"):
+            call(module, "linear_int8", K=131073)
+        with pytest.raises(RuntimeError, match=r"^linear_int8: dtype is float64; allowed are float32, bfloat16 and"):
+            call(module, "linear_int8", dtype=1)
 
 
 def test_one_size_of_0_beside_others_ends_nothing(module):

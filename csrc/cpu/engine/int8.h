@@ -12,6 +12,7 @@
 // adds a quarter to the squared error of the weights; activations of 7 bits instead would have four times theirs.
 #pragma once
 
+#include "cpu/int8.h"
 #include "cpu/linear.h"
 #include "engine/network.h"
 
@@ -25,18 +26,6 @@ template <>
 struct Traits<q8> {
   using acc = int32_t;
 };
-template <>
-struct VecOf<int32_t> {
-  using type = i32v;
-  using mask = i32v;
-};
-template <>
-struct Memory<int32_t, int32_t> {
-  static VIT_INLINE i32v load(const int32_t* p) { return load_raw<i32v>(p); }
-  static VIT_INLINE i32v load(const int32_t* p, int64_t n) { return load_raw<i32v>(p, n); }
-  static VIT_INLINE void store(int32_t* p, i32v v) { memcpy(p, &v, sizeof v); }
-};
-
 // Whether products are added in pairs that saturate.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 inline constexpr bool kPairs = true;
@@ -80,13 +69,6 @@ struct Step<q8> {
 struct Quantized {
   uint8_t* bytes;  // [rows, K]
   float* scales;   // [rows]
-};
-
-struct Most {
-  template <class V>
-  VIT_INLINE V operator()(V a, V b) const {
-    return a > b ? a : b;
-  }
 };
 
 // One row of K elements; returns its scale. `out` has room for K bytes.

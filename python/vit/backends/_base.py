@@ -201,8 +201,9 @@ def _lacking(name: str, op: str, activation: str | None) -> str | None:
     module, _ = _load(name)
     if module is None:
         return None
-    if f"{op}_fwd" not in module.fields:
-        return f"its compiled module has no {op}_fwd"
+    if op not in module.fields and f"{op}_fwd" not in module.fields:
+        function = f"{op}_fwd" if f"{op}_fwd" in _EXPECTED else op  # a routine has one direction
+        return f"its compiled module has no {function}"
     if activation is not None and activation not in module.Activation.__members__:
         return f"its compiled module has no activation {activation}"
     return None

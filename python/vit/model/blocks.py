@@ -21,6 +21,7 @@ from .mlp import MLPS, GluMlp, Mlp, SwiGLU
 from .options import Options
 from .parts import ACTIVATION_KINDS, NORM_KINDS, activation_of, make_norm, norm
 from .planned import CallsOps
+from .quant_linear import QuantLinear
 from .torch_layers import (
     as_known,
     call,
@@ -152,9 +153,7 @@ class Block(CallsOps, nn.Module):
         self.mlp = MLPS[o.mlp_layer](o, **factory)
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        #: The classes of the modules below in order: a block of others calls them one by one.
-        self._as_built = tuple(type(m) for m in self._below())
-        self._kinds: tuple[type[nn.Module], ...] = (Block, *dict.fromkeys(self._as_built))
+        self.keep_classes()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         masked = attn_mask is not None or is_causal
@@ -170,6 +169,14 @@ class Block(CallsOps, nn.Module):
         """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
         return self.attn.probabilities(call(self.ops, self.norm1, x), queries)
 
+    def keep_classes(self) -> None:
+        """Takes the classes of the modules below as its own: a block of others calls them one by one."""
+        self._as_built = tuple(map(type, self._below()))
+
+    def is_as_built(self) -> bool:
+        """Whether no module below was replaced by one of another class."""
+        return tuple(map(type, self._below())) == self._as_built
+
     def _below(self) -> list[nn.Module]:
         """The modules of the block, then those of its attention and of its MLP."""
         own = self._modules
@@ -183,7 +190,7 @@ class Block(CallsOps, nn.Module):
             return False
         below = self._below()
         return (
-            tuple(map(type, below)) == self._as_built
+            self.is_as_built()
             and unwatched(below)
             and as_known(self._kinds)
             and self.attn.fused_attn
@@ -245,6 +252,7 @@ _KINDS: tuple[type[nn.Module], ...] = (
     DropPath,
     LayerScale,
     nn.Linear,
+    QuantLinear,
     nn.Dropout,
 )
 _KINDS = (*_KINDS, *NORM_KINDS, *ACTIVATION_KINDS)

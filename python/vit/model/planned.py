@@ -20,6 +20,10 @@ class CallsOps:
 
     ops: Any = ops
 
+    def asks(self, device: torch.device, dtype: torch.dtype, training: bool) -> Spec | None:
+        """What it asks of the ops beyond the `specs` of its model."""
+        return None
+
 
 class HasBuffers:
     """A module with buffers that are computed and no part of a state dict."""
@@ -67,7 +71,12 @@ class Planned(nn.Module):
 
     def plan_for(self, device: torch.device, dtype: torch.dtype, training: bool) -> Plan:
         """The plan for a device, dtype and direction; BackendError when a named backend cannot run it."""
-        return make_plan(self.backend, self.specs(device, dtype, training), self.name)
+        specs = self.specs(device, dtype, training)
+        for module in self.modules():
+            more = module.asks(device, dtype, training) if isinstance(module, CallsOps) else None
+            if more is not None and more not in specs:
+                specs.append(more)
+        return make_plan(self.backend, specs, self.name)
 
     def bind(self, plan: Plan) -> None:
         """Makes every module below call the ops of `plan`."""

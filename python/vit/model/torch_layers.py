@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.bound import NativeOp, spec_of
 from .patches import patchify
+from .quant_linear import QuantLinear
 
 #: Names of the activations that `linear` computes, by what torch.nn.GELU calls them.
 ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -45,7 +46,7 @@ def know(*kinds: type[nn.Module]) -> None:
     _FORWARDS.update((kind, kind.forward) for kind in kinds)
 
 
-know(nn.Linear, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential)
+know(nn.Linear, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential, QuantLinear)
 
 
 def as_known(kinds: Collection[type[nn.Module]]) -> bool:
@@ -146,13 +147,15 @@ def _below_modes(lowest: TorchFunctionMode) -> Iterator[None]:
 
 def linear(
     ops: Any,
-    layer: nn.Linear,
+    layer: nn.Linear | QuantLinear,
     x: Tensor,
     activation: str | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """An untouched Linear, with what may be fused to it."""
+    """An untouched Linear or QuantLinear, with what may be fused to it."""
+    if isinstance(layer, QuantLinear):
+        return ops.linear_int8(x, layer.weight, layer.weight_scale, layer.bias, activation, residual, scale)
     return ops.linear(x, layer.weight, layer.bias, activation, residual, scale)
 
 
@@ -185,6 +188,7 @@ def _identity(ops: Any, layer: nn.Identity, x: Tensor) -> Tensor:
 
 _COMPUTE: dict[type, Callable[..., Tensor]] = {
     nn.Linear: linear,
+    QuantLinear: linear,
     nn.LayerNorm: layer_norm,
     nn.RMSNorm: rms_norm,
     nn.GELU: _gelu,

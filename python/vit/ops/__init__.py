@@ -1,7 +1,7 @@
 """The ops of a Vision Transformer, each on every backend: `vit.ops.<op>(..., backend="auto")`.
 
-Each module of this package that starts with an underscore is one op and defines OP. OPS, made of them, is the only
-list of ops in Python: tests, benchmarks, `vit info` and the documentation iterate over it.
+Each module of this package that starts with an underscore is one op, or a routine without gradients, and defines OP.
+OPS and ROUTINES, made of them, are the only lists of them in Python: tests, benchmarks, `vit info` and the documentation iterate over it.
 
 What is no tensor is a TypeError that names the argument. Sizes and dtypes that do not fit are a ValueError of a native
 backend; the reference is plain PyTorch, whose own errors (most are RuntimeErrors) stand.
@@ -13,11 +13,12 @@ import importlib
 import pkgutil
 
 from ..backends import Spec
-from . import bound
+from . import bound, routine
 from ._attention import attention
 from ._gelu import gelu, quick_gelu, silu
 from ._layer_norm import layer_norm
 from ._linear import linear
+from ._linear_int8 import linear_int8
 from ._matmul import matmul
 from ._rms_norm import rms_norm
 from ._rotary import rotary
@@ -25,17 +26,21 @@ from ._swiglu import swiglu
 from .bound import BoundOp
 from .movement import TORCH as movement  # what modules without a plan use
 from .op import Op
+from .routine import Routine
 
 __all__ = [
     "OPS",
+    "ROUTINES",
     "BoundOp",
     "Op",
+    "Routine",
     "Spec",
     "attention",
     "bind",
     "gelu",
     "layer_norm",
     "linear",
+    "linear_int8",
     "matmul",
     "movement",
     "quick_gelu",
@@ -46,12 +51,20 @@ __all__ = [
 ]
 
 _MODULES = [m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith("_")]
-OPS: dict[str, Op] = {name[1:]: importlib.import_module(f"{__name__}.{name}").OP for name in _MODULES}
+_RECORDS = [importlib.import_module(f"{__name__}.{name}").OP for name in _MODULES]
+OPS: dict[str, Op] = {record.name: record for record in _RECORDS if isinstance(record, Op)}
+#: What has a forward alone, for inference.
+ROUTINES: dict[str, Routine] = {record.name: record for record in _RECORDS if isinstance(record, Routine)}
 
 for _record in OPS.values():
     bound.bind_all(_record)
+for _routine in ROUTINES.values():
+    routine.bind_all(_routine)
+
+#: Both: what a plan may hold.
+ALL: dict[str, Op | Routine] = {**OPS, **ROUTINES}
 
 
 def bind(op: str, backend: str) -> BoundOp:
     """The callable that runs `op` on one backend, or for "auto" on the best one for each call's arguments."""
-    return bound.bind(OPS[op], backend)
+    return bound.bind(ALL[op], backend)

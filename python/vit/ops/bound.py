@@ -91,19 +91,19 @@ class NativeOp(BoundOp):
         inputs, finish = self.op.arguments(*args, **kwargs)
         self.check_transforms(inputs)
         self.check(inputs)
-        ordinary = _ordinary(inputs)
+        direct = ordinary(inputs)
         if torch.is_grad_enabled() and _any_requires_grad(inputs):
-            y = (self.direct if ordinary else self.dispatched).apply(*inputs)
-        elif ordinary:
+            y = (self.direct if direct else self.dispatched).apply(*inputs)
+        elif direct:
             outputs = self.op.launch_fwd(self.record, *inputs, False)
             y = outputs[0] if type(outputs) is tuple else outputs
         else:
-            y = _tuple(_dispatched(self.fwd_op, *inputs, False))[0]
+            y = _tuple(dispatched(self.fwd_op, *inputs, False))[0]
         return y if finish is None else finish(y)
 
     def traced(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """A call that becomes part of a graph."""
-        if _exporting_to_onnx():
+        if exporting_to_onnx():
             return self.op.reference(*args, **kwargs)
         inputs, finish = self.op.arguments(*args, **kwargs)
         self.check(inputs)
@@ -130,11 +130,11 @@ class NativeOp(BoundOp):
 
     def forward(self, *args: Any) -> tuple[Any, ...]:
         """The forward kernel, by the shortest path that is safe for these arguments."""
-        return self.launched(*args) if _ordinary(args) else _tuple(_dispatched(self.fwd_op, *args))
+        return self.launched(*args) if ordinary(args) else _tuple(dispatched(self.fwd_op, *args))
 
     def backward(self, *args: Any) -> Any:
         """The backward kernel, likewise."""
-        return self.op.launch_bwd(self.record, *args) if _ordinary(args) else _dispatched(self.bwd_op, *args)
+        return self.op.launch_bwd(self.record, *args) if ordinary(args) else dispatched(self.bwd_op, *args)
 
     def check_transforms(self, inputs: Sequence[Any]) -> None:
         """Refuses what would silently lose a derivative or a batch dimension."""
@@ -188,7 +188,7 @@ def spec_of(op: Op, tensors: dict[str, Tensor]) -> Spec:
     )
 
 
-def call(op: Op, backend: str, *args: Any, **kwargs: Any) -> Tensor:
+def call(op: Any, backend: str, *args: Any, **kwargs: Any) -> Tensor:
     """A public op: the named backend, or for "auto" the most preferred one that can run these arguments."""
     for name, allowed in op.tensors.items():
         if name in kwargs and not isinstance(kwargs[name], allowed):
@@ -200,12 +200,12 @@ def call(op: Op, backend: str, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @constant
-def _exporting_to_onnx() -> bool:
+def exporting_to_onnx() -> bool:
     """Whether what is traced becomes an ONNX file: it runs without our kernels, so it holds PyTorch's own ops."""
     return torch.onnx.is_in_onnx_export()
 
 
-def _ordinary(args: Sequence[Any]) -> bool:
+def ordinary(args: Sequence[Any]) -> bool:
     """Whether raw pointers may be taken: nothing traces, no dispatch mode is on, every tensor is exactly a Tensor."""
     if (
         torch.compiler.is_compiling()
@@ -228,7 +228,7 @@ def _any_requires_grad(args: Sequence[Any]) -> bool:
     return False
 
 
-def _dispatched(op: Any, *args: Any) -> Any:
+def dispatched(op: Any, *args: Any) -> Any:
     """A registered op, of which counters of operations know the work."""
     flops.offer()
     return op(*args)
@@ -280,7 +280,7 @@ class _NoSecondBackward(torch.autograd.Function):
         ctx.bound.refuse("double backward")
 
 
-def bind(op: Op, backend: str) -> BoundOp:
+def bind(op: Any, backend: str) -> BoundOp:
     """The op on a backend of that name, or on "auto"; ValueError for an unknown name."""
     if (op.name, backend) not in _BOUND:
         backends.get(backend)  # raises
@@ -296,10 +296,15 @@ def bind_all(op: Op) -> None:
 
     Programs saved by torch.export name the registered ops, so they exist as soon as vit is imported.
     """
-    _BOUND[op.name, "auto"] = AutoOp(op, "auto")
+    put(AutoOp(op, "auto"))
     for record in backends.records().values():
         native = isinstance(record, NativeBackend)
-        _BOUND[op.name, record.name] = (NativeOp if native else ReferenceOp)(op, record.name)
+        put((NativeOp if native else ReferenceOp)(op, record.name))
+
+
+def put(callable: BoundOp) -> None:
+    """Makes `bind` find it."""
+    _BOUND[callable.op.name, callable.backend] = callable
 
 
 def _bind_by_name(op: str, backend: str) -> BoundOp:

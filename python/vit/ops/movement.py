@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import NativeBackend
-from .bound import _ordinary
+from .bound import ordinary
 from .launch import contiguous, move
 
 
@@ -104,7 +104,7 @@ class KernelMovement(Movement):
         """Whether a kernel may be given these: ordinary tensors of one dtype that the backend has, not empty."""
         given = [t for t in tensors if t is not None]
         return (
-            _ordinary(given)
+            ordinary(given)
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
             and given[0].dtype in self.record.dtypes

@@ -22,13 +22,27 @@ def register(op: Op, record: NativeBackend) -> tuple[Any, Any]:
         ("fwd", op.fwd_schema, op.launch_fwd, op.fwd_fake),
         ("bwd", op.bwd_schema, op.launch_bwd, op.bwd_fake),
     ):
-        name = f"{op.name}_{direction}"
-        library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, _as_torch_wants(launch, record), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-        flops.know(namespace, name)
+        _define(library, namespace, f"{op.name}_{direction}", schema, _as_torch_wants(launch, record), fake)
     ops = getattr(torch.ops, namespace)
     return getattr(ops, f"{op.name}_fwd").default, getattr(ops, f"{op.name}_bwd").default
+
+
+def register_one(
+    record: NativeBackend, name: str, schema: str, launch: Callable[..., Any], fake: Callable[..., Any]
+) -> Any:
+    """Defines vit_<backend>::<name>, a routine, and returns it."""
+    namespace = f"vit_{record.name}"
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _LIBRARIES.append(library)
+    _define(library, namespace, name, schema, _as_torch_wants(launch, record), fake)
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+def _define(library: Any, namespace: str, name: str, schema: str, kernel: Any, fake: Any) -> None:
+    library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    flops.know(namespace, name)
 
 
 def register_gradients(op: Op, fwd_op: Any, bwd: Callable[..., Any], guard: Callable[..., Any]) -> None:

@@ -1,0 +1,102 @@
+"""`vit.quantize`: a model whose blocks multiply 8-bit integers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .engine.accepts import refusals
+from .engine.smooth import LAYERS, observe, smooth
+from .model import VisionTransformer
+from .model.blocks import Block
+from .model.quant_linear import QuantLinear
+
+DTYPES = ("int8",)
+
+
+@torch.no_grad()
+def quantize(
+    model: VisionTransformer, dtype: str = "int8", exclude: Collection[str] = (), calibrate: Tensor | None = None
+) -> VisionTransformer:
+    """A copy of a model for inference, on the same backend, whose block linears multiply 8-bit integers.
+
+    blocks.I.attn.qkv, attn.proj, mlp.fc1 and mlp.fc2 become QuantLinear: weights symmetric per output channel, inputs
+    per row when they are made, exact 32-bit sums (formula: vit.ops.linear_int8). All else keeps its dtype.
+
+    exclude    names of such layers that stay as they are ("blocks.0.mlp.fc2")
+    calibrate  images [B, C, H, W] as the model takes them: channels that stand out in the inputs of qkv, proj and fc1
+               are smoothed into the weights (arXiv:2211.10438), and biases take back what rounding takes from the mean
+               output. For models that vit.Engine can run
+
+    To save and load: torch.save(quantized.state_dict(), path), and load_state_dict on a model quantized with the same
+    `exclude`, whatever its weights and backend.
+
+    Raises TypeError for what is no vit model, ValueError for an unknown dtype, for names that are no such layers, for a
+    model that is quantized already or that calibration cannot smooth, BackendError when the model's backend has no
+    such product.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"vit.quantize: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(
+            f"vit.quantize: takes a vit.VisionTransformer, got {type(model).__name__}; vit.create makes one"
+        )
+    layers = _layers(model, exclude)
+    made = copy.deepcopy(model).eval().requires_grad_(False)
+    smoothed = {} if calibrate is None else _smooth(made, calibrate)
+    intact = [block for block in made.blocks if block.is_as_built()]
+    for name in layers:
+        parent, _, child = name.rpartition(".")
+        linear: Any = made.get_submodule(name)
+        if type(linear) is nn.Linear:  # a block that stands twice has been here before
+            weight, bias = (smoothed.get(f"{name}.{own}", getattr(linear, own)) for own in ("weight", "bias"))
+            setattr(made.get_submodule(parent), child, QuantLinear.of(weight, bias, smoothed.get(f"{name}.mean")))
+    for block in intact:
+        block.keep_classes()
+    made.replan(training=False)
+    return made
+
+
+def _layers(model: VisionTransformer, exclude: Collection[str]) -> list[str]:
+    """The names of the layers to be quantized."""
+    if isinstance(exclude, str):
+        raise ValueError(f"vit.quantize: exclude must be a collection of names, got the text {exclude!r}")
+    blocks: Any = model.blocks
+    found = []
+    for i, block in enumerate(blocks):
+        if type(block) is not Block:
+            raise ValueError(f"vit.quantize: blocks.{i} is a {type(block).__name__}; only vit's Block can be quantized")
+        for name in LAYERS:
+            layer = dict(block.named_modules()).get(name)
+            if isinstance(layer, QuantLinear):
+                raise ValueError(f"vit.quantize: blocks.{i}.{name} is quantized already; quantize the original model")
+            if type(layer) is nn.Linear:
+                found.append(f"blocks.{i}.{name}")
+    if unknown := sorted(set(exclude) - set(found)):
+        raise ValueError(
+            f"vit.quantize: {', '.join(unknown)} cannot be excluded; layers that are quantized are "
+            f"{', '.join(found[:4])} and so on to {found[-1]}"
+        )
+    if not (names := [name for name in found if name not in exclude]):
+        raise ValueError("vit.quantize: no layer is left to be quantized: exclude fewer of them")
+    return names
+
+
+def _smooth(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
+    """Smooths the weights in place; returns them in float32, and the mean input of each layer (engine/smooth.py)."""
+    if not len(images):
+        raise ValueError("vit.quantize: calibrate holds no images")
+    if reasons := list(refusals(model)):
+        raise ValueError("vit.quantize: calibrate cannot smooth this model: " + "; ".join(reasons))
+    own = model.state_dict()
+    before = {name: t.float().cpu() for name, t in own.items()}
+    smoothed = smooth(before, len(model.blocks), observe(model, images))
+    changed = {name: t.to(model.device) for name, t in smoothed.items() if t is not before.get(name)}
+    for name, tensor in changed.items():
+        if name in own:
+            own[name].copy_(tensor)
+    return changed
