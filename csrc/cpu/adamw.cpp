@@ -93,28 +93,28 @@ VIT_INLINE float encode(const Block<float>& from, const Nearest& nearest, bool r
 
 template <class A>
 struct Settings {
-  A decay, beta1, beta2, rate, eps, root_correction, grad_scale, ema_decay;
+  A decay, one_minus_beta1, beta2, one_minus_beta2, rate, eps, root_correction, grad_scale, one_minus_ema_decay;
 
   explicit Settings(const AdamW& p)
       : decay(static_cast<A>(1 - p.lr * p.weight_decay)),
-        beta1(static_cast<A>(p.beta1)),
+        one_minus_beta1(static_cast<A>(1 - p.beta1)),
         beta2(static_cast<A>(p.beta2)),
+        one_minus_beta2(static_cast<A>(1 - p.beta2)),
         rate(static_cast<A>(p.lr / p.correction1)),
         eps(static_cast<A>(p.eps)),
         root_correction(static_cast<A>(::sqrt(p.correction2))),
         grad_scale(static_cast<A>(p.grad_scale)),
-        ema_decay(static_cast<A>(p.ema_decay)) {}
+        one_minus_ema_decay(static_cast<A>(1 - p.ema_decay)) {}
 };
 
 // `v` comes as v and goes as v; `root` is its root.
 template <class A>
 VIT_INLINE void step(const Settings<A>& s, Block<A>& param, const Block<A>& grad, Block<A>& m, Block<A>& v,
                      Block<A>& root) {
-  const A one_minus_beta1 = 1 - s.beta1, one_minus_beta2 = 1 - s.beta2;
   for (int i = 0; i < kBlock; ++i) {
     const A g = grad[i] * s.grad_scale;
-    m[i] += (g - m[i]) * one_minus_beta1;
-    v[i] = v[i] * s.beta2 + g * g * one_minus_beta2;
+    m[i] += (g - m[i]) * s.one_minus_beta1;
+    v[i] = v[i] * s.beta2 + g * g * s.one_minus_beta2;
     root[i] = static_cast<A>(same<A, double> ? __builtin_sqrt(v[i]) : __builtin_sqrtf(static_cast<float>(v[i])));
     param[i] = param[i] * s.decay - s.rate * (m[i] / (root[i] / s.root_correction + s.eps));
   }
@@ -136,7 +136,7 @@ VIT_INLINE void finish(const AdamW& p, const Settings<A>& settings, const Block<
   if (!p.ema) return;
   Block<A> ema;
   read(static_cast<const A*>(p.ema) + at, ema, count);
-  for (int i = 0; i < kBlock; ++i) ema[i] += (param[i] - ema[i]) * (1 - settings.ema_decay);
+  for (int i = 0; i < kBlock; ++i) ema[i] += (param[i] - ema[i]) * settings.one_minus_ema_decay;
   write(static_cast<A*>(p.ema) + at, ema, count);
 }
 

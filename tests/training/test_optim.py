@@ -9,7 +9,8 @@ import pickle
 import draw
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from vit.backends import BackendError
 from vit.optim import AdamW
 from vit.optim.blockwise import BLOCK, code, dequantize, quantize
 
@@ -124,7 +125,16 @@ def test_a_state_that_does_not_fit_is_named() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lr": -1}, {"lr": float("nan")}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": -1}, {"state": "4bit"}],
+    [
+        {"max_norm": 0},
+        {"ema_decay": 1.0},
+        {"lr": -1},
+        {"lr": float("nan")},
+        {"betas": (1.0, 0.9)},
+        {"eps": -1e-8},
+        {"weight_decay": -1},
+        {"state": "4bit"},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"AdamW: {next(iter(wrong))}"):
@@ -137,3 +147,116 @@ def test_a_gradient_that_is_not_finite_stays_visible() -> None:
     net[0].weight.grad = torch.full_like(net[0].weight, float("inf"))
     optimizer.step()
     assert not net[0].weight.isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_encodes_as_the_paper_does(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """With betas of 0 the averages are the gradient and its magnitude: every 100th float32, and all near the edges."""
+    edges = torch.cat([(code(s)[:-1] + code(s)[1:]) / 2 for s in (True, False)])
+    near = torch.cat([torch.nextafter(edges, torch.tensor(towards)) for towards in (-2.0, 2.0)])
+    spread = torch.arange(0, 0x3F800000, 49999, dtype=torch.int32).view(torch.float32)
+    values = torch.cat([edges, near, spread, -spread, torch.tensor([0.0, -0.0, 1.0, -1.0])])
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % (BLOCK - 1))).view(-1, BLOCK - 1)
+    gradient = (
+        torch.nn.functional.pad(blocks, (0, 1), value=1.0).view(-1).to(device, dtype)
+    )  # a largest value of 1 in each block
+    parameter = nn.Parameter(torch.zeros_like(gradient))
+    parameter.grad = gradient
+    optimizer = AdamW([parameter], lr=0, betas=(0.0, 0.0), state="8bit", backend=backend)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    m, (indices, scales) = state["exp_avg"], quantize(gradient.float(), signed=True)
+    assert torch.equal(m, indices)
+    assert torch.equal(state["exp_avg_scale"], scales)
+    roots, scales = quantize(gradient.float().square().sqrt(), signed=False)
+    assert torch.equal(state["exp_avg_root"], roots)
+    assert torch.equal(state["exp_avg_root_scale"], scales)
+
+
+def one_more_step(
+    backend: str, device: torch.device, dtype: torch.dtype, state: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A parameter and its state after a step of the reference and one of `backend`, with all that a step can do."""
+    draw.restart("steps")
+    parameter = nn.Parameter(draw.randn(5000).to(device, dtype))
+    optimizer = AdamW([parameter], **SETTINGS, state=state, max_norm=30.0, ema_decay=0.9, backend="reference")
+    for name in ("reference", backend):
+        parameter.grad = draw.randn(5000).to(device, dtype)
+        optimizer.backend = name
+        optimizer.step()
+    return parameter.detach(), optimizer.state[parameter]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state"),
+    [(dtype, "float32") for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    + [(dtype, "8bit") for dtype in (torch.float32, torch.bfloat16)],
+)
+def test_a_kernel_steps_as_the_reference_does(
+    backend: str, device: torch.device, dtype: torch.dtype, state: str
+) -> None:
+    """A step has 8 operations one after the other, of which a kernel may fuse some: as many roundings. An average close
+    to the middle of two values of the code may become either."""
+    ours, kept = one_more_step(backend, device, dtype, state)
+    theirs, expected = one_more_step("reference", device, dtype, state)
+    assert kept.keys() == expected.keys()
+    for found, wanted in [(ours, theirs), *((kept[name], expected[name]) for name in expected)]:
+        if wanted.dtype == torch.uint8:
+            apart = (found.int() - wanted.int()).abs()
+            assert apart.max() <= 1
+            assert apart.count_nonzero() <= 5
+        else:
+            bound = 8 * torch.finfo(wanted.dtype).eps
+            torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
+
+
+def test_the_number_of_threads_changes_no_bit(backend: str, device: torch.device) -> None:
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(one_more_step(backend, device, torch.float32, "8bit"))
+    (one, kept), (two, same) = results
+    assert torch.equal(one, two)
+    assert all(torch.equal(kept[name], same[name]) for name in kept)
+
+
+def test_max_norm_and_ema_are_torchs() -> None:
+    ours, theirs, average = model(), model(), model()
+    optimizer = AdamW(ours.parameters(), **SETTINGS, max_norm=0.05, ema_decay=0.9)
+    plain = torch.optim.AdamW(theirs.parameters(), foreach=False, **SETTINGS)
+    draw.restart("batch")
+    for _ in range(3):
+        x = draw.randn(32, 64)
+        for net in (ours, theirs):
+            net.zero_grad()
+            nn.functional.cross_entropy(net(x), torch.arange(32) % 10).backward()
+        assert nn.utils.clip_grad_norm_(theirs.parameters(), 0.05) > 0.05
+        optimizer.step()
+        plain.step()
+        for mean, value in zip(average.parameters(), theirs.parameters(), strict=True):
+            mean.data.lerp_(value.data, 0.1)
+    bound = 3 * 8 * torch.finfo(torch.float32).eps  # three steps
+    for a, b, mean in zip(ours.parameters(), theirs.parameters(), average.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
+        torch.testing.assert_close(optimizer.state[a]["ema"], mean.data, rtol=bound, atol=bound)
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert (again.max_norm, again.backend) == (0.05, "auto")
+
+
+def test_what_a_kernel_cannot_step() -> None:
+    parameter = nn.Parameter(torch.zeros(5000, dtype=torch.float64))
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(BackendError, match="averages of 8 bits go with parameters of 16 and 32 bits, not float64"):
+        AdamW([parameter], state="8bit", backend="cpu").step()
+    AdamW([parameter], state="8bit").step()
+    strided = nn.Parameter(torch.zeros(64, 200)[:, ::2])
+    strided.grad = torch.ones(64, 100)
+    with pytest.raises(BackendError, match=r"strides \(200, 2\) has gaps"):
+        AdamW([strided], backend="cpu").step()
+    AdamW([strided], lr=0.5).step()
+    turned = nn.Parameter(torch.zeros(64, 100).t())
+    turned.grad = torch.arange(6400.0).view(100, 64)  # in another order than the parameter
+    AdamW([turned], lr=0.5, weight_decay=0, backend="cpu").step()
+    torch.testing.assert_close(turned.detach(), torch.where(turned.grad > 0, -0.5, 0.0), rtol=8 * 2**-23, atol=0)
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        AdamW([turned], backend="gpu")
