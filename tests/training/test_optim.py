@@ -9,12 +9,11 @@ import pickle
 import draw
 import pytest
 import torch
-from torch import Tensor, nn
+from optim_helpers import KINDS, SETTINGS, check_code, check_step, one_more_step
+from torch import nn
 from vit.backends import BackendError
 from vit.optim import AdamW
 from vit.optim.blockwise import BLOCK, code, dequantize, quantize
-
-SETTINGS = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -151,63 +150,14 @@ def test_a_gradient_that_is_not_finite_stays_visible() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kernel_encodes_as_the_paper_does(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """With betas of 0 the averages are the gradient and its magnitude: every 100th float32, and all near the edges."""
-    edges = torch.cat([(code(s)[:-1] + code(s)[1:]) / 2 for s in (True, False)])
-    near = torch.cat([torch.nextafter(edges, torch.tensor(towards)) for towards in (-2.0, 2.0)])
-    spread = torch.arange(0, 0x3F800000, 49999, dtype=torch.int32).view(torch.float32)
-    values = torch.cat([edges, near, spread, -spread, torch.tensor([0.0, -0.0, 1.0, -1.0])])
-    blocks = torch.nn.functional.pad(values, (0, -len(values) % (BLOCK - 1))).view(-1, BLOCK - 1)
-    gradient = (
-        torch.nn.functional.pad(blocks, (0, 1), value=1.0).view(-1).to(device, dtype)
-    )  # a largest value of 1 in each block
-    parameter = nn.Parameter(torch.zeros_like(gradient))
-    parameter.grad = gradient
-    optimizer = AdamW([parameter], lr=0, betas=(0.0, 0.0), state="8bit", backend=backend)
-    optimizer.step()
-    state = optimizer.state[parameter]
-    m, (indices, scales) = state["exp_avg"], quantize(gradient.float(), signed=True)
-    assert torch.equal(m, indices)
-    assert torch.equal(state["exp_avg_scale"], scales)
-    roots, scales = quantize(gradient.float().square().sqrt(), signed=False)
-    assert torch.equal(state["exp_avg_root"], roots)
-    assert torch.equal(state["exp_avg_root_scale"], scales)
+    check_code(backend, device, dtype)
 
 
-def one_more_step(
-    backend: str, device: torch.device, dtype: torch.dtype, state: str
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """A parameter and its state after a step of the reference and one of `backend`, with all that a step can do."""
-    draw.restart("steps")
-    parameter = nn.Parameter(draw.randn(5000).to(device, dtype))
-    optimizer = AdamW([parameter], **SETTINGS, state=state, max_norm=30.0, ema_decay=0.9, backend="reference")
-    for name in ("reference", backend):
-        parameter.grad = draw.randn(5000).to(device, dtype)
-        optimizer.backend = name
-        optimizer.step()
-    return parameter.detach(), optimizer.state[parameter]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "state"),
-    [(dtype, "float32") for dtype in (torch.float32, torch.bfloat16, torch.float64)]
-    + [(dtype, "8bit") for dtype in (torch.float32, torch.bfloat16)],
-)
+@pytest.mark.parametrize(("dtype", "state"), KINDS)
 def test_a_kernel_steps_as_the_reference_does(
     backend: str, device: torch.device, dtype: torch.dtype, state: str
 ) -> None:
-    """A step has 8 operations one after the other, of which a kernel may fuse some: as many roundings. An average close
-    to the middle of two values of the code may become either."""
-    ours, kept = one_more_step(backend, device, dtype, state)
-    theirs, expected = one_more_step("reference", device, dtype, state)
-    assert kept.keys() == expected.keys()
-    for found, wanted in [(ours, theirs), *((kept[name], expected[name]) for name in expected)]:
-        if wanted.dtype == torch.uint8:
-            apart = (found.int() - wanted.int()).abs()
-            assert apart.max() <= 1
-            assert apart.count_nonzero() <= 5
-        else:
-            bound = 8 * torch.finfo(wanted.dtype).eps
-            torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
+    check_step(backend, device, dtype, state)
 
 
 def test_the_number_of_threads_changes_no_bit(backend: str, device: torch.device) -> None:
