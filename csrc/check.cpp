@@ -319,4 +319,21 @@ void check(const Move& p) {
   check_pointers(op, {{"out", p.out, count > 0}});
 }
 
+void check(const AdamW& p) {
+  const char* op = "adamw";
+  check_dtype(op, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"n", p.n}});
+  const bool packed = p.exp_avg_scale || p.exp_avg_sq_scale;
+  if (packed && p.dtype == DType::float64)
+    fail(op, "dtype is float64; averages of 8 bits go with 16 and 32 bits alone");
+  check_pointers(op, {{"param", p.param, p.n > 0},
+                      {"grad", p.grad, p.n > 0},
+                      {"exp_avg", p.exp_avg, p.n > 0},
+                      {"exp_avg_sq", p.exp_avg_sq, p.n > 0},
+                      {"exp_avg_scale", p.exp_avg_scale, packed && p.n > 0},
+                      {"exp_avg_sq_scale", p.exp_avg_sq_scale, packed && p.n > 0},
+                      {"code", p.code, packed && p.n > 0}});
+}
+
 }  // namespace vit

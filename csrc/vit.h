@@ -319,6 +319,29 @@ struct LinearInt8 {
   Context context;
 };
 
+// adamw: one step of Adam with decoupled weight decay, of n parameters in place:
+//   g = grad_scale grad,  m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2
+//   param <- (1 - lr weight_decay) param - lr / correction1 m / (sqrt(v) / sqrt(correction2) + eps)
+//   ema <- ema_decay ema + (1 - ema_decay) param
+// With scales, m and sqrt(v) are in 8 bits: indices of `code`, times the scale of their block of 256.
+struct AdamW {
+  void* param;             // [n] dtype
+  const void* grad;        // [n] dtype
+  void* exp_avg;           // [n] m: acc, or uint8 with scales
+  void* exp_avg_sq;        // [n] v: acc, or uint8 of sqrt(v) with scales
+  void* exp_avg_scale;     // [ceil(n / 256)] float32, may be null: m and v are numbers; not with float64
+  void* exp_avg_sq_scale;  // [ceil(n / 256)] float32, null when exp_avg_scale is
+  void* ema;               // [n] acc, may be null: not wanted
+  const void* code;        // [2, 256] float32, ascending, of numbers with a sign and without; null when the scales are
+  int64_t n;
+  double lr, beta1, beta2, eps, weight_decay;
+  double correction1, correction2;  // 1 - beta1^t, 1 - beta2^t
+  double grad_scale, ema_decay;
+  DType dtype;
+  Context context;
+};
+inline constexpr int64_t kAdamWBlock = 256;  // numbers of 8 bits that share a scale
+
 #define VIT_OP(name, Params, ...) void name(const Params&);
 #define VIT_WORKSPACE(name, Params) std::size_t name##_workspace(const Params&);
 #include "ops.def"

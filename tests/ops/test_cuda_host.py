@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import vit
 from cuda_emulator import PATHS, Emulated
+from optim_helpers import KINDS, check_code, check_step
 from vit.backends.cuda import tf32_allowed
 from vit.ops import OPS
 from vit.ops.bound import spec_of
@@ -188,6 +189,13 @@ def test_gradients_are_the_same_in_every_run(emulated):
 
     for first, second in zip(gradients(), gradients(), strict=True):
         assert first.equal(second)
+
+
+@pytest.mark.parametrize(("dtype", "state"), [*KINDS, (torch.float16, "8bit")])
+def test_adamw(emulated, dtype, state):
+    check_step(emulated.name, torch.device("cpu"), dtype, state)
+    if state == "8bit":
+        check_code(emulated.name, torch.device("cpu"), dtype)
 
 
 def test_layouts(tmp_path):

@@ -9,11 +9,11 @@ import pickle
 import draw
 import pytest
 import torch
+from optim_helpers import KINDS, SETTINGS, check_code, check_step, one_more_step
 from torch import nn
+from vit.backends import BackendError
 from vit.optim import AdamW
 from vit.optim.blockwise import BLOCK, code, dequantize, quantize
-
-SETTINGS = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -124,7 +124,16 @@ def test_a_state_that_does_not_fit_is_named() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lr": -1}, {"lr": float("nan")}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": -1}, {"state": "4bit"}],
+    [
+        {"max_norm": 0},
+        {"ema_decay": 1.0},
+        {"lr": -1},
+        {"lr": float("nan")},
+        {"betas": (1.0, 0.9)},
+        {"eps": -1e-8},
+        {"weight_decay": -1},
+        {"state": "4bit"},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"AdamW: {next(iter(wrong))}"):
@@ -137,3 +146,67 @@ def test_a_gradient_that_is_not_finite_stays_visible() -> None:
     net[0].weight.grad = torch.full_like(net[0].weight, float("inf"))
     optimizer.step()
     assert not net[0].weight.isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_encodes_as_the_paper_does(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    check_code(backend, device, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "state"), KINDS)
+def test_a_kernel_steps_as_the_reference_does(
+    backend: str, device: torch.device, dtype: torch.dtype, state: str
+) -> None:
+    check_step(backend, device, dtype, state)
+
+
+def test_the_number_of_threads_changes_no_bit(backend: str, device: torch.device) -> None:
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(one_more_step(backend, device, torch.float32, "8bit"))
+    (one, kept), (two, same) = results
+    assert torch.equal(one, two)
+    assert all(torch.equal(kept[name], same[name]) for name in kept)
+
+
+def test_max_norm_and_ema_are_torchs() -> None:
+    ours, theirs, average = model(), model(), model()
+    optimizer = AdamW(ours.parameters(), **SETTINGS, max_norm=0.05, ema_decay=0.9)
+    plain = torch.optim.AdamW(theirs.parameters(), foreach=False, **SETTINGS)
+    draw.restart("batch")
+    for _ in range(3):
+        x = draw.randn(32, 64)
+        for net in (ours, theirs):
+            net.zero_grad()
+            nn.functional.cross_entropy(net(x), torch.arange(32) % 10).backward()
+        assert nn.utils.clip_grad_norm_(theirs.parameters(), 0.05) > 0.05
+        optimizer.step()
+        plain.step()
+        for mean, value in zip(average.parameters(), theirs.parameters(), strict=True):
+            mean.data.lerp_(value.data, 0.1)
+    bound = 3 * 8 * torch.finfo(torch.float32).eps  # three steps
+    for a, b, mean in zip(ours.parameters(), theirs.parameters(), average.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
+        torch.testing.assert_close(optimizer.state[a]["ema"], mean.data, rtol=bound, atol=bound)
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert (again.max_norm, again.backend) == (0.05, "auto")
+
+
+def test_what_a_kernel_cannot_step() -> None:
+    parameter = nn.Parameter(torch.zeros(5000, dtype=torch.float64))
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(BackendError, match="averages of 8 bits go with parameters of 16 and 32 bits, not float64"):
+        AdamW([parameter], state="8bit", backend="cpu").step()
+    AdamW([parameter], state="8bit").step()
+    strided = nn.Parameter(torch.zeros(64, 200)[:, ::2])
+    strided.grad = torch.ones(64, 100)
+    with pytest.raises(BackendError, match=r"strides \(200, 2\) has gaps"):
+        AdamW([strided], backend="cpu").step()
+    AdamW([strided], lr=0.5).step()
+    turned = nn.Parameter(torch.zeros(64, 100).t())
+    turned.grad = torch.arange(6400.0).view(100, 64)  # in another order than the parameter
+    AdamW([turned], lr=0.5, weight_decay=0, backend="cpu").step()
+    torch.testing.assert_close(turned.detach(), torch.where(turned.grad > 0, -0.5, 0.0), rtol=8 * 2**-23, atol=0)
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        AdamW([turned], backend="gpu")

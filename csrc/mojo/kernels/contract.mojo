@@ -346,6 +346,29 @@ struct Move:
     var context: Context
 
 
+struct AdamW:
+    var param: Address
+    var grad: Address
+    var exp_avg: Address
+    var exp_avg_sq: Address
+    var exp_avg_scale: Address
+    var exp_avg_sq_scale: Address
+    var ema: Address
+    var code: Address
+    var n: Int
+    var lr: Float64
+    var beta1: Float64
+    var beta2: Float64
+    var eps: Float64
+    var weight_decay: Float64
+    var correction1: Float64
+    var correction2: Float64
+    var grad_scale: Float64
+    var ema_decay: Float64
+    var dtype: Int32
+    var context: Context
+
+
 def check_layout():
     """What kernels.h asserts about the same structs."""
     comptime assert size_of[Context]() == 24
@@ -366,3 +389,4 @@ def check_layout():
     comptime assert size_of[AttentionFwd]() == 200
     comptime assert size_of[AttentionBwd]() == 304
     comptime assert size_of[Move]() == 288
+    comptime assert size_of[AdamW]() == 176

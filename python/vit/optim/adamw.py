@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .blockwise import blocks_of, dequantize, quantize
+from ..backends import get
+from .blockwise import blocks_of
+from .launch import kernel_for, launch, reference
 
 STATES = ("float32", "8bit")
 
@@ -26,13 +28,19 @@ class AdamW(torch.optim.Optimizer):
         m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2
         p <- p - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
+    A step is one pass over memory by the backend's kernel, where it has one.
+
     params: tensors of a floating dtype, or groups of them; the averages are of their shape, float32 for bfloat16 and
     float16 too, float64 for float64
     state: "float32", equal to torch.optim.AdamW to rounding; or "8bit": parameters of 4,096 elements and more keep m
     and sqrt(v) in blocks of 256 numbers with the dynamic code of arXiv:2110.02861, a quarter of the bytes. (The root
     has half of v's decades, so that a small v is not stored as nothing.)
+    max_norm: gradients are scaled down, in that pass, to at most this norm of all of them together
+    ema_decay: an average of the parameters, a <- decay a + (1 - decay) p, is kept in `optimizer.state[p]["ema"]`
+    backend: whose kernel steps: "auto", a backend's name, or "reference" for PyTorch's operations
 
-    Raises ValueError for settings out of range, RuntimeError for sparse gradients, TypeError for complex parameters.
+    Raises ValueError for settings out of range, RuntimeError for sparse gradients, TypeError for complex parameters,
+    BackendError when the named backend cannot step a parameter.
     """
 
     def __init__(
@@ -43,8 +51,21 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         state: str = "float32",
+        max_norm: float | None = None,
+        ema_decay: float | None = None,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state": state})
+        self.max_norm, self.backend = max_norm, backend
+        if max_norm is not None and not 0 < max_norm < math.inf:
+            raise ValueError(f"vit: AdamW: max_norm is {max_norm}; it must be a finite number above 0, or None")
+        if backend != "auto":
+            get(backend)
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state": state}
+        super().__init__(params, {**settings, "ema_decay": ema_decay})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds."""
+        return super().__getstate__() | {"max_norm": self.max_norm, "backend": self.backend}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes further parameters, with settings of their own."""
@@ -62,16 +83,34 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grad_scale = self._grad_scale()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.is_sparse:
-                    raise RuntimeError("vit: AdamW takes no sparse gradients")
-                if not self.state[parameter]:
-                    self.state[parameter].update(initial_state(parameter, group["state"]))
-                _update(parameter, parameter.grad, self.state[parameter], group)
+                if parameter.grad is not None:
+                    self._step(parameter, group, grad_scale)
         return loss
+
+    def _step(self, parameter: Tensor, group: dict[str, Any], grad_scale: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(initial_state(parameter, group["state"], group["ema_decay"] is not None))
+        state["step"] += 1
+        backend = kernel_for(self.backend, _local(parameter), "exp_avg_root" in state)
+        if backend is None:
+            reference(parameter, parameter.grad, state, group, grad_scale)  # type: ignore[arg-type]
+        else:
+            local = {name: _local(value) for name, value in state.items()}
+            launch(backend, _local(parameter), _local(parameter.grad), local, group, grad_scale)  # type: ignore[arg-type]
+
+    def _grad_scale(self) -> float:
+        """What brings the gradients, which must be dense, to max_norm."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(gradient.is_sparse for gradient in gradients):
+            raise RuntimeError("vit: AdamW takes no sparse gradients")
+        if self.max_norm is None or not gradients:
+            return 1.0
+        norm = nn.utils.get_total_norm(gradients)
+        return min(1.0, self.max_norm / (float(getattr(norm, "full_tensor", lambda: norm)()) + 1e-6))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of another optimizer over the same parameters; ValueError when one does not fit.
@@ -81,74 +120,61 @@ class AdamW(torch.optim.Optimizer):
         # torch.optim casts the state to the parameter's dtype: bytes to float32, float32 to bfloat16.
         given = state_dict["state"]
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # of a version without it
+            group.setdefault("ema_decay", None)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        kinds = [group["state"] for group in self.param_groups for _ in group["params"]]
+        kinds = [
+            (group["state"], group["ema_decay"] is not None) for group in self.param_groups for _ in group["params"]
+        ]
         for index, parameter in enumerate(parameters):
             if index not in given:
                 continue
-            expected = initial_state(parameter, kinds[index])
+            expected = initial_state(parameter, *kinds[index])
             for name, like in expected.items():
                 value = given[index].get(name)
                 if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
                     found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else value
                     raise ValueError(
-                        f"vit: the state of parameter {index} does not fit AdamW(state={kinds[index]!r}): {name} is "
+                        f"vit: the state of parameter {index} does not fit AdamW(state={kinds[index][0]!r}): {name} is "
                         f"{found}, not {like.dtype} {list(like.shape)}"
                     )
             self.state[parameter] = {name: given[index][name].to(expected[name].device, copy=True) for name in expected}
 
 
-def initial_state(parameter: Tensor, state: str) -> dict[str, Tensor]:
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is spread over several (FSDP2's DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def initial_state(parameter: Tensor, state: str, averaged: bool = False) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
     step = torch.zeros((), dtype=torch.float32)
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    ema = {"ema": parameter.detach().to(dtype, copy=True)} if averaged else {}
     if state == "8bit" and parameter.numel() >= MIN_8BIT:
-        count, device = parameter.numel(), parameter.device
+        count, device = _local(parameter).numel(), parameter.device
         names = ("exp_avg", "exp_avg_root")
         bytes_, scales = (
             {name: torch.zeros(count, dtype=torch.uint8, device=device) for name in names},
             {f"{name}_scale": torch.zeros(blocks_of(count), device=device) for name in names},
         )
-        return {"step": step, **bytes_, **scales}
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        return {"step": step, **bytes_, **scales, **ema}
     return {
         "step": step,
         **{
             name: torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
             for name in ("exp_avg", "exp_avg_sq")
         },
+        **ema,
     }
-
-
-def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    state["step"] += 1
-    step, lr = float(state["step"]), float(group["lr"])
-    packed = "exp_avg_root" in state
-    if packed:
-        m = dequantize(state["exp_avg"], state["exp_avg_scale"], signed=True).view(parameter.shape)
-        root = dequantize(state["exp_avg_root"], state["exp_avg_root_scale"], signed=False).view(parameter.shape)
-        v = root.square_()
-    else:
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-    gradient = gradient.to(m.dtype)
-    target = parameter if parameter.dtype == m.dtype else parameter.to(m.dtype)
-    target.mul_(1 - lr * group["weight_decay"])
-    m.lerp_(gradient, 1 - beta1)
-    v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = v.sqrt()
-    spread = (root / math.sqrt(1 - beta2**step)).add_(group["eps"])
-    target.addcdiv_(m, spread, value=-lr / (1 - beta1**step))
-    if target is not parameter:
-        parameter.copy_(target)
-    if packed:
-        state["exp_avg"], state["exp_avg_scale"] = quantize(m.reshape(-1), signed=True)
-        state["exp_avg_root"], state["exp_avg_root_scale"] = quantize(root.reshape(-1), signed=False)
 
 
 def _check(group: dict[str, Any]) -> None:
     for name, low, high in (("lr", 0.0, math.inf), ("eps", 0.0, math.inf), ("weight_decay", 0.0, math.inf)):
         if not low <= float(group[name]) < high:
             raise ValueError(f"vit: AdamW: {name} is {group[name]}; it must be a finite number from {low:g}")
+    if (decay := group["ema_decay"]) is not None and not 0 <= decay < 1:
+        raise ValueError(f"vit: AdamW: ema_decay is {decay}; it must be a number from 0 and below 1, or None")
     betas = group["betas"]
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"vit: AdamW: betas are {betas}; two numbers from 0 and below 1 are needed")

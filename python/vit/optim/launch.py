@@ -1,0 +1,135 @@
+"""The step of AdamW: by a backend's kernel (the routine `adamw` of the native contract) or in PyTorch's operations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import BackendError, NativeBackend, expect, get, records
+from .blockwise import code, dequantize, quantize
+
+#: The fields of vit::AdamW, in the order in which `launch` gives them.
+expect(
+    "adamw",
+    "param grad exp_avg exp_avg_sq exp_avg_scale exp_avg_sq_scale ema code n lr beta1 beta2 eps weight_decay "
+    "correction1 correction2 grad_scale ema_decay dtype context",
+)
+
+
+def kernel_for(name: str, parameter: Tensor, packed: bool) -> NativeBackend | None:
+    """The backend whose kernel steps a parameter; None stands for PyTorch's operations.
+
+    name: "auto", "reference" or a backend; BackendError with the reason when that one cannot.
+    """
+    if name != "auto":
+        backend = get(name)
+        if not isinstance(backend, NativeBackend):
+            return None
+        if why := _refusal(backend, parameter, packed):
+            hint = 'Use backend="auto" or "reference".'
+            raise BackendError(f"vit: backend '{name}' cannot run 'adamw': {why}. {hint}")
+        return backend
+    for backend in records().values():
+        if isinstance(backend, NativeBackend) and _refusal(backend, parameter, packed) is None:
+            return backend
+    return None
+
+
+def _refusal(backend: NativeBackend, parameter: Tensor, packed: bool) -> str | None:
+    if parameter.device.type not in backend.device_types:
+        return f"needs tensors on {' or '.join(backend.device_types)}, got {parameter.device.type}"
+    if why := backend.unavailable():
+        return why
+    if "adamw" not in backend.lib.fields:
+        return "its compiled module has none"
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if parameter.dtype not in backend.dtypes:
+        return f"dtype {dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in backend.dtypes)}"
+    if packed and parameter.dtype == torch.float64:
+        return "averages of 8 bits go with parameters of 16 and 32 bits, not float64"
+    if not parameter.is_contiguous() and (packed or not _dense(parameter)):
+        return f"a parameter of strides {parameter.stride()} has gaps or another order in memory"
+    return None
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether the elements of a tensor fill its memory without gaps, in whatever order: as in a tensor made like it."""
+    return torch.empty_like(x, device="meta").stride() == x.stride()
+
+
+def launch(
+    backend: NativeBackend,
+    parameter: Tensor,
+    gradient: Tensor,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    grad_scale: float,
+) -> None:
+    """One step by the backend's kernel, whose pass also scales the gradient and moves the state's `ema`."""
+    packed = "exp_avg_root" in state
+    if gradient.dtype != parameter.dtype or gradient.stride() != parameter.stride():
+        gradient = torch.empty_like(parameter).copy_(gradient)
+    ema = state.get("ema")
+    scales = (state["exp_avg_scale"], state["exp_avg_root_scale"]) if packed else ()
+    table = codes(parameter.device) if packed else None
+    correction1, correction2 = corrections(state, group)
+    backend.lib.adamw(
+        parameter.data_ptr(), gradient.data_ptr(),
+        state["exp_avg"].data_ptr(), state["exp_avg_root" if packed else "exp_avg_sq"].data_ptr(),
+        *([scale.data_ptr() for scale in scales] or (0, 0)),
+        0 if ema is None else ema.data_ptr(), 0 if table is None else table.data_ptr(), parameter.numel(),
+        float(group["lr"]), *map(float, group["betas"]), group["eps"], group["weight_decay"],
+        correction1, correction2, grad_scale, group["ema_decay"] or 0.0,
+        backend.codes[parameter.dtype], *backend.context(parameter.device),
+    )  # fmt: skip
+
+
+_CODES: dict[torch.device, Tensor] = {}
+
+
+def codes(device: torch.device) -> Tensor:
+    """The values of the code of 8 bits with a sign and without: float32 [2, 256]."""
+    if device not in _CODES:
+        _CODES[device] = torch.stack([code(True), code(False)]).to(device)
+    return _CODES[device]
+
+
+def corrections(state: dict[str, Tensor], group: dict[str, Any]) -> tuple[float, float]:
+    """What the averages have to be divided by after so many steps: 1 - beta1^t, 1 - beta2^t."""
+    step = float(state["step"])
+    return 1 - group["betas"][0] ** step, 1 - group["betas"][1] ** step
+
+
+def reference(
+    parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], grad_scale: float
+) -> None:
+    """The same step in PyTorch's operations."""
+    beta1, beta2 = group["betas"]
+    lr, packed = float(group["lr"]), "exp_avg_root" in state
+    correction1, correction2 = corrections(state, group)
+    if packed:
+        m = dequantize(state["exp_avg"], state["exp_avg_scale"], signed=True).view(parameter.shape)
+        root = dequantize(state["exp_avg_root"], state["exp_avg_root_scale"], signed=False).view(parameter.shape)
+        v = root.square_()
+    else:
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+    gradient = gradient.to(m.dtype)
+    if grad_scale != 1:
+        gradient = gradient * grad_scale
+    target = parameter if parameter.dtype == m.dtype else parameter.to(m.dtype)
+    target.mul_(1 - lr * group["weight_decay"])
+    m.lerp_(gradient, 1 - beta1)
+    v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    root = v.sqrt()
+    spread = (root / math.sqrt(correction2)).add_(group["eps"])
+    target.addcdiv_(m, spread, value=-lr / correction1)
+    if target is not parameter:
+        parameter.copy_(target)
+    if packed:
+        state["exp_avg"], state["exp_avg_scale"] = quantize(m.reshape(-1), signed=True)
+        state["exp_avg_root"], state["exp_avg_root_scale"] = quantize(root.reshape(-1), signed=False)
+    if "ema" in state:
+        state["ema"].lerp_(target.to(state["ema"].dtype), 1 - group["ema_decay"])
