@@ -12,7 +12,7 @@ mode. Modules and their names are timm's; what a hook, a wrapper or a replaced m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,9 @@ PLACE: dict[str, Any] = {"backend": "auto", "training": True, "name": "vit", "de
 
 class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
     """images [B, in_chans, height, width] -> logits [B, num_classes].
+
+    A list of images [in_chans, height, width], with dynamic_img_size of several sizes, is one forward of their packed
+    tokens, each image as if it were alone; what has tokens of images is then a list.
 
     Sizes: img_size and patch_size are one side or (height, width); img_size must be a multiple of patch_size unless
     dynamic_img_pad (edges padded with zeros; also called dynamic_pad) or drop_edge (the rest is not read, as in timm).
@@ -188,10 +191,10 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
 
     # ---- forward ----
 
-    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, images: Tensor | Sequence[Tensor], attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             return self.forward_head(self.forward_features(images, attn_mask, is_causal))
-        if not (isinstance(images, Tensor) and self._class_token_is_enough()):
+        if not (isinstance(images, (Tensor, list, tuple)) and self._class_token_is_enough()):
             return self.forward_head(self.forward_features(images))
         tokens, given = self.start(images)
         last: Any
@@ -199,10 +202,14 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         for block, more in zip(blocks, given[:-1], strict=True):
             tokens = self._run(block, tokens, **more)
         # Of the last block only what the logits depend on: 6 % less work in ViT-B/16, forward and backward.
-        return self.forward_head(call(self.ops, self.norm, self._run(last.fused, tokens, queries=1, **given[-1])))
+        tokens = call(self.ops, self.norm, self._run(last.fused, tokens, queries=1, **given[-1]))
+        return self.forward_head(tokens if isinstance(images, Tensor) else tokens.transpose(0, 1))
 
-    def forward_features(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """images [B, in_chans, height, width] -> tokens [B, N, C] after the last norm.
+    def forward_features(
+        self, images: Tensor | Sequence[Tensor], attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Any:
+        """images [B, in_chans, height, width] -> tokens [B, N, C] after the last norm; of a list of images a list of
+        tokens [N, C].
 
         attn_mask (True: may be seen, or added to the scores) and is_causal are scaled_dot_product_attention's.
         """
@@ -210,7 +217,11 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         if attn_mask is not None or is_causal:
             if isinstance(tokens, Tensor):  # in a trace of torch.fx masks are places that may stay empty
                 self._check_masked()
+            if not isinstance(images, Tensor) and isinstance(images, (list, tuple)):
+                raise ValueError("vit: attn_mask and is_causal go with images of one size [B, in_chans, height, width]")
             given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
+        elif isinstance(images, (list, tuple)):
+            pass  # each block is told whose the tokens are
         elif not isinstance(self.blocks, nn.ModuleList) and not (
             isinstance(self.blocks, nn.Sequential)
             and (self.grad_checkpointing or untouched(self.blocks, nn.Sequential))
@@ -218,7 +229,10 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             return call(self.ops, self.norm, self.blocks(tokens))
         for block, more in zip(self.blocks, given, strict=True):
             tokens = self._run(block, tokens, **more)
-        return call(self.ops, self.norm, tokens)
+        tokens = call(self.ops, self.norm, tokens)
+        if not isinstance(images, (list, tuple)):
+            return tokens
+        return [image[0] for image in self.ops.movement.split(tokens, given[0]["lengths"])]
 
     def _check_masked(self) -> None:
         if self.backend not in ("auto", "reference"):
@@ -245,10 +259,33 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             and not last.drops_elements()  # random numbers would be drawn for other tokens
         )
 
-    def start(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    def start(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[dict[str, Any]]]:
         """images -> tokens as the first block takes them, and what else each block takes."""
+        if isinstance(images, (list, tuple)):
+            return self._start_packed(images)
         count = len(self.blocks) if isinstance(self.blocks, (nn.Sequential, nn.ModuleList)) else 0  # else called whole
         return self.embed(images), [{}] * count
+
+    def _start_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The tokens of images [in_chans, height, width] one behind another [1, N, C], each made as if it were alone,
+        and for each block how many they are and what else it takes."""
+        for i, image in enumerate(images):
+            if not isinstance(image, Tensor):
+                raise TypeError(f"vit: images[{i}] must be a tensor, got {type(image).__name__}; see model.preprocess")
+            if image.ndim != 3:
+                raise ValueError(f"vit: images[{i}] must be [{self.in_chans}, height, width], got {list(image.shape)}")
+        if not images:
+            raise ValueError("vit: the list of images is empty")
+        if not isinstance(self.blocks, (nn.Sequential, nn.ModuleList)):
+            raise TypeError(f"vit: a list of images needs blocks one by one, and blocks is {type(self.blocks).__name__}")
+        each = [self.start(image[None]) for image in images]
+        lengths = [tokens.shape[1] for tokens, _ in each]
+        tokens = self.ops.movement.join([tokens for tokens, _ in each])
+        return tokens, [more | {"lengths": lengths} for more in self._given_packed([given for _, given in each])]
+
+    def _given_packed(self, each: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """What each block takes beside the tokens, from that for each image."""
+        return [{}] * len(self.blocks)
 
     def embed(self, images: Tensor) -> Tensor:
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them."""
@@ -282,10 +319,19 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             return sincos2d(grid, self.embed_dim, prefix).to(table)
         return resample(table, grid, self.patch_embed.grid_size, prefix, self.options.pos_resize)
 
-    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """tokens [B, N, C] -> logits [B, num_classes], or with pre_logits the pooled features [B, C]."""
+    def forward_head(self, tokens: Tensor | Sequence[Tensor], pre_logits: bool = False) -> Any:
+        """tokens [B, N, C], or a list of [N, C] -> logits [B, num_classes], or with pre_logits the pooled features
+        [B, C]; without a pooling those of all tokens."""
+        if isinstance(tokens, (list, tuple)):
+            if self.attn_pool is None and not self.global_pool:
+                return [self.forward_head(image[None], pre_logits)[0] for image in tokens]
+            tokens = torch.cat([self.pool(image[None]) for image in tokens])
+            return self._head_of_pooled(tokens, pre_logits)
+        return self._head_of_pooled(self.pool(tokens), pre_logits)
+
+    def _head_of_pooled(self, pooled: Tensor, pre_logits: bool) -> Tensor:
         ops = self.ops
-        x = call(ops, self.head_drop, call(ops, self.fc_norm, self.pool(tokens)))
+        x = call(ops, self.head_drop, call(ops, self.fc_norm, pooled))
         return x if pre_logits else call(ops, self.head, x)
 
     def pool(self, tokens: Tensor, pool_type: str | None = None) -> Tensor:
