@@ -191,7 +191,9 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
 
     # ---- forward ----
 
-    def forward(self, images: Tensor | Sequence[Tensor], attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, images: Tensor | Sequence[Tensor], attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         if attn_mask is not None or is_causal:
             return self.forward_head(self.forward_features(images, attn_mask, is_causal))
         if not (isinstance(images, (Tensor, list, tuple)) and self._class_token_is_enough()):
@@ -277,7 +279,9 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         if not images:
             raise ValueError("vit: the list of images is empty")
         if not isinstance(self.blocks, (nn.Sequential, nn.ModuleList)):
-            raise TypeError(f"vit: a list of images needs blocks one by one, and blocks is {type(self.blocks).__name__}")
+            raise TypeError(
+                f"vit: a list of images needs blocks one by one, and blocks is {type(self.blocks).__name__}"
+            )
         each = [self.start(image[None]) for image in images]
         lengths = [tokens.shape[1] for tokens, _ in each]
         tokens = self.ops.movement.join([tokens for tokens, _ in each])
