@@ -97,7 +97,8 @@ class AttentionRope(CallsOps, nn.Module):
             if self._attends():
                 return ops.attention(q, k, v, queries=queries, lengths=lengths).flatten(2)
             images = zip(*(t.split(list(lengths), dim=1) for t in (q, k, v)), strict=True)
-            return torch.cat([self._attend(*image, None, False)[:, :queries] for image in images], dim=1).flatten(2)
+            each = [self._attend(q, k, v, None, False)[:, :queries] for q, k, v in images]
+            return torch.cat(each, dim=1).flatten(2)
         q, k = self._placed(q, k, rope, queries)
         return self._attend(q, k, v, attn_mask, is_causal).flatten(2)
 

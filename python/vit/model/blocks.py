@@ -111,7 +111,7 @@ class Attention(CallsOps, nn.Module):
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
                 return self.ops.attention(q, k, v, queries=queries, lengths=lengths)
             images = zip(*(t.split(list(lengths), dim=2) for t in (q, k, v)), strict=True)
-            return torch.cat([self._attend_unpacked(*image, queries=queries) for image in images], dim=1)
+            return torch.cat([self._attend_unpacked(q, k, v, queries=queries) for q, k, v in images], dim=1)
         q = q[:, :, :queries]
         if not self.fused_attn:
             scores = q * self.scale @ k.transpose(-2, -1)

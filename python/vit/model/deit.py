@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,8 +42,9 @@ class VisionTransformerDistilled(VisionTransformer):
     def _prefix(self) -> Tensor:
         return torch.cat([self.cls_token, self.dist_token], dim=1)  # type: ignore[list-item]
 
-    def forward_head(self, tokens: Tensor | Sequence[Tensor], pre_logits: bool = False) -> Any:
-        """tokens [B, N, C], or a list of [N, C] -> logits [B, num_classes], or with pre_logits the mean of both tokens [B, C]."""
+    def forward_head(self, tokens: Any, pre_logits: bool = False) -> Any:
+        """tokens [B, N, C], or a list of [N, C] -> logits [B, num_classes], or with pre_logits the mean of both
+        tokens [B, C]."""
         ops = self.ops
         if isinstance(tokens, (list, tuple)):
             both = torch.cat([ops.movement.first(image[None], 2) for image in tokens])

@@ -120,7 +120,7 @@ class Eva(VisionTransformer):
 
     # ---- forward ----
 
-    def start(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[dict[str, Any]]]:
+    def start(self, images: Any) -> tuple[Tensor, list[dict[str, Any]]]:
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them, and for each block its
         table of rotary positions."""
         if isinstance(images, (list, tuple)):

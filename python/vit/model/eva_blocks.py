@@ -96,8 +96,8 @@ class EvaBlock(CallsOps, nn.Module):
         queries: int | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """`forward` where `can_fuse`. With `queries` only the first so many tokens (of each image) are computed, [B, queries, C]: the
-        others are read as keys and values."""
+        """`forward` where `can_fuse`. With `queries` only the first so many tokens (of each image) are computed,
+        [B, queries, C]: the others are read as keys and values."""
         ops = self.ops
         attn: Any = self.attn
         mlp: Any = self.mlp

@@ -12,7 +12,7 @@ mode. Modules and their names are timm's; what a hook, a wrapper or a replaced m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .checks import sides
 from .features import Intermediates
 from .layers import PatchDropout, PatchEmbed
 from .options import DEFAULTS, POOLS, POSITIONS, Options, signature_of, spelled
+from .packed import Packs
 from .parts import NORM_KINDS, make_norm
 from .planned import CallsOps, HasBuffers, Planned
 from .pool import AttentionPoolLatent
@@ -40,7 +41,7 @@ __all__ = ["POOLS", "POSITIONS", "VisionTransformer"]
 PLACE: dict[str, Any] = {"backend": "auto", "training": True, "name": "vit", "device": None, "dtype": None}
 
 
-class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
+class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
     """images [B, in_chans, height, width] -> logits [B, num_classes].
 
     A list of images [in_chans, height, width], with dynamic_img_size of several sizes, is one forward of their packed
@@ -191,9 +192,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
 
     # ---- forward ----
 
-    def forward(
-        self, images: Tensor | Sequence[Tensor], attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, images: Any, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             return self.forward_head(self.forward_features(images, attn_mask, is_causal))
         if not (isinstance(images, (Tensor, list, tuple)) and self._class_token_is_enough()):
@@ -207,9 +206,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         tokens = call(self.ops, self.norm, self._run(last.fused, tokens, queries=1, **given[-1]))
         return self.forward_head(tokens if isinstance(images, Tensor) else tokens.transpose(0, 1))
 
-    def forward_features(
-        self, images: Tensor | Sequence[Tensor], attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Any:
+    def forward_features(self, images: Any, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """images [B, in_chans, height, width] -> tokens [B, N, C] after the last norm; of a list of images a list of
         tokens [N, C].
 
@@ -232,9 +229,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         for block, more in zip(self.blocks, given, strict=True):
             tokens = self._run(block, tokens, **more)
         tokens = call(self.ops, self.norm, tokens)
-        if not isinstance(images, (list, tuple)):
-            return tokens
-        return [image[0] for image in self.ops.movement.split(tokens, given[0]["lengths"])]
+        return self._features_of_each(tokens, given[0]["lengths"]) if isinstance(images, (list, tuple)) else tokens
 
     def _check_masked(self) -> None:
         if self.backend not in ("auto", "reference"):
@@ -261,35 +256,12 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             and not last.drops_elements()  # random numbers would be drawn for other tokens
         )
 
-    def start(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[dict[str, Any]]]:
+    def start(self, images: Any) -> tuple[Tensor, list[dict[str, Any]]]:
         """images -> tokens as the first block takes them, and what else each block takes."""
         if isinstance(images, (list, tuple)):
             return self._start_packed(images)
         count = len(self.blocks) if isinstance(self.blocks, (nn.Sequential, nn.ModuleList)) else 0  # else called whole
         return self.embed(images), [{}] * count
-
-    def _start_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The tokens of images [in_chans, height, width] one behind another [1, N, C], each made as if it were alone,
-        and for each block how many they are and what else it takes."""
-        for i, image in enumerate(images):
-            if not isinstance(image, Tensor):
-                raise TypeError(f"vit: images[{i}] must be a tensor, got {type(image).__name__}; see model.preprocess")
-            if image.ndim != 3:
-                raise ValueError(f"vit: images[{i}] must be [{self.in_chans}, height, width], got {list(image.shape)}")
-        if not images:
-            raise ValueError("vit: the list of images is empty")
-        if not isinstance(self.blocks, (nn.Sequential, nn.ModuleList)):
-            raise TypeError(
-                f"vit: a list of images needs blocks one by one, and blocks is {type(self.blocks).__name__}"
-            )
-        each = [self.start(image[None]) for image in images]
-        lengths = [tokens.shape[1] for tokens, _ in each]
-        tokens = self.ops.movement.join([tokens for tokens, _ in each])
-        return tokens, [more | {"lengths": lengths} for more in self._given_packed([given for _, given in each])]
-
-    def _given_packed(self, each: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """What each block takes beside the tokens, from that for each image."""
-        return [{}] * len(self.blocks)
 
     def embed(self, images: Tensor) -> Tensor:
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them."""
@@ -323,14 +295,11 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             return sincos2d(grid, self.embed_dim, prefix).to(table)
         return resample(table, grid, self.patch_embed.grid_size, prefix, self.options.pos_resize)
 
-    def forward_head(self, tokens: Tensor | Sequence[Tensor], pre_logits: bool = False) -> Any:
+    def forward_head(self, tokens: Any, pre_logits: bool = False) -> Any:
         """tokens [B, N, C], or a list of [N, C] -> logits [B, num_classes], or with pre_logits the pooled features
         [B, C]; without a pooling those of all tokens."""
         if isinstance(tokens, (list, tuple)):
-            if self.attn_pool is None and not self.global_pool:
-                return [self.forward_head(image[None], pre_logits)[0] for image in tokens]
-            tokens = torch.cat([self.pool(image[None]) for image in tokens])
-            return self._head_of_pooled(tokens, pre_logits)
+            return self._head_of_each(tokens, pre_logits)
         return self._head_of_pooled(self.pool(tokens), pre_logits)
 
     def _head_of_pooled(self, pooled: Tensor, pre_logits: bool) -> Tensor:
