@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_MAKE = "model.preprocess makes one from a PIL image, torch.from_numpy from an array"
+
 
 class Packs:
     """Methods of a model with `start`, `blocks`, `pool` and `forward_head`."""
@@ -17,7 +19,7 @@ class Packs:
         and for each block how many they are and what else it takes."""
         for i, image in enumerate(images):
             if not isinstance(image, Tensor):
-                raise TypeError(f"vit: images[{i}] must be a tensor, got {type(image).__name__}; see model.preprocess")
+                raise TypeError(f"vit: images[{i}] must be a tensor, got {type(image).__name__}; {_MAKE}")
             if image.ndim != 3:
                 raise ValueError(f"vit: images[{i}] must be [{self.in_chans}, height, width], got {list(image.shape)}")
         if not images:

@@ -130,7 +130,7 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         rates = [o.drop_path_rate * i / max(o.depth - 1, 1) for i in range(o.depth)]
         self.blocks = self._build_blocks(rates, factory)
         self._build_head(factory)
-        _take_room(self, home.device)
+        init.take_room(self, home.device)
         self._place_buffers(home.device, home.dtype)
         self._init_weights()
 
@@ -219,11 +219,13 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
             if not isinstance(images, Tensor) and isinstance(images, (list, tuple)):
                 raise ValueError("vit: attn_mask and is_causal go with images of one size [B, in_chans, height, width]")
             given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
-        elif isinstance(images, (list, tuple)):
-            pass  # each block is told whose the tokens are
-        elif not isinstance(self.blocks, nn.ModuleList) and not (
-            isinstance(self.blocks, nn.Sequential)
-            and (self.grad_checkpointing or untouched(self.blocks, nn.Sequential))
+        elif (
+            not isinstance(images, (list, tuple))
+            and not isinstance(self.blocks, nn.ModuleList)
+            and not (
+                isinstance(self.blocks, nn.Sequential)
+                and (self.grad_checkpointing or untouched(self.blocks, nn.Sequential))
+            )
         ):
             return call(self.ops, self.norm, self.blocks(tokens))
         for block, more in zip(self.blocks, given, strict=True):
@@ -380,16 +382,6 @@ def takes_short_way(model: type, block: type[nn.Module]) -> None:
 
 takes_short_way(VisionTransformer, Block)
 know(VisionTransformer)
-
-
-def _take_room(model: nn.Module, device: torch.device) -> None:
-    """Moves a model without values from the meta device to `device`.
-
-    Not by to_empty(): empty_like() of a meta tensor imports PyTorch's symbolic shapes, 0.6 s.
-    """
-    for module in model.modules():
-        for name, meta in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device)))
 
 
 def _patch_embed(o: Options, factory: dict[str, Any]) -> PatchEmbed:
