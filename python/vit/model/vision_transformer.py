@@ -213,25 +213,22 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         attn_mask (True: may be seen, or added to the scores) and is_causal are scaled_dot_product_attention's.
         """
         tokens, given = self.start(images)
+        listed = isinstance(images, (list, tuple))
         if attn_mask is not None or is_causal:
+            if listed:
+                raise ValueError("vit: attn_mask and is_causal go with images of one size [B, in_chans, height, width]")
             if isinstance(tokens, Tensor):  # in a trace of torch.fx masks are places that may stay empty
                 self._check_masked()
-            if not isinstance(images, Tensor) and isinstance(images, (list, tuple)):
-                raise ValueError("vit: attn_mask and is_causal go with images of one size [B, in_chans, height, width]")
             given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
-        elif (
-            not isinstance(images, (list, tuple))
-            and not isinstance(self.blocks, nn.ModuleList)
-            and not (
-                isinstance(self.blocks, nn.Sequential)
-                and (self.grad_checkpointing or untouched(self.blocks, nn.Sequential))
-            )
+        elif not (listed or isinstance(self.blocks, nn.ModuleList)) and not (
+            isinstance(self.blocks, nn.Sequential)
+            and (self.grad_checkpointing or untouched(self.blocks, nn.Sequential))
         ):
             return call(self.ops, self.norm, self.blocks(tokens))
         for block, more in zip(self.blocks, given, strict=True):
             tokens = self._run(block, tokens, **more)
         tokens = call(self.ops, self.norm, tokens)
-        return self._features_of_each(tokens, given[0]["lengths"]) if isinstance(images, (list, tuple)) else tokens
+        return self._features_of_each(tokens, given[0]["lengths"]) if listed else tokens
 
     def _check_masked(self) -> None:
         if self.backend not in ("auto", "reference"):
