@@ -432,7 +432,8 @@ def test_bad_images_say_what_is_needed(x, words):
 
 @pytest.mark.parametrize("x", [np.zeros((1, 3, 32, 32), np.float32), [1.0], None], ids=["array", "list", "None"])
 def test_images_must_be_tensors(x):
-    with pytest.raises(TypeError, match=rf"images must be a tensor, got {type(x).__name__}; .*torch\.from_numpy"):
+    what, value = (r"images\[0\]", x[0]) if isinstance(x, list) else ("images", x)
+    with pytest.raises(TypeError, match=rf"{what} must be a tensor, got {type(value).__name__}; .*torch\.from_numpy"):
         small()(x)
 
 

@@ -5,7 +5,7 @@ Letters: B batch, N tokens, C embed_dim, H heads, D head dimension, T prefix tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,11 +59,17 @@ class AttentionRope(CallsOps, nn.Module):
             self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias, **factory) for _ in range(3))
 
     def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """attn_mask, is_causal: as of scaled_dot_product_attention, and computed by it."""
+        """attn_mask, is_causal: as of scaled_dot_product_attention, and computed by it. lengths: x is [1, N, C], the
+        tokens of several images, so many of each, and rope has a row for every token."""
         ops = self.ops
-        x = call(ops, self.norm, self.attend(x, rope, call, None, attn_mask, is_causal))
+        x = call(ops, self.norm, self.attend(x, rope, call, None, attn_mask, is_causal, lengths))
         return call(ops, self.proj_drop, call(ops, self.proj, x))
 
     def attend(
@@ -74,27 +80,37 @@ class AttentionRope(CallsOps, nn.Module):
         queries: int | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """x [B, N, C] -> what the heads give, side by side [B, queries or N, C]. layer: how projections are called."""
         ops = self.ops
-        packed, q, k, v = self._project(x, layer, queries)
+        packed, q, k, v = self._project(x, layer, queries if lengths is None else None)
         masked = attn_mask is not None or is_causal
         if packed is not None and rope is None and self._norms_are_identities() and not masked and self._attends():
-            return ops.attention(packed, queries=queries).flatten(2)
+            return ops.attention(packed, queries=queries, lengths=lengths).flatten(2)
         if packed is not None:
             q, k, v = ops.movement.unpack(packed) if isinstance(packed, Tensor) else packed.unbind(2)
-            if queries is not None:
+            if queries is not None and lengths is None:
                 q = ops.movement.first(q.flatten(2), queries).unflatten(2, (self.num_heads, -1))
+        if lengths is not None:
+            q, k = self._placed(q, k, rope, prefix=0)
+            if self._attends():
+                return ops.attention(q, k, v, queries=queries, lengths=lengths).flatten(2)
+            images = zip(*(t.split(list(lengths), dim=1) for t in (q, k, v)), strict=True)
+            each = [self._attend(q, k, v, None, False)[:, :queries] for q, k, v in images]
+            return torch.cat(each, dim=1).flatten(2)
         q, k = self._placed(q, k, rope, queries)
         return self._attend(q, k, v, attn_mask, is_causal).flatten(2)
 
-    def _placed(self, q: Tensor, k: Tensor, rope: Tensor | None, queries: int | None = None) -> tuple[Tensor, Tensor]:
+    def _placed(
+        self, q: Tensor, k: Tensor, rope: Tensor | None, queries: int | None = None, prefix: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """q [B, queries or N, H, D] and k [B, N, H, D] normed and rotated, where they are."""
         ops, half = self.ops, "half" if self.rotate_half else "interleaved"
         if not self._norms_are_identities():  # timm's norms see the heads before the tokens
             q, k = (call(ops, n, t.transpose(1, 2)).transpose(1, 2) for n, t in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
-            prefix = self.num_prefix_tokens
+            prefix = self.num_prefix_tokens if prefix is None else prefix
             k = ops.rotary(k, rope, prefix, half)
             if queries is None or queries > prefix:
                 q = ops.rotary(q, rope if queries is None else rope[..., : queries - prefix, :], prefix, half)

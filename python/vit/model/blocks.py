@@ -10,6 +10,7 @@ Letters: B batch, N tokens, C embed_dim, H heads, D = C / H head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,33 +63,57 @@ class Attention(CallsOps, nn.Module):
         self.proj = nn.Linear(dim, dim, bias=options.proj_bias, **factory)
         self.proj_drop = nn.Dropout(options.proj_drop_rate)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """attn_mask, is_causal: as of scaled_dot_product_attention, and computed by it."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """attn_mask, is_causal: as of scaled_dot_product_attention, and computed by it. lengths: x is [1, N, C], the
+        tokens of several images, so many of each."""
         ops = self.ops
         B, N, _ = x.shape
         qkv = call(ops, self.qkv, x).reshape(B, N, 3, self.num_heads, self.head_dim)
         masked = attn_mask is not None or is_causal
         if isinstance(x, Tensor) and self.fused_attn and not masked and self._norms_are_identities():
-            x = self.attend(qkv)  # [B, N, H, D]
+            x = self.attend(qkv, lengths=lengths)  # [B, N, H, D]
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
             q, k = call(ops, self.q_norm, q), call(ops, self.k_norm, k)
-            x = self._attend_unpacked(q, k, v, attn_mask, is_causal)
+            x = self._attend_unpacked(q, k, v, attn_mask, is_causal, lengths=lengths)
         x = call(ops, self.norm, x.flatten(2))
         return call(ops, self.proj_drop, call(ops, self.proj, x))
 
-    def attend(self, qkv: Tensor, queries: int | None = None) -> Tensor:
+    def attend(self, qkv: Tensor, queries: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
         """A packed projection [B, N, 3, H, D] -> [B, queries or N, H, D]; with dropped probabilities in PyTorch."""
         rate = self.attn_drop.p if self.training else 0.0
         if rate == 0.0:
-            return self.ops.attention(qkv, None, None, None, queries)
+            return self.ops.attention(qkv, None, None, None, queries, lengths)
+        if lengths is not None:
+            return torch.cat([self.attend(image, queries) for image in qkv.split(list(lengths), dim=1)], dim=1)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, N, D]
         return F.scaled_dot_product_attention(q[:, :, :queries], k, v, dropout_p=rate).transpose(1, 2)
 
     def _attend_unpacked(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        queries: int | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """q, k, v [B, H, N, D] -> [B, N, H, D]."""
+        """q, k, v [B, H, N, D] -> [B, queries or N, H, D]."""
+        if lengths is not None:
+            rate = self.attn_drop.p if self.training else 0.0
+            if self.fused_attn and rate == 0.0:
+                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+                return self.ops.attention(q, k, v, queries=queries, lengths=lengths)
+            images = zip(*(t.split(list(lengths), dim=2) for t in (q, k, v)), strict=True)
+            return torch.cat([self._attend_unpacked(q, k, v, queries=queries) for q, k, v in images], dim=1)
+        q = q[:, :, :queries]
         if not self.fused_attn:
             scores = q * self.scale @ k.transpose(-2, -1)
             probabilities = masked_scores(scores, attn_mask, is_causal).softmax(dim=-1)
@@ -155,15 +180,24 @@ class Block(CallsOps, nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.keep_classes()
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """attn_mask, is_causal, lengths: see Attention."""
         masked = attn_mask is not None or is_causal
         if isinstance(x, Tensor) and not masked and self.can_fuse():
-            return self.fused(x)
+            return self.fused(x, lengths=lengths)
         ops = self.ops
-        y = call(ops, self.norm1, x)
-        y = self.attn(y, attn_mask=attn_mask, is_causal=is_causal) if masked else self.attn(y)
-        x = x + call(ops, self.drop_path1, call(ops, self.ls1, y))
-        return x + call(ops, self.drop_path2, call(ops, self.ls2, self.mlp(call(ops, self.norm2, x))))
+        more: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
+        if lengths is not None:
+            more["lengths"] = lengths
+        y = self.attn(call(ops, self.norm1, x), **more)
+        x = x + drop_path(ops, self.drop_path1, call(ops, self.ls1, y), lengths)
+        return x + drop_path(ops, self.drop_path2, call(ops, self.ls2, self.mlp(call(ops, self.norm2, x))), lengths)
 
     def probabilities(self, x: Tensor, queries: Tensor) -> Tensor:
         """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
@@ -205,40 +239,60 @@ class Block(CallsOps, nn.Module):
         rate = attn.attn_drop.p if attn.training else 0.0
         return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
 
-    def fused(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """`forward` where `can_fuse`. With `queries` only the first `queries` tokens are computed, [B, queries, C]:
-        all tokens are keys and values."""
+    def fused(self, x: Tensor, queries: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+        """`forward` where `can_fuse`. With `queries` only the first `queries` tokens (of each image) are computed,
+        [B, queries, C]: all tokens are keys and values."""
         below: dict[str, Any] = self._modules  # nn.Module's look-up of a name takes 0.2 us
         norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = below.values()
         ops, of_attn, of_mlp = self.ops, attn._modules, mlp._modules
         branch, x = ops.movement.fork(x)
         if queries is not None:
-            x = ops.movement.first(x, queries)
+            x = first_of_each(ops, x, queries, lengths)
         qkv = linear(ops, of_attn["qkv"], norm(ops, norm1, branch))
         qkv = qkv.view(*branch.shape[:2], 3, attn.num_heads, attn.head_dim)
-        y = norm(ops, of_attn["norm"], self._attended(attn, qkv, queries).flatten(2))
-        x = _add(ops, x, y, of_attn["proj"], ls1, of_attn["proj_drop"], drop_path1)
+        y = norm(ops, of_attn["norm"], self._attended(attn, qkv, queries, lengths).flatten(2))
+        x = _add(ops, x, y, of_attn["proj"], ls1, of_attn["proj_drop"], drop_path1, lengths)
         branch, x = ops.movement.fork(x)
         y = mlp.inner(norm(ops, norm2, branch), activation_of(of_mlp["act"]))
-        return _add(ops, x, y, of_mlp["fc2"], ls2, of_mlp["drop2"], drop_path2)
+        return _add(ops, x, y, of_mlp["fc2"], ls2, of_mlp["drop2"], drop_path2, lengths)
 
-    def _attended(self, attn: Any, qkv: Tensor, queries: int | None) -> Tensor:
+    def _attended(self, attn: Any, qkv: Tensor, queries: int | None, lengths: Sequence[int] | None) -> Tensor:
         """A packed projection [B, N, 3, H, D] -> [B, queries or N, H, D]; q and k are normed first where they are."""
         ops, q_norm = self.ops, attn._modules["q_norm"]
         if type(q_norm) is nn.Identity:
-            return attn.attend(qkv, queries)
+            return attn.attend(qkv, queries, lengths)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
-        return attn._attend_unpacked(norm(ops, q_norm, q)[:, :, :queries], norm(ops, attn.k_norm, k), v)
+        q, k = norm(ops, q_norm, q), norm(ops, attn.k_norm, k)
+        return attn._attend_unpacked(q, k, v, queries=queries, lengths=lengths)
+
+
+def drop_path(ops: Any, module: nn.Module, x: Tensor, lengths: Sequence[int] | None) -> Tensor:
+    """module(x), which drops images whole."""
+    return call(ops, module, x) if lengths is None or not isinstance(module, DropPath) else module(x, lengths)
+
+
+def first_of_each(ops: Any, x: Tensor, count: int, lengths: Sequence[int] | None) -> Tensor:
+    """The first `count` tokens of each image: [B, N, C] -> [B, count, C], with lengths [1, N, C] -> [1, B count, C]."""
+    if lengths is None:
+        return ops.movement.first(x, count)
+    return ops.movement.join([ops.movement.first(image, count) for image in ops.movement.split(x, lengths)])
 
 
 def _add(
-    ops: Any, x: Tensor, y: Tensor, layer: nn.Linear, scale: nn.Module, drop: nn.Dropout, drop_path: nn.Module
+    ops: Any,
+    x: Tensor,
+    y: Tensor,
+    layer: nn.Linear,
+    scale: nn.Module,
+    drop: nn.Dropout,
+    path: nn.Module,
+    lengths: Sequence[int] | None,
 ) -> Tensor:
     """x + drop_path(scale(drop(layer(y)))): one op unless something random stands between the branch and the sum."""
     gamma = scale.gamma if isinstance(scale, LayerScale) else None
-    if (drop.training and drop.p) or (drop_path.training and isinstance(drop_path, DropPath) and drop_path.drop_prob):
+    if (drop.training and drop.p) or (path.training and isinstance(path, DropPath) and path.drop_prob):
         branch = drop(linear(ops, layer, y))
-        return x + drop_path(branch if gamma is None else branch * gamma)
+        return x + drop_path(ops, path, branch if gamma is None else branch * gamma, lengths)
     return linear(ops, layer, y, None, x, gamma)
 
 

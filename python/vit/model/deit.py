@@ -42,10 +42,14 @@ class VisionTransformerDistilled(VisionTransformer):
     def _prefix(self) -> Tensor:
         return torch.cat([self.cls_token, self.dist_token], dim=1)  # type: ignore[list-item]
 
-    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Any:
-        """tokens [B, N, C] -> logits [B, num_classes], or with pre_logits the mean of both tokens [B, C]."""
+    def forward_head(self, tokens: Any, pre_logits: bool = False) -> Any:
+        """tokens [B, N, C], or a list of [N, C] -> logits [B, num_classes], or with pre_logits the mean of both
+        tokens [B, C]."""
         ops = self.ops
-        both = ops.movement.first(tokens, 2)
+        if isinstance(tokens, (list, tuple)):
+            both = torch.cat([ops.movement.first(image[None], 2) for image in tokens])
+        else:
+            both = ops.movement.first(tokens, 2)
         x, distilled = (call(ops, self.head_drop, both[:, i]) for i in range(2))
         if pre_logits:
             return (x + distilled) / 2

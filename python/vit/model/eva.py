@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -119,9 +120,11 @@ class Eva(VisionTransformer):
 
     # ---- forward ----
 
-    def start(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    def start(self, images: Any) -> tuple[Tensor, list[dict[str, Any]]]:
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them, and for each block its
         table of rotary positions."""
+        if isinstance(images, (list, tuple)):
+            return self._start_packed(images)
         self._check_input(images)
         patches = self.patch_embed(images)
         tokens, rope = self._pos_embed(patches)
@@ -129,6 +132,27 @@ class Eva(VisionTransformer):
         if rope is None:
             return tokens, [{}] * len(self.blocks)
         return tokens, [{"rope": rope[i] if self.rope_mixed else rope} for i in range(len(self.blocks))]
+
+    def _given_packed(self, each: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Tables of positions one behind another; prefix tokens have the angle 0, which leaves them as they are."""
+        tables = [[more["rope"] for more in given] for given in each if given and "rope" in given[0]]
+        if not tables:
+            return [{}] * len(self.blocks)
+        joined: dict[int, Tensor] = {}  # blocks share their table, or have one each
+
+        def join(block: int) -> Tensor:
+            own = [given[block] for given in tables]
+            if id(own[0]) not in joined:
+                parts = [part for table in own for part in (self._unturned(table), table)]
+                joined[id(own[0])] = torch.cat(parts, dim=-2)
+            return joined[id(own[0])]
+
+        return [{"rope": join(block)} for block in range(len(self.blocks))]
+
+    def _unturned(self, table: Tensor) -> Tensor:
+        """Rows [..., prefix, 2 D] of the angle 0: sines, then cosines."""
+        shape = (*table.shape[:-2], self.num_prefix_tokens, table.shape[-1] // 2)
+        return torch.cat([table.new_zeros(shape), table.new_ones(shape)], dim=-1)
 
     def embed(self, images: Tensor) -> Tensor:
         """images [B, in_chans, height, width] -> tokens [B, N, C] as the first block takes them."""

@@ -6,12 +6,14 @@ nobody would notice, with scales and sums inside the linear ops and no module be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention_rope import AttentionRope, EvaAttention
+from .blocks import drop_path, first_of_each
 from .eva_options import EvaOptions
 from .layers import DropPath
 from .parts import activation_name, make_norm, norm
@@ -42,15 +44,17 @@ class EvaBlock(CallsOps, nn.Module):
         self._as_built = tuple(map(type, self._below()))
         self._kinds = tuple(dict.fromkeys((EvaBlock, *self._as_built)))
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, **masks: Any) -> Tensor:
-        """masks: attn_mask and is_causal, see AttentionRope."""
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, lengths: Sequence[int] | None = None, **masks: Any
+    ) -> Tensor:
+        """lengths; masks: attn_mask and is_causal, see AttentionRope."""
         if isinstance(x, Tensor) and not masks and self.can_fuse():
-            return self.fused(x, rope)
-        ops = self.ops
-        branch = self.attn(call(ops, self.norm1, x), rope=rope, **masks)
-        x = x + call(ops, self.drop_path1, branch if self.gamma_1 is None else self.gamma_1 * branch)
+            return self.fused(x, rope, lengths=lengths)
+        ops, more = self.ops, masks if lengths is None else {"lengths": lengths}
+        branch = self.attn(call(ops, self.norm1, x), rope=rope, **more)
+        x = x + drop_path(ops, self.drop_path1, branch if self.gamma_1 is None else self.gamma_1 * branch, lengths)
         branch = self.mlp(call(ops, self.norm2, x))
-        return x + call(ops, self.drop_path2, branch if self.gamma_2 is None else self.gamma_2 * branch)
+        return x + drop_path(ops, self.drop_path2, branch if self.gamma_2 is None else self.gamma_2 * branch, lengths)
 
     def probabilities(self, x: Tensor, queries: Tensor, rope: Tensor | None = None) -> Tensor:
         """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
@@ -85,20 +89,26 @@ class EvaBlock(CallsOps, nn.Module):
         rate = attn.attn_drop.p if attn.training else 0.0
         return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
 
-    def fused(self, x: Tensor, rope: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """`forward` where `can_fuse`. With `queries` only the first `queries` tokens are computed, [B, queries, C]:
-        all tokens are keys and values."""
+    def fused(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        queries: int | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """`forward` where `can_fuse`. With `queries` only the first `queries` tokens (of each image) are
+        computed, [B, queries, C]: all tokens are keys and values."""
         ops = self.ops
         attn: Any = self.attn
         mlp: Any = self.mlp
         branch, x = ops.movement.fork(x)
         if queries is not None:
-            x = ops.movement.first(x, queries)
-        y = norm(ops, attn.norm, attn.attend(norm(ops, self.norm1, branch), rope, linear, queries))
-        x = _add(ops, x, y, attn.proj, attn.proj_drop, self.drop_path1, self.gamma_1)
+            x = first_of_each(ops, x, queries, lengths)
+        y = norm(ops, attn.norm, attn.attend(norm(ops, self.norm1, branch), rope, linear, queries, lengths=lengths))
+        x = _add(ops, x, y, attn.proj, attn.proj_drop, self.drop_path1, self.gamma_1, lengths)
         branch, x = ops.movement.fork(x)
         y = mlp.inner(norm(ops, self.norm2, branch), activation_name(mlp.act))
-        return _add(ops, x, y, mlp.fc2, mlp.drop2, self.drop_path2, self.gamma_2)
+        return _add(ops, x, y, mlp.fc2, mlp.drop2, self.drop_path2, self.gamma_2, lengths)
 
 
 class EvaBlockPostNorm(CallsOps, nn.Module):
@@ -116,11 +126,13 @@ class EvaBlockPostNorm(CallsOps, nn.Module):
         self.norm2 = make_norm(options.norm_layer, dim, options.norm_eps, **factory)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, **masks: Any) -> Tensor:
-        """masks: attn_mask and is_causal, see AttentionRope."""
-        ops = self.ops
-        x = x + call(ops, self.drop_path1, call(ops, self.norm1, self.attn(x, rope=rope, **masks)))
-        return x + call(ops, self.drop_path2, call(ops, self.norm2, self.mlp(x)))
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, lengths: Sequence[int] | None = None, **masks: Any
+    ) -> Tensor:
+        """lengths; masks: attn_mask and is_causal, see AttentionRope."""
+        ops, more = self.ops, masks if lengths is None else {"lengths": lengths}
+        x = x + drop_path(ops, self.drop_path1, call(ops, self.norm1, self.attn(x, rope=rope, **more)), lengths)
+        return x + drop_path(ops, self.drop_path2, call(ops, self.norm2, self.mlp(x)), lengths)
 
     def probabilities(self, x: Tensor, queries: Tensor, rope: Tensor | None = None) -> Tensor:
         """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
@@ -129,12 +141,19 @@ class EvaBlockPostNorm(CallsOps, nn.Module):
 
 
 def _add(
-    ops: Any, x: Tensor, y: Tensor, layer: nn.Linear, drop: nn.Dropout, drop_path: nn.Module, scale: Tensor | None
+    ops: Any,
+    x: Tensor,
+    y: Tensor,
+    layer: nn.Linear,
+    drop: nn.Dropout,
+    path: nn.Module,
+    scale: Tensor | None,
+    lengths: Sequence[int] | None,
 ) -> Tensor:
     """x + drop_path(scale * drop(layer(y))): one op unless something random stands between the branch and the sum."""
-    if (drop.training and drop.p) or (drop_path.training and isinstance(drop_path, DropPath) and drop_path.drop_prob):
+    if (drop.training and drop.p) or (path.training and isinstance(path, DropPath) and path.drop_prob):
         branch = drop(linear(ops, layer, y))
-        return x + drop_path(branch if scale is None else scale * branch)
+        return x + drop_path(ops, path, branch if scale is None else scale * branch, lengths)
     return ops.linear(y, layer.weight, layer.bias, None, x, scale)
 
 

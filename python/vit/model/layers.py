@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,10 +25,15 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """lengths: x is [1, N, C], the tokens of several images, so many of each, and each is dropped or kept."""
         if self.drop_prob == 0.0 or not self.training:
             return x
         keep = 1.0 - self.drop_prob
+        if lengths is not None:
+            kept = torch.rand(len(lengths), dtype=torch.float32, device=x.device) < keep
+            rows = torch.cat([kept[i].expand(n) for i, n in enumerate(lengths)])
+            return x * rows[None, :, None].to(x.dtype).div_(keep)
         # Not bernoulli_(), which asks MKL where it is there: a seed's float32 uniform numbers are the same everywhere.
         kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=torch.float32, device=x.device) < keep
         return x * kept.to(x.dtype).div_(keep)

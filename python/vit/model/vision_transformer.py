@@ -26,6 +26,7 @@ from .checks import sides
 from .features import Intermediates
 from .layers import PatchDropout, PatchEmbed
 from .options import DEFAULTS, POOLS, POSITIONS, Options, signature_of, spelled
+from .packed import Packs
 from .parts import NORM_KINDS, make_norm
 from .planned import CallsOps, HasBuffers, Planned
 from .pool import AttentionPoolLatent
@@ -40,8 +41,11 @@ __all__ = ["POOLS", "POSITIONS", "VisionTransformer"]
 PLACE: dict[str, Any] = {"backend": "auto", "training": True, "name": "vit", "device": None, "dtype": None}
 
 
-class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
+class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
     """images [B, in_chans, height, width] -> logits [B, num_classes].
+
+    A list of images [in_chans, height, width], with dynamic_img_size of several sizes, is one forward of their packed
+    tokens, each image as if it were alone; what has tokens of images is then a list.
 
     Sizes: img_size and patch_size are one side or (height, width); img_size must be a multiple of patch_size unless
     dynamic_img_pad (edges padded with zeros; also called dynamic_pad) or drop_edge (the rest is not read, as in timm).
@@ -126,7 +130,7 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         rates = [o.drop_path_rate * i / max(o.depth - 1, 1) for i in range(o.depth)]
         self.blocks = self._build_blocks(rates, factory)
         self._build_head(factory)
-        _take_room(self, home.device)
+        init.take_room(self, home.device)
         self._place_buffers(home.device, home.dtype)
         self._init_weights()
 
@@ -188,10 +192,10 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
 
     # ---- forward ----
 
-    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, images: Any, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             return self.forward_head(self.forward_features(images, attn_mask, is_causal))
-        if not (isinstance(images, Tensor) and self._class_token_is_enough()):
+        if not (isinstance(images, (Tensor, list, tuple)) and self._class_token_is_enough()):
             return self.forward_head(self.forward_features(images))
         tokens, given = self.start(images)
         last: Any
@@ -199,26 +203,32 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
         for block, more in zip(blocks, given[:-1], strict=True):
             tokens = self._run(block, tokens, **more)
         # Of the last block only what the logits depend on: 6 % less work in ViT-B/16, forward and backward.
-        return self.forward_head(call(self.ops, self.norm, self._run(last.fused, tokens, queries=1, **given[-1])))
+        tokens = call(self.ops, self.norm, self._run(last.fused, tokens, queries=1, **given[-1]))
+        return self.forward_head(tokens if isinstance(images, Tensor) else tokens.transpose(0, 1))
 
-    def forward_features(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """images [B, in_chans, height, width] -> tokens [B, N, C] after the last norm.
+    def forward_features(self, images: Any, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        """images [B, in_chans, height, width] -> tokens [B, N, C] after the last norm; of a list of images a list of
+        tokens [N, C].
 
         attn_mask (True: may be seen, or added to the scores) and is_causal are scaled_dot_product_attention's.
         """
         tokens, given = self.start(images)
+        listed = isinstance(images, (list, tuple))
         if attn_mask is not None or is_causal:
+            if listed:
+                raise ValueError("vit: attn_mask and is_causal go with images of one size [B, in_chans, height, width]")
             if isinstance(tokens, Tensor):  # in a trace of torch.fx masks are places that may stay empty
                 self._check_masked()
             given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
-        elif not isinstance(self.blocks, nn.ModuleList) and not (
+        elif not (listed or isinstance(self.blocks, nn.ModuleList)) and not (
             isinstance(self.blocks, nn.Sequential)
             and (self.grad_checkpointing or untouched(self.blocks, nn.Sequential))
         ):
             return call(self.ops, self.norm, self.blocks(tokens))
         for block, more in zip(self.blocks, given, strict=True):
             tokens = self._run(block, tokens, **more)
-        return call(self.ops, self.norm, tokens)
+        tokens = call(self.ops, self.norm, tokens)
+        return self._features_of_each(tokens, given[0]["lengths"]) if listed else tokens
 
     def _check_masked(self) -> None:
         if self.backend not in ("auto", "reference"):
@@ -245,8 +255,10 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             and not last.drops_elements()  # random numbers would be drawn for other tokens
         )
 
-    def start(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    def start(self, images: Any) -> tuple[Tensor, list[dict[str, Any]]]:
         """images -> tokens as the first block takes them, and what else each block takes."""
+        if isinstance(images, (list, tuple)):
+            return self._start_packed(images)
         count = len(self.blocks) if isinstance(self.blocks, (nn.Sequential, nn.ModuleList)) else 0  # else called whole
         return self.embed(images), [{}] * count
 
@@ -282,10 +294,16 @@ class VisionTransformer(CallsOps, Planned, Intermediates, TimmTools):
             return sincos2d(grid, self.embed_dim, prefix).to(table)
         return resample(table, grid, self.patch_embed.grid_size, prefix, self.options.pos_resize)
 
-    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """tokens [B, N, C] -> logits [B, num_classes], or with pre_logits the pooled features [B, C]."""
+    def forward_head(self, tokens: Any, pre_logits: bool = False) -> Any:
+        """tokens [B, N, C], or a list of [N, C] -> logits [B, num_classes], or with pre_logits the pooled features
+        [B, C]; without a pooling those of all tokens."""
+        if isinstance(tokens, (list, tuple)):
+            return self._head_of_each(tokens, pre_logits)
+        return self._head_of_pooled(self.pool(tokens), pre_logits)
+
+    def _head_of_pooled(self, pooled: Tensor, pre_logits: bool) -> Tensor:
         ops = self.ops
-        x = call(ops, self.head_drop, call(ops, self.fc_norm, self.pool(tokens)))
+        x = call(ops, self.head_drop, call(ops, self.fc_norm, pooled))
         return x if pre_logits else call(ops, self.head, x)
 
     def pool(self, tokens: Tensor, pool_type: str | None = None) -> Tensor:
@@ -361,16 +379,6 @@ def takes_short_way(model: type, block: type[nn.Module]) -> None:
 
 takes_short_way(VisionTransformer, Block)
 know(VisionTransformer)
-
-
-def _take_room(model: nn.Module, device: torch.device) -> None:
-    """Moves a model without values from the meta device to `device`.
-
-    Not by to_empty(): empty_like() of a meta tensor imports PyTorch's symbolic shapes, 0.6 s.
-    """
-    for module in model.modules():
-        for name, meta in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device)))
 
 
 def _patch_embed(o: Options, factory: dict[str, Any]) -> PatchEmbed:

@@ -55,8 +55,8 @@ def reference(
     """The formula in PyTorch."""
     _check(q, k, v, queries, lengths)
     if lengths is not None:
-        one_by_one = zip(*(_split(t, lengths) for t in (q, k, v)), strict=True)
-        return torch.cat([reference(*image, scale, queries) for image in one_by_one], dim=1)
+        images: Any = zip(*(_split(t, lengths) for t in (q, k, v)), strict=True)
+        return torch.cat([reference(a, b, c, scale, queries) for a, b, c in images], dim=1)
     q, k, v = (t.transpose(1, 2) for t in _unpacked(q, k, v, queries))  # [B, H, N, D]
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
@@ -306,7 +306,7 @@ def _adjacent(backend: NativeBackend, x: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, token: int, step: int | None) -> tuple[int, ...]:
-    """The fields of a vit::Heads that begins at a token; step: how many tokens each image has, None: see x.stride(0)."""
+    """The fields of a vit::Heads that begins at a token; step: tokens from one image to the next, None: any stride."""
     batch, stride, head = x.stride()[:3]
     first = x.data_ptr() + token * stride * x.element_size()
     return first, batch if step is None else step * stride, stride, head

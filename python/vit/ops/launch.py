@@ -66,7 +66,7 @@ def zeros(backend: NativeBackend, shape: Sequence[int], dtype: torch.dtype, devi
     out = backend.empty(shape, dtype, device)
     if not backend.moves:
         return out.zero_()
-    _move_into(backend, out.view(-1), None, None, None, 0, 1, 0, 1)
+    move_into(backend, out.view(-1), None)
     return out
 
 
@@ -94,21 +94,22 @@ def move(
     """
     given = next(t for t in (a, lead, b) if t is not None)
     out = backend.empty(shape, given.dtype, given.device)
-    _move_into(backend, out, a, lead, b, leads, terms, term, divisor)
+    move_into(backend, out, a, lead, b, leads, terms, term, divisor)
     return out
 
 
-def _move_into(
+def move_into(
     backend: NativeBackend,
     out: Tensor,
     a: Tensor | None,
-    lead: Tensor | None,
-    b: Tensor | None,
-    leads: int,
-    terms: int,
-    term: int,
-    divisor: float,
+    lead: Tensor | None = None,
+    b: Tensor | None = None,
+    leads: int = 0,
+    terms: int = 1,
+    term: int = 0,
+    divisor: float = 1,
 ) -> None:
+    """`move` into memory that is there, contiguous."""
     kernel: Callable[..., None] = backend.lib.move  # mypy does not know how many numbers a tuple of sizes has
     kernel(
         *_view(a), *_view(lead), *_view(b),

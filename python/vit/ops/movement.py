@@ -8,6 +8,7 @@ no plan can refuse it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..backends import NativeBackend
 from .bound import ordinary
-from .launch import contiguous, move
+from .launch import contiguous, move, move_into
 
 
 class Movement:
@@ -53,6 +54,14 @@ class Movement:
     def first(self, tokens: Tensor, count: int) -> Tensor:
         """The first `count` tokens of each sample: [B, N, C] -> [B, count, C]."""
         return tokens[:, :count]
+
+    def join(self, images: Sequence[Tensor]) -> Tensor:
+        """Tokens of several images [1, n, C], one behind another: [1, sum of n, C]."""
+        return torch.cat(list(images), dim=1)
+
+    def split(self, tokens: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+        """The reverse of join: [1, sum of lengths, C] -> [1, n, C] of each."""
+        return tokens.split(list(lengths), dim=1)
 
     def mean(self, tokens: Tensor, skip: int) -> Tensor:
         """The mean of all tokens but the first `skip`: [B, N, C] -> [B, C]."""
@@ -94,6 +103,16 @@ class KernelMovement(Movement):
             return _First.apply(self.record, tokens, count)
         first = tokens[:, :count]
         return move(self.record, first.shape, first)
+
+    def join(self, images: Sequence[Tensor]) -> Tensor:
+        if not self._movable(*images):
+            return super().join(images)
+        return _Join.apply(self.record, *images) if _graph(*images) else _joined(self.record, images)
+
+    def split(self, tokens: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+        if not (_graph(tokens) and self._movable(tokens)):
+            return super().split(tokens, lengths)
+        return _Split.apply(self.record, tokens, list(lengths))
 
     def mean(self, tokens: Tensor, skip: int) -> Tensor:
         if not self._movable(tokens) or tokens.shape[1] <= skip:
@@ -142,6 +161,39 @@ def _mean(record: NativeBackend, tokens: Tensor, skip: int) -> Tensor:
     batch, count, columns = tokens.shape
     terms = count - skip
     return move(record, (batch, columns), tokens[:, skip], terms=terms, term=tokens.stride(1), divisor=terms)
+
+
+def _joined(record: NativeBackend, images: Sequence[Tensor]) -> Tensor:
+    """[1, n, C] of each image -> [1, sum of n, C]."""
+    lengths, columns = [x.shape[1] for x in images], images[0].shape[2]
+    out = record.empty((1, sum(lengths), columns), images[0].dtype, images[0].device)
+    for x, part in zip(images, out.split(lengths, dim=1), strict=True):
+        move_into(record, part, x)
+    return out
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, record: NativeBackend, *images: Tensor) -> Tensor:
+        ctx.lengths = [x.shape[1] for x in images]
+        return _joined(record, images)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return None, *dy.split(ctx.lengths, dim=1)
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, record: NativeBackend, tokens: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+        ctx.record = record
+        return tokens.split(lengths, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, _joined(ctx.record, grads), None
 
 
 class _Contiguous(torch.autograd.Function):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .case_list import Case
+from .curves import activated, curve
 
 Tensors = dict[str, Tensor]
 
@@ -113,7 +114,7 @@ class Swiglu:
 
     def magnitude(self, case: Case, t: Tensors, dy: Tensor) -> Tensors:
         gate, x = t["x"].chunk(2, dim=-1) if case.option("packed") else (t["gate"], t["x"])
-        value, first, second = _curve(gate, "silu")
+        value, first, second = curve(gate, "silu")
         weight, dy = value + first * gate.abs(), dy.abs()
         dx, dgate = dy * weight, dy * x.abs() * (first + second * gate.abs())
         out = {"out": weight * x.abs()}
@@ -181,10 +182,10 @@ class Gelu:
         return ops.gelu(t["x"], case.option("approximate", "none"))
 
     def torch(self, case: Case, t: Tensors) -> Tensor:
-        return _activated(t["x"], APPROXIMATE[case.option("approximate", "none")])
+        return activated(t["x"], APPROXIMATE[case.option("approximate", "none")])
 
     def magnitude(self, case: Case, t: Tensors, dy: Tensor) -> Tensors:
-        value, first, second = _curve(t["x"], APPROXIMATE[case.option("approximate", "none")])
+        value, first, second = curve(t["x"], APPROXIMATE[case.option("approximate", "none")])
         x = t["x"].abs()
         return {"out": value + first * x, "x": dy.abs() * (first + second * x)}
 
@@ -250,7 +251,7 @@ class Linear:
         x, bias = t["x"], t.get("bias")
         y = F.linear(x, t["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
         if activation := case.option("activation"):
-            y = _activated(y, activation)
+            y = activated(y, activation)
         if "scale" in t:
             y = y * t["scale"].to(x.dtype)
         return y if "residual" not in t else y + t["residual"]
@@ -264,7 +265,7 @@ class Linear:
             out = out + bias.abs()
         dpre = dy2 if "scale" not in t else dy2 * t["scale"].abs()
         if activation := case.option("activation"):
-            value, first, second = _curve(F.linear(x, w, bias), activation)
+            value, first, second = curve(F.linear(x, w, bias), activation)
             dpre = dpre * (first + second * out).reshape(dy2.shape)
             out = value + first * out
         activated = out
@@ -376,25 +377,6 @@ def leading(case: Case, letters: str) -> tuple[int, ...]:
 
 #: vit::Activation's names by those of vit.ops.gelu.
 APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu", "silu": "silu"}
-
-
-def _activated(x: Tensor, activation: str) -> Tensor:
-    """PyTorch's own op; of the quick GELU the formula of OpenAI's CLIP."""
-    if activation == "silu":
-        return F.silu(x)
-    if activation == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _curve(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """|f|, |f'| and |f''| of an activation at x."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        value = _activated(x, activation)
-        (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad(first.sum(), x)
-    return value.detach().abs(), first.detach().abs(), second.abs()
 
 
 def _bytes(case: Case) -> int:
