@@ -71,9 +71,11 @@ def text() -> str:
     """The stub."""
     ops = re.sub(r"//.*", "", (ROOT / "csrc" / "ops.def").read_text(encoding="utf-8"))
     found = structs((ROOT / "csrc" / "vit.h").read_text(encoding="utf-8"))
-    scratch = set(re.findall(r"^VIT_WORKSPACE\((\w+),", ops, re.MULTILINE))
+    scratch = set(re.findall(r"^VIT_(?:ROUTINE_)?WORKSPACE\((\w+),", ops, re.MULTILINE))
     lines = [HEAD]
-    for name, struct, fields in re.findall(r"^VIT_(?:OP|ROUTINE)\((\w+), (\w+),([^)]*)\)", ops, re.MULTILINE):
+    for name, struct, fields in re.findall(
+        r"^VIT_(?:OP|(?:INTEGER_)?ROUTINE)\((\w+), (\w+),([^)]*)\)", ops, re.MULTILINE
+    ):
         given = ", ".join(parameters(fields.replace(",", " ").split(), found[struct], name in scratch))
         answer = "int | None" if name in scratch else "None"
         lines.append(f"    def {name}(\n        self, {given}, /\n    ) -> {answer}: ...  # fmt: skip\n")

@@ -94,7 +94,8 @@ def _smooth(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
         raise ValueError("vit.quantize: calibrate cannot smooth this model: " + "; ".join(reasons))
     own = model.state_dict()
     before = {name: t.float().cpu() for name, t in own.items()}
-    smoothed = smooth(before, len(model.blocks), observe(model, images))
+    smoothed, inputs = smooth(before, len(model.blocks), observe(model, images))
+    smoothed |= {f"{layer}.mean": found.mean for layer, found in inputs.items()}
     changed = {name: t.to(model.device) for name, t in smoothed.items() if t is not before.get(name)}
     for name, tensor in changed.items():
         if name in own:

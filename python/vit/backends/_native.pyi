@@ -59,6 +59,12 @@ class Native(Protocol):
     def attention_bwd(
         self, dout: int, q: int, q_batch: int, q_token: int, q_head: int, k: int, k_batch: int, k_token: int, k_head: int, v: int, v_batch: int, v_token: int, v_head: int, out: int, lse: int, dq: int, dq_batch: int, dq_token: int, dq_head: int, dk: int, dk_batch: int, dk_token: int, dk_head: int, dv: int, dv_batch: int, dv_token: int, dv_head: int, B: int, N: int, L: int, H: int, D: int, scale: float, dtype: int, workspace: int, workspace_bytes: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
     ) -> int | None: ...  # fmt: skip
+    def adamw(
+        self, param: int, grad: int, exp_avg: int, exp_avg_sq: int, exp_avg_scale: int, exp_avg_sq_scale: int, ema: int, code: int, n: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, correction1: float, correction2: float, grad_scale: float, ema_decay: float, dtype: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
+    ) -> None: ...  # fmt: skip
     def move(
         self, a: int, a_0: int, a_1: int, a_2: int, a_3: int, a_4: int, a_5: int, lead: int, lead_0: int, lead_1: int, lead_2: int, lead_3: int, lead_4: int, lead_5: int, b: int, b_0: int, b_1: int, b_2: int, b_3: int, b_4: int, b_5: int, out: int, sizes_0: int, sizes_1: int, sizes_2: int, sizes_3: int, sizes_4: int, sizes_5: int, leads: int, terms: int, term: int, divisor: float, dtype: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
     ) -> None: ...  # fmt: skip
+    def linear_int8(
+        self, x: int, weight: int, weight_scale: int, bias: int, scale: int, residual: int, y: int, M: int, N: int, K: int, x_stride: int, weight_stride: int, activation: int, dtype: int, out_dtype: int, workspace: int, workspace_bytes: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
+    ) -> int | None: ...  # fmt: skip

@@ -206,6 +206,7 @@ class Block(CallsOps, nn.Module):
     def keep_classes(self) -> None:
         """Takes the classes of the modules below as its own: a block of others calls them one by one."""
         self._as_built = tuple(map(type, self._below()))
+        self._kinds: tuple[type[nn.Module], ...] = (Block, *dict.fromkeys(self._as_built))
 
     def is_as_built(self) -> bool:
         """Whether no module below was replaced by one of another class."""

@@ -1,7 +1,8 @@
 """The ops of a Vision Transformer, each on every backend: `vit.ops.<op>(..., backend="auto")`.
 
 Each module of this package that starts with an underscore is one op, or a routine without gradients, and defines OP.
-OPS and ROUTINES, made of them, are the only lists of them in Python: tests, benchmarks, `vit info` and the documentation iterate over it.
+OPS and ROUTINES, made of them, are the only lists of them in Python: tests, benchmarks, `vit info` and the
+documentation iterate over them.
 
 What is no tensor is a TypeError that names the argument. Sizes and dtypes that do not fit are a ValueError of a native
 backend; the reference is plain PyTorch, whose own errors (most are RuntimeErrors) stand.

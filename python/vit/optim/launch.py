@@ -73,18 +73,21 @@ def launch(
     if gradient.dtype != parameter.dtype or gradient.stride() != parameter.stride():
         gradient = torch.empty_like(parameter).copy_(gradient)
     ema = state.get("ema")
-    scales = (state["exp_avg_scale"], state["exp_avg_root_scale"]) if packed else ()
+    scale, root_scale = (state["exp_avg_scale"], state["exp_avg_root_scale"]) if packed else (None, None)
     table = codes(parameter.device) if packed else None
-    correction1, correction2 = corrections(state, group)
+    (beta1, beta2), (correction1, correction2) = group["betas"], corrections(state, group)
     backend.lib.adamw(
         parameter.data_ptr(), gradient.data_ptr(),
         state["exp_avg"].data_ptr(), state["exp_avg_root" if packed else "exp_avg_sq"].data_ptr(),
-        *([scale.data_ptr() for scale in scales] or (0, 0)),
-        0 if ema is None else ema.data_ptr(), 0 if table is None else table.data_ptr(), parameter.numel(),
-        float(group["lr"]), *map(float, group["betas"]), group["eps"], group["weight_decay"],
+        _address(scale), _address(root_scale), _address(ema), _address(table), parameter.numel(),
+        float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"],
         correction1, correction2, grad_scale, group["ema_decay"] or 0.0,
         backend.codes[parameter.dtype], *backend.context(parameter.device),
     )  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 _CODES: dict[torch.device, Tensor] = {}
