@@ -74,7 +74,7 @@ def test_tanh_instead_of_erf_is_found(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_the_softmax_scale_of_another_head_dimension_is_found(dtype):
-    def attention(q, k, v, scale=None):
+    def attention(q, k, v, scale=None, lengths=None):
         return backend_ops("reference").attention(q, k, v, 1.1 * q.shape[-1] ** -0.5)
 
     fails(f"attention-fwd-{dtype}-b1n197h3d64-packed", attention=attention)
@@ -96,7 +96,7 @@ def test_swapped_gradients_are_found(dtype):
             dq, dk, dv = torch.autograd.grad(out, leaves, dout)
             return dk, dq, dv
 
-    text = fails(f"attention-bwd-{dtype}-b1n197h3d64-packed", attention=lambda q, k, v, scale: Swapped.apply(q, k, v))
+    text = fails(f"attention-bwd-{dtype}-b1n197h3d64-packed", attention=lambda q, k, v, **_: Swapped.apply(q, k, v))
     assert "gradient of" in text
 
 

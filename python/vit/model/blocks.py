@@ -89,7 +89,7 @@ class Attention(CallsOps, nn.Module):
         """A packed projection [B, N, 3, H, D] -> [B, queries or N, H, D]; with dropped probabilities in PyTorch."""
         rate = self.attn_drop.p if self.training else 0.0
         if rate == 0.0:
-            return self.ops.attention(qkv, None, None, None, queries, lengths)
+            return self.ops.attention(qkv, None, None, None, queries, lengths=lengths)
         if lengths is not None:
             return torch.cat([self.attend(image, queries) for image in qkv.split(list(lengths), dim=1)], dim=1)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, N, D]
