@@ -13,7 +13,8 @@ inline constexpr int kAdamWBlock = 256;
 inline constexpr int kAdamWCodes = 256;
 inline constexpr int kAdamWOwn = kAdamWBlock / VIT_LANES;  // numbers of a block that a lane has
 
-// What is the same for all parameters of a call, in the type of the averages.
+// What is the same for all parameters of a call, in the type of the averages. A kernel takes the numbers one by one: a
+// struct among its arguments ended in a segmentation fault (run-time library of 2026.0, CPU device).
 template <class A>
 struct AdamWSettings {
   A decay, one_minus_beta1, beta2, one_minus_beta2, rate, eps, root_correction, grad_scale, one_minus_ema_decay;
@@ -30,9 +31,12 @@ VIT_INLINE A adamw_step(const AdamWSettings<A>& s, A param, A grad, A& m, A& v, 
 }
 
 template <class T>
-VIT_KERNEL adamw(T* param, const T* grad, Acc<T>* exp_avg, Acc<T>* exp_avg_sq, Acc<T>* ema, int64 n,
-                 AdamWSettings<Acc<T>> s) {
+VIT_KERNEL adamw(T* param, const T* grad, Acc<T>* exp_avg, Acc<T>* exp_avg_sq, Acc<T>* ema, int64 n, Acc<T> decay,
+                 Acc<T> one_minus_beta1, Acc<T> beta2, Acc<T> one_minus_beta2, Acc<T> rate, Acc<T> eps,
+                 Acc<T> root_correction, Acc<T> grad_scale, Acc<T> one_minus_ema_decay) {
   using A = Acc<T>;
+  const AdamWSettings<A> s = {decay, one_minus_beta1, beta2,      one_minus_beta2,    rate,
+                              eps,   root_correction, grad_scale, one_minus_ema_decay};
   const Place at = place();
   const int64 first = at.unit * vit::tiles::kElements;
   if (first >= n) return;
@@ -71,7 +75,11 @@ VIT_INLINE float block_scale(const float (&own)[kAdamWOwn]) {
 
 template <class T>
 VIT_KERNEL adamw_8bit(T* param, const T* grad, unsigned char* exp_avg, unsigned char* exp_avg_sq, float* exp_avg_scale,
-                      float* exp_avg_sq_scale, float* ema, const float* code, int64 n, AdamWSettings<float> s) {
+                      float* exp_avg_sq_scale, float* ema, const float* code, int64 n, float decay,
+                      float one_minus_beta1, float beta2, float one_minus_beta2, float rate, float eps,
+                      float root_correction, float grad_scale, float one_minus_ema_decay) {
+  const AdamWSettings<float> s = {decay, one_minus_beta1, beta2,      one_minus_beta2,    rate,
+                                  eps,   root_correction, grad_scale, one_minus_ema_decay};
   const Place at = place();
   const int lane = at.lane;
   const float* roots = code + kAdamWCodes;
