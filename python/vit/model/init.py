@@ -5,7 +5,11 @@
     "jax_nlhb"  "jax" with the head bias at -log(num_classes)
     "moco"      Xavier-uniform, with q, k and v of a qkv weight treated as three matrices
     "reset"     PyTorch's defaults everywhere
+    "xavier_uniform", "xavier_normal"  weights of deviation sqrt(2 / (inputs + outputs)), zero biases
+    "he_uniform", "he_normal"          weights of deviation sqrt(2 / inputs), zero biases
+    "uniform", "normal"                weights of deviation 0.02, zero biases
     "skip"      nothing: for weights that are about to be loaded
+The last six hold of every linear layer and of the patch projection; a uniform one is U(-sqrt(3) std, sqrt(3) std).
 In all but "skip": position embedding trunc-normal(0.02), class token and registers N(0, 1e-6), norms 1 and 0,
 LayerScale its init_values, the query of attention pooling trunc-normal(C^-1/2), one factor of gated MLPs near 1.
 
@@ -25,7 +29,15 @@ from torch import Tensor, nn
 
 from ..support.random import Stream, fresh_key
 
-SCHEMES = ("", "jax", "jax_nlhb", "moco", "reset", "skip")
+#: Standard deviation of a weight by its inputs and outputs, for the schemes that are NAME or NAME_uniform, NAME_normal.
+_DEVIATIONS = {
+    "xavier_": lambda inputs, outputs: math.sqrt(2 / (inputs + outputs)),
+    "he_": lambda inputs, outputs: math.sqrt(2 / inputs),
+    "": lambda inputs, outputs: 0.02,
+}
+_PLAIN = tuple(f"{name}{shape}" for name in _DEVIATIONS for shape in ("uniform", "normal"))
+
+SCHEMES = ("", "jax", "jax_nlhb", "moco", "reset", *_PLAIN, "skip")
 
 #: Standard deviation of a standard normal truncated to [-2, 2].
 TRUNCATED_STD = 0.87962566103423978
@@ -128,6 +140,9 @@ def init_linear(linear: nn.Linear, name: str, scheme: str, num_classes: int, dra
     if scheme == "reset":
         _pytorch_default(linear, name, draws)
         return
+    if scheme in _PLAIN:
+        _init_plain(linear, name, scheme, draws)
+        return
     _zero_bias(linear)
     if scheme == "":
         draws.normal(linear.weight, weight, 0.02)
@@ -144,12 +159,26 @@ def init_linear(linear: nn.Linear, name: str, scheme: str, num_classes: int, dra
 
 
 def _init_patch_projection(projection: nn.Conv2d | nn.Linear, name: str, scheme: str, draws: Draws) -> None:
+    if scheme in _PLAIN:
+        _init_plain(projection, name, scheme, draws)
+        return
     if not scheme.startswith("jax"):
         _pytorch_default(projection, name, draws)
         return
     fan_in = projection.weight[0].numel()
     draws.normal(projection.weight, f"{name}.weight", math.sqrt(1 / fan_in) / TRUNCATED_STD, bound=2.0)
     _zero_bias(projection)
+
+
+def _init_plain(module: nn.Conv2d | nn.Linear, name: str, scheme: str, draws: Draws) -> None:
+    """A weight of the scheme's deviation, a bias of zeros."""
+    rule, _, shape = scheme.rpartition("_")
+    std = _DEVIATIONS[f"{rule}_" if rule else ""](module.weight[0].numel(), len(module.weight))
+    if shape == "normal":
+        draws.normal(module.weight, f"{name}.weight", std)
+    else:
+        draws.uniform(module.weight, f"{name}.weight", math.sqrt(3) * std)
+    _zero_bias(module)
 
 
 def _pytorch_default(module: nn.Conv2d | nn.Linear, name: str, draws: Draws) -> None:
