@@ -244,18 +244,18 @@ class Block(CallsOps, nn.Module):
         """`forward` where `can_fuse`. With `queries` only the first `queries` tokens (of each image) are computed,
         [B, queries, C]: all tokens are keys and values."""
         below: dict[str, Any] = self._modules  # nn.Module's look-up of a name takes 0.2 us
-        norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = below.values()
-        ops, of_attn, of_mlp = self.ops, attn._modules, mlp._modules
+        ops, attn, mlp = self.ops, below["attn"], below["mlp"]
+        of_attn, of_mlp = attn._modules, mlp._modules
         branch, x = ops.movement.fork(x)
         if queries is not None:
             x = first_of_each(ops, x, queries, lengths)
-        qkv = linear(ops, of_attn["qkv"], norm(ops, norm1, branch))
+        qkv = linear(ops, of_attn["qkv"], norm(ops, below["norm1"], branch))
         qkv = qkv.view(*branch.shape[:2], 3, attn.num_heads, attn.head_dim)
         y = norm(ops, of_attn["norm"], self._attended(attn, qkv, queries, lengths).flatten(2))
-        x = _add(ops, x, y, of_attn["proj"], ls1, of_attn["proj_drop"], drop_path1, lengths)
+        x = _add(ops, x, y, of_attn["proj"], below["ls1"], of_attn["proj_drop"], below["drop_path1"], lengths)
         branch, x = ops.movement.fork(x)
-        y = mlp.inner(norm(ops, norm2, branch), activation_of(of_mlp["act"]))
-        return _add(ops, x, y, of_mlp["fc2"], ls2, of_mlp["drop2"], drop_path2, lengths)
+        y = mlp.inner(norm(ops, below["norm2"], branch), activation_of(of_mlp["act"]))
+        return _add(ops, x, y, of_mlp["fc2"], below["ls2"], of_mlp["drop2"], below["drop_path2"], lengths)
 
     def _attended(self, attn: Any, qkv: Tensor, queries: int | None, lengths: Sequence[int] | None) -> Tensor:
         """A packed projection [B, N, 3, H, D] -> [B, queries or N, H, D]; q and k are normed first where they are."""
