@@ -653,3 +653,35 @@ def test_a_model_made_without_values(name):
     model.load_state_dict(theirs.state_dict(), assign=True)
     for one in (model, loaded):
         close(one.eval()(images()).cpu(), theirs(images()))
+
+
+def keywords(model: nn.Module, **options: Any) -> list[Any]:
+    """The names of the keywords that the attention of each block is given, in order, and their plain values."""
+    seen: list[Any] = []
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
+        seen.append((len(args), {k: v.shape if isinstance(v, Tensor) else v for k, v in kwargs.items()}))
+
+    for block in model.blocks:
+        block.attn.register_forward_hook(look, with_kwargs=True)
+    model(images(), **options)
+    return seen
+
+
+@pytest.mark.parametrize(("name", "options"), [*((n, {}) for n in BACKENDS), ("reference", {"is_causal": True})])
+def test_hooks_of_attention_see_the_keywords_of_timm(name, options):
+    theirs, ours = pair(name)
+    want = keywords(theirs, **options)
+    assert len(want[0][1]) == 2
+    assert keywords(ours, **options) == want
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("norm", [False, True], ids=["pre-norm", "post-norm"])
+def test_hooks_of_rotary_attention_see_the_keywords_of_timm(name, norm):
+    arch = SMALL | {"embed_dim": 48, "use_post_norm": norm}
+    theirs = timm.create_model("eva02_tiny_patch14_224", **arch)
+    ours = vit.create("eva02_tiny_patch14_224", backend=name, device="cpu", **arch)
+    want = keywords(theirs)
+    assert len(want[0][1]) == 3
+    assert keywords(ours) == want

@@ -192,10 +192,8 @@ class Block(CallsOps, nn.Module):
         if isinstance(x, Tensor) and not masked and self.can_fuse():
             return self.fused(x, lengths=lengths)
         ops = self.ops
-        more: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
-        if lengths is not None:
-            more["lengths"] = lengths
-        y = self.attn(call(ops, self.norm1, x), **more)
+        more = {} if lengths is None else {"lengths": lengths}  # timm's attention in its place knows none
+        y = self.attn(call(ops, self.norm1, x), attn_mask=attn_mask, is_causal=is_causal, **more)
         x = x + drop_path(ops, self.drop_path1, call(ops, self.ls1, y), lengths)
         return x + drop_path(ops, self.drop_path2, call(ops, self.ls2, self.mlp(call(ops, self.norm2, x))), lengths)
 

@@ -45,13 +45,19 @@ class EvaBlock(CallsOps, nn.Module):
         self._kinds = tuple(dict.fromkeys((EvaBlock, *self._as_built)))
 
     def forward(
-        self, x: Tensor, rope: Tensor | None = None, lengths: Sequence[int] | None = None, **masks: Any
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """lengths; masks: attn_mask and is_causal, see AttentionRope."""
-        if isinstance(x, Tensor) and not masks and self.can_fuse():
+        """attn_mask, is_causal, lengths: see AttentionRope."""
+        masked = attn_mask is not None or is_causal
+        if isinstance(x, Tensor) and not masked and self.can_fuse():
             return self.fused(x, rope, lengths=lengths)
-        ops, more = self.ops, masks if lengths is None else {"lengths": lengths}
-        branch = self.attn(call(ops, self.norm1, x), rope=rope, **more)
+        ops, more = self.ops, {} if lengths is None else {"lengths": lengths}
+        branch = self.attn(call(ops, self.norm1, x), rope=rope, attn_mask=attn_mask, is_causal=is_causal, **more)
         x = x + drop_path(ops, self.drop_path1, branch if self.gamma_1 is None else self.gamma_1 * branch, lengths)
         branch = self.mlp(call(ops, self.norm2, x))
         return x + drop_path(ops, self.drop_path2, branch if self.gamma_2 is None else self.gamma_2 * branch, lengths)
@@ -127,11 +133,17 @@ class EvaBlockPostNorm(CallsOps, nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(
-        self, x: Tensor, rope: Tensor | None = None, lengths: Sequence[int] | None = None, **masks: Any
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """lengths; masks: attn_mask and is_causal, see AttentionRope."""
-        ops, more = self.ops, masks if lengths is None else {"lengths": lengths}
-        x = x + drop_path(ops, self.drop_path1, call(ops, self.norm1, self.attn(x, rope=rope, **more)), lengths)
+        """attn_mask, is_causal, lengths: see AttentionRope."""
+        ops, more = self.ops, {} if lengths is None else {"lengths": lengths}
+        y = self.attn(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal, **more)
+        x = x + drop_path(ops, self.drop_path1, call(ops, self.norm1, y), lengths)
         return x + drop_path(ops, self.drop_path2, call(ops, self.norm2, self.mlp(x)), lengths)
 
     def probabilities(self, x: Tensor, queries: Tensor, rope: Tensor | None = None) -> Tensor:

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import NativeBackend
-from .bound import ordinary
+from .bound import batched, ordinary
 from .launch import contiguous, move, move_into
 
 
@@ -141,6 +142,11 @@ def of(backend: str) -> Movement:
 TORCH = Movement()
 
 
+def _addressable(*grads: Tensor) -> bool:
+    """Whether `move` may read these gradients: else PyTorch's own backward stands in."""
+    return ordinary(grads) and not any(map(batched, grads))
+
+
 def _graph(*tensors: Tensor | None) -> bool:
     """Whether autograd will want a backward."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -193,7 +199,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, _joined(ctx.record, grads), None
+        return None, _joined(ctx.record, grads) if _addressable(*grads) else TORCH.join(grads), None
 
 
 class _Contiguous(torch.autograd.Function):
@@ -219,7 +225,7 @@ class _Fork(torch.autograd.Function):
 
 
 def _sum(record: NativeBackend, first: Tensor, second: Tensor) -> Tensor:
-    if first.dim() > 6:
+    if first.dim() > 6 or not _addressable(first, second):
         return first + second
     return move(record, first.shape, first, b=second)
 
@@ -233,6 +239,8 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if not _addressable(*grads):
+            return None, torch.stack(grads, 2)
         record, (batch, count, _, heads, width) = ctx.record, ctx.shape
         q, k, v = (contiguous(record, g).view(batch * count, 1, heads * width) for g in grads)
         both = move(record, (batch * count, 2, heads * width), k, q, leads=1)
@@ -252,9 +260,13 @@ class _Tokens(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         record = ctx.record
         _, patches, prefix, position = ctx.needs_input_grad
+        rest = dy[:, ctx.leads :]
+        if not _addressable(dy):
+            summed = dy.sum(0, keepdim=True)
+            lead = summed[:, : ctx.leads]
+            return None, rest if patches else None, lead if prefix else None, summed if position else None
         batch, distance = dy.shape[0], dy.stride(0)
-        # Sums over the batch.
-        lead, rest = dy[:1, : ctx.leads], dy[:, ctx.leads :]
+        lead = dy[:1, : ctx.leads]  # of the first image: sums over the batch begin there
         total = move(record, dy[:1].shape, dy[:1], terms=batch, term=distance) if position else None
         dprefix = move(record, lead.shape, lead, terms=batch, term=distance) if prefix else None
         return None, contiguous(record, rest) if patches else None, dprefix, total
@@ -270,6 +282,8 @@ class _First(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
+        if not _addressable(dy):
+            return None, F.pad(dy, (0, 0, 0, ctx.shape[1] - ctx.count)), None
         return None, move(ctx.record, ctx.shape, None, dy, leads=ctx.count), None
 
 
@@ -285,4 +299,6 @@ class _Mean(torch.autograd.Function):
         batch, count, columns = ctx.shape
         terms = count - ctx.skip
         each = dy[:, None].expand(batch, terms, columns)
+        if not _addressable(dy):
+            return None, F.pad(each / terms, (0, 0, ctx.skip, 0)), None
         return None, move(ctx.record, ctx.shape, each, leads=ctx.skip, divisor=terms), None

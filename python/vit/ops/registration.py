@@ -24,7 +24,27 @@ def register(op: Op, record: NativeBackend) -> tuple[Any, Any]:
     ):
         _define(library, namespace, f"{op.name}_{direction}", schema, _as_torch_wants(launch, record), fake)
     ops = getattr(torch.ops, namespace)
-    return getattr(ops, f"{op.name}_fwd").default, getattr(ops, f"{op.name}_bwd").default
+    fwd_op, bwd_op = getattr(ops, f"{op.name}_fwd").default, getattr(ops, f"{op.name}_bwd").default
+    torch.library.register_vmap(bwd_op, _each(bwd_op), lib=library)  # PyTorch's own fallback warns that it is slow
+    return fwd_op, bwd_op
+
+
+def _each(op: Any) -> Callable[..., Any]:
+    """The rule of torch.vmap: a call for each of the batch."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        # A list of switches has a list of dimensions, none of them one.
+        stacks = [a.movedim(d, 0) if isinstance(d, int) else None for a, d in zip(args, in_dims, strict=True)]
+        calls = [
+            op(*(a if stack is None else stack[i] for a, stack in zip(args, stacks, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        outputs = tuple(map(torch.stack, zip(*calls, strict=True)))
+        return outputs, (0,) * len(outputs)
+
+    return rule
 
 
 def register_one(
