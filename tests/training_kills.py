@@ -1,6 +1,7 @@
 """SIGKILL at random moments of a run, and the same command again, until it ends: its bits are the uninterrupted run's.
 
-`python tests/training_kills.py --kills 20` does it in each mode, six minutes each; test_training_resume.py kills a plain run.
+`python tests/training_kills.py --kills 20` does it in each mode, six minutes each; test_training_resume.py kills a
+plain run.
 """
 
 from __future__ import annotations
