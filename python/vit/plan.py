@@ -47,7 +47,8 @@ class Plan(Mapping[str, str]):
 
         Ops that were not planned are there too, and raise BackendError when they are called.
         """
-        bound = {op: bind(op, self._choice[op]) if op in self._choice else Unplanned(op, self) for op in ALL}
+        strict = self.requested != "auto"
+        bound = {op: bind(op, self._choice[op], strict) if op in self._choice else Unplanned(op, self) for op in ALL}
         follows = self._choice.get("linear", "auto") if self.requested == "auto" else self.requested
         return SimpleNamespace(**bound, movement=of(follows))
 

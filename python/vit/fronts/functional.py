@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..backends import NativeBackend, get, records
 from ..model.torch_layers import PLANNED, runs, watching_functions
 from ..ops import OPS, bind
+from ..ops.bound import transform
 from ..ops.movement import of as movement_of
 
 #: Names of PyTorch's functions -> the op that computes them.
@@ -82,9 +82,7 @@ class Functions:
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) not in ops.linear.record.dtypes:
             return None
-        if not torch.compiler.is_compiling() and (
-            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or watching_functions()
-        ):
+        if not torch.compiler.is_compiling() and (transform() or watching_functions()):
             return None
         return ops
 

@@ -66,6 +66,10 @@ for _routine in ROUTINES.values():
 ALL: dict[str, Op | Routine] = {**OPS, **ROUTINES}
 
 
-def bind(op: str, backend: str) -> BoundOp:
-    """The callable that runs `op` on one backend, or for "auto" on the best one for each call's arguments."""
-    return bound.bind(ALL[op], backend)
+def bind(op: str, backend: str, strict: bool = True) -> BoundOp:
+    """The callable that runs `op` on one backend, or for "auto" on the best one for each call's arguments.
+
+    Under a transform of torch.func, or forward-mode differentiation, kernels raise BackendError; not strict (as a plan
+    for "auto" binds them), the reference runs.
+    """
+    return bound.bind(ALL[op], backend, strict)

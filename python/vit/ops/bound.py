@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -73,6 +74,19 @@ class AutoOp(BoundOp):
 class NativeOp(BoundOp):
     """A pair of compiled kernels behind one autograd.Function."""
 
+    #: Whether a transform is refused. It is where the backend was named; what "auto" chose is the reference under one.
+    strict = True
+
+    @cached_property
+    def lenient(self) -> NativeOp:
+        """The same kernels, chosen by "auto"."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__ | {"strict": False}
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _bind_by_name, (self.op.name, self.backend, self.strict)
+
     def __init__(self, op: Op, backend: str) -> None:
         super().__init__(op, backend)
         record = backends.get(backend)
@@ -89,7 +103,8 @@ class NativeOp(BoundOp):
         if torch._C._get_tracing_state() is not None:
             return self.traced(self.jit, *args, **kwargs)
         inputs, finish = self.op.arguments(*args, **kwargs)
-        self.check_transforms(inputs)
+        if self.transformed(inputs):
+            return self.op.reference(*args, **kwargs)
         self.check(inputs)
         direct = ordinary(inputs)
         if torch.is_grad_enabled() and _any_requires_grad(inputs):
@@ -121,7 +136,8 @@ class NativeOp(BoundOp):
 
         An autograd.Function would become a call into Python, which no trace can be compared by or saved with.
         """
-        self.check_transforms(inputs)
+        if what := transform(inputs):
+            self.refuse(what)
         return _tuple(self.fwd_op(*inputs, False))[0]
 
     def launched(self, *args: Any) -> tuple[Any, ...]:
@@ -138,14 +154,13 @@ class NativeOp(BoundOp):
         fits = ordinary(args) and not batched(args[0])
         return self.op.launch_bwd(self.record, *args) if fits else dispatched(self.bwd_op, *args)
 
-    def check_transforms(self, inputs: Sequence[Any]) -> None:
-        """Refuses what would silently lose a derivative or a batch dimension."""
-        if torch._C._are_functorch_transforms_active():
-            self.refuse("a torch.func transform (grad, vmap, jvp, ...)")
-        if forward_ad._current_level >= 0 and any(
-            isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in inputs
-        ):
-            self.refuse("forward-mode differentiation")
+    def transformed(self, inputs: Sequence[Any]) -> bool:
+        """Whether the reference has to compute, since a kernel would silently lose a derivative or a batch dimension;
+        BackendError where the backend was named."""
+        what = transform(inputs)
+        if what is not None and self.strict:
+            self.refuse(what)
+        return what is not None
 
     def check(self, inputs: Sequence[Any]) -> None:
         """The guard of every call: one device of ours, a dtype of ours. The kernels check sizes themselves."""
@@ -196,9 +211,23 @@ def call(op: Any, backend: str, *args: Any, **kwargs: Any) -> Tensor:
         if name in kwargs and not isinstance(kwargs[name], allowed):
             raise TypeError(f"vit.ops.{op.name}: {name} must be a torch.Tensor, got {type(kwargs[name]).__name__}")
     if backend == "auto":
+        if not torch.compiler.is_compiling() and transform((*args, *kwargs.values())):
+            return op.reference(*args, **kwargs)
         tensors = {n: a for n, a in (*zip(op.inputs, args, strict=False), *kwargs.items()) if isinstance(a, Tensor)}
         backend = backends.choose("auto", [spec_of(op, tensors)], op.limits).name
     return bind(op, backend)(*args, **kwargs)
+
+
+def transform(inputs: Sequence[Any] | None = None) -> str | None:
+    """The transform that a call is part of, which no kernel can follow: one of torch.func, or forward-mode
+    differentiation of one of the inputs (None: of anything); None where there is none."""
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform (grad, vmap, jvp, ...)"
+    if forward_ad._current_level >= 0 and (
+        inputs is None or any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in inputs)
+    ):
+        return "forward-mode differentiation"
+    return None
 
 
 @constant
@@ -287,11 +316,11 @@ class _NoSecondBackward(torch.autograd.Function):
         ctx.bound.refuse("double backward")
 
 
-def bind(op: Any, backend: str) -> BoundOp:
-    """The op on a backend of that name, or on "auto"; ValueError for an unknown name."""
+def bind(op: Any, backend: str, strict: bool = True) -> BoundOp:
+    """The op on a backend of that name, or on "auto"; ValueError for an unknown name. Not strict: see NativeOp."""
     if (op.name, backend) not in _BOUND:
         backends.get(backend)  # raises
-    return _BOUND[op.name, backend]
+    return _bind_by_name(op.name, backend, strict)
 
 
 #: Made once at import: torch.compile traces the look-up but not the making.
@@ -314,5 +343,6 @@ def put(callable: BoundOp) -> None:
     _BOUND[callable.op.name, callable.backend] = callable
 
 
-def _bind_by_name(op: str, backend: str) -> BoundOp:
-    return _BOUND[op, backend]
+def _bind_by_name(op: str, backend: str, strict: bool = True) -> BoundOp:
+    bound = _BOUND[op, backend]
+    return bound if strict or not isinstance(bound, NativeOp) else bound.lenient

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends import NativeBackend
-from .bound import batched, ordinary
+from .bound import batched, ordinary, transform
 from .launch import contiguous, move, move_into
 
 
@@ -125,8 +124,7 @@ class KernelMovement(Movement):
         given = [t for t in tensors if t is not None]
         return (
             ordinary(given)
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
+            and transform() is None
             and given[0].dtype in self.record.dtypes
             and given[0].device.type in self.record.device_types
             and all(t.dtype == given[0].dtype and t.numel() for t in given)
