@@ -3,23 +3,18 @@
 vit.optim.AdamW with averages in float32 and in 8 bits, PyTorch's fused AdamW and, where bitsandbytes is installed, its
 AdamW8bit; each in a process of its own, in one race (vit.bench.workers). Gradients are random numbers.
 
-Then the loss after 200 steps of vit_digits on the digits of scikit-learn, from the same weights and batches.
+Then the loss after 400 steps of vit_digits on the digits of scikit-learn, from the same weights and batches.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-from pathlib import Path
-from typing import Any
 
 import torch
 import vit
+from script import Records, raced, run
 from torch import Tensor, nn
-from vit.bench.peak import cpu_peak
-from vit.bench.race import Setting, environment
-from vit.bench.workers import Candidate, Failure, Worker, race
+from vit.bench.workers import Candidate
 from vit.support.random import normal
 
 KINDS = ["float32", "8bit", "torch fused"]
@@ -58,41 +53,32 @@ def candidate(kind: str) -> Candidate:
     return Candidate(optimizer.step, result=lambda _: state_bytes(optimizer))
 
 
-def loss_after(kind: str, steps: int = 200) -> float:
-    """The mean loss of the last 20 steps."""
+def loss_after(kind: str, seeds: int = 4, steps: int = 400) -> float:
+    """The mean loss of the last 20 steps, and of models of some seeds, as one alone moves by a third."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images, labels = torch.from_numpy(digits.images).float()[:, None] / 8 - 1, torch.from_numpy(digits.target)
-    torch.manual_seed(0)  # the weights' key
-    model = vit.create("vit_digits", backend="cpu")
-    optimizer = make(kind, list(model.parameters()))
     losses = []
-    for step in range(steps):
-        batch = torch.arange(64 * step, 64 * step + 64) % len(labels)
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses[-20:]) / 20
+    for seed in range(seeds):
+        torch.manual_seed(seed)  # the weights' key
+        model = vit.create("vit_digits", backend="cpu")
+        optimizer = make(kind, list(model.parameters()))
+        for step in range(steps):
+            batch = torch.arange(64 * step, 64 * step + 64) % len(labels)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+            loss.backward()
+            optimizer.step()
+            losses += [loss.item()] if step >= steps - 20 else []
+    return sum(losses) / len(losses)
 
 
-def measure(rounds: int, threads: int) -> list[dict[str, Any]]:
+def measure(rounds: int) -> Records:
     """A record per optimizer."""
-    workers = [Worker(threads) for _ in KINDS]
-    try:
-        outcomes = race(workers, candidate, [(kind,) for kind in KINDS], rounds)
-        sizes = [worker.ask("result") for worker in workers]
-    finally:
-        for worker in workers:
-            worker.stop()
     records = []
-    for kind, outcome, size in zip(KINDS, outcomes, sizes, strict=True):
-        if isinstance(outcome, Failure):
-            raise RuntimeError(outcome.reason)
-        record = {"optimizer": kind, "ms_median": 1e3 * outcome.median, "ms_min": 1e3 * outcome.best}
-        record |= {"state_bytes": size, "loss": loss_after(kind)}
+    for kind, (times, size) in zip(KINDS, raced(candidate, [(kind,) for kind in KINDS], rounds), strict=True):
+        record = {"optimizer": kind, **times, "state_bytes": size, "loss": loss_after(kind)}
         records.append(record)
         print(
             f"{kind:18s} {record['ms_median']:7.1f} ms  {size / 2**20:6.1f} MiB  loss {record['loss']:.4f}", flush=True
@@ -100,18 +86,5 @@ def measure(rounds: int, threads: int) -> list[dict[str, Any]]:
     return records
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    threads = torch.get_num_threads()
-    records = measure(args.rounds, threads)
-    if args.json:
-        setting = Setting(("cpu",), "cpu", threads, args.rounds, cpu_peak(threads))
-        report = {"environment": environment(setting), "records": records}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure)

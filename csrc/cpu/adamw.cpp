@@ -11,28 +11,14 @@ namespace vit::VIT_ISA {
 namespace {
 
 constexpr int kBlock = static_cast<int>(kAdamWBlock);
-constexpr int64_t kUnit =
-    16;  // blocks of one unit of work: below 4,096 numbers a second thread costs more than it saves
+constexpr int64_t kUnit = 16;  // blocks of one unit of work: for fewer numbers a second thread costs more than it saves
 constexpr int kCodes = 256;
 
-// Numbers that are worked on together: loops over all of them become vectors of the level.
-template <class A>
-using Block = A[kBlock];
-
-template <class T, class A>
-VIT_INLINE void read(const T* from, Block<A>& to, int64_t count) {
-  for (int64_t i = 0; i < kBlock; i += kLanes<A>)
-    store<A>(to + i, i < count ? load<A>(from + i, min(count - i, int64_t{kLanes<A>})) : Vec<A>{});
-}
-
-template <class T, class A>
-VIT_INLINE void write(T* to, const Block<A>& from, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<A>)
-    store<A>(to + i, load<A>(from + i), min(count - i, int64_t{kLanes<A>}));
-}
+// Averages of a block: loops over all of them become vectors of the level.
+using Block = float[kBlock];
 
 // Indices of `code`, times the scale of the block.
-VIT_INLINE void decode(const uint8_t* indices, float scale, const float* code, Block<float>& to, int64_t count) {
+VIT_INLINE void decode(const uint8_t* indices, float scale, const float* code, Block& to, int64_t count) {
   uint8_t padded[kBlock] = {};
   memcpy(padded, indices, static_cast<size_t>(count));
   for (int i = 0; i < kBlock; ++i) to[i] = i < count ? code[padded[i]] * scale : 0;
@@ -72,7 +58,7 @@ class Nearest {
 
 // The indices of the nearest values of the code, and the scale: the largest magnitude, NaN when one is not finite. With
 // `roots` a number that is not 0 does not become 0: it would be divided by.
-VIT_INLINE float encode(const Block<float>& from, const Nearest& nearest, bool roots, uint8_t* indices, int64_t count) {
+VIT_INLINE float encode(const Block& from, const Nearest& nearest, bool roots, uint8_t* indices, int64_t count) {
   f32v largest = {}, not_finite = {};
   for (int i = 0; i < kBlock; i += kLanes<float>) {
     const f32v x = load<float>(from + i);
@@ -82,7 +68,7 @@ VIT_INLINE float encode(const Block<float>& from, const Nearest& nearest, bool r
   float scale = sum(not_finite);
   for (int i = 0; i < kLanes<float>; ++i) scale = largest[i] > scale ? largest[i] : scale;
   const float divisor = scale > 0 ? scale : 1;
-  Block<float> shares;
+  Block shares;
   for (int i = 0; i < kBlock; ++i) shares[i] = from[i] / divisor;
   for (int64_t i = 0; i < count; ++i) {
     const int index = nearest(shares[i]);
@@ -93,7 +79,7 @@ VIT_INLINE float encode(const Block<float>& from, const Nearest& nearest, bool r
 
 template <class A>
 struct Settings {
-  A decay, one_minus_beta1, beta2, one_minus_beta2, rate, eps, root_correction, grad_scale, one_minus_ema_decay;
+  A decay, one_minus_beta1, beta2, one_minus_beta2, rate, eps, root_factor, grad_scale, one_minus_ema_decay;
 
   explicit Settings(const AdamW& p)
       : decay(static_cast<A>(1 - p.lr * p.weight_decay)),
@@ -102,22 +88,19 @@ struct Settings {
         one_minus_beta2(static_cast<A>(1 - p.beta2)),
         rate(static_cast<A>(p.lr / p.correction1)),
         eps(static_cast<A>(p.eps)),
-        root_correction(static_cast<A>(::sqrt(p.correction2))),
+        root_factor(static_cast<A>(1 / ::sqrt(p.correction2))),
         grad_scale(static_cast<A>(p.grad_scale)),
         one_minus_ema_decay(static_cast<A>(1 - p.ema_decay)) {}
 };
 
-// `v` comes as v and goes as v; `root` is its root.
+// A vector of parameters; m, v and its root are moved along.
 template <class A>
-VIT_INLINE void step(const Settings<A>& s, Block<A>& param, const Block<A>& grad, Block<A>& m, Block<A>& v,
-                     Block<A>& root) {
-  for (int i = 0; i < kBlock; ++i) {
-    const A g = grad[i] * s.grad_scale;
-    m[i] += (g - m[i]) * s.one_minus_beta1;
-    v[i] = v[i] * s.beta2 + g * g * s.one_minus_beta2;
-    root[i] = static_cast<A>(same<A, double> ? __builtin_sqrt(v[i]) : __builtin_sqrtf(static_cast<float>(v[i])));
-    param[i] = param[i] * s.decay - s.rate * (m[i] / (root[i] / s.root_correction + s.eps));
-  }
+VIT_INLINE Vec<A> step(const Settings<A>& s, Vec<A> param, Vec<A> grad, Vec<A>& m, Vec<A>& v, Vec<A>& root) {
+  const Vec<A> g = grad * s.grad_scale;
+  m += (g - m) * s.one_minus_beta1;
+  v = v * s.beta2 + g * g * s.one_minus_beta2;
+  root = vsqrt(v);
+  return param * s.decay - s.rate * (m / (root * s.root_factor + s.eps));
 }
 
 // f(first, count, block) for the blocks of the parameters, in parallel.
@@ -130,30 +113,32 @@ VIT_INLINE void for_blocks(const AdamW& p, const F& f) {
   });
 }
 
+// A vector of parameters that has moved, and of their average.
 template <class T, class A>
-VIT_INLINE void finish(const AdamW& p, const Settings<A>& settings, const Block<A>& param, int64_t at, int64_t count) {
-  write(static_cast<T*>(p.param) + at, param, count);
+VIT_INLINE void finish(const AdamW& p, const Settings<A>& settings, Vec<A> param, int64_t at, int64_t n) {
+  store<A>(static_cast<T*>(p.param) + at, param, n);
   if (!p.ema) return;
-  Block<A> ema;
-  read(static_cast<const A*>(p.ema) + at, ema, count);
-  for (int i = 0; i < kBlock; ++i) ema[i] += (param[i] - ema[i]) * settings.one_minus_ema_decay;
-  write(static_cast<A*>(p.ema) + at, ema, count);
+  A* place = static_cast<A*>(p.ema) + at;
+  const Vec<A> ema = load<A>(place, n);
+  store<A>(place, ema + (param - ema) * settings.one_minus_ema_decay, n);
 }
 
 template <class T>
 void run(const AdamW& p) {
   using A = Acc<T>;
   const Settings<A> settings(p);
-  for_blocks(p, [&](int64_t at, int64_t count, int64_t) {
-    Block<A> param, grad, m, v, root;
-    read(static_cast<const T*>(p.param) + at, param, count);
-    read(static_cast<const T*>(p.grad) + at, grad, count);
-    read(static_cast<const A*>(p.exp_avg) + at, m, count);
-    read(static_cast<const A*>(p.exp_avg_sq) + at, v, count);
-    step(settings, param, grad, m, v, root);
-    write(static_cast<A*>(p.exp_avg) + at, m, count);
-    write(static_cast<A*>(p.exp_avg_sq) + at, v, count);
-    finish<T>(p, settings, param, at, count);
+  for_blocks(p, [&](int64_t first, int64_t count, int64_t) {
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      const int64_t at = first + i, n = count - i;
+      A *exp_avg = static_cast<A*>(p.exp_avg) + at, *exp_avg_sq = static_cast<A*>(p.exp_avg_sq) + at;
+      Vec<A> m = load<A>(exp_avg, n), v = load<A>(exp_avg_sq, n), root;
+      const Vec<A> param = load<A>(static_cast<const T*>(p.param) + at, n);
+      const Vec<A> grad = load<A>(static_cast<const T*>(p.grad) + at, n);
+      const Vec<A> moved = step(settings, param, grad, m, v, root);
+      store<A>(exp_avg, m, n);
+      store<A>(exp_avg_sq, v, n);
+      finish<T>(p, settings, moved, at, n);
+    }
   });
 }
 
@@ -162,20 +147,25 @@ void run_8bit(const AdamW& p) {
   const Settings<float> settings(p);
   const float* code = static_cast<const float*>(p.code);
   const Nearest with_sign(code), without(code + kCodes);
-  for_blocks(p, [&](int64_t at, int64_t count, int64_t block) {
-    Block<float> param, grad, m, v, root;
-    uint8_t *m8 = static_cast<uint8_t*>(p.exp_avg) + at, *root8 = static_cast<uint8_t*>(p.exp_avg_sq) + at;
+  for_blocks(p, [&](int64_t first, int64_t count, int64_t block) {
+    Block ms, roots;
+    uint8_t *m8 = static_cast<uint8_t*>(p.exp_avg) + first, *root8 = static_cast<uint8_t*>(p.exp_avg_sq) + first;
     float* m_scale = static_cast<float*>(p.exp_avg_scale) + block;
     float* root_scale = static_cast<float*>(p.exp_avg_sq_scale) + block;
-    read(static_cast<const T*>(p.param) + at, param, count);
-    read(static_cast<const T*>(p.grad) + at, grad, count);
-    decode(m8, *m_scale, code, m, count);
-    decode(root8, *root_scale, code + kCodes, root, count);
-    for (int i = 0; i < kBlock; ++i) v[i] = root[i] * root[i];
-    step(settings, param, grad, m, v, root);
-    *m_scale = encode(m, with_sign, false, m8, count);
-    *root_scale = encode(root, without, true, root8, count);
-    finish<T>(p, settings, param, at, count);
+    decode(m8, *m_scale, code, ms, count);
+    decode(root8, *root_scale, code + kCodes, roots, count);
+    for (int64_t i = 0; i < count; i += kLanes<float>) {
+      const int64_t at = first + i, n = count - i;
+      f32v m = load<float>(ms + i), root = load<float>(roots + i), v = root * root;
+      const f32v param = load<float>(static_cast<const T*>(p.param) + at, n);
+      const f32v grad = load<float>(static_cast<const T*>(p.grad) + at, n);
+      const f32v moved = step(settings, param, grad, m, v, root);
+      store<float>(ms + i, keep(m, n, 0.0f));
+      store<float>(roots + i, keep(root, n, 0.0f));
+      finish<T>(p, settings, moved, at, n);
+    }
+    *m_scale = encode(ms, with_sign, false, m8, count);
+    *root_scale = encode(roots, without, true, root8, count);
   });
 }
 

@@ -291,6 +291,24 @@ VIT_INLINE V vmin(V a, V b) {
 }
 #endif
 
+// Square roots of the lanes.
+#if defined(__AVX512F__)
+VIT_INLINE f32v vsqrt(f32v x) { return bit_cast<f32v>(_mm512_maskz_sqrt_ps(0xffff, bit_cast<__m512>(x))); }
+VIT_INLINE f64v vsqrt(f64v x) { return bit_cast<f64v>(_mm512_maskz_sqrt_pd(0xff, bit_cast<__m512d>(x))); }
+#elif defined(__AVX2__)
+VIT_INLINE f32v vsqrt(f32v x) { return _mm256_sqrt_ps(x); }
+VIT_INLINE f64v vsqrt(f64v x) { return _mm256_sqrt_pd(x); }
+#else
+VIT_INLINE f32v vsqrt(f32v x) {
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+VIT_INLINE f64v vsqrt(f64v x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+#endif
+
 template <int kBytes>
 struct Index {
   using type = int32_t;

@@ -64,7 +64,7 @@ def training_step(spec: Spec, device: str) -> Candidate:
     model.load_state_dict(seeded_state(dict(model.named_parameters())), strict=False)  # fixed positions stay
     channels = model.patch_embed.proj.weight.shape[1]  # of a convolution, as in every model of the list
     images = normal((spec.batch, channels, *model.patch_embed.img_size), "images").to(where)
-    return Candidate(_training(model, images, torch_dtype(spec.dtype)), _wait(where))
+    return Candidate(training(model, images, torch_dtype(spec.dtype)), _wait(where))
 
 
 def _model(backend: str, name: str, arch: Arch, device: torch.device, dtype: torch.dtype, training: bool) -> Any:
@@ -81,7 +81,7 @@ def _model(backend: str, name: str, arch: Arch, device: torch.device, dtype: tor
     return create(name, backend=backend, device=device, dtype=dtype, training=training, **dict(arch))
 
 
-def _training(model: Any, images: torch.Tensor, dtype: torch.dtype) -> Any:
+def training(model: Any, images: torch.Tensor, dtype: torch.dtype) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # as `vit train` has it
     labels = torch.from_numpy(Stream("labels").integers(0, model.num_classes, len(images))).to(images.device)
 
