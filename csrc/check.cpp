@@ -276,7 +276,7 @@ void check(const AttentionBwd& p) {
   check_pointers(op, {{"dout", p.dout, queries},
                       {"q", p.q.data, queries},
                       {"out", p.out, queries},
-                      {"lse", p.lse, rows},
+                      {"stats", p.stats, rows},
                       {"dq", p.dq.data, queries},
                       {"k", p.k.data, keys},
                       {"v", p.v.data, keys},

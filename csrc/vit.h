@@ -10,7 +10,7 @@
 // Strides      in elements, never bytes.
 // dtype        of activations. param_dtype is the type of weights, biases and their gradients: dtype or float32.
 //              out_dtype (linear) is the type of residual, y and dy: dtype or float32.
-// acc          the accumulator type of a dtype: float64 for float64, else float32. Statistics (mean, rstd, lse)
+// acc          the accumulator type of a dtype: float64 for float64, else float32. Statistics (mean, rstd, stats)
 //              have it.
 // Ownership    the caller owns all memory, the workspace included: <op>_<direction>_workspace(params) says how many
 //              bytes (64-byte aligned) and looks at sizes, strides, dtypes, context and whether linear has a scale,
@@ -33,7 +33,7 @@ namespace vit {
 
 // Raised by one whenever a struct or function below changes: Python refuses a module built from another number. A new
 // op changes nothing of the others; a module without it lacks that op alone.
-inline constexpr int kContract = 4;
+inline constexpr int kContract = 5;
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -251,12 +251,18 @@ struct RotaryBwd {
 };
 
 // attention: out = softmax(scale q k^T) v for each batch and head.
+//
+// stats [B, H, 2, N]: of the softmax of each query the largest score m, then 1 / l with l = sum_j exp(s_j - m). The
+// backward takes p_j = exp(s_j - m) / l from them, with the rounding of a softmax; the log-sum-exp, one number, would
+// be rounded at the size of the scores, and every p of its row with it. m is in the units in which the forward
+// subtracts (before or after the scale, base e or 2), so that both directions have the same differences: a backend
+// reads its own.
 struct AttentionFwd {
   Heads q;          // [B, N, H, D]
   Heads k;          // [B, L, H, D]
   Heads v;          // [B, L, H, D]
   void* out;        // [B, N, H, D]
-  void* lse;        // [B, H, N] acc: natural logarithm of the softmax denominator; may be null: not wanted
+  void* stats;      // [B, H, 2, N] acc; may be null: not wanted
   void* workspace;  // attention_fwd_workspace bytes
   int64_t B, N, L, H, D;
   double scale;
@@ -265,16 +271,16 @@ struct AttentionFwd {
 };
 
 struct AttentionBwd {
-  const void* dout;  // [B, N, H, D]
-  Heads q;           // [B, N, H, D]
-  Heads k;           // [B, L, H, D]
-  Heads v;           // [B, L, H, D]
-  const void* out;   // [B, N, H, D]
-  const void* lse;   // [B, H, N] acc
-  MutableHeads dq;   // [B, N, H, D]; all three gradients are always computed
-  MutableHeads dk;   // [B, L, H, D]
-  MutableHeads dv;   // [B, L, H, D]
-  void* workspace;   // attention_bwd_workspace bytes
+  const void* dout;   // [B, N, H, D]
+  Heads q;            // [B, N, H, D]
+  Heads k;            // [B, L, H, D]
+  Heads v;            // [B, L, H, D]
+  const void* out;    // [B, N, H, D]
+  const void* stats;  // [B, H, 2, N] acc
+  MutableHeads dq;    // [B, N, H, D]; all three gradients are always computed
+  MutableHeads dk;    // [B, L, H, D]
+  MutableHeads dv;    // [B, L, H, D]
+  void* workspace;    // attention_bwd_workspace bytes
   int64_t B, N, L, H, D;
   double scale;
   DType dtype;

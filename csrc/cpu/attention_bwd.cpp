@@ -1,13 +1,14 @@
-// attention backward: dq, dk, dv of out = P v, P_ij = exp(scale q_i k_j - lse_i), from the out and lse of the forward.
+// attention backward: dq, dk, dv of out = P v, from the out, m and 1 / l of the forward.
 //
+//   P_ij = exp(scale (q_i k_j - m_i)) / l_i
 //   delta_i = dout_i out_i,  dS_ij = P_ij (dout_i v_j - delta_i),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 //
 // Per head 10 N L D FLOPs and N L exponentials on (4 N + 4 L) D elements.
 //
-// Key-major: a row tile of keys computes S^T = k q^T and dP^T = v dout^T for a block of queries, so that lse and delta
-// are vectors along the columns and dv = P^T dout, dk = dS^T q read the row-major tiles. Only dq = dS k needs dS^T by
-// columns. Threads take heads, or groups of keys of a head where there are few heads; dq is the sum over the groups in
-// order, whoever computed them.
+// Key-major: a row tile of keys computes S^T = k q^T and dP^T = v dout^T for a block of queries, so that m, 1 / l and
+// delta are vectors along the columns and dv = P^T dout, dk = dS^T q read the row-major tiles. Only dq = dS k needs
+// dS^T by columns. Threads take heads, or groups of keys of a head where there are few heads; dq is the sum over the
+// groups in order, whoever computed them.
 //
 // Source: Dao et al., "FlashAttention", arXiv:2205.14135.
 #include "cpu/attention_tiles.h"
@@ -58,7 +59,7 @@ struct Scratch {
   char *queries, *douts;          // packed [queries, D]
   char* keys;                     // packed [keys, D]
   char *key_rows, *value_rows;    // row tiles, where their words cannot be read in place
-  A *lse, *delta;                 // of each query, lse times log2(e)
+  A *largest, *inverse, *delta;   // of each query: m, 1 / l and delta
   A *scores, *dscores;            // row tiles
   Operand<T>*probabilities, *ds;  // [kTileRows, query_panels.width()]
   Word<Operand<T>>* ds_words;     // [steps of keys, query_panels.width()]
@@ -76,7 +77,8 @@ struct Scratch {
     keys = take(packed_bytes<T>(s.keys, D), 1);
     key_rows = take(kTileRows * s.steps, sizeof(Word<S>));
     value_rows = take(kTileRows * s.steps, sizeof(Word<S>));
-    lse = reinterpret_cast<A*>(take(width, sizeof(A)));
+    largest = reinterpret_cast<A*>(take(width, sizeof(A)));
+    inverse = reinterpret_cast<A*>(take(width, sizeof(A)));
     delta = reinterpret_cast<A*>(take(width, sizeof(A)));
     scores = reinterpret_cast<A*>(take(kTileRows * width, sizeof(A)));
     dscores = reinterpret_cast<A*>(take(kTileRows * width, sizeof(A)));
@@ -105,7 +107,7 @@ struct Head {
   const Sizes<T>& s;
   const Scratch<T>& scratch;
   const T *q, *k, *v, *dout, *out;
-  const A* lse;
+  const A* stats;
   T *dq, *dk, *dv;
 
   Head(const AttentionBwd& p, const Sizes<T>& s, const Scratch<T>& scratch, int64_t head)
@@ -116,13 +118,13 @@ struct Head {
     v = static_cast<const T*>(p.v.data) + b * p.v.batch + h * p.v.head;
     dout = static_cast<const T*>(p.dout) + row;
     out = static_cast<const T*>(p.out) + row;
-    lse = static_cast<const A*>(p.lse) + head * p.N;
+    stats = static_cast<const A*>(p.stats) + head * 2 * p.N;
     dq = static_cast<T*>(p.dq.data) + b * p.dq.batch + h * p.dq.head;
     dk = static_cast<T*>(p.dk.data) + b * p.dk.batch + h * p.dk.head;
     dv = static_cast<T*>(p.dv.data) + b * p.dv.batch + h * p.dv.head;
   }
 
-  // Packs queries [i, i + n) and computes their lse and delta.
+  // Packs queries [i, i + n) and computes their delta.
   void take_queries(int64_t i, int64_t n) const {
     const int64_t token = p.H * p.D;
     pack(Matrix<T>{q + i * p.q.token, 1, p.q.token}, p.D, n, scratch.queries_t);
@@ -135,11 +137,13 @@ struct Head {
         products =
             fma(load<A>(dout + (i + r) * token + d, p.D - d), load<A>(out + (i + r) * token + d, p.D - d), products);
       scratch.delta[r] = sum(products);
-      scratch.lse[r] = Exp<A>::log2_e * lse[i + r];
+      scratch.largest[r] = stats[i + r];
+      scratch.inverse[r] = stats[p.N + i + r];
     }
     for (int64_t r = n; r < s.query_panels.width(); ++r) {  // padding: a probability of 0
       scratch.delta[r] = A(0);
-      scratch.lse[r] = A(INFINITY);
+      scratch.largest[r] = A(0);
+      scratch.inverse[r] = A(0);
     }
   }
 
@@ -154,12 +158,15 @@ struct Head {
     for (int64_t r = 0; r < scores.rows; r += depth) {
       const int64_t pair = min(depth, scores.rows - r);
       for (int64_t i = 0; i < columns; i += lanes) {
-        const V lse_i = load<A>(scratch.lse + i), delta_i = load<A>(scratch.delta + i);
+        const V largest = load<A>(scratch.largest + i), inverse = load<A>(scratch.inverse + i);
+        const V delta_i = load<A>(scratch.delta + i);
         V d[depth] = {};
         for (int64_t half = 0; half < pair; ++half) {
           const int64_t at = (r + half) * width + i;
-          // Above 0 only by rounding, which at huge scores would overflow.
-          const V e = exp2<T>(at_most(fma(broadcast(scale), load<A>(scores.data + at), -lse_i), A(0)));
+          // The difference first, as in the forward: not rounded at the size of the scores. Above 0 it can only be by
+          // rounding, which at huge scores would overflow.
+          const V x = at_most(scale * (load<A>(scores.data + at) - largest), A(0));
+          const V e = exp2<T>(x) * inverse;
           d[half] = e * (load<A>(dscores.data + at) - delta_i);
           store<A>(scratch.probabilities + at, e);
           store<A>(scratch.ds + at, d[half]);

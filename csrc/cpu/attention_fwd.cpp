@@ -1,8 +1,8 @@
 // attention forward: out = P v, P = softmax(scale q k^T) for each batch and head.
 //
-//   lse_i = log sum_j exp(scale q_i k_j),  P_ij = exp(scale q_i k_j - lse_i)
+//   m_i = max_j q_i k_j,  l_i = sum_j exp(scale (q_i k_j - m_i)),  P_ij = exp(scale (q_i k_j - m_i)) / l_i
 //
-// Saved for the backward: out and lse. Per head 4 N L D FLOPs and N L exponentials on (2 N + 2 L) D elements.
+// Saved for the backward: out, m and 1 / l. Per head 4 N L D FLOPs and N L exponentials on (2 N + 2 L) D elements.
 //
 // Threads take blocks of queries of a head. Keys come in blocks, those of a head packed once where all of them fit L2,
 // into the panels that `tile` of gemm_tile.h reads; each row tile of queries makes its scores, their exponentials and
@@ -255,14 +255,15 @@ struct Worker {
   }
 
   VIT_INLINE void store_rows(int64_t unit, int64_t i, const RowTile<A>& outputs) const {
-    A* lse = p.lse ? static_cast<A*>(p.lse) + unit / s.queries.count * p.N + s.queries.begin(unit % s.queries.count)
-                   : nullptr;
+    A* stats = p.stats ? static_cast<A*>(p.stats) + unit / s.queries.count * 2 * p.N +
+                             s.queries.begin(unit % s.queries.count) + i
+                       : nullptr;
     for (int64_t r = 0; r < outputs.rows; ++r) {
-      const A total = scratch.totals[i + r];
-      store_row(outputs, r, A(1) / total, p.D, output(unit) + (i + r) * p.H * p.D);
-      if (lse)
-        lse[i + r] =
-            static_cast<A>(p.scale) * scratch.largest[i + r] + static_cast<A>(::log(static_cast<double>(total)));
+      const A inverse = A(1) / scratch.totals[i + r];
+      store_row(outputs, r, inverse, p.D, output(unit) + (i + r) * p.H * p.D);
+      if (!stats) continue;
+      stats[r] = scratch.largest[i + r];
+      stats[p.N + r] = inverse;
     }
   }
 };

@@ -11,7 +11,6 @@
 namespace vit::cuda {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.69314718055994531f;
 
 // The compiled head dimension of a 16-bit tensor-core kernel: ViT's 32, 64, 80 (H), 96 and 128; 72 (So400m) runs in 80,
 // 88 (g) in 96, everything up to 256 in 256.
@@ -71,6 +70,30 @@ __device__ inline HeadBlock head_block(int64_t index, int64_t H, int64_t blocks)
   const int64_t head = index / blocks;
   return {head / H, head % H, index % blocks};
 }
+
+// m and 1 / l of the softmaxes of one head: `stats` of vit.h. Those of a query that does not exist make its p 0.
+template <class T>
+struct Stats {
+  T* data;  // null: not wanted
+  int64_t N;
+
+  template <class P>
+  __device__ Stats(const P& p, int64_t b, int64_t h)
+      : data(p.stats ? static_cast<T*>(const_cast<void*>(p.stats)) + (b * p.H + h) * 2 * p.N : nullptr), N(p.N) {}
+  __device__ T largest(int64_t n) const { return n < N ? data[n] : T(0); }
+  __device__ T inverse(int64_t n) const { return n < N ? data[N + n] : T(0); }
+  __device__ void store(int64_t n, T m, T inverse) const {
+    if (!data || n >= N) return;
+    data[n] = m;
+    data[N + n] = inverse;
+  }
+  // Of the two rows that a thread has of c fragments, the first of which is that of query `first`.
+  __device__ void store_rows(int64_t first, const float (&m)[2], const float (&inverse)[2], int lane) const {
+    if (lane % 4 != 0) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) store(first + fragment_row(lane, 2 * r), m[r], inverse[r]);
+  }
+};
 
 // Rows of kD elements in shared memory, padded by one group of 16 bytes against bank conflicts.
 template <class T, int kD>
@@ -250,23 +273,13 @@ struct OnlineSoftmax {
       l[r] += shuffle_xor(l[r], 2);
     }
   }
-
-  // lse[row] = ln 2 (m + log2 l) for the rows first .. of a head that begins at `head`; lse may be null.
-  __device__ void store_lse(void* lse, int64_t head, int64_t first, int64_t count, int lane) const {
-    if (!lse || lane % 4 != 0) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t token = first + fragment_row(lane, 2 * r);
-      if (token < count) static_cast<float*>(lse)[head + token] = kLn2 * (m[r] + log2f(l[r]));
-    }
-  }
 };
 
-// 2^(s scale - lse), at most 1: where scores are so large that rounding exceeds the difference, the result must not be
-// infinite. NaN stays NaN.
-__device__ inline float probability(float s, float scale, float lse) {
-  const float x = fmaf(s, scale, -lse);
-  return fast_exp2(x > 0 ? 0.0f : x);
+// 2^(s scale - m) / l, the exponential at most 1: where scores are so large that rounding exceeds the difference, the
+// result must not be infinite. NaN stays NaN.
+__device__ inline float probability(float s, float scale, float m, float inverse) {
+  const float x = fmaf(s, scale, -m);
+  return fast_exp2(x > 0 ? 0.0f : x) * inverse;
 }
 
 // Writes c fragments of 16 tokens x kD, times a factor per row, to a head; rows from `count` on do not exist.

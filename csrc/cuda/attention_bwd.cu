@@ -1,4 +1,4 @@
-// With s = scale q k^T, p = exp(s - lse), delta = sum over d of dout out (one number per query):
+// With s = scale q k^T, p = exp(s - m) / l, delta = sum over d of dout out (one number per query):
 //   dv = p^T dout,  dp = dout v^T,  ds = p (dp - delta),  dq = scale ds k,  dk = scale ds^T q.
 //
 // Two kernels, no atomics, any N and L: keys_kernel owns 64 keys per block and passes over all queries for dk and dv;
@@ -17,10 +17,10 @@ constexpr int kThreads = 128;
 VIT_HOST_DEVICE constexpr int others_per_tile(int row) { return row <= 128 ? 64 : row <= 256 ? 32 : 16; }
 VIT_HOST_DEVICE constexpr int stages(int row) { return row <= 256 ? 2 : 1; }
 
-// Two owned tiles, two passing tiles per stage, and lse and delta of the passing queries.
+// Two owned tiles, two passing tiles per stage, and m, 1 / l and delta of the passing queries.
 constexpr int shared_bytes(int row) {
   return (2 * kOwned + 2 * stages(row) * others_per_tile(row)) * (row + 16) +
-         stages(row) * 2 * others_per_tile(row) * 4;
+         stages(row) * 3 * others_per_tile(row) * 4;
 }
 static_assert(shared_bytes(256) <= kLeastShared && shared_bytes(512) <= kLeastShared, "must run on every GPU");
 
@@ -40,11 +40,13 @@ __global__ void __launch_bounds__(kThreads)
       dout(p.dout, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
   const bool active = first + row < p.N;
   const float scale = static_cast<float>(p.scale) * kLog2e;
-  float lse[2], delta_row[2];
+  const Stats<float> stats(p, at.b, at.h);
+  float m[2], inverse[2], delta_row[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int64_t token = first + row + fragment_row(lane, 2 * r);
-    lse[r] = token < p.N ? static_cast<const float*>(p.lse)[head + token] * kLog2e : INFINITY;
+    m[r] = stats.largest(token);
+    inverse[r] = stats.inverse(token);
     delta_row[r] = token < p.N ? delta[head + token] : 0;
   }
 
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kOthers / 8; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float weight = probability(s[i][j], scale, lse[j / 2]);
+          const float weight = probability(s[i][j], scale, m[j / 2], inverse[j / 2]);
           s[i][j] = 8 * i + fragment_column(lane, j) < keys ? weight * (dp[i][j] - delta_row[j / 2]) : 0.0f;
         }
       multiply_fragments<T, kD, kOthers>(sum, s, k_tile, keys, lane);
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const fl
   T* k_tile = reinterpret_cast<T*>(shared_memory());
   T* v_tile = k_tile + kOwned * R::kPitch;
   T* tiles = v_tile + kOwned * R::kPitch;                                  // [stage][q, dout]
-  float* numbers = reinterpret_cast<float*>(tiles + kStages * 2 * kTile);  // [stage][lse, delta]
+  float* numbers = reinterpret_cast<float*>(tiles + kStages * 2 * kTile);  // [stage][m, 1 / l, delta]
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, D = static_cast<int>(p.D);
   const HeadBlock at = head_block(blockIdx.x, p.H, (p.L + kOwned - 1) / kOwned);
   const int64_t first = at.block * kOwned, head = (at.b * p.H + at.h) * p.N;
@@ -107,6 +109,7 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const fl
       dout(p.dout, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
   const bool active = first + row < p.L;
   const float scale = static_cast<float>(p.scale) * kLog2e;
+  const Stats<float> stats(p, at.b, at.h);
 
   const auto load = [&](int64_t tile) {
     const int stage = static_cast<int>(tile % kStages);
@@ -114,11 +117,12 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const fl
     R::template load<kOthers, kThreads>(to, q, tile * kOthers, p.N, D, vectors);
     R::template load<kOthers, kThreads>(to + kTile, dout, tile * kOthers, p.N, D, vectors);
     copy_async_commit();
-    for (int i = threadIdx.x; i < kOthers; i += kThreads) {  // a query that does not exist weighs exp2(-inf) = 0
+    for (int i = threadIdx.x; i < kOthers; i += kThreads) {
       const int64_t token = tile * kOthers + i;
-      numbers[stage * 2 * kOthers + i] =
-          token < p.N ? static_cast<const float*>(p.lse)[head + token] * kLog2e : INFINITY;
-      numbers[stage * 2 * kOthers + kOthers + i] = token < p.N ? delta[head + token] : 0;
+      float* number = numbers + stage * 3 * kOthers + i;
+      number[0] = stats.largest(token);
+      number[kOthers] = stats.inverse(token);
+      number[2 * kOthers] = token < p.N ? delta[head + token] : 0;
     }
   };
 
@@ -136,7 +140,8 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const fl
     }
     __syncthreads();
     T* q_tile = tiles + tile % kStages * (2 * kTile);
-    const float* lse = numbers + tile % kStages * (2 * kOthers);
+    const float* m = numbers + tile % kStages * (3 * kOthers);
+    const float *inverse = m + kOthers, *delta_row = inverse + kOthers;
     const int64_t queries = p.N - tile * kOthers;
     if (active) {
       float s[kOthers / 8][4] = {}, dp[kOthers / 8][4] = {};
@@ -147,8 +152,8 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(AttentionBwd p, const fl
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int column = 8 * i + fragment_column(lane, j);
-          s[i][j] = probability(s[i][j], scale, lse[column]);
-          dp[i][j] = s[i][j] * (dp[i][j] - lse[kOthers + column]);
+          s[i][j] = probability(s[i][j], scale, m[column], inverse[column]);
+          dp[i][j] = s[i][j] * (dp[i][j] - delta_row[column]);
         }
       if constexpr (kWantV) multiply_fragments<T, kD, kOthers>(dv_sum, s, q_tile + kTile, queries, lane);
       if constexpr (kWantK) multiply_fragments<T, kD, kOthers>(dk_sum, dp, q_tile, queries, lane);

@@ -32,7 +32,7 @@ struct Layout {
     const int v_size = keys * (kD + 8), ds_size = keys * ds_pitch;
     return v() + (v_size > ds_size ? v_size : ds_size);
   }
-  constexpr int64_t bytes() const { return int64_t{2} * numbers() + int64_t{8} * queries; }  // lse and delta, float32
+  constexpr int64_t bytes() const { return int64_t{2} * numbers() + int64_t{12} * queries; }  // m, 1 / l, delta
 };
 
 template <class T>
@@ -44,8 +44,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_bwd_short_kernel(Att
   T* k_tile = q_tile + layout.k();
   T* v_tile = q_tile + layout.v();
   T* ds_tile = v_tile;  // [key][query]
-  float* lse = reinterpret_cast<float*>(q_tile + layout.numbers());
-  float* delta = lse + layout.queries;
+  float* m = reinterpret_cast<float*>(q_tile + layout.numbers());
+  float* inverse = m + layout.queries;
+  float* delta = inverse + layout.queries;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = layout.keys / 16, threads = 32 * warps;
   const int D = static_cast<int>(p.D);
   const HeadBlock at = head_block(blockIdx.x, p.H, 1);
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_bwd_short_kernel(Att
   load(dout_tile, dout, half, layout.queries, p.N);
   copy_async_commit();
 
-  const int64_t head = (at.b * p.H + at.h) * p.N;
+  const Stats<float> stats(p, at.b, at.h);
   for (int row = warp; row < layout.queries; row += warps) {
     float sum = 0;
     if (row < p.N && 2 * lane < D) {
@@ -81,9 +82,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_bwd_short_kernel(Att
       sum = to_acc(x.v[0]) * to_acc(y.v[0]) + to_acc(x.v[1]) * to_acc(y.v[1]);
     }
     sum = warp_sum(sum);
-    if (lane == 0) {  // a query that does not exist weighs 2^-inf = 0
+    if (lane == 0) {
       delta[row] = sum;
-      lse[row] = row < p.N ? static_cast<const float*>(p.lse)[head + row] * kLog2e : INFINITY;
+      m[row] = stats.largest(row);
+      inverse[row] = stats.inverse(row);
     }
   }
   copy_async_wait<1>();
@@ -121,8 +123,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_bwd_short_kernel(Att
       const int column = row + 8 * i + fragment_column(lane, 0);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        s[i][j] = exists[j / 2] ? probability(s[i][j], scale, lse[column + j % 2]) : 0.0f;
-        dp[i][j] = exists[j / 2] ? s[i][j] * (dp[i][j] - delta[column + j % 2]) : 0.0f;
+        const int query = column + j % 2;
+        s[i][j] = exists[j / 2] ? probability(s[i][j], scale, m[query], inverse[query]) : 0.0f;
+        dp[i][j] = exists[j / 2] ? s[i][j] * (dp[i][j] - delta[query]) : 0.0f;
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {

@@ -66,8 +66,9 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_kernel(AttentionFwd p,
   }
   if (!active) return;
   softmax.finish();
-  softmax.store_lse(p.lse, (at.b * p.H + at.h) * p.N, first + row, p.N, lane);
-  store_rows<T, kD>(out, sum, first + row, p.N, D, 1.0f / softmax.l[0], 1.0f / softmax.l[1], pairs, lane);
+  const float inverse[2] = {1.0f / softmax.l[0], 1.0f / softmax.l[1]};
+  Stats<float>(p, at.b, at.h).store_rows(first + row, softmax.m, inverse, lane);
+  store_rows<T, kD>(out, sum, first + row, p.N, D, inverse[0], inverse[1], pairs, lane);
 }
 
 }  // namespace

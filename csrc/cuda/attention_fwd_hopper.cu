@@ -172,14 +172,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kD, kKeys)
     wgmma_wait<0>(sum);
     const float factor[2] = {1.0f / l[0], 1.0f / l[1]};
     store_vectors<T, kD>(out, sum, row, N, D, factor, lane);
-    if (p.lse && lane % 4 == 0) {
-      float* lse = static_cast<float*>(p.lse) + (at.b * p.H + at.h) * p.N;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int token = row + fragment_row(lane, 2 * r);
-        if (token < N) lse[token] = kLn2 * (m[r] + log2f(l[r]));
-      }
-    }
+    Stats<float>(p, at.b, at.h).store_rows(row, m, factor, lane);
   }
 #endif
 }

@@ -87,8 +87,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2) attention_fwd_short_kernel(
       multiply_fragments<T, kD, kKeys>(sum, s, v_tile + key * R::kPitch, keys - key, lane);
     }
     softmax.finish();
-    softmax.store_lse(p.lse, (at.b * p.H + at.h) * p.N, row, p.N, lane);
-    store_rows<T, kD>(out, sum, row, p.N, D, 1.0f / softmax.l[0], 1.0f / softmax.l[1], pairs, lane);
+    const float inverse[2] = {1.0f / softmax.l[0], 1.0f / softmax.l[1]};
+    Stats<float>(p, at.b, at.h).store_rows(row, softmax.m, inverse, lane);
+    store_rows<T, kD>(out, sum, row, p.N, D, inverse[0], inverse[1], pairs, lane);
   }
 }
 

@@ -27,7 +27,7 @@ VIT_HOST_DEVICE constexpr int per_thread(int size, int kD, bool backward) {
 constexpr int shared_bytes(int size, int kD, bool backward) {
   const int tile = 16 * per_thread(size, kD, backward);
   return size *
-         (backward ? 4 * tile * (kD + 1) + 2 * tile * (tile + 1) + 2 * tile : 3 * tile * (kD + 1) + tile * (tile + 1));
+         (backward ? 4 * tile * (kD + 1) + 2 * tile * (tile + 1) + 3 * tile : 3 * tile * (kD + 1) + tile * (tile + 1));
 }
 
 constexpr bool fits_everywhere(int size, bool backward, int most) {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) fwd_scalar(AttentionFwd p) {
       T top = m[i];
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
-        s[i][j] = key + block.x + 16 * j < p.L ? s[i][j] * scale : -infinity;
+        s[i][j] = key + block.x + 16 * j < p.L ? rounded_product(s[i][j], scale) : -infinity;
         top = s[i][j] > top ? s[i][j] : top;
       }
       top = row_max(top);
@@ -182,9 +182,7 @@ __global__ void __launch_bounds__(kThreads) fwd_scalar(AttentionFwd p) {
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     factor[i] = 1 / l[i];
-    const int64_t token = first + block.y + 16 * i;
-    if (p.lse && block.x == 0 && token < p.N)
-      static_cast<T*>(p.lse)[(at.b * p.H + at.h) * p.N + token] = m[i] + log(l[i]);
+    if (block.x == 0) Stats<T>(p, at.b, at.h).store(first + block.y + 16 * i, m[i], factor[i]);
   }
   block.store(out, sum, first, p.N, D, factor);
 }
@@ -202,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) bwd_scalar(AttentionBwd p, const T* 
   T* other_b = other_a + kTile * B::kPitch;          // v or dout
   T* weights = other_b + kTile * B::kPitch;
   T* ds = weights + kTile * (kTile + 1);
-  T* numbers = ds + kTile * (kTile + 1);  // lse and delta of the tile's queries
+  T* numbers = ds + kTile * (kTile + 1);  // m, 1 / l and delta of the tile's queries
   const int64_t own_count = kQueries ? p.N : p.L, other_count = kQueries ? p.L : p.N;
   const HeadBlock at = head_block(blockIdx.x, p.H, (own_count + kTile - 1) / kTile);
   const int64_t first = at.block * kTile, head = (at.b * p.H + at.h) * p.N;
@@ -211,11 +209,12 @@ __global__ void __launch_bounds__(kThreads) bwd_scalar(AttentionBwd p, const T* 
       dout(p.dout, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h), dq(p.dq, at.b, at.h), dk(p.dk, at.b, at.h),
       dv(p.dv, at.b, at.h);
   const T scale = static_cast<T>(p.scale);
+  const Stats<T> stats(p, at.b, at.h);
   const auto load_numbers = [&](int64_t query) {
     for (int i = threadIdx.x; i < kTile; i += kThreads) {
-      const bool real = query + i < p.N;
-      numbers[i] = real ? static_cast<const T*>(p.lse)[head + query + i] : static_cast<T>(INFINITY);
-      numbers[kTile + i] = real ? delta[head + query + i] : T(0);
+      numbers[i] = stats.largest(query + i);
+      numbers[kTile + i] = stats.inverse(query + i);
+      numbers[2 * kTile + i] = query + i < p.N ? delta[head + query + i] : T(0);
     }
   };
   T sum_a[kPer][B::kColumns] = {}, sum_b[kPer][B::kColumns] = {};  // dq, or dk and dv
@@ -237,9 +236,9 @@ __global__ void __launch_bounds__(kThreads) bwd_scalar(AttentionBwd p, const T* 
       for (int j = 0; j < kPer; ++j) {
         const int query = kQueries ? block.y + 16 * i : block.x + 16 * j;
         const bool key_exists = !kQueries || other + block.x + 16 * j < p.L;
-        const T power = s[i][j] * scale - numbers[query];  // not above 0 but for rounding, see probability()
-        s[i][j] = key_exists ? exp(power > 0 ? T(0) : power) : T(0);
-        dp[i][j] = s[i][j] * (dp[i][j] - numbers[kTile + query]);
+        const T power = rounded_product(s[i][j], scale) - numbers[query];  // above 0 by rounding, see probability()
+        s[i][j] = key_exists ? exp(power > 0 ? T(0) : power) * numbers[kTile + query] : T(0);
+        dp[i][j] = s[i][j] * (dp[i][j] - numbers[2 * kTile + query]);
       }
     block.put(ds, dp);
     if (!kQueries) block.put(weights, s);

@@ -49,6 +49,10 @@ __device__ inline uint32_t pack_f16(float low, float high) {
   return y;
 }
 
+// a b, rounded also where a sum follows: as a fused multiply-add it would not be.
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // 2^x and 1/x of the special function unit: relative error 2^-22 and 2^-23.
 __device__ inline float fast_exp2(float x) {
   float y;

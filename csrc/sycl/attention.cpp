@@ -172,8 +172,9 @@ void attention_fwd(const AttentionFwd& p) {
   const Heads k = readable(call, bundle, kForwardCopy, p, given(call, p, p.L, p.k), p.L, f.k);
   const Heads v = readable(call, bundle, kForwardCopy, p, given(call, p, p.L, p.v), p.L, f.v);
   call.launch(bundle, kForwardMain, f.units, q, k.data, v.data, call.out(p.out, p.B * p.N * p.H * p.D, size),
-              call.out(p.lse, p.B * p.H * p.N, acc), static_cast<void*>(f.scratch), s.B, s.H, s.N, s.L, s.D, p.q.batch,
-              p.q.token, p.q.head, k.batch, k.token, k.head, v.batch, v.token, v.head, p.scale, f.stride, f.units);
+              call.out(p.stats, 2 * p.B * p.H * p.N, acc), static_cast<void*>(f.scratch), s.B, s.H, s.N, s.L, s.D,
+              p.q.batch, p.q.token, p.q.head, k.batch, k.token, k.head, v.batch, v.token, v.head, p.scale, f.stride,
+              f.units);
   call.finish();
 }
 
@@ -190,7 +191,7 @@ void attention_bwd(const AttentionBwd& p) {
   const Heads q = given(call, p, p.N, p.q), k = given(call, p, p.L, p.k), v = given(call, p, p.L, p.v);
   const Heads dout{call.in(p.dout, p.B * p.N * row, size), p.N * row, row, p.D};
   const void* out = call.in(p.out, p.B * p.N * row, size);
-  const void* lse = call.in(p.lse, p.B * p.H * p.N, acc);
+  const void* stats = call.in(p.stats, 2 * p.B * p.H * p.N, acc);
   void* dq = written(call, p, p.N, p.dq);
   void* dk = written(call, p, p.L, p.dk);
   void* dv = written(call, p, p.L, p.dv);
@@ -200,16 +201,16 @@ void attention_bwd(const AttentionBwd& p) {
   const Heads values = readable(call, bundle, kBackwardCopy, p, v, p.L, b.v);
   const Heads gradients = readable(call, bundle, kBackwardCopy, p, dout, p.N, b.dout);
   if (!whole)
-    call.launch(bundle, kGradientOfQ, b.q_units, gradients.data, q.data, keys.data, values.data, out, lse, dq, delta,
+    call.launch(bundle, kGradientOfQ, b.q_units, gradients.data, q.data, keys.data, values.data, out, stats, dq, delta,
                 scratch, s.B, s.H, s.N, s.L, s.D, gradients.batch, gradients.token, gradients.head, p.q.batch,
                 p.q.token, p.q.head, keys.batch, keys.token, keys.head, values.batch, values.token, values.head,
                 p.dq.batch, p.dq.token, p.dq.head, p.scale, b.q_stride, b.q_units);
   const Heads queries = copied(call, bundle, kBackwardCopy, p, q, p.N, b.q, p.scale);
-  call.launch(bundle, kBackwardMain, b.units, gradients.data, queries.data, keys.data, values.data, out, lse, delta, dq,
-              dk, dv, scratch, s.B, s.H, s.N, s.L, s.D, gradients.batch, gradients.token, gradients.head, queries.batch,
-              queries.token, queries.head, keys.batch, keys.token, keys.head, values.batch, values.token, values.head,
-              p.dq.batch, p.dq.token, p.dq.head, p.dk.batch, p.dk.token, p.dk.head, p.dv.batch, p.dv.token, p.dv.head,
-              p.scale, b.stride, b.units);
+  call.launch(bundle, kBackwardMain, b.units, gradients.data, queries.data, keys.data, values.data, out, stats, delta,
+              dq, dk, dv, scratch, s.B, s.H, s.N, s.L, s.D, gradients.batch, gradients.token, gradients.head,
+              queries.batch, queries.token, queries.head, keys.batch, keys.token, keys.head, values.batch, values.token,
+              values.head, p.dq.batch, p.dq.token, p.dq.head, p.dk.batch, p.dk.token, p.dk.head, p.dv.batch, p.dv.token,
+              p.dv.head, p.scale, b.stride, b.units);
   call.finish();
 }
 

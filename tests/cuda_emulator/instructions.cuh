@@ -303,6 +303,8 @@ inline uint32_t pack_f16(float low, float high) {
 inline uint32_t __float_as_uint(float x) { return float_to_bits(x); }
 inline float __uint_as_float(uint32_t x) { return bits_to_float(x); }
 
+inline float rounded_product(float a, float b) { return a * b; }  // compiled without contraction
+inline double rounded_product(double a, double b) { return a * b; }
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 

@@ -377,37 +377,40 @@ void attention(const Case& c, int64_t B, int64_t N, int64_t H, int64_t D) {
   const int64_t token = 3 * H * D, batch = N * token;
   const double scale = 1 / std::sqrt(static_cast<double>(D));
   Array qkv = random(c.dtype, B * batch), dout = random(c.dtype, B * N * H * D), dqkv(c.dtype, B * batch);
-  Array out(c.dtype, B * N * H * D), lse(accumulator(c.dtype), B * H * N);
+  Array out(c.dtype, B * N * H * D), stats(accumulator(c.dtype), B * H * 2 * N);
   const auto part = [&](Array& packed, int i) -> MutableHeads {
     auto* data = static_cast<unsigned char*>(packed.data()) + static_cast<std::size_t>(i * H * D) * bytes(c.dtype);
     return {data, batch, token, D};
   };
   const auto given = [&](int i) -> Heads { return {part(qkv, i).data, batch, token, D}; };
-  AttentionFwd p{given(0), given(1), given(2), out.data(), lse.data(), nullptr, B,
-                 N,        N,        H,        D,          scale,      c.dtype, c.context};
+  AttentionFwd p{given(0), given(1), given(2), out.data(), stats.data(), nullptr, B,
+                 N,        N,        H,        D,          scale,        c.dtype, c.context};
   const auto memory = workspace(attention_fwd_workspace, p);
   attention_fwd(p);
-  AttentionBwd q{
-      dout.data(), given(0), given(1), given(2), out.data(), lse.data(), part(dqkv, 0), part(dqkv, 1), part(dqkv, 2),
-      nullptr,     B,        N,        N,        H,          D,          scale,         c.dtype,       c.context};
+  const auto gradient = [&](int i) { return part(dqkv, i); };
+  AttentionBwd q{dout.data(), given(0),    given(1),    given(2), out.data(), stats.data(),
+                 gradient(0), gradient(1), gradient(2), nullptr,  B,          N,
+                 N,           H,           D,           scale,    c.dtype,    c.context};
   const auto more = workspace(attention_bwd_workspace, q);
   attention_bwd(q);
 
   const Values xs = qkv.values(), dos = dout.values();
-  Values tout(B * N * H * D), tlse(B * H * N), tgrad(B * batch);
+  Values tout(B * N * H * D), tstats(B * H * 2 * N), tgrad(B * batch);
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
       for (int64_t n = 0; n < N; ++n) {
         const auto at = [&](int64_t row, int64_t i) { return b * batch + row * token + (i * H + h) * D; };
         const int64_t row = ((b * N + n) * H + h) * D;
         Values weight(N);
-        double sum = 0, delta = 0;
+        double sum = 0, delta = 0, top = -INFINITY;
         for (int64_t l = 0; l < N; ++l) {
           double product = 0;
           for (int64_t d = 0; d < D; ++d) product += xs[at(n, 0) + d] * xs[at(l, 1) + d];
           sum += weight[l] = std::exp(scale * product);
+          top = std::fmax(top, product);
         }
-        tlse[(b * H + h) * N + n] = std::log(sum);
+        tstats[(b * H + h) * 2 * N + n] = top;
+        tstats[(b * H + h) * 2 * N + N + n] = std::exp(scale * top) / sum;
         for (double& value : weight) value /= sum;
         for (int64_t l = 0; l < N; ++l)
           for (int64_t d = 0; d < D; ++d) tout[row + d] += weight[l] * xs[at(l, 2) + d];
@@ -427,8 +430,8 @@ void attention(const Case& c, int64_t B, int64_t N, int64_t H, int64_t D) {
       "attention " + std::to_string(B) + "x" + std::to_string(N) + "x" + std::to_string(H) + "x" + std::to_string(D);
   expect(id + " out", out, tout, c.dtype);
   // The exponentials behind a bfloat16 probability are exact to 1/64 of its epsilon (csrc/cpu/functions.h: 8e-5), and
-  // the relative error of a sum is the absolute one of its logarithm.
-  expect(id + " lse", lse, tlse, c.dtype, 1, c.dtype == DType::bfloat16 ? epsilon(DType::bfloat16) / 64 : 0);
+  // so is the inverse of their sum, which is at most 1.
+  expect(id + " stats", stats, tstats, c.dtype, 1, c.dtype == DType::bfloat16 ? epsilon(DType::bfloat16) / 64 : 0);
   expect(id + " gradients", dqkv, tgrad, c.dtype);
 }
 

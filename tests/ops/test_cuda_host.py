@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import vit
+from attention_errors import error_ratios
 from cuda_emulator import PATHS, Emulated
 from optim_helpers import KINDS, check_code, check_step
 from vit.backends.cuda import tf32_allowed
@@ -367,9 +368,21 @@ def test_shared_memory_is_a_reason(emulated, monkeypatch):
                     check(case)
                 assert bool(refused) == (dtype == torch.float64 and d > 128 and training)
     text = (
-        "head dimension 129 in float64 needs 136192 bytes of shared memory per block in the backward, GPU 2 has 101376"
+        "head dimension 129 in float64 needs 136320 bytes of shared memory per block in the backward, GPU 2 has 101376"
     )
     assert reasons(torch.float64, 129, True, 2) == [text]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "path"),
+    [(torch.float32, "automatic"), *((torch.bfloat16, path) for path in PATHS)],
+    ids=str,
+)
+@pytest.mark.parametrize("largest", [10, 100, 300])
+def test_errors_at_large_scores_are_those_of_the_unfused_form(emulated, largest, dtype, path):
+    emulated.use(path)
+    ratios = error_ratios("cuda_emulator", (1, 40, 70, 1, 64), largest, dtype, seeds=3)
+    assert max(ratios.values()) <= 1.3, ratios
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-46, 1e-300])

@@ -1,11 +1,12 @@
-"""attention backward: dq, dk, dv of out = P v, P_ij = exp(scale q_i k_j - lse_i), from the out and lse of the forward.
+"""attention backward: dq, dk, dv of out = P v, from the out, m and 1 / l of the forward.
 
+    P_ij = exp(scale (q_i k_j - m_i)) / l_i
     delta_i = dout_i out_i,  dS_ij = P_ij (dout_i v_j - delta_i),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout
 
-Key-major: a row tile of keys computes S^T = k q^T and dP^T = v dout^T for a block of queries, so that lse and delta are
-vectors along the columns and dv = P^T dout, dk = dS^T q read the row-major tiles. Only dq = dS k needs dS^T by columns.
-Threads take heads, or groups of keys of a head where there are few heads; dq is the sum over the groups in order,
-whoever computed them.
+Key-major: a row tile of keys computes S^T = k q^T and dP^T = v dout^T for a block of queries, so that m, 1 / l and delta
+are vectors along the columns and dv = P^T dout, dk = dS^T q read the row-major tiles. Only dq = dS k needs dS^T by
+columns. Threads take heads, or groups of keys of a head where there are few heads; dq is the sum over the groups in
+order, whoever computed them.
 """
 
 from std.sys import size_of
@@ -67,7 +68,8 @@ struct Scratch[T: DType](ImplicitlyCopyable):
     var keys: Bytes  # packed [keys, D]
     var key_rows: Bytes  # row tiles, where their words cannot be read in place
     var value_rows: Bytes
-    var lse: Elements[Self.A]  # of each query, times log2(e)
+    var largest: Elements[Self.A]  # of each query: m, 1 / l and delta
+    var inverse: Elements[Self.A]
     var delta: Elements[Self.A]
     var scores: Elements[Self.A]  # row tiles
     var dscores: Elements[Self.A]
@@ -90,7 +92,8 @@ struct Scratch[T: DType](ImplicitlyCopyable):
         self.keys = arena.take(packed_bytes[Self.T](s.keys, D))
         self.key_rows = arena.take(TILE_ROWS * s.steps * word_size[Self.T])
         self.value_rows = arena.take(TILE_ROWS * s.steps * word_size[Self.T])
-        self.lse = arena.take_elements[Self.A](width)
+        self.largest = arena.take_elements[Self.A](width)
+        self.inverse = arena.take_elements[Self.A](width)
         self.delta = arena.take_elements[Self.A](width)
         self.scores = arena.take_elements[Self.A](TILE_ROWS * width)
         self.dscores = arena.take_elements[Self.A](TILE_ROWS * width)
@@ -117,7 +120,7 @@ struct Head[T: DType](ImplicitlyCopyable):
     var v: Elements[Self.T]
     var dout: Elements[Self.T]
     var out: Elements[Self.T]
-    var lse: Elements[Self.A]
+    var stats: Elements[Self.A]
     var dq: Elements[Self.T]
     var dk: Elements[Self.T]
     var dv: Elements[Self.T]
@@ -135,13 +138,13 @@ struct Head[T: DType](ImplicitlyCopyable):
         self.v = p.v.at[Self.T](b, 0, h)
         self.dout = elements[Self.T](p.dout).unsafe_offset(row)
         self.out = elements[Self.T](p.out).unsafe_offset(row)
-        self.lse = elements[Self.A](p.lse).unsafe_offset(head * p.N)
+        self.stats = elements[Self.A](p.stats).unsafe_offset(head * 2 * p.N)
         self.dq = p.dq.at[Self.T](b, 0, h)
         self.dk = p.dk.at[Self.T](b, 0, h)
         self.dv = p.dv.at[Self.T](b, 0, h)
 
     def take_queries(self, i: Int, n: Int):
-        """Packs queries [i, i + n) and computes their lse and delta."""
+        """Packs queries [i, i + n) and computes their delta."""
         comptime A = Self.A
         ref p = self.p[]
         var token = p.H * p.D
@@ -159,10 +162,12 @@ struct Head[T: DType](ImplicitlyCopyable):
                 var x = load[A](dout.unsafe_offset(at), p.D - d)
                 products = fma(x, load[A](out.unsafe_offset(at), p.D - d), products)
             self.scratch.delta[unsafe_offset=r] = products.reduce_add()
-            self.scratch.lse[unsafe_offset=r] = Scalar[A](LOG2_E) * self.lse[unsafe_offset=i + r]
+            self.scratch.largest[unsafe_offset=r] = self.stats[unsafe_offset=i + r]
+            self.scratch.inverse[unsafe_offset=r] = self.stats[unsafe_offset=p.N + i + r]
         for r in range(n, self.s.query_panels.width()):  # padding: a probability of 0
             self.scratch.delta[unsafe_offset=r] = 0
-            self.scratch.lse[unsafe_offset=r] = Scalar[A].MAX
+            self.scratch.largest[unsafe_offset=r] = 0
+            self.scratch.inverse[unsafe_offset=r] = 0
 
     def differentiate(self, scores: RowTile[Self.A], dscores: RowTile[Self.A], columns: Int, step: Int):
         """P and dS of a row tile of keys from S^T and dP^T; dS also as words, from step `step` on."""
@@ -174,15 +179,17 @@ struct Head[T: DType](ImplicitlyCopyable):
         var r = 0
         while r < scores.rows:
             for i in range(0, columns, n):
-                var lse = load[A](self.scratch.lse.unsafe_offset(i))
+                var largest = load[A](self.scratch.largest.unsafe_offset(i))
+                var inverse = load[A](self.scratch.inverse.unsafe_offset(i))
                 var delta = load[A](self.scratch.delta.unsafe_offset(i))
                 var d = Array[V, depth[Self.T]](fill=V(0))
                 comptime for half in range(depth[Self.T]):
                     if r + half < scores.rows:
                         var at = (r + half) * width + i
-                        # Above 0 only by rounding, which at huge scores would overflow.
-                        var exponent = fma(scale, load[A](scores.data.unsafe_offset(at)), -lse)
-                        var e = exp2[Self.T](at_most(exponent, Scalar[A](0)))
+                        # The difference first, as in the forward: not rounded at the size of the scores. Above 0 it
+                        # can only be by rounding, which at huge scores would overflow.
+                        var exponent = scale * (load[A](scores.data.unsafe_offset(at)) - largest)
+                        var e = exp2[Self.T](at_most(exponent, Scalar[A](0))) * inverse
                         d[half] = e * (load[A](dscores.data.unsafe_offset(at)) - delta)
                         store(self.scratch.probabilities.unsafe_offset(at), e)
                         store(self.scratch.ds.unsafe_offset(at), d[half])

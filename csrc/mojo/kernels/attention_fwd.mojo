@@ -1,18 +1,18 @@
 """attention forward: out = P v, P = softmax(scale q k^T) for each batch and head.
 
-    lse_i = log sum_j exp(scale q_i k_j),  P_ij = exp(scale q_i k_j - lse_i)
+    m_i = max_j q_i k_j,  l_i = sum_j exp(scale (q_i k_j - m_i)),  P_ij = exp(scale (q_i k_j - m_i)) / l_i
 
-Saved for the backward: out and lse. Threads take blocks of queries of a head. Keys come in blocks, those of a head packed
-once where all of them fit L2; each row tile of queries makes its scores, their exponentials and the product with v while
-they are in L1. With more than one block of keys the softmax is online: sums and outputs so far are rescaled when a larger
-score appears. The rows of q, k and v that come next are asked for meanwhile.
+Saved for the backward: out, m and 1 / l. Threads take blocks of queries of a head. Keys come in blocks, those of a head
+packed once where all of them fit L2; each row tile of queries makes its scores, their exponentials and the product with
+v while they are in L1. With more than one block of keys the softmax is online: sums and outputs so far are rescaled when
+a larger score appears. The rows of q, k and v that come next are asked for meanwhile.
 """
 
 from std.sys import size_of
 
 from .attention_tiles import Blocks, Panels, RowTile, Upcoming, multiply, pack, packed_bytes, store_row
 from .contract import AttentionFwd, Elements, Heads, Parameters, elements
-from .functions import LOG2_E, exp2, log
+from .functions import LOG2_E, exp2
 from .pack import COUNT_ONLY, Arena, Matrix, prepare_a
 from .simd import Accumulator, Vector, ceil_div, keep, lanes, load, store
 from .threads import Task, parallel_for
@@ -326,16 +326,15 @@ struct Worker[T: DType, negative: Bool](ImplicitlyCopyable):
         comptime A = Self.A
         ref p = self.p[]
         for r in range(outputs.rows):
-            var total = self.scratch.totals[unsafe_offset=i + r]
+            var inverse = 1 / self.scratch.totals[unsafe_offset=i + r]
             var to = self.output(unit).unsafe_offset((i + r) * p.H * p.D)
-            store_row(outputs.row(r), 1 / total, p.D, to)
-            if p.lse:
+            store_row(outputs.row(r), inverse, p.D, to)
+            if p.stats:
                 var head = unit // self.s.queries.count
-                var at = head * p.N + self.s.queries.begin(unit % self.s.queries.count) + i + r
-                var largest = self.scratch.largest[unsafe_offset=i + r]
-                elements[A](p.lse)[unsafe_offset=at] = (
-                    p.scale.cast[A]() * largest + log(total.cast[DType.float64]()).cast[A]()
-                )
+                var at = head * 2 * p.N + self.s.queries.begin(unit % self.s.queries.count) + i + r
+                var stats = elements[A](p.stats)
+                stats[unsafe_offset=at] = self.scratch.largest[unsafe_offset=i + r]
+                stats[unsafe_offset=at + p.N] = inverse
 
 
 @fieldwise_init

@@ -299,7 +299,7 @@ struct AttentionFwd:
     var k: Heads
     var v: Heads
     var out: Address
-    var lse: Address
+    var stats: Address
     var workspace: Address
     var B: Int
     var N: Int
@@ -317,7 +317,7 @@ struct AttentionBwd:
     var k: Heads
     var v: Heads
     var out: Address
-    var lse: Address
+    var stats: Address
     var dq: Heads
     var dk: Heads
     var dv: Heads

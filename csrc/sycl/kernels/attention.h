@@ -1,12 +1,13 @@
 // attention: out = softmax(scale q k^T) v for each batch and head.
 //
-//   s = scale q k^T,  lse = log sum_j e^s_ij,  p = e^(s - lse),  out = p v,  delta_i = sum_d dout_id out_id
+//   s = scale q k^T,  m_i = max_j s_ij,  l_i = sum_j e^(s_ij - m_i),  p = e^(s - m) / l,  out = p v
+//   delta_i = sum_d dout_id out_id
 //   dp = dout v^T,  ds = p (dp - delta),  dq = scale ds k,  dk = scale ds^T q,  dv = p^T dout
 //
-// Saved for the backward: lse. Scores: lanes are a block of W = vectors * VIT_LANES rows of one side (queries in the
-// forward, keys in the backward), rows of the other side are uniform scalars; they stay in the scratch memory of the
-// sub-group, which the L2 cache holds. Products with p or ds: lanes are columns of the head, read and written as they
-// lie, and the weights are uniform scalars, whose block may be read by rows or by columns.
+// Saved for the backward: m and 1 / l. Scores: lanes are a block of W = vectors * VIT_LANES rows of one side (queries
+// in the forward, keys in the backward), rows of the other side are uniform scalars; they stay in the scratch memory of
+// the sub-group, which the L2 cache holds. Products with p or ds: lanes are columns of the head, read and written as
+// they lie, and the weights are uniform scalars, whose block may be read by rows or by columns.
 //
 // Forward 4 B H N L D FLOPs. Backward 10 where a sub-group has whole heads and keeps dq while it goes through the keys;
 // on devices with more sub-groups than heads they are divided further, the scores of dq computed on their own: 14.
@@ -151,7 +152,7 @@ VIT_INLINE void write_rows(const A* from, T* out, int64 token, int rows, int D, 
 
 // scratch [units][2 padded(D) + L + 1][W], and small rows.
 template <class T>
-VIT_KERNEL attention_fwd(const T* q, const Acc<T>* k, const Acc<T>* v, T* out, Acc<T>* lse, Acc<T>* scratch, int B,
+VIT_KERNEL attention_fwd(const T* q, const Acc<T>* k, const Acc<T>* v, T* out, Acc<T>* stats, Acc<T>* scratch, int B,
                          int H, int N, int L, int D, int64 q_batch, int64 q_token, int64 q_head, int64 k_batch,
                          int64 k_token, int64 k_head, int64 v_batch, int64 v_token, int64 v_head, double scale,
                          int64 stride, int64 units) {
@@ -198,10 +199,14 @@ VIT_KERNEL attention_fwd(const T* q, const Acc<T>* k, const Acc<T>* v, T* out, A
         row[u * VIT_LANES + lane] = e;
       }
     }
-    A* to = lse + (b * H + h) * N + first;
+    A* to = stats + (b * H + h) * 2 * N + first;
     VIT_UNROLL for (int u = 0; u < V; ++u) {
-      inverse[u * VIT_LANES + lane] = A(1) / total[u];
-      if (lse && u * VIT_LANES + lane < count) to[u * VIT_LANES + lane] = largest[u] + sycl::log(total[u]);
+      const int n = u * VIT_LANES + lane;
+      inverse[n] = A(1) / total[u];
+      if (stats && n < count) {
+        to[n] = largest[u];
+        to[N + n] = inverse[n];
+      }
     }
     sub_group_barrier();
     weighted_sum<A>({p, 1, W, count, values, v_token, L, rows, false}, padded(D), lane);
@@ -230,10 +235,11 @@ VIT_INLINE void head_deltas(const A* dout, int64 dout_token, const T* out, int64
 // [4 padded(D) + L + 2][W], and small rows.
 template <class T>
 VIT_KERNEL attention_bwd_q(const Acc<T>* dout, const T* q, const Acc<T>* k, const Acc<T>* v, const T* out,
-                           const Acc<T>* lse, T* dq, Acc<T>* delta, Acc<T>* scratch, int B, int H, int N, int L, int D,
-                           int64 o_batch, int64 o_token, int64 o_head, int64 q_batch, int64 q_token, int64 q_head,
-                           int64 k_batch, int64 k_token, int64 k_head, int64 v_batch, int64 v_token, int64 v_head,
-                           int64 dq_batch, int64 dq_token, int64 dq_head, double scale, int64 stride, int64 units) {
+                           const Acc<T>* stats, T* dq, Acc<T>* delta, Acc<T>* scratch, int B, int H, int N, int L,
+                           int D, int64 o_batch, int64 o_token, int64 o_head, int64 q_batch, int64 q_token,
+                           int64 q_head, int64 k_batch, int64 k_token, int64 k_head, int64 v_batch, int64 v_token,
+                           int64 v_head, int64 dq_batch, int64 dq_token, int64 dq_head, double scale, int64 stride,
+                           int64 units) {
   using A = Acc<T>;
   constexpr int V = Rows<A>::vectors, W = Rows<A>::width, kKeys = vit::tiles::AttentionTile<A>::pairs;
   const Place at = place();
@@ -251,16 +257,17 @@ VIT_KERNEL attention_bwd_q(const Acc<T>* dout, const T* q, const Acc<T>* k, cons
     const A* values = v + b * v_batch + h * v_head;
     const A* gradients = dout + b * o_batch + h * o_head;
     A* deltas = delta + (b * H + h) * N + first;
-    const A* log_sums = lse + (b * H + h) * N + first;
+    const A* largest = stats + (b * H + h) * 2 * N + first;
     head_deltas(gradients + first * o_token, o_token, out + (b * N * H + h) * D + first * token, token, count, D, lane,
                 deltas);
     load_rows<A>(q + b * q_batch + h * q_head, q_token, first, N, D, lane, A(scale), rows, query);
     load_rows<A>(gradients, o_token, first, N, D, lane, A(1), rows, gradient);
-    A sum[V], log_sum[V];
+    A sum[V], top[V], inverse[V];
     VIT_UNROLL for (int u = 0; u < V; ++u) {
-      const int n = u * VIT_LANES + lane;
-      sum[u] = deltas[n < count ? n : count - 1];
-      log_sum[u] = log_sums[n < count ? n : count - 1];
+      const int row = u * VIT_LANES + lane, n = row < count ? row : count - 1;
+      sum[u] = deltas[n];
+      top[u] = largest[n];
+      inverse[u] = largest[N + n];
     }
     for (int j = 0; j < L; j += kKeys) {
       A s[kKeys][V], dp[kKeys][V];
@@ -270,7 +277,7 @@ VIT_KERNEL attention_bwd_q(const Acc<T>* dout, const T* q, const Acc<T>* k, cons
         if (j + i < L) {
           A* row = ds + int64(j + i) * W;
           VIT_UNROLL for (int u = 0; u < V; ++u) row[u * VIT_LANES + lane] =
-              exponential_of_negative(s[i][u] - log_sum[u]) * (dp[i][u] - sum[u]);
+              exponential_of_negative(s[i][u] - top[u]) * inverse[u] * (dp[i][u] - sum[u]);
         }
       }
     }
@@ -286,7 +293,7 @@ VIT_KERNEL attention_bwd_q(const Acc<T>* dout, const T* q, const Acc<T>* k, cons
 // p and ds [N][W] of a block of keys with all queries of a head.
 template <class A>
 VIT_INLINE void block_gradients(const A* queries, int64 q_token, const A* gradients, int64 o_token, const A* key,
-                                const A* value, const A* log_sums, const A* deltas, int N, int D, int lane, A* p,
+                                const A* value, const A* largest, const A* deltas, int N, int D, int lane, A* p,
                                 A* ds) {
   constexpr int V = Rows<A>::vectors, W = Rows<A>::width, kQueries = vit::tiles::AttentionTile<A>::pairs;
   for (int i = 0; i < N; i += kQueries) {
@@ -295,10 +302,10 @@ VIT_INLINE void block_gradients(const A* queries, int64 q_token, const A* gradie
     scores<A, kQueries>(gradients, o_token, i, N, value, D, lane, dp);
     VIT_UNROLL for (int r = 0; r < kQueries; ++r) {
       if (i + r < N) {
-        const A log_sum = log_sums[i + r], correction = deltas[i + r];
+        const A top = largest[i + r], inverse = largest[N + i + r], correction = deltas[i + r];
         A *p_row = p + int64(i + r) * W, *ds_row = ds + int64(i + r) * W;
         VIT_UNROLL for (int u = 0; u < V; ++u) {
-          const A weight = exponential_of_negative(s[r][u] - log_sum);
+          const A weight = exponential_of_negative(s[r][u] - top) * inverse;
           p_row[u * VIT_LANES + lane] = weight;
           ds_row[u * VIT_LANES + lane] = weight * (dp[r][u] - correction);
         }
@@ -309,10 +316,10 @@ VIT_INLINE void block_gradients(const A* queries, int64 q_token, const A* gradie
 
 // dk and dv; with kWhole, where a sub-group has whole heads, also delta and dq, which grows in scratch memory. q
 // already scaled: the scores must have the bits of the forward, or those near the end of a dtype's range do not cancel
-// with lse. scratch [units][3 padded(D) + 2 N + 2][W], with kWhole also [N][padded(D)], and small rows.
+// with m. scratch [units][3 padded(D) + 2 N + 2][W], with kWhole also [N][padded(D)], and small rows.
 template <class T, bool kWhole>
 VIT_KERNEL attention_bwd(const Acc<T>* dout, const Acc<T>* q, const Acc<T>* k, const Acc<T>* v, const T* out,
-                         const Acc<T>* lse, Acc<T>* delta, T* dq, T* dk, T* dv, Acc<T>* scratch, int B, int H, int N,
+                         const Acc<T>* stats, Acc<T>* delta, T* dq, T* dk, T* dv, Acc<T>* scratch, int B, int H, int N,
                          int L, int D, int64 o_batch, int64 o_token, int64 o_head, int64 q_batch, int64 q_token,
                          int64 q_head, int64 k_batch, int64 k_token, int64 k_head, int64 v_batch, int64 v_token,
                          int64 v_head, int64 dq_batch, int64 dq_token, int64 dq_head, int64 dk_batch, int64 dk_token,
@@ -336,14 +343,14 @@ VIT_KERNEL attention_bwd(const Acc<T>* dout, const Acc<T>* q, const Acc<T>* k, c
     const A* queries = q + b * q_batch + h * q_head;
     const A* gradients = dout + b * o_batch + h * o_head;
     const A* keys = k + b * k_batch + h * k_head;
-    const A* log_sums = lse + head * N;
+    const A* largest = stats + head * 2 * N;
     A* deltas = delta + head * N;
     if constexpr (kWhole) head_deltas(gradients, o_token, out + (b * N * H + h) * D, token, N, D, lane, deltas);
     for (int block = begin; block < end; ++block) {
       const int first = block * W, count = L - first < W ? L - first : W;
       load_rows<A>(v + b * v_batch + h * v_head, v_token, first, L, D, lane, A(1), rows, value);
       load_rows<A>(keys, k_token, first, L, D, lane, A(1), rows, key);
-      block_gradients<A>(queries, q_token, gradients, o_token, key, value, log_sums, deltas, N, D, lane, p, ds);
+      block_gradients<A>(queries, q_token, gradients, o_token, key, value, largest, deltas, N, D, lane, p, ds);
       sub_group_barrier();
       for (int i = 0; i < (kWhole ? 3 : 2); ++i) {
         const bool for_q = i == 2;

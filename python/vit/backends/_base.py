@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ._native import Native
 
 #: Must equal vit::kContract of csrc/vit.h.
-CONTRACT = 4
+CONTRACT = 5
 
 
 class BackendError(RuntimeError):

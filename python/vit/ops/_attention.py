@@ -170,14 +170,14 @@ def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None, queries: int | None
 
 FWD = (
     "(Tensor q, Tensor? k, Tensor? v, float scale, int? queries, SymInt[]? lengths, bool save)"
-    " -> (Tensor out, Tensor lse)"
+    " -> (Tensor out, Tensor stats)"
 )
-FWD_FIELDS = "q k v out lse B N L H D scale dtype workspace context"
+FWD_FIELDS = "q k v out stats B N L H D scale dtype workspace context"
 BWD = (
-    "(Tensor dout, Tensor q, Tensor? k, Tensor? v, Tensor out, Tensor lse, float scale, SymInt[]? lengths)"
+    "(Tensor dout, Tensor q, Tensor? k, Tensor? v, Tensor out, Tensor stats, float scale, SymInt[]? lengths)"
     " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-BWD_FIELDS = "dout q k v out lse dq dk dv B N L H D scale dtype workspace context"
+BWD_FIELDS = "dout q k v out stats dq dk dv B N L H D scale dtype workspace context"
 
 
 def fwd_fake(
@@ -189,9 +189,9 @@ def fwd_fake(
     lengths: Sequence[int] | None,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, queries or N, H, D], with lengths [1, queries of all images, H, D]; lse [B, H, the same]."""
+    """out [B, queries or N, H, D], with lengths [1, queries of all images, H, D]; stats [B, H, 2, the same]."""
     out = q.new_empty(_out_shape(q if k is not None else q[:, :, 0], queries, lengths))
-    return out, _new_lse(out) if save else q.new_empty(0)
+    return out, _new_stats(out) if save else q.new_empty(0)
 
 
 def _out_shape(q: Tensor, queries: int | None, lengths: Sequence[int] | None) -> tuple[int, ...]:
@@ -199,11 +199,11 @@ def _out_shape(q: Tensor, queries: int | None, lengths: Sequence[int] | None) ->
     return b, n if queries is None else queries if lengths is None else queries * len(lengths), h, d
 
 
-def _new_lse(out: Tensor) -> Tensor:
-    """Memory for the logarithms of the softmax denominators: [B, H, N]; with lengths those of one image, [H, n], behind
-    those of another."""
+def _new_stats(out: Tensor) -> Tensor:
+    """Memory for the largest score and the inverse sum of every softmax: [B, H, 2, N]; with lengths those of one image,
+    [H, 2, n], behind those of another."""
     b, n, h, _ = out.shape
-    return out.new_empty((b, h, n), dtype=acc_dtype(out.dtype))
+    return out.new_empty((b, h, 2, n), dtype=acc_dtype(out.dtype))
 
 
 def _calls(
@@ -232,19 +232,19 @@ def launch_fwd(
     lengths: Sequence[int] | None,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """out [B, queries or N, H, D]; lse [B, H, queries or N] to be saved."""
+    """out [B, queries or N, H, D]; stats [B, H, 2, queries or N] to be saved."""
     q, k, v = _unpacked(q, k, v, None)
     q, k, v = _adjacent(backend, q), _adjacent(backend, k), _adjacent(backend, v)
     dtype, device, (h, d) = q.dtype, q.device, q.shape[2:]
     out = backend.empty(_out_shape(q, queries, lengths), dtype, device)
-    lse = _new_lse(out) if save else None
+    stats = _new_stats(out) if save else None
     for images, token, row, own, keys, step in _calls(q, k, queries, lengths):
         fields = (
             *_heads(q, token, step), *_heads(k, token, step), *_heads(v, token, step), _row(out, row * h * d),
-            _row(lse, row * h), images, own, keys, h, d, scale, backend.codes[dtype],
+            _row(stats, row * 2 * h), images, own, keys, h, d, scale, backend.codes[dtype],
         )  # fmt: skip
         launch(backend, backend.lib.attention_fwd, fields, device)
-    return out, lse
+    return out, stats
 
 
 def bwd_fake(
@@ -253,7 +253,7 @@ def bwd_fake(
     k: Tensor | None,
     v: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     scale: float,
     lengths: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,7 +270,7 @@ def launch_bwd(
     k: Tensor | None,
     v: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     scale: float,
     lengths: Sequence[int] | None,
 ) -> tuple[Tensor | None, ...]:
@@ -293,7 +293,7 @@ def launch_bwd(
         read = (x for t in (q, k, v) for x in _heads(t, token, step))
         written = (x for t in (dq, dk, dv) for x in _heads(t, token, step))
         fields = (
-            _row(dout, row * h * d), *read, _row(out, row * h * d), _row(lse, row * h), *written,
+            _row(dout, row * h * d), *read, _row(out, row * h * d), _row(stats, row * 2 * h), *written,
             images, own, keys, h, d, scale, backend.codes[dtype],
         )  # fmt: skip
         launch(backend, backend.lib.attention_bwd, fields, device)
@@ -318,15 +318,15 @@ def _row(x: Tensor | None, elements: int) -> int:
 
 
 def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    """Keeps q, k, v, out and lse."""
+    """Keeps q, k, v, out and stats."""
     q, k, v, ctx.scale, _, ctx.lengths = args
     ctx.save_for_backward(q, k, v, *outputs)
 
 
 def backward(ctx: Any, kernel: Callable[..., Any], dy: Tensor) -> tuple[Tensor | None, ...]:
     """dq, dk, dv."""
-    q, k, v, out, lse = ctx.saved_tensors
-    dq, dk, dv = kernel(dy, q, k, v, out, lse, ctx.scale, ctx.lengths)
+    q, k, v, out, stats = ctx.saved_tensors
+    dq, dk, dv = kernel(dy, q, k, v, out, stats, ctx.scale, ctx.lengths)
     return dq, None if k is None else dk, None if v is None else dv, None, None, None
 
 

@@ -59,7 +59,7 @@ def attention_bwd(
     k: Shape | None,
     v: Shape | None,
     out: Shape,
-    lse: Shape,
+    stats: Shape,
     scale: float,
     lengths: Shape | None = None,
     **__: Any,

@@ -321,12 +321,11 @@ class Attention:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         p = (scale * q @ k.mT).softmax(-1)
         scores = abs(scale) * q.abs() @ k.abs().mT
-        # dp_i = p_i (ds_i - sum_j p_j ds_j) with every ds_j of size scores_j: what rounded scores do to p.
+        # dp_i = p_i (ds_i - sum_j p_j ds_j) with every ds_j of size scores_j: what rounded scores do to p. The
+        # backward takes its p from the maximum and the sum that the forward saved, and from the same scores.
         others = (p * scores).sum(-1, keepdim=True) - p * scores
         rounded = p * (scores * (1 - p) + others.clamp_min(0))
         out = (p + rounded) @ v.abs()
-        # The backward takes p = exp(s - lse) from the saved lse: now the rounding of lse itself counts too.
-        rounded = p * (scores + (scale * q @ k.mT).logsumexp(-1, keepdim=True).abs())
         dp = do @ v.mT
         dp_abs = do.abs() @ v.abs().mT
         centred = (dp - (p * dp).sum(-1, keepdim=True)).abs()
