@@ -11,8 +11,6 @@
 #include "gemm.h"
 #include "pack.h"
 
-VIT_INLINE float widen(signed char x) { return float(x); }
-
 inline constexpr int kExact = 1024;         // 1024 * 127 * 127 < 2^24
 inline constexpr float kLeast = 0x1p-100f;  // rows below it have the scale 1
 
