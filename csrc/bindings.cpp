@@ -65,7 +65,6 @@ struct Function {
 union Params {
 #define VIT_OP(name, Params, ...) Params name##_params;
 #define VIT_ROUTINE VIT_OP
-#define VIT_INTEGER_ROUTINE VIT_OP
 #include "ops.def"
   Params() {}
 };
@@ -241,11 +240,9 @@ std::vector<Function> functions() {
     lister.list(all.back());                                                                   \
   }
 #define VIT_ROUTINE VIT_OP
-#define VIT_INTEGER_ROUTINE VIT_ROUTINE
 #define VIT_WORKSPACE(op, P) \
   for (Function& f : all)    \
     if (std::string_view(f.name) == #op) f.workspace = bytes_as<P, vit::op##_workspace>;
-#define VIT_ROUTINE_WORKSPACE VIT_WORKSPACE
 #include "ops.def"
   return all;
 }

@@ -11,7 +11,6 @@ extern const char* const kTakes;
 
 #define VIT_OP(name, Params, ...) void check(const Params&);
 #define VIT_ROUTINE VIT_OP
-#define VIT_INTEGER_ROUTINE VIT_OP
 #include "ops.def"
 
 }  // namespace vit

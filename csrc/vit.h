@@ -349,12 +349,8 @@ struct AdamW {
 inline constexpr int64_t kAdamWBlock = 256;  // numbers of 8 bits that share a scale
 
 #define VIT_OP(name, Params, ...) void name(const Params&);
-#define VIT_WORKSPACE(name, Params) std::size_t name##_workspace(const Params&);
-#include "ops.def"
 #define VIT_ROUTINE(name, Params, ...) __attribute__((weak)) void name(const Params&);
-#define VIT_ROUTINE_WORKSPACE(name, Params)       \
-  __attribute__((weak)) void name(const Params&); \
-  __attribute__((weak)) std::size_t name##_workspace(const Params&);
+#define VIT_WORKSPACE(name, Params) std::size_t name##_workspace(const Params&);
 #include "ops.def"
 
 // What this build is and what it found on this machine ("isa", "threads", "compiler", ...), shown by `vit info`.

@@ -13,8 +13,6 @@ namespace vit {
 struct Kernels {
 #define VIT_OP(name, Params, ...) void (*name)(const Params&);
 #define VIT_ROUTINE VIT_OP
-#define VIT_INTEGER_ROUTINE VIT_OP
-#define VIT_ROUTINE_WORKSPACE VIT_WORKSPACE
 #define VIT_WORKSPACE(name, Params) std::size_t (*name##_workspace)(const Params&);
 #include "ops.def"
 };
@@ -27,8 +25,6 @@ namespace VIT_ISA {
 
 #define VIT_OP(name, Params, ...) void name(const Params&);
 #define VIT_ROUTINE VIT_OP
-#define VIT_INTEGER_ROUTINE VIT_OP
-#define VIT_ROUTINE_WORKSPACE VIT_WORKSPACE
 #define VIT_WORKSPACE(name, Params) std::size_t name##_workspace(const Params&);
 #include "ops.def"
 

@@ -6,8 +6,6 @@ namespace vit::VIT_ISA {
 const Kernels kernels = {
 #define VIT_OP(name, Params, ...) name,
 #define VIT_ROUTINE VIT_OP
-#define VIT_INTEGER_ROUTINE VIT_OP
-#define VIT_ROUTINE_WORKSPACE VIT_WORKSPACE
 #define VIT_WORKSPACE(name, Params) name##_workspace,
 #include "ops.def"
 };

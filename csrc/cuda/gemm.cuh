@@ -145,30 +145,30 @@ struct Epilogue {
     }
     out.store(i, z);
   }
+};
 
-  // A tile of sums in shared memory, `pitch` elements per row: its threads take 4 columns each, row after row, so that
-  // memory is written in whole lines. Called by the whole block after a barrier. A function of its own, once per tile
-  // size: inlined into every kernel it was a third of the time to compile them.
-  template <int tile, int threads, int pitch>
-  __device__ __noinline__ void apply_tile(const A* sums, int64_t plane, int64_t m0, int64_t n0) const {
-    static_assert(pitch % 4 == 0 && tile % 4 == 0);
+// What happens to a tile of sums in shared memory, `pitch` elements per row: the threads of a block take 4 columns
+// each, row after row, so that memory is written in whole lines. Called by the whole block after a barrier. A function
+// of its own, once per tile size: inlined into every kernel it was a third of the time to compile them.
+template <int tile, int threads, int pitch, class E, class S>
+__device__ __noinline__ void apply_tile(const E& epilogue, const S* sums, int64_t plane, int64_t m0, int64_t n0) {
+  static_assert(pitch % 4 == 0 && tile % 4 == 0);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < tile * tile / 4; i += threads) {
-      const int row = i / (tile / 4), column = i % (tile / 4) * 4;
-      if (m0 + row >= M || n0 + column >= N) continue;
-      A z[4];
-      load_vector(sums + row * pitch + column, z);
-      if (width == 4) {
-        apply(plane, m0 + row, n0 + column, z);
-        continue;
-      }
+  for (int i = threadIdx.x; i < tile * tile / 4; i += threads) {
+    const int row = i / (tile / 4), column = i % (tile / 4) * 4;
+    if (m0 + row >= epilogue.M || n0 + column >= epilogue.N) continue;
+    Acc<S> z[4];
+    load_vector(sums + row * pitch + column, z);
+    if (epilogue.width == 4) {
+      epilogue.apply(plane, m0 + row, n0 + column, z);
+      continue;
+    }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        A one[1] = {z[j]};
-        if (n0 + column + j < N) apply(plane, m0 + row, n0 + column + j, one);
-      }
+    for (int j = 0; j < 4; ++j) {
+      Acc<S> one[1] = {z[j]};
+      if (n0 + column + j < epilogue.N) epilogue.apply(plane, m0 + row, n0 + column + j, one);
     }
   }
-};
+}
 
 }  // namespace vit::cuda

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kBlock) gemm_fma(Operand a, Operand b, int64_t
     for (int j = 0; j < kPer; ++j)
       shared[((i / n * 16 + ty) * n + i % n) * kSums + (j / n * 16 + tx) * n + j % n] = sum[i][j];
   __syncthreads();
-  epilogue.template apply_tile<kTile, kBlock, kSums>(shared, part.plane, part.m, part.n);
+  apply_tile<kTile, kBlock, kSums>(epilogue, shared, part.plane, part.m, part.n);
 }
 
 template <class T, int kPer>

@@ -112,10 +112,30 @@ __device__ inline uint32_t round_tf32(uint32_t x) {
   return y;
 }
 
-// c[16, 8] += a[16, k] b[k, 8] with float32 accumulators, k = 16 for the 16-bit types and 8 for float, whose elements
-// are TF32; the fragments are described in layout.cuh.
+// What mma_16x8 of a type sums in.
 template <class T>
-__device__ inline void mma_16x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+struct MmaSumOf {
+  using type = float;
+};
+template <>
+struct MmaSumOf<int8_t> {
+  using type = int32_t;
+};
+template <class T>
+using MmaSum = typename MmaSumOf<T>::type;
+
+// c[16, 8] += a[16, k] b[k, 8], k = 16 for the 16-bit types, 8 for float, whose elements are TF32, and 32 for signed
+// bytes, whose sums are exact; the fragments are described in layout.cuh.
+template <class T>
+__device__ inline void mma_16x8(MmaSum<T> (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ inline void mma_16x8<int8_t>(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 template <>
 __device__ inline void mma_16x8<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

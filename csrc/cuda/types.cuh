@@ -39,6 +39,7 @@ struct DTypeOf<f16> {
 
 __device__ inline float to_acc(float x) { return x; }
 __device__ inline double to_acc(double x) { return x; }
+__device__ inline float to_acc(int32_t x) { return static_cast<float>(x); }
 __device__ inline float to_acc(bf16 x) { return bf16_to_float(x); }
 __device__ inline float to_acc(f16 x) { return f16_to_float(x); }
 

@@ -23,6 +23,8 @@ from vit.backends import NativeBackend
 from vit.backends.cuda import tf32_allowed
 from vit.ops import OPS
 from vit.ops import bound as glue
+from vit.ops._linear_int8 import OP as linear_int8
+from vit.ops.routine import NativeRoutine
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -116,11 +118,13 @@ def registered(path: Path, name: str = "cuda_emulator") -> Iterator[Emulated]:
     record = Emulated(path, name)
     backends = importlib.import_module("vit.backends")
     backends._RECORDS[record.name] = record
-    for op in OPS.values():
-        glue._BOUND[op.name, record.name] = glue.NativeOp(op, record.name)
+    bound = {op.name: glue.NativeOp(op, record.name) for op in OPS.values()}
+    bound[linear_int8.name] = NativeRoutine(linear_int8, record.name)
+    for op, callable in bound.items():
+        glue._BOUND[op, record.name] = callable
     yield record
-    for op in OPS.values():
-        del glue._BOUND[op.name, record.name]
+    for op in bound:
+        del glue._BOUND[op, record.name]
     del backends._RECORDS[record.name]
 
 

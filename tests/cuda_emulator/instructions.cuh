@@ -302,6 +302,8 @@ inline uint32_t pack_f16(float low, float high) {
 
 inline uint32_t __float_as_uint(float x) { return float_to_bits(x); }
 inline float __uint_as_float(uint32_t x) { return bits_to_float(x); }
+inline int32_t __float_as_int(float x) { return static_cast<int32_t>(float_to_bits(x)); }
+inline float __int_as_float(int32_t x) { return bits_to_float(static_cast<uint32_t>(x)); }
 
 inline float rounded_product(float a, float b) { return a * b; }  // compiled without contraction
 inline double rounded_product(double a, double b) { return a * b; }
@@ -394,15 +396,28 @@ inline uint32_t round_tf32(uint32_t x) {
   return (x + 0x1000) & ~uint32_t{0x1fff};
 }
 
-struct Mma {
-  float* c;
+template <class T>
+struct MmaSumOf {
+  using type = float;
+};
+template <>
+struct MmaSumOf<int8_t> {
+  using type = int32_t;
+};
+template <class T>
+using MmaSum = typename MmaSumOf<T>::type;
+
+template <class S>
+struct Fragments {
+  S* c;
   const uint32_t* a;
   uint32_t b[2];
 };
+using Mma = Fragments<float>;
 
 // PTX ISA 9.7.14.5.8: a0,a1 (row g, k 2t+i), a2,a3 (row g+8), a4,a5 (row g, k+8), a6,a7 (row g+8, k+8).
 template <class T>
-inline void mma_16x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void mma_16x8(MmaSum<T> (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   Mma mine = {c, a, {b0, b1}};
   emulator::meet_warp(&mine, [](void** slots) {
     float A[16][16], B[16][8];
@@ -422,6 +437,32 @@ inline void mma_16x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
         float sum = 0;
         for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
         m.c[i] += sum;
+      }
+    }
+  });
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k32": a0 (row g, k 4 t + i), a1 (row g + 8), a2 (row g, k 16 + 4 t + i), a3;
+// b0 (k 4 t + i), b1 (k 16 + 4 t + i).
+template <>
+inline void mma_16x8<int8_t>(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Fragments<int32_t> mine = {c, a, {b0, b1}};
+  emulator::meet_warp(&mine, [](void** slots) {
+    int8_t A[16][32], B[32][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto m = emulator::value_of<Fragments<int32_t>>(slots[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i)
+        for (int word = 0; word < 4; ++word)
+          A[g + 8 * (word % 2)][16 * (word / 2) + 4 * t + i] = static_cast<int8_t>(m.a[word] >> (8 * i));
+      for (int i = 0; i < 4; ++i)
+        for (int word = 0; word < 2; ++word) B[16 * word + 4 * t + i][g] = static_cast<int8_t>(m.b[word] >> (8 * i));
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto m = emulator::value_of<Fragments<int32_t>>(slots[lane]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = i < 2 ? lane / 4 : lane / 4 + 8, column = 2 * (lane % 4) + (i & 1);
+        for (int k = 0; k < 32; ++k) m.c[i] += A[row][k] * B[k][column];
       }
     }
   });

@@ -21,9 +21,11 @@ import torch.nn.functional as F
 import vit
 from attention_errors import error_ratios
 from cuda_emulator import PATHS, Emulated
+from int8_helpers import check_epilogue, check_rows_without_a_scale
 from optim_helpers import KINDS, check_code, check_step
 from vit.backends.cuda import tf32_allowed
 from vit.ops import OPS
+from vit.ops._linear_int8 import quantize_rows
 from vit.ops.bound import spec_of
 from vit.parity import Case, backend_ops, cases, run
 from vit.parity.tf32 import round_factor
@@ -197,6 +199,32 @@ def test_adamw(emulated, dtype, state):
     check_step(emulated.name, torch.device("cpu"), dtype, state)
     if state == "8bit":
         check_code(emulated.name, torch.device("cpu"), dtype)
+
+
+#: One element, odd sizes, more steps of k than stages, tiles of 128.
+BYTES = [(1, 1, 1), (5, 7, 3), (33, 100, 130), (70, 136, 528), (1793, 1793, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), BYTES)
+def test_linear_int8(emulated, dtype, m, n, k):
+    """Equal to the integer, also with a weight that 16-byte copies cannot read and rows of x apart."""
+    x = draw.randn(m, k + 3).to(dtype)[:, :k]
+    weight, scale = quantize_rows(draw.randn(n, k))
+    given = x, weight, scale.flatten()
+    got = vit.ops.linear_int8(*given, backend="cuda_emulator")
+    assert torch.equal(got, vit.ops.linear_int8(*given, backend="reference"))
+    assert torch.equal(vit.ops.linear_int8(x[-1:], *given[1:], backend="cuda_emulator"), got[-1:])
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "silu"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_linear_int8_epilogue(emulated, activation, wide):
+    check_epilogue("cuda_emulator", torch.device("cpu"), activation, wide, torch.bfloat16)
+
+
+def test_linear_int8_of_rows_without_a_scale(emulated):
+    check_rows_without_a_scale("cuda_emulator", torch.device("cpu"))
 
 
 def test_layouts(tmp_path):

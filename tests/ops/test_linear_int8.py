@@ -12,7 +12,7 @@ import pytest
 import torch
 import vit
 from conftest import NATIVE
-from torch import Tensor
+from int8_helpers import check_epilogue, check_rows_without_a_scale, layer
 from vit.backends import BackendError
 from vit.ops._linear_int8 import quantize_rows
 
@@ -25,11 +25,6 @@ def _built(request: pytest.FixtureRequest) -> None:
         name = request.getfixturevalue("backend")
         if "linear_int8" not in NATIVE[name].lib.fields:  # type: ignore[attr-defined]
             pytest.skip(f"{name} has no linear_int8")
-
-
-def layer(n: int, k: int) -> tuple[Tensor, Tensor]:
-    weight, scale = quantize_rows(draw.randn(n, k))
-    return weight, scale.flatten()
 
 
 def test_rows_by_definition():
@@ -71,31 +66,11 @@ def test_halves_and_extremes(backend, device):
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_epilogue(backend, device, activation, wide, dtype):
-    """Bias, activation, scale and residual: at most twice the error of the formula in PyTorch, plus its rounding."""
-    x, (weight, weight_scale) = draw.randn(2, 19, 70).to(dtype), layer(45, 70)
-    bias, scale = draw.randn(45), draw.randn(45).to(torch.float32 if wide else dtype)
-    residual = draw.randn(2, 19, 45).to(torch.float32 if wide else dtype)
-    q, x_scale = quantize_rows(x)
-    exact = vit.ops.linear(
-        q.double() * x_scale.double(), weight.double() * weight_scale.double()[:, None], bias.double(),
-        activation, residual.double(), scale.double(), backend="reference",
-    )  # fmt: skip
-    given = x, weight, weight_scale, bias, activation, residual, scale
-    there = [t.to(device) if isinstance(t, Tensor) else t for t in given]
-    y = vit.ops.linear_int8(*there, backend=backend).cpu()
-    reference = vit.ops.linear_int8(*given, backend="reference")
-    assert y.dtype == reference.dtype == (torch.float32 if wide else dtype)
-    noise = torch.finfo(y.dtype).eps * exact.abs()
-    bound = 2 * (reference.double() - exact).abs().max() + noise
-    assert ((y.double() - exact).abs() <= bound).all()
+    check_epilogue(backend, device, activation, wide, dtype)
 
 
 def test_rows_without_a_scale_are_nan_and_no_others(backend, device):
-    x, (weight, scale) = draw.randn(4, 37), layer(20, 37)
-    x[1, 3], x[2, 36] = torch.nan, -torch.inf
-    y = vit.ops.linear_int8(x.to(device), weight.to(device), scale.to(device), backend=backend).cpu()
-    assert y.isnan().all(1).tolist() == [False, True, True, False]
-    assert y[[0, 3]].isfinite().all()
+    check_rows_without_a_scale(backend, device)
 
 
 def test_strided_rows_and_threads(backend, device):
@@ -111,7 +86,7 @@ def test_strided_rows_and_threads(backend, device):
 LEVEL = """
 import json, sys, torch, vit
 sys.path.insert(0, "tests")
-from test_linear_int8 import layer
+from int8_helpers import layer
 import draw
 found = []
 for n, k in ((50, 64), (100, 131)):

@@ -43,6 +43,8 @@ class Matrices:
 
     def do_mma(self, f, ins, lanes, S):
         shape, kind = ins.op[3], ins.op[7]
+        if shape == "m16n8k32":
+            return self.do_mma_of_bytes(f, ins, lanes, S)
         if ins.op[1:3] != ("sync", "aligned") or ins.op[4:7] != ("row", "col", "f32") or ins.op[9] != "f32":
             raise PtxError(ins.text)
         registers = [[self.program.registers[f.name, x[1]] for x in group[1]] for group in ins.args]
@@ -66,6 +68,21 @@ class Matrices:
         D = (C.astype(np.float64) + product[:, C_ROW, C_COLUMN]).astype(np.float32)
         for i, register in enumerate(d):
             self.F[register][S] = D[:, i].reshape(-1)
+
+    def do_mma_of_bytes(self, f, ins, lanes, S):
+        """Signed bytes, four to a word: the words lie as those of m16n8k8, the sums are 32-bit integers."""
+        if ins.op[1:] != ("sync", "aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"):
+            raise PtxError(ins.text)
+        d, a, b, c = [[self.program.registers[f.name, x[1]] for x in group[1]] for group in ins.args]
+        warps = lanes.size // 32
+        A = np.stack([self.U[r][S].reshape(warps, 32) for r in a], axis=1)[:, A8[0], A8[1]]
+        B = np.stack([self.U[r][S].reshape(warps, 32) for r in b], axis=1)[:, B8[0], B8[1]]
+        C = np.stack([self.U[r][S].reshape(warps, 32) for r in c], axis=1).view(np.int32)
+        A = np.ascontiguousarray(A).view(np.int8).reshape(warps, 16, 32).astype(np.int32)
+        B = np.ascontiguousarray(B.transpose(0, 2, 1)).view(np.int8).reshape(warps, 8, 32).astype(np.int32)
+        D = C + np.matmul(A, B.transpose(0, 2, 1))[:, C_ROW, C_COLUMN]
+        for i, register in enumerate(d):
+            self.U[register][S] = D[:, i].reshape(-1).view(np.uint32)
 
     def do_bar(self, f, ins, lanes, S):
         pass  # bar.warp.sync: the warp has met

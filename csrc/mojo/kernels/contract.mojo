@@ -346,6 +346,26 @@ struct Move:
     var context: Context
 
 
+struct LinearInt8:
+    var x: Address
+    var weight: Address
+    var weight_scale: Address
+    var bias: Address
+    var scale: Address
+    var residual: Address
+    var y: Address
+    var workspace: Address
+    var M: Int
+    var N: Int
+    var K: Int
+    var x_stride: Int
+    var weight_stride: Int
+    var activation: Int32
+    var dtype: Int32
+    var out_dtype: Int32
+    var context: Context
+
+
 struct AdamW:
     var param: Address
     var grad: Address
@@ -389,4 +409,5 @@ def check_layout():
     comptime assert size_of[AttentionFwd]() == 200
     comptime assert size_of[AttentionBwd]() == 304
     comptime assert size_of[Move]() == 288
+    comptime assert size_of[LinearInt8]() == 144
     comptime assert size_of[AdamW]() == 176

@@ -19,7 +19,12 @@ comptime AVX512 = CompilationTarget.has_avx512f()
 comptime AVX512_BF16 = is_defined["VIT_AVX512_BF16"]()
 """From the build: a feature test by name is private to the standard library."""
 
-comptime Accumulator[T: DType] = DType.float64 if T == DType.float64 else DType.float32
+comptime VNNI = AVX512_BF16
+"""The one level that has either of them has both."""
+
+comptime Accumulator[T: DType] = DType.float64 if T == DType.float64 else (
+    DType.int32 if T == DType.int8 else DType.float32
+)
 comptime lanes[A: DType] = simd_width_of[A]()
 comptime Vector[A: DType] = SIMD[A, lanes[A]]
 comptime Bits[T: DType] = DType.uint16 if T == DType.bfloat16 else T

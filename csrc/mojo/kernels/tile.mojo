@@ -3,6 +3,10 @@
 Every step loads V vectors of B and broadcasts R words of A. A step covers `depth` values of k, packed into one word: 2
 for bfloat16 where an instruction sums its products in pairs, else 1. Without that instruction a word of bfloat16 is its
 value as float32: taking pairs apart beside 24 accumulators, LLVM keeps all words of both halves and spills.
+
+Signed bytes (int8) have exact sums in 32 bits. With VNNI a word is 4 of them, those of A as q + 128: the instruction
+takes unsigned bytes times signed ones, and 128 times the sum of B is taken off at the end. Elsewhere a word is 2 of them
+widened to 16 bits, whose products one instruction adds.
 """
 
 from std.memory import bitcast
@@ -10,13 +14,14 @@ from std.sys import CompilationTarget, simd_width_of, size_of
 from std.sys.intrinsics import PrefetchOptions, llvm_intrinsic, prefetch
 
 from .contract import Elements
-from .simd import AVX512, AVX512_BF16, Accumulator, Vector, ceil_div, fma, lanes
+from .simd import AVX512, AVX512_BF16, VNNI, Accumulator, Vector, ceil_div, fma, lanes
 
 comptime Bytes = Elements[DType.uint8]
 
-comptime depth[T: DType] = 2 if T == DType.bfloat16 and AVX512_BF16 else 1
-comptime Word[T: DType] = DType.uint32 if depth[T] == 2 else Accumulator[T]
-comptime Operand[T: DType] = T if depth[T] == 2 else Accumulator[T]
+comptime BYTES_DEPTH = 4 if VNNI else 2
+comptime depth[T: DType] = BYTES_DEPTH if T == DType.int8 else (2 if T == DType.bfloat16 and AVX512_BF16 else 1)
+comptime Word[T: DType] = DType.uint32 if depth[T] > 1 else Accumulator[T]
+comptime Operand[T: DType] = T if depth[T] > 1 else Accumulator[T]
 """The type of elements that adjacent words are made of."""
 comptime word_lanes[T: DType] = simd_width_of[Word[T]]()
 comptime word_size[T: DType] = size_of[Scalar[Word[T]]]()
@@ -40,13 +45,36 @@ def steps_of[T: DType](K: Int) -> Int:
 @always_inline
 def dot[T: DType](a: Words[T], b: Words[T], c: Vector[Accumulator[T]]) -> Vector[Accumulator[T]]:
     comptime V = Vector[Accumulator[T]]
-    comptime if depth[T] == 2:
+    comptime if T == DType.int8:
+        comptime U = Vector[DType.uint32]
+        return rebind[V](dot_bytes(rebind[U](a), rebind[U](b), rebind[Vector[DType.int32]](c)))
+    elif depth[T] == 2:
         comptime pairs = 2 * word_lanes[T]
         return llvm_intrinsic["llvm.x86.avx512bf16.dpbf16ps.512", V, has_side_effect=False](
             c, bitcast[DType.bfloat16, pairs](a), bitcast[DType.bfloat16, pairs](b)
         )
     else:
         return fma(rebind[V](a), rebind[V](b), c)
+
+
+@always_inline
+def dot_bytes(a: Vector[DType.uint32], b: Vector[DType.uint32], c: Vector[DType.int32]) -> Vector[DType.int32]:
+    """c plus the products of the 2 or 4 values in each word."""
+    comptime n = lanes[DType.int32]
+    comptime V = Vector[DType.int32]
+    comptime if VNNI:
+        return llvm_intrinsic["llvm.x86.avx512.vpdpbusd.512", V, has_side_effect=False](
+            c, bitcast[DType.int8, 4 * n](a), bitcast[DType.int8, 4 * n](b)
+        )
+    comptime if CompilationTarget.has_neon():
+        var x = bitcast[DType.int32, n](a)
+        var y = bitcast[DType.int32, n](b)
+        return c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16)
+    comptime name = "llvm.x86.avx512.pmaddw.d.512" if AVX512 else (
+        "llvm.x86.avx2.pmadd.wd" if CompilationTarget.has_avx2() else "llvm.x86.sse2.pmadd.wd"
+    )
+    var x = bitcast[DType.int16, 2 * n](a)
+    return c + llvm_intrinsic[name, V, has_side_effect=False](x, bitcast[DType.int16, 2 * n](b))
 
 
 @fieldwise_init

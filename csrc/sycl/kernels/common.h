@@ -67,6 +67,7 @@ VIT_INLINE float widen(f16 x) {
 
 VIT_INLINE float widen(float x) { return x; }
 VIT_INLINE double widen(double x) { return x; }
+VIT_INLINE float widen(signed char x) { return float(x); }
 
 VIT_INLINE void narrow(float& to, float x) { to = x; }
 VIT_INLINE void narrow(float& to, double x) { to = float(x); }

@@ -63,9 +63,19 @@ struct Sizes {
   int64 a_row, a_batch, b_batch;
 };
 
+// What a product of A ends in: with kExact, whole numbers whose sums of kExact products A holds exactly, an integer.
+template <class A, int kExact>
+struct ResultOf {
+  using type = int;
+};
+template <class A>
+struct ResultOf<A, 0> {
+  using type = A;
+};
+
 // Calls finish(pair, row, column of the first lane, value) for the results of this sub-group's unit; lanes beyond N
 // have been left out.
-template <class A, class F>
+template <class A, int kExact = 0, class F>
 VIT_INLINE void multiply(const A* a, const A* packed, const Sizes& s, int64 units, const F& finish) {
   using Tile = vit::tiles::Tile<A>;
   constexpr int R = Tile::rows, V = Tile::vectors, width = V * VIT_LANES, block = R * vit::tiles::kTilesPerGroup;
@@ -92,10 +102,20 @@ VIT_INLINE void multiply(const A* a, const A* packed, const Sizes& s, int64 unit
     const A* row[R];  // those beyond the last one repeat it
     VIT_UNROLL for (int i = 0; i < R; ++i) row[i] = left + (first + i < s.M ? first + i : s.M - 1) * s.a_row;
     A sum[R][V];
-    multiply_tile<A>(row, right, s.K, lane, sum);
     // Through an array of its own: `sum` is indexed by constants alone and stays in registers.
-    A results[R * V];
-    VIT_UNROLL for (int i = 0; i < R; ++i) VIT_UNROLL for (int j = 0; j < V; ++j) results[i * V + j] = sum[i][j];
+    typename ResultOf<A, kExact>::type results[R * V];
+    if constexpr (kExact == 0) {
+      multiply_tile<A>(row, right, s.K, lane, sum);
+      VIT_UNROLL for (int i = 0; i < R; ++i) VIT_UNROLL for (int j = 0; j < V; ++j) results[i * V + j] = sum[i][j];
+    } else {
+      VIT_UNROLL for (int i = 0; i < R * V; ++i) results[i] = 0;
+      for (int k = 0; k < s.K; k += kExact) {
+        multiply_tile<A>(row, right + int64(k) * width, s.K - k < kExact ? s.K - k : kExact, lane, sum);
+        VIT_UNROLL for (int i = 0; i < R; ++i) row[i] += kExact;
+        VIT_UNROLL for (int i = 0; i < R; ++i) VIT_UNROLL for (int j = 0; j < V; ++j) results[i * V + j] +=
+            int(sum[i][j]);
+      }
+    }
     // Two loops: were whole and partial vectors two branches, the compiler would let them share their store, which then
     // is a scatter (170 cycles a vector).
     const int left_over = s.N - panel * width, whole = left_over >= width ? V : left_over / VIT_LANES;
