@@ -14,7 +14,8 @@ vit.tasks.__path__.append(str(Path(__file__).with_name("tasks")))
 print("tasks:", ", ".join(vit.tasks.names()))
 
 with tempfile.TemporaryDirectory() as folder:
-    config = TrainConfig(task="focal", epochs=6, batch_size=50, warmup_epochs=1.0, ema=0.9)
+    options = {"epochs": 8, "batch_size": 50, "lr": 4e-3, "warmup_epochs": 1.0, "augment": "none", "drop_path": 0.0}
+    config = TrainConfig(task="focal", **options, ema=0.9)
     result = train(config, out=f"{folder}/run")
     again = Run.open(f"{folder}/run").evaluate()  # the task is known by its name
 print(f"{result.test.accuracy:.1%} of {result.test.images} test images right, by {config.task}")

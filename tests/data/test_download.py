@@ -29,7 +29,7 @@ def md5(data: bytes) -> str:
 
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A server of a small MNIST and a small CIFAR-10: a folder, with torchvision's addresses and checksums set to it."""
+    """A folder with a small MNIST and CIFAR-10, as the server of torchvision's addresses and checksums."""
     server = tmp_path / "server"
     server.mkdir()
     images, labels = np.arange(20 * 28 * 28).reshape(20, 28, 28) % 251, np.arange(20) % 10
