@@ -2,17 +2,34 @@
 
 Parameters have the names that vit and timm give them. Each part returns its result and a function that takes the
 gradient of the result, adds those of its parameters to `grads`, and returns the gradient of its input.
+`from_scratch.ipynb` is this script as a notebook.
 """
 
+# %%
 import numpy as np
 import torch
 import torch.nn.functional as F
 import vit
+from PIL import Image
 from scipy.special import erf
 from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_limits
 
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 4, "pos_embed": "learned"}
+threadpool_limits(1)  # the matrices are small
 HEADS, PATCH, EPS = SIZES["num_heads"], 2, 1e-6
+
+
+# %% [markdown]
+# ## Linear layer
+#
+# The patch embedding, q, k and v, the MLP and the head are all this one. The weight is stored [outputs, inputs], as in
+# PyTorch, so that `dx = dy W` and `dW = dy^T x` read it as it lies.
+
+
+# %%
+def add(grads, name, value):
+    grads[name] = grads.get(name, 0) + value
 
 
 def linear(x, p, grads, name):
@@ -28,6 +45,15 @@ def linear(x, p, grads, name):
     return x @ weight.T + p[f"{name}.bias"], backward
 
 
+# %% [markdown]
+# ## Layer norm, GELU, softmax
+#
+# Each row is brought to mean 0 and variance 1. Its gradient loses two directions: that of the mean and that of the
+# row itself, along which the result does not change. The softmax subtracts the largest value first, or `exp` would
+# overflow; its backward needs no matrix of [N, N] derivatives.
+
+
+# %%
 def layer_norm(x, p, grads, name):
     """y = w n + b with n = (x - mean) / s, s = sqrt(var + eps); dx = (w dy - mean(w dy) - n mean(w dy n)) / s."""
     spread = np.sqrt(x.var(-1, keepdims=True) + EPS)
@@ -57,6 +83,14 @@ def softmax(x):
     return y, lambda dy: y * (dy - (dy * y).sum(-1, keepdims=True))
 
 
+# %% [markdown]
+# ## Attention
+#
+# Every token asks (q), every token answers (k, v). Scores are divided by the square root of the head's width *before*
+# the softmax: sums of d products have a deviation of sqrt(d), and a softmax of large numbers hardly learns.
+
+
+# %%
 def attention(x, p, grads, name):
     """softmax(q k^T / sqrt(d)) v of every head, between two linear layers."""
     batch, tokens, width = x.shape
@@ -76,6 +110,14 @@ def attention(x, p, grads, name):
     return y, backward
 
 
+# %% [markdown]
+# ## Block and network
+#
+# Each half of a block adds to its input, so that gradients reach the first block undiminished. The class token is one
+# more token that only collects; positions are added, since attention itself does not know where a patch was.
+
+
+# %%
 def block(x, p, grads, name):
     """x + attention(norm(x)), and of that x + MLP(norm(x))."""
     normal, norm1_back = layer_norm(x, p, grads, f"{name}.norm1")
@@ -124,6 +166,13 @@ def patchify(images):
     return squares.reshape(batch, -1, PATCH * PATCH)
 
 
+# %% [markdown]
+# ## Loss and optimizer
+#
+# Softmax and cross entropy together have the simplest gradient there is: probabilities minus the truth.
+
+
+# %%
 def cross_entropy(logits, labels):
     """-log softmax(logits)[label], the mean; d logits = (softmax - one hot) / B."""
     shares, _ = softmax(logits)
@@ -142,16 +191,17 @@ def adam(p, grads, state, step, lr, beta1=0.9, beta2=0.999):
         p[name] -= lr * (m / (1 - beta1**step)) / (np.sqrt(v / (1 - beta2**step)) + 1e-8)
 
 
-def add(grads, name, value):
-    grads[name] = grads.get(name, 0) + value
+# %% [markdown]
+# ## The check
+#
+# In float64, logits and every gradient must be those of PyTorch's autograd through vit's reference.
 
-
+# %%
 digits = load_digits()
 images, labels = (digits.images[:, None] / 8 - 1).astype(np.float32), digits.target
 torch.manual_seed(0)
 model = vit.create("vit_digits", backend="reference", **SIZES)
 
-# In float64, logits and every gradient are those of PyTorch's autograd.
 exact = model.double()
 params = {name: value.detach().numpy().copy() for name, value in exact.named_parameters()}
 for value in params.values():
@@ -168,7 +218,12 @@ print(f"gradients by {worst:.1e} at most")
 assert np.allclose(logits, wanted.detach().numpy(), atol=1e-12)
 assert worst < 1e-12
 
-# Trained on 1,400 digits, in float32.
+# %% [markdown]
+# ## Training
+#
+# 1,400 of the handwritten digits that come with scikit-learn, in float32; the other 397 are the test.
+
+# %%
 torch.manual_seed(0)
 start = vit.create("vit_digits", backend="reference", **SIZES)
 params = {name: value.detach().numpy().copy() for name, value in start.named_parameters()}
@@ -187,3 +242,14 @@ for epoch in range(EPOCHS := 8):
     accuracy = (forward(images[test], params, {})[0].argmax(1) == labels[test]).mean()
     print(f"epoch {epoch}: loss {loss:.3f}, test accuracy {accuracy:.1%}")
 assert accuracy > 0.9
+
+# %% [markdown]
+# What is still wrong: each digit as it was drawn, and what it was taken for.
+
+# %%
+answers = forward(images[test], params, {})[0].argmax(1)
+wrong = test[answers != labels[test]][:16]
+print("taken for", *answers[answers != labels[test]][:16])
+strip = np.concatenate([np.pad(255 - 15 * digits.images[i].astype(np.uint8), 1) for i in wrong], axis=1)
+picture = Image.fromarray(strip).resize((4 * strip.shape[1], 4 * strip.shape[0]), Image.Resampling.NEAREST)
+picture  # noqa: B018 (a notebook shows it)

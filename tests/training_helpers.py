@@ -54,7 +54,7 @@ def terminate() -> None:
 def figures(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "step_ms")} for line in lines]
 
 
 def same_bits(first: Path, second: Path) -> None:

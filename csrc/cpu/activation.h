@@ -3,6 +3,7 @@
 //   gelu       y = x Phi(x)                  Phi(x) = (1 + erf(x / sqrt 2)) / 2
 //   gelu_tanh  y = x (1 + tanh(u)) / 2       u = sqrt(2 / pi) (x + 0.044715 x^3);  (1 + tanh(u)) / 2 = 1 / (1 + e^-2u)
 //   quick_gelu y = x / (1 + e^-cx)           c = 1.702; silu: c = 1
+//   relu       y = max(x, 0)                y' = 0 at 0; NaN stays
 //
 // All are written so that nothing cancels for negative x, where 1 + erf and 1 + tanh lose their digits one by one.
 // T is the type that the result will be rounded to: bfloat16 takes shorter polynomials than float.
@@ -121,6 +122,10 @@ VIT_INLINE Vec<Acc<T>> activate(Vec<Acc<T>> x) {
     case Activation::quick_gelu:
     case Activation::silu:
       return x / (Acc<T>(1) + exp_of_logistic_argument<T, kActivation>(x));
+    case Activation::relu: {
+      const Vec<Acc<T>> zero{};
+      return x <= zero ? zero : x;
+    }
   }
   return x;
 }
@@ -164,6 +169,10 @@ VIT_INLINE Vec<Acc<T>> activation_derivative(Vec<Acc<T>> x) {
       const Vec<A> e = exp_of_logistic_argument<T, kActivation>(x);
       const Vec<A> s = A(1) / (A(1) + e);
       return fma(s * (s * e), factor * x, s);
+    }
+    case Activation::relu: {
+      const Vec<A> zero{};
+      return x <= zero ? zero : broadcast(A(1));
     }
   }
   return x;

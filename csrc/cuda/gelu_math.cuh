@@ -1,6 +1,6 @@
 // Activations and their derivatives on one accumulator. gelu: x Phi(x), Phi the normal distribution function;
 // gelu_tanh: x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3); quick_gelu: x / (1 +
-// exp(-1.702 x)); silu: x / (1 + exp(-x)).
+// exp(-1.702 x)); silu: x / (1 + exp(-x)); relu: max(x, 0), where NaN stays and the derivative at 0 is 0.
 //
 // float32 and float64 use erfc, exp and a division. The 16-bit types use Abramowitz and Stegun 7.1.26 for the tail
 // Phi(-|x|) = t P(t) exp(-x^2 / 2), t = 1 / (1 + 0.2316419 |x|), absolute error 7.5e-8: 14 instructions and two of the
@@ -121,6 +121,8 @@ __device__ inline A activate(Activation activation, A x) {
       return x * logistic_gate<T>(kQuick<A> * x);
     case Activation::silu:
       return x * logistic_gate<T>(x);
+    case Activation::relu:
+      return x <= A(0) ? A(0) : x;  // NaN stays
   }
   return x;
 }
@@ -138,6 +140,8 @@ __device__ inline A activation_derivative(Activation activation, A x) {
       return logistic_derivative<T>(x, kQuick<A>);
     case Activation::silu:
       return logistic_derivative<T>(x, A(1));
+    case Activation::relu:
+      return x <= A(0) ? A(0) : A(1);
   }
   return 1;
 }

@@ -504,11 +504,14 @@ def test_a_bar_on_a_terminal_and_lines_in_a_pipe_or_without_rich(monkeypatch: py
     show = display(stream)
     assert isinstance(show, Bar)
     show.line("before [red]")
-    show.start(1, 4)
-    for _ in range(3):
-        show.step("loss 1.0000")
+    show.start(1, 5, images=64)
     show.epoch({"epoch": 1, "val_accuracy": 0.5}, 2)
+    for _ in range(3):
+        show.step("loss 1.0000  accuracy 62.5 %  lr 1.00e-03")
     show.stop()
     text = stream.getvalue()
     assert "before [red]" in text
-    assert "epoch 1/2  val 50.00 %  loss 1.0000" in text, "80 columns are enough"
+    assert re.search(r"epoch 1/2  val 50\.00 %  loss 1\.0000  accuracy 62\.5 %  [\d,]+ MiB", text), (
+        "80 columns are enough"
+    )
+    assert "images/s" in text

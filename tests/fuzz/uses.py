@@ -226,7 +226,9 @@ def resume(path: Path) -> str:
 
         plt.close("all")
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    figures = [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    figures = [
+        {k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "step_ms")} for line in lines
+    ]
     return digest_of(figures, *((path / f"{name}.safetensors").read_bytes() for name in ("best", "last")))
 
 

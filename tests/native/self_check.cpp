@@ -152,11 +152,13 @@ double activate(Activation activation, double x) {
   if (activation == Activation::none) return x;
   if (activation == Activation::quick_gelu) return x / (1 + std::exp(-1.702 * x));
   if (activation == Activation::silu) return x / (1 + std::exp(-x));
+  if (activation == Activation::relu) return std::max(x, 0.0);
   return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
 }
 
 double slope(Activation activation, double x) {
   if (activation == Activation::none) return 1;
+  if (activation == Activation::relu) return x > 0;
   if (activation == Activation::quick_gelu || activation == Activation::silu) {
     const double c = activation == Activation::silu ? 1 : 1.702, gate = 1 / (1 + std::exp(-c * x));
     return gate + c * x * gate * gate * std::exp(-c * x);
@@ -456,7 +458,7 @@ int main() {
       for (int64_t C : {1, 7, 64, 129}) layer_norm(c, 9, C);
       for (int64_t n : {1, 31, 1000})
         for (Activation activation :
-             {Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu, Activation::silu})
+             {Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu, Activation::silu, Activation::relu})
           gelu(c, n, activation);
       for (int64_t C : {1, 7, 64, 129}) rms_norm(c, 9, C);
       for (int64_t C : {1, 7, 64, 129}) swiglu(c, 9, C);

@@ -62,7 +62,7 @@ def test_halves_and_extremes(backend, device):
     assert torch.equal(y, expected.float())
 
 
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu"])
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_epilogue(backend, device, activation, wide, dtype):

@@ -40,6 +40,7 @@ def agree(ours, theirs, *tensors: Tensor, rtol: float = 1e-5) -> None:
 def test_activations_are_those_of_pytorch(name):
     x = 3 * draw.randn(7, 33)
     agree(lambda x: vit.ops.silu(x, backend=name), F.silu, x)
+    agree(lambda x: vit.ops.relu(x, backend=name), F.relu, torch.cat([x, torch.zeros(1, 33)]))
     agree(lambda x: vit.ops.quick_gelu(x, backend=name), lambda x: x * torch.sigmoid(1.702 * x), x)
     agree(lambda x: vit.ops.quick_gelu(x, backend=name), timm_layers.create_act_layer("quick_gelu"), x)
 
@@ -98,7 +99,7 @@ def test_rotary_keeps_a_wide_table_beside_narrow_heads(name):
     assert_close(got, apply(x, table, 0, False), rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu"])
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])
 def test_a_scale_is_layer_scale(name, activation):
     """LayerScale behind a layer and in front of the sum; every gradient, also of a frozen layer's scale alone."""
     x, w, b, s, r = draw.randn(5, 8), draw.randn(6, 8), draw.randn(6), draw.randn(6), draw.randn(5, 6)
@@ -110,7 +111,8 @@ def test_a_scale_is_layer_scale(name, activation):
     def theirs(x: Tensor, w: Tensor, b: Tensor, s: Tensor, r: Tensor) -> Tensor:
         y = F.linear(x, w, b)
         if activation is not None:
-            curves = {"gelu": F.gelu, "silu": F.silu, "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y)}
+            curves = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+            curves["quick_gelu"] = lambda y: y * torch.sigmoid(1.702 * y)
             y = curves.get(activation, lambda y: F.gelu(y, approximate="tanh"))(y)
         return y * s + r
 

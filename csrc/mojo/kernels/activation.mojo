@@ -3,11 +3,12 @@
     gelu        y = x Phi(x)                 Phi(x) = (1 + erf(x / sqrt 2)) / 2
     gelu_tanh   y = x (1 + tanh(u)) / 2      u = sqrt(2 / pi) (x + 0.044715 x^3);  (1 + tanh(u)) / 2 = 1 / (1 + e^-2u)
     quick_gelu  y = x / (1 + e^-cx)          c = 1.702; silu: c = 1
+    relu        y = max(x, 0)                y' = 0 at 0; NaN stays
 
 All are written so that nothing cancels for negative x. Constants and formulas are those of csrc/cpu/activation.h.
 """
 
-from .contract import GELU, GELU_TANH, QUICK_GELU, SILU
+from .contract import GELU, GELU_TANH, QUICK_GELU, RELU, SILU
 from .functions import LOG2_E, Layout, at_least, at_most, exp2, exp_of_sum, polynomial, quotient
 from .simd import Accumulator, Vector, fma
 
@@ -99,6 +100,8 @@ def activate[activation: Int, T: DType](x: Vector[Accumulator[T]]) -> Vector[Acc
         return x / (Scalar[A](1) + exp_of_tanh_argument[T](x))
     elif activation == QUICK_GELU or activation == SILU:
         return x / (Scalar[A](1) + exp_of_logistic_argument[activation, T](x))
+    elif activation == RELU:
+        return x.le(Vector[A](0)).select(Vector[A](0), x)
     else:
         return x
 
@@ -129,5 +132,7 @@ def activate_grad[activation: Int, T: DType](x: Vector[Accumulator[T]]) -> Vecto
         var e = exp_of_logistic_argument[activation, T](inside)
         var s = Scalar[A](1) / (Scalar[A](1) + e)
         return fma(s * (s * e), factor * inside, s)
+    elif activation == RELU:
+        return x.le(V(0)).select(V(0), V(1))
     else:
         return V(1)

@@ -16,6 +16,7 @@ comptime GELU = 1
 comptime GELU_TANH = 2
 comptime QUICK_GELU = 3
 comptime SILU = 4
+comptime RELU = 5
 
 # vit::Pairing
 comptime INTERLEAVED = 0

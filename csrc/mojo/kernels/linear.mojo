@@ -11,7 +11,7 @@ bias and scale in one pass over dy; each block of rows leaves its own partial su
 from std.sys import size_of
 
 from .activation import activate, activate_grad
-from .contract import NONE, SILU, Elements, LinearBwd, LinearFwd, elements, optional
+from .contract import NONE, RELU, Elements, LinearBwd, LinearFwd, elements, optional
 from .gemm import ask_rows, gemm, partial_bytes, store_to
 from .pack import COUNT_ONLY, Arena, Matrix, Right, packed_b_bytes, prepare_a, prepared_a_bytes, spread_bytes
 from .rows import add_blocks, cleared
@@ -46,7 +46,7 @@ struct Finish[T: DType, O: DType](Epilogue):
 
     @no_inline
     def store[A: DType](self, tile: Tile[A]):
-        comptime for activation in range(NONE, SILU + 1):
+        comptime for activation in range(NONE, RELU + 1):
             if self.activation == activation:
                 self.rows[activation](tile)
 
@@ -221,7 +221,7 @@ def backward[T: DType, P: DType, O: DType](p: LinearBwd):
     if p.dscale:
         dscale = sums_of_scale
     if made or dbias or dscale:
-        comptime for activation in range(NONE, SILU + 1):
+        comptime for activation in range(NONE, RELU + 1):
             if Int(p.activation) == activation:
                 var task = MakeDz[T, O, activation](
                     elements[O](p.dy),

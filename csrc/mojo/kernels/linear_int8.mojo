@@ -10,7 +10,7 @@ from std.memory import bitcast
 from std.sys import size_of
 
 from .activation import activate
-from .contract import NONE, SILU, Elements, LinearInt8, elements, optional
+from .contract import NONE, RELU, Elements, LinearInt8, elements, optional
 from .gemm import ask_rows, gemm
 from .pack import COUNT_ONLY, Arena, Left, Matrix, Right, packed_b_bytes, row_words
 from .functions import Layout
@@ -129,7 +129,7 @@ struct Finish[O: DType](Epilogue):
 
     @no_inline
     def store[A: DType](self, tile: Tile[A]):
-        comptime for activation in range(NONE, SILU + 1):
+        comptime for activation in range(NONE, RELU + 1):
             if self.activation == activation:
                 self.rows[activation](tile)
 

@@ -4,6 +4,7 @@
 //              positive coefficients only (nothing cancels), relative error 7e-9; float64 uses erfc.
 //   gelu_tanh  y = x / (1 + e^-2u)       u = sqrt(2 / pi) (x + 0.044715 x^3)
 //   quick_gelu y = x / (1 + e^-cx)       c = 1.702; silu: c = 1
+//   relu       y = max(x, 0)            y' = 0 at 0; NaN stays
 //
 // Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
 #pragma once
@@ -98,6 +99,8 @@ VIT_INLINE A activate(Activation activation, A x) {
       return times_logistic(x, A(1.702) * x);
     case Activation::silu:
       return times_logistic(x, x);
+    case Activation::relu:
+      return x <= A(0) ? A(0) : x;
   }
   return x;
 }
@@ -115,6 +118,8 @@ VIT_INLINE A activation_derivative(Activation activation, A x) {
       return logistic_derivative(x, A(1.702));
     case Activation::silu:
       return logistic_derivative(x, A(1));
+    case Activation::relu:
+      return x <= A(0) ? A(0) : A(1);
   }
   return A(1);
 }

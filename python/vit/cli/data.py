@@ -18,14 +18,20 @@ from ..support.files import to_json, write_text
 from ..support.text import printable
 from .arguments import count, new_file, positive
 
-HELP = "index: check a data set once and remember it; profile: its statistics and the pace of the loader"
+HELP = (
+    "check a data set once and remember it (index), its statistics and pace (profile), get a published one (download)"
+)
 
 SHOWN = 10  # unusable files that are named without --json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("index", "profile"), help="what is done with the data")
-    parser.add_argument("data", metavar="DATA", help="a data set, as vit train --data takes it")
+    parser.add_argument("what", choices=("index", "profile", "download"), help="what is done with the data")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="a data set, as vit train --data takes it; of download mnist, fashion_mnist, kmnist, cifar10 or cifar100",
+    )
     index = parser.add_argument_group("index")
     index.add_argument("--labels", metavar="FILE", type=new_file, help="write image,label,split of the usable images")
     index.add_argument("--fresh", action="store_true", help="check every file anew, whatever an index says")
@@ -45,11 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the model, too, forward and backward: how long does it wait for images?",
     )
+    download = parser.add_argument_group("download")
+    download.add_argument("--out", metavar="FOLDER", default="data", help="where it goes (default: %(default)s)")
+    download.add_argument(
+        "--offline", action="store_true", help="only compare the files that are there with the published checksums"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    return _index(args) if args.what == "index" else _profile(args)
+    return {"index": _index, "profile": _profile, "download": _download}[args.what](args)
 
 
 # ---- index ----
@@ -148,6 +159,22 @@ def _show_index(found: dict[str, Any]) -> None:
     if found["index"]:
         known = f"{found['checked']:,} files checked, {found['cached']:,} known before"
         print(f"  index {printable(found['index'])}: {known}")
+
+
+# ---- download ----
+
+
+def _download(args: argparse.Namespace) -> int:
+    from ..data.download import download
+
+    found = download(args.data, args.out, args.offline)
+    if args.json:
+        about = {"name": found.name, "data": str(found.data), "files": list(found.files), "downloaded": found.fetched}
+        print(to_json(about))
+        return 0
+    how = "downloaded" if found.fetched else "there already"
+    print(f"{found.name}: {how}, {len(found.files)} files as published; next: vit train --data {found.data}")
+    return 0
 
 
 # ---- profile ----

@@ -16,6 +16,7 @@ from ..training.config import (
     CHOICES,
     FIELDS,
     RANGES,
+    WORDS,
     TrainConfig,
     convert,
     flag,
@@ -165,7 +166,7 @@ def add_options(parser: argparse._ActionsContainer) -> None:
         kind: Any = next(k for k in kinds if k is not type(None))
         parser.add_argument(
             flag(name),
-            type=_checked(name, _threads if name == "threads" else kind),
+            type=_checked(name, _or_word(WORDS[name]) if name in WORDS else kind),
             default=argparse.SUPPRESS,
             choices=CHOICES.get(name),
             metavar=None if name in CHOICES else name.upper(),
@@ -186,11 +187,16 @@ def _checked(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
-def _threads(text: str) -> int | str:
-    try:
-        return text if text == AUTO else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number or {AUTO}, got {text!r}") from None
+def _or_word(word: str) -> Callable[[str], int | str]:
+    """A whole number, or a word."""
+
+    def read(text: str) -> int | str:
+        try:
+            return text if text == word else int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number or {word}, got {text!r}") from None
+
+    return read
 
 
 def _default_text(name: str) -> str:

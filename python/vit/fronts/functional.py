@@ -30,12 +30,17 @@ OP_OF = {
     "rms_norm": "rms_norm",
     "gelu": "gelu",
     "silu": "gelu",
+    "relu": "gelu",
     "scaled_dot_product_attention": "attention",
 }
 
 
 def _silu(ops: Any, input: Tensor, inplace: bool = False) -> Tensor | None:
     return ops.gelu(input, "silu") if not inplace and runs(ops.gelu, input) else None
+
+
+def _relu(ops: Any, input: Tensor, inplace: bool = False) -> Tensor | None:
+    return ops.gelu(input, "relu") if not inplace and runs(ops.gelu, input) else None
 
 
 def _rms_norm(ops: Any, input: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
@@ -48,7 +53,7 @@ def _quick_gelu(ops: Any, input: Tensor, inplace: bool = False) -> Tensor | None
     return ops.gelu(input, "quick") if not inplace and runs(ops.gelu, input) else None
 
 
-_PLANNED: dict[Any, Callable[..., Tensor | None]] = {**PLANNED, F.silu: _silu, F.rms_norm: _rms_norm}
+_PLANNED: dict[Any, Callable[..., Tensor | None]] = {**PLANNED, F.silu: _silu, F.relu: _relu, F.rms_norm: _rms_norm}
 
 
 def candidates(backend: str) -> list[NativeBackend]:

@@ -61,7 +61,8 @@ def activation_of(module: nn.Module) -> str | None:
             return _gelu_of(getattr(module, "act", None))
         others = {"QuickGELUActivation": "quick_gelu", "NewGELUActivation": "gelu_tanh", "SiLUActivation": "silu"}
         return others.get(name)
-    return "silu" if kind is nn.SiLU and not module.inplace else None
+    name = {nn.SiLU: "silu", nn.ReLU: "relu"}.get(kind)
+    return None if name is None or module.inplace else name
 
 
 def _gelu_of(function: Any) -> str | None:

@@ -77,6 +77,13 @@ def pooling(global_pool: str, class_token: bool, fc_norm: bool | None = None) ->
         raise ValueError(f"vit: fc_norm must be True, False or None, got {fc_norm!r}")
 
 
+def absent(kind: str, **values: object) -> None:
+    """Options that a kind of model does not have: each must be 0 or None."""
+    for name, value in values.items():
+        if value:
+            raise ValueError(f"vit: {name}={value!r} is an option of VisionTransformer; {kind} does not have it")
+
+
 def mlp_width(embed_dim: int, num_heads: int, mlp_ratio: float) -> int:
     """int(embed_dim * mlp_ratio), from 1; the heads divide embed_dim."""
     number(0.0, mlp_ratio=mlp_ratio)

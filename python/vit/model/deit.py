@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .torch_layers import call
 from .vision_transformer import VisionTransformer
 
@@ -32,8 +33,9 @@ class VisionTransformerDistilled(VisionTransformer):
         self.dist_token = nn.Parameter(torch.empty(1, 1, o.embed_dim, **factory))
 
     def _build_head(self, factory: dict[str, Any]) -> None:
-        super()._build_head(factory)
         o = self.options
+        checks.absent("VisionTransformerDistilled", representation_size=o.representation_size)
+        super()._build_head(factory)
         self.head_dist: nn.Module = nn.Identity()
         if o.num_classes:
             self.head_dist = nn.Linear(o.embed_dim, o.num_classes, **factory)

@@ -43,6 +43,7 @@ class EvaOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        checks.absent("Eva", representation_size=self.representation_size)
         checks.choice(attn_type=(self.attn_type, ATTENTIONS), rope_type=(self.rope_type, ROPES))
         checks.choice(rope_grid_indexing=(self.rope_grid_indexing, INDEXING))
         checks.choice(pos_embed=(self.pos_embed, ("learned", "none")))

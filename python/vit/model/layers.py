@@ -101,9 +101,12 @@ class PatchEmbed(CallsOps, nn.Module):
     is computed. `layout` only says how the weight is kept: "conv" [dim, C, P, Q] as timm does, "linear" [dim,
     C * P * Q]; a state dict of either loads into both.
 
-    Raises ValueError for an image side that is not a multiple of the patch, unless `dynamic_pad`: then the
-    bottom and the right edge are padded with zeros; or `drop_edge`: then pixels beyond the last whole patch are not
-    read. `dynamic_size` takes images of any such size, and returns [B, grid height, grid width, dim] as timm does.
+    `stride`: pixels from one patch to the next, by default the patch's side; with a smaller one patches overlap, and
+    their grid has (side - patch) // stride + 1 rows or columns.
+
+    Raises ValueError for an image side that patches do not fill, unless `dynamic_pad`: then the bottom and the right
+    edge are padded with zeros; or `drop_edge`: then pixels beyond the last whole patch are not read. `dynamic_size`
+    takes images of any such size, and returns [B, grid height, grid width, dim] as timm does.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class PatchEmbed(CallsOps, nn.Module):
         *,
         dynamic_size: bool = False,
         drop_edge: bool = False,
+        stride: tuple[int, int] | None = None,
         bias: bool = True,
         norm: nn.Module | None = None,
         **factory: Any,
@@ -130,6 +134,7 @@ class PatchEmbed(CallsOps, nn.Module):
             raise ValueError(f"vit: patch_embed={layout!r} is not one of {', '.join(PATCH_LAYOUTS)}")
         self.layout = layout
         self.patch_size = patch_size
+        self.stride = stride or patch_size
         self.set_image_size(img_size)
         self.proj = self._projection(dim, bias, **factory)
         self.norm = nn.Identity() if norm is None else norm
@@ -137,8 +142,8 @@ class PatchEmbed(CallsOps, nn.Module):
     def _projection(self, dim: int, bias: bool, **factory: Any) -> nn.Conv2d | nn.Linear:
         if self.layout == "linear":
             return nn.Linear(self.patch_values, dim, bias, **factory)
-        size = self.patch_size
-        return nn.Conv2d(self.in_chans, dim, kernel_size=size, stride=size, bias=bias, **factory)
+        size, stride = self.patch_size, self.stride
+        return nn.Conv2d(self.in_chans, dim, kernel_size=size, stride=stride, bias=bias, **factory)
 
     @property
     def dynamic_pad(self) -> bool:
@@ -155,18 +160,26 @@ class PatchEmbed(CallsOps, nn.Module):
         grid = self._grid(*img_size)
         if self.dynamic_img_size and self.dynamic_img_pad:
             # timm's positions are those of whole patches, and are resampled to the grid of each padded image.
-            grid = max(1, img_size[0] // self.patch_size[0]), max(1, img_size[1] // self.patch_size[1])
+            sizes = zip(img_size, self.patch_size, self.stride, strict=True)
+            rows, columns = (max(1, (side - patch) // step + 1) for side, patch, step in sizes)
+            grid = rows, columns
         self.img_size, self.grid_size, self.num_patches = img_size, grid, grid[0] * grid[1]
 
     @torch.no_grad()
     def set_patch_size(self, patch_size: tuple[int, int]) -> None:
-        """Cuts patches of another size from now on; the projection is resampled to them."""
+        """Cuts patches of another size from now on; the projection is resampled to them.
+
+        Raises ValueError where they overlap.
+        """
+        if self.stride != self.patch_size and patch_size != self.patch_size:
+            raise ValueError(f"vit: patches {self.stride} pixels apart stay {self.patch_size}; create the model anew")
         old, size, made = self.proj, self.patch_size, (self.img_size, self.grid_size, self.num_patches)
-        self.patch_size = patch_size
+        apart = self.stride
+        self.patch_size, self.stride = patch_size, patch_size if apart == size else apart
         try:
             self.set_image_size(self.img_size)
         except ValueError:
-            self.patch_size = size
+            self.patch_size, self.stride = size, apart
             self.img_size, self.grid_size, self.num_patches = made
             raise
         weight = old.weight.reshape(len(old.weight), self.in_chans, *size)
@@ -181,12 +194,14 @@ class PatchEmbed(CallsOps, nn.Module):
         if isinstance(images, Tensor):  # a tracer's stand-in has no sizes to look at
             self._check(images)
             height, width = images.shape[-2:]
-            patch_h, patch_w = self.patch_size
-            pad_h, pad_w = -height % patch_h, -width % patch_w
+            (patch_h, patch_w), (step_h, step_w) = self.patch_size, self.stride
+            pad_h = patch_h - height if height < patch_h else (patch_h - height) % step_h
+            pad_w = patch_w - width if width < patch_w else (patch_w - width) % step_w
             if (pad_h or pad_w) and self.dynamic_img_pad:
                 images = F.pad(images, (0, pad_w, 0, pad_h))
             elif pad_h or pad_w:  # drop_edge: _check refuses the rest
-                images = images[..., : height // patch_h * patch_h, : width // patch_w * patch_w]
+                high, wide = (height - patch_h) // step_h * step_h, (width - patch_w) // step_w * step_w
+                images = images[..., : high + patch_h, : wide + patch_w]
         patches = self._project(images)
         if self.dynamic_img_size:
             patches = patches.unflatten(1, self.grid_of(images))
@@ -204,32 +219,40 @@ class PatchEmbed(CallsOps, nn.Module):
         """[B, C, H, W] -> [B, N, dim], the projection called as timm calls it unless nobody would notice."""
         ops, proj = self.ops, self.proj
         if self.layout == "linear":
-            return call(ops, proj, patchify(images, self.patch_size, ops.movement.contiguous))
+            return call(ops, proj, patchify(images, self.patch_size, ops.movement.contiguous, self.stride))
         if isinstance(images, Tensor) and untouched(proj, nn.Conv2d) and self.cuts_patches(proj):
             weight, bias = proj.weight, proj.bias
             if plain((images, weight, bias)):
-                return ops.linear(patchify(images, self.patch_size, ops.movement.contiguous), weight.flatten(1), bias)
+                patches = patchify(images, self.patch_size, ops.movement.contiguous, self.stride)
+                return ops.linear(patches, weight.flatten(1), bias)
         return call(ops, proj, images).flatten(2).transpose(1, 2)
 
     def cuts_patches(self, proj: Any) -> bool:
         """Whether a convolution is the product with this module's patches."""
         arguments = proj.stride, proj.padding, proj.dilation, proj.groups
-        return is_patch_projection(proj.kernel_size, *arguments) and proj.kernel_size == self.patch_size
+        return is_patch_projection(proj.kernel_size, *arguments, self.stride) and proj.kernel_size == self.patch_size
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        patch_h, patch_w = self.patch_size
+        (patch_h, patch_w), (step_h, step_w) = self.patch_size, self.stride
         if height < 1 or width < 1:  # of images; the model's own size has been checked
             raise ValueError(f"vit: the image size {height} x {width} is empty")
         if self.dynamic_img_pad:
-            return -(-height // patch_h), -(-width // patch_w)
-        fits = not (height % patch_h or width % patch_w)
-        if not fits and not (self.drop_edge and height >= patch_h and width >= patch_w):
+            return max(0, -(-(height - patch_h) // step_h)) + 1, max(0, -(-(width - patch_w) // step_w)) + 1
+        whole = height >= patch_h and width >= patch_w
+        fits = whole and not ((height - patch_h) % step_h or (width - patch_w) % step_w)
+        if not fits and not (self.drop_edge and whole):
+            apart = "" if self.stride == self.patch_size else f", {step_h} x {step_w} apart,"
+            what = (
+                f"is not filled by patches of {patch_h} x {patch_w}{apart}"
+                if apart
+                else (f"is no multiple of the patch size {patch_h} x {patch_w}")
+            )
             raise ValueError(
-                f"vit: the image size {height} x {width} is no multiple of the patch size {patch_h} x {patch_w}; "
+                f"vit: the image size {height} x {width} {what}; "
                 "choose another img_size or patch_size, or dynamic_img_pad=True (dynamic_pad=True) to pad the bottom "
                 "and right edges"
             )
-        return height // patch_h, width // patch_w
+        return (height - patch_h) // step_h + 1, (width - patch_w) // step_w + 1
 
     def _check(self, images: Tensor) -> None:
         height, width = self.img_size

@@ -115,4 +115,4 @@ def _inner_norm(options: Options, dim: int, **factory: Any) -> nn.Module:
 
 
 MLPS: dict[str, type[nn.Module]] = {"mlp": Mlp, "swiglu_packed": GluMlp, "swiglu": SwiGLU}
-know(Mlp, GluMlp, SwiGLU, nn.SiLU, nn.RMSNorm)
+know(Mlp, GluMlp, SwiGLU, nn.SiLU, nn.ReLU, nn.RMSNorm)

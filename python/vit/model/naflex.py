@@ -35,6 +35,7 @@ class NaFlexOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        checks.absent("NaFlexVit", patch_stride=self.patch_stride, representation_size=self.representation_size)
         checks.sides("pos_embed_grid_size", self.pos_embed_grid_size)
         checks.choice(pos_embed=(self.pos_embed, ("learned", "none")))
         if not self.no_embed_class:

@@ -11,8 +11,8 @@ from typing import Any
 from . import checks, init
 
 POOLS = ("token", "avg", "avgmax", "max", "map", "")
-POSITIONS = ("learned", "sincos2d", "none")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
+POSITIONS = ("learned", "sincos2d", "sincos1d", "none")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
 NORMS = ("layernorm", "rmsnorm")
 MLPS = ("mlp", "swiglu_packed", "swiglu")
 #: How positions get another grid: interpolation, antialiasing, corners.
@@ -21,9 +21,13 @@ RESIZES = ("bicubic-aa", "bicubic", "bilinear-aa", "bilinear", "bilinear-corners
 #: timm's spelling of a value, or the name of the class that timm takes in its place -> ours.
 _SPELLINGS: dict[str, dict[Any, Any]] = {
     "pos_embed": {"learn": "learned", "": "none", True: "learned", False: "none"},
-    "act_layer": {None: "gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"},
+    "act_layer": {
+        **{None: "gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"},
+        **{"SiLU": "silu", "ReLU": "relu"},
+    },
     "norm_layer": {None: "layernorm", "LayerNorm": "layernorm", "RMSNorm": "rmsnorm", "RmsNorm": "rmsnorm"},
     "embed_norm_layer": {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm", "RmsNorm": "rmsnorm"},
+    "representation_size": {None: 0},
     "mlp_layer": {None: "mlp", "Mlp": "mlp", "GluMlp": "swiglu_packed", "SwiGLU": "swiglu"},
 }
 for _name in ("layer_norm", "LayerNorm"):
@@ -78,6 +82,8 @@ class Options:
     mlp_layer: str = "mlp"
     drop_edge: bool = False
     pos_resize: str | None = None
+    patch_stride: Any = None
+    representation_size: int = 0
 
     def __post_init__(self) -> None:
         checks.choice(global_pool=(self.global_pool, POOLS), pos_embed=(self.pos_embed, POSITIONS))
@@ -91,7 +97,9 @@ class Options:
         checks.number(0.0, norm_eps=self.norm_eps)
         checks.rate(**{f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_rate")})
         checks.classes(self.num_classes)
-        checks.count(reg_tokens=self.reg_tokens)
+        checks.count(reg_tokens=self.reg_tokens, representation_size=self.representation_size)
+        if self.patch_stride is not None:
+            checks.sides("patch_stride", self.patch_stride)
         checks.pooling(self.global_pool, self.class_token, self.fc_norm)
         checks.switches(**{f.name: getattr(self, f.name) for f in fields(self) if f.type == "bool"})
         if self.init_values is not None:

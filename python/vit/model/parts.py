@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import QuickGELU
+from .checks import sides
+from .layers import PatchEmbed, QuickGELU
+from .options import Options
 from .torch_layers import layer_norm, rms_norm, untouched
 
 NORM_CLASSES: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 NORM_KINDS = (nn.LayerNorm, nn.RMSNorm)
-ACTIVATION_KINDS = (nn.GELU, QuickGELU, nn.SiLU)
+ACTIVATION_KINDS = (nn.GELU, QuickGELU, nn.SiLU, nn.ReLU)
 
 
 def make_norm(kind: str, dim: int, eps: float, **factory: Any) -> nn.Module:
@@ -21,11 +24,38 @@ def make_norm(kind: str, dim: int, eps: float, **factory: Any) -> nn.Module:
     return NORM_CLASSES[kind](dim, eps, **factory)
 
 
+def make_patch_embed(o: Options, **factory: Any) -> PatchEmbed:
+    """The patch embedding of these options."""
+    norm = None
+    if o.embed_norm_layer is not None:
+        norm = make_norm(o.embed_norm_layer, o.embed_dim, o.norm_eps, **factory)
+    return PatchEmbed(
+        sides("img_size", o.img_size),
+        sides("patch_size", o.patch_size),
+        o.in_chans,
+        o.embed_dim,
+        o.patch_embed,
+        o.dynamic_img_pad,
+        dynamic_size=o.dynamic_img_size,
+        drop_edge=o.drop_edge,
+        stride=None if o.patch_stride is None else sides("patch_stride", o.patch_stride),
+        bias=not o.pre_norm,  # the norm behind it has one, as in CLIP
+        norm=norm,
+        **factory,
+    )
+
+
+def make_representation(o: Options, **factory: Any) -> nn.Module:
+    """tanh(fc(x)) before the head: [B, C] -> [B, representation_size]."""
+    layers = {"fc": nn.Linear(o.embed_dim, o.representation_size, **factory), "act": nn.Tanh()}
+    return nn.Sequential(OrderedDict(layers))
+
+
 def make_activation(name: str) -> nn.Module:
     """An activation by its name in Options."""
     if name.startswith("gelu"):
         return nn.GELU(approximate="tanh" if name == "gelu_tanh" else "none")
-    return QuickGELU() if name == "quick_gelu" else nn.SiLU()
+    return {"quick_gelu": QuickGELU, "silu": nn.SiLU, "relu": nn.ReLU}[name]()
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -37,9 +67,8 @@ def activation_of(module: nn.Module) -> str | None:
     """The name in Options of an activation, by its class."""
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    if type(module) is QuickGELU:
-        return "quick_gelu"
-    return "silu" if type(module) is nn.SiLU else None
+    kinds: dict[type[nn.Module], str] = {QuickGELU: "quick_gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
+    return kinds.get(type(module))
 
 
 def norm(ops: Any, module: nn.Module, x: Tensor) -> Tensor:
@@ -53,6 +82,8 @@ def activate(ops: Any, name: str, x: Tensor) -> Tensor:
     """The activation of that name."""
     if name.startswith("gelu"):
         return ops.gelu(x, "tanh" if name == "gelu_tanh" else "none")
+    if name == "relu":
+        return F.relu(x)
     return x * torch.sigmoid(1.702 * x) if name == "quick_gelu" else F.silu(x)
 
 

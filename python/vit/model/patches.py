@@ -10,15 +10,26 @@ from .checks import sides
 
 
 def patchify(
-    images: Tensor, patch_size: int | tuple[int, int], copy: Callable[[Tensor], Tensor] = Tensor.contiguous
+    images: Tensor,
+    patch_size: int | tuple[int, int],
+    copy: Callable[[Tensor], Tensor] = Tensor.contiguous,
+    stride: int | tuple[int, int] | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] -> patches [B, N, C * P * Q] in reading order, each patch in the order [C, P, Q].
 
-    `copy` makes a view contiguous.
-    Raises ValueError when H or W is not a multiple of the patch.
+    `copy` makes a view contiguous. stride: pixels from one patch to the next, where that is not the patch's side; then
+    N = ((H - P) // stride + 1) ((W - Q) // stride + 1).
+    Raises ValueError when H or W is not a multiple of the patch, or with a stride smaller than it.
     """
     P, Q = sides("patch_size", patch_size)
     B, C, H, W = images.shape
+    step = (P, Q) if stride is None else sides("stride", stride)
+    if step != (P, Q):
+        if H < P or W < Q:
+            raise ValueError(f"vit: patchify: images of {H} x {W} are smaller than the patch size {P} x {Q}")
+        x = images.unfold(2, P, step[0]).unfold(3, Q, step[1])  # [B, C, gh, gw, P, Q]
+        x = copy(x.permute(0, 2, 3, 1, 4, 5))
+        return x.view(B, x.shape[1] * x.shape[2], C * P * Q)
     if H % P or W % Q:
         raise ValueError(f"vit: patchify: images of {H} x {W} are not a multiple of the patch size {P} x {Q}")
     x = images.reshape(B, C, H // P, P, W // Q, Q)

@@ -1,4 +1,4 @@
-"""Position embeddings: the fixed 2-D sine table and the resampling of learned ones to another grid."""
+"""Position embeddings: the fixed sine tables and the resampling of learned ones to another grid."""
 
 from __future__ import annotations
 
@@ -29,6 +29,27 @@ def sincos2d(grid: tuple[int, int], dim: int, prefix_tokens: int = 0, temperatur
     x = x[None, :, :].expand(height, width, quarter)
     table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1).reshape(1, height * width, dim)
     return F.pad(table, (0, 0, prefix_tokens, 0)).float()
+
+
+def sincos1d(grid: tuple[int, int], dim: int, prefix_tokens: int = 0, temperature: float = 10000.0) -> Tensor:
+    """The fixed table of "Attention Is All You Need" (arXiv:1706.03762), over the patches in reading order:
+    [1, prefix_tokens + gh * gw, dim] float32.
+
+    With f_k = temperature^(-2 k / dim) for k = 0 .. dim/2 - 1, the row of patch n has sin(n f_k) at 2 k and cos(n f_k)
+    at 2 k + 1. Prefix tokens have no place in the image: zeros.
+
+    Raises ValueError for an odd dim.
+    """
+    if dim % 2:
+        raise ValueError(f"vit: pos_embed='sincos1d' needs an even embed_dim, got {dim}")
+    frequency = temperature ** (-2 * torch.arange(dim // 2, dtype=torch.float64, device="cpu") / dim)
+    place = torch.arange(grid[0] * grid[1], dtype=torch.float64, device="cpu")[:, None] * frequency  # [N, dim/2]
+    table = torch.stack([place.sin(), place.cos()], dim=-1).reshape(1, -1, dim)
+    return F.pad(table, (0, 0, prefix_tokens, 0)).float()
+
+
+#: pos_embed -> the table that it stands for, by grid, width and number of prefix tokens.
+FIXED = {"sincos1d": sincos1d, "sincos2d": sincos2d}
 
 
 def resample(

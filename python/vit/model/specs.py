@@ -114,8 +114,10 @@ class Asking:
         pooled: tuple[int | str, ...] = ("*", self.tokens) if model.global_pool == "" else ("*",)
         if o.norm_after_pool and o.final_norm:
             self.norm(o.norm_layer, pooled, C)
+        if o.representation_size:
+            self.linear(pooled, C, o.representation_size)
         if model.num_classes:
-            self.linear(pooled, C, model.num_classes)
+            self.linear(pooled, o.representation_size or C, model.num_classes)
 
     def attention_pool(self, o: Options, count: int) -> None:
         """The pooling by attention over `count` tokens."""

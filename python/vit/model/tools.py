@@ -8,7 +8,7 @@ from torch import nn
 
 from . import checks, init
 from .options import POOLS
-from .pos_embed import resample, sincos2d
+from .pos_embed import FIXED, resample
 
 
 class TimmTools:
@@ -83,7 +83,7 @@ class TimmTools:
         """A newly initialised linear layer for num_classes, or an Identity."""
         if not self.num_classes:
             return nn.Identity().train(self.training)
-        head = nn.Linear(self.embed_dim, self.num_classes, device=self.device, dtype=self.dtype)
+        head = nn.Linear(self.head_hidden_size, self.num_classes, device=self.device, dtype=self.dtype)
         init.init_linear(head, name, self.weight_init, self.num_classes, init.Draws())
         return head.train(self.training)
 
@@ -111,7 +111,8 @@ class TimmTools:
             table = resample(self.pos_embed.detach(), embed.grid_size, old, prefix, self.options.pos_resize)
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         elif embed.grid_size != old and self.pos_embed is not None:
-            self.pos_embed = sincos2d(embed.grid_size, self.embed_dim, prefix).to(self.pos_embed)
+            fixed = FIXED[self.options.pos_embed](embed.grid_size, self.embed_dim, prefix)
+            self.pos_embed = fixed.to(self.pos_embed)
         self.preprocess = type(self.preprocess)(**self.preprocess.to_dict() | {"img_size": embed.img_size})
         self.replan()
 

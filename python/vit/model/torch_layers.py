@@ -294,10 +294,13 @@ def _plan_attention(
     return op(q, k, v, scale=scale).transpose(1, 2)
 
 
-def is_patch_projection(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
-    """Whether these are the arguments of a convolution that reads each pixel once."""
+def is_patch_projection(
+    kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int, step: tuple[int, int] | None = None
+) -> bool:
+    """Whether these are the arguments of a convolution that reads each pixel once. step: instead, of one that reads
+    whole patches so many pixels apart."""
     return (
-        tuple(stride if isinstance(stride, (tuple, list)) else (stride,) * 2) == kernel
+        tuple(stride if isinstance(stride, (tuple, list)) else (stride,) * 2) == (step or kernel)
         and padding in (0, (0, 0), "valid")
         and dilation in (1, (1, 1))
         and groups == 1

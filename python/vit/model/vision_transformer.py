@@ -22,15 +22,14 @@ from ..backends import BackendError, Spec
 from ..preprocess import Preprocess
 from . import init
 from .blocks import Block
-from .checks import sides
 from .features import Intermediates
 from .layers import PatchDropout, PatchEmbed
 from .options import DEFAULTS, POOLS, POSITIONS, Options, signature_of, spelled
 from .packed import Packs
-from .parts import NORM_KINDS, make_norm
+from .parts import NORM_KINDS, make_norm, make_patch_embed, make_representation
 from .planned import CallsOps, HasBuffers, Planned
 from .pool import AttentionPoolLatent
-from .pos_embed import resample, sincos2d
+from .pos_embed import FIXED, resample
 from .specs import specs_of
 from .tools import TimmTools
 from .torch_layers import call, know, untouched
@@ -53,17 +52,19 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
     images of any size that can be cut, and resamples the positions to it.
 
     Tokens: class_token, then reg_tokens registers, then patches; no_embed_class leaves positions to the patches.
-    pos_embed "learned", "sincos2d" (fixed) or "none"; pos_resize: how they get another grid, None for timm's rule.
-    patch_embed "conv" or "linear": how the projection's weight is kept.
+    pos_embed "learned", "sincos2d", "sincos1d" (both fixed) or "none"; pos_resize: how they get another grid, None for
+    timm's rule. patch_embed "conv" or "linear": how the projection's weight is kept. patch_stride: pixels from one
+    patch to the next, None for the patch's side; with a smaller one patches overlap.
 
-    Blocks: act_layer "gelu" (erf), "gelu_tanh", "quick_gelu" or "silu"; mlp_layer "mlp", "swiglu_packed" or "swiglu"
-    (gated by act_layer); norm_layer "layernorm" or "rmsnorm", with norm_eps; init_values: LayerScale, from that value;
-    qk_norm, scale_attn_norm, scale_mlp_norm: further norms; qkv_bias, proj_bias; pre_norm: a norm before the blocks,
+    Blocks: act_layer "gelu" (erf), "gelu_tanh", "quick_gelu", "silu" or "relu"; mlp_layer "mlp", "swiglu_packed" or
+    "swiglu" (gated by act_layer); norm_layer "layernorm" or "rmsnorm", with norm_eps; init_values: LayerScale, from
+    that value; qk_norm, scale_attn_norm, scale_mlp_norm: more norms; qkv_bias, proj_bias; pre_norm: one before blocks,
     and no bias of the patches; embed_norm_layer: one in the patch embedding.
 
     Head: global_pool "token" reads the class token, "avg", "max" and "avgmax" the patches (and what stands before them
     with pool_include_prefix), "map" pools by attention, "" returns all tokens. final_norm: whether there is a last
     norm. fc_norm: whether it comes after the pooling; None: where that is "avg", "max" or "avgmax".
+    representation_size: 0, or the width of a linear layer with a tanh (`pre_logits`) between pooling and head.
 
     Regularisation, in training mode only: drop_rate before the head, pos_drop_rate after the position embedding,
     patch_drop_rate of whole patches, proj_drop_rate after each projection and in the MLP, attn_drop_rate on attention
@@ -108,7 +109,8 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         self.options = o = self.Options(**arch)
         self.name, self.backend = name, backend
         self.num_classes = o.num_classes
-        self.embed_dim = self.num_features = self.head_hidden_size = o.embed_dim
+        self.embed_dim = self.num_features = o.embed_dim
+        self.head_hidden_size = o.representation_size or o.embed_dim
         self.in_chans, self.num_heads, self.mlp_hidden = o.in_chans, o.num_heads, o.mlp_hidden
         self.act_layer, self.attn_drop_rate = o.act_layer, o.attn_drop_rate
         self.global_pool, self.pool_include_prefix = o.global_pool, o.pool_include_prefix
@@ -140,7 +142,7 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         self.train(training)
 
     def _build_patches(self, factory: dict[str, Any]) -> None:
-        self.patch_embed = _patch_embed(self.options, factory)
+        self.patch_embed = make_patch_embed(self.options, **factory)
 
     def _build_embedding(self, home: Tensor, factory: dict[str, Any]) -> None:
         """What stands between the patches and the first block, in the order of timm's modules."""
@@ -156,9 +158,9 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         if o.pos_embed == "learned":
             self.pos_embed = tokens(rows + self.patch_embed.num_patches)
         else:
-            fixed = o.pos_embed == "sincos2d"
-            grid = self.patch_embed.grid_size
-            self.register_buffer("pos_embed", sincos2d(grid, width, rows).to(home) if fixed else None)
+            table = FIXED.get(o.pos_embed)
+            fixed = None if table is None else table(self.patch_embed.grid_size, width, rows).to(home)
+            self.register_buffer("pos_embed", fixed)
         self.pos_drop = nn.Dropout(o.pos_drop_rate)
         dropped = o.patch_drop_rate
         self.patch_drop = PatchDropout(dropped, self.num_prefix_tokens) if dropped else nn.Identity()
@@ -187,8 +189,10 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         self.norm: nn.Module = last_norm(not o.norm_after_pool)
         self.attn_pool = AttentionPoolLatent(o, **factory) if o.global_pool == "map" else None
         self.fc_norm: nn.Module = last_norm(o.norm_after_pool)
+        if o.representation_size:  # timm's modules have no such name
+            self.pre_logits = make_representation(o, **factory)
         self.head_drop = nn.Dropout(o.drop_rate)
-        self.head = nn.Linear(o.embed_dim, o.num_classes, **factory) if o.num_classes else nn.Identity()
+        self.head = nn.Linear(self.head_hidden_size, o.num_classes, **factory) if o.num_classes else nn.Identity()
 
     # ---- forward ----
 
@@ -291,7 +295,7 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         if table is None or grid == self.patch_embed.grid_size:
             return table
         if not isinstance(table, nn.Parameter):
-            return sincos2d(grid, self.embed_dim, prefix).to(table)
+            return FIXED[self.options.pos_embed](grid, self.embed_dim, prefix).to(table)
         return resample(table, grid, self.patch_embed.grid_size, prefix, self.options.pos_resize)
 
     def forward_head(self, tokens: Any, pre_logits: bool = False) -> Any:
@@ -303,7 +307,10 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
 
     def _head_of_pooled(self, pooled: Tensor, pre_logits: bool) -> Tensor:
         ops = self.ops
-        x = call(ops, self.head_drop, call(ops, self.fc_norm, pooled))
+        x = call(ops, self.fc_norm, pooled)
+        if (representation := self._modules.get("pre_logits")) is not None:
+            x = call(ops, representation, x)
+        x = call(ops, self.head_drop, x)
         return x if pre_logits else call(ops, self.head, x)
 
     def pool(self, tokens: Tensor, pool_type: str | None = None) -> Tensor:
@@ -379,22 +386,3 @@ def takes_short_way(model: type, block: type[nn.Module]) -> None:
 
 takes_short_way(VisionTransformer, Block)
 know(VisionTransformer)
-
-
-def _patch_embed(o: Options, factory: dict[str, Any]) -> PatchEmbed:
-    norm = None
-    if o.embed_norm_layer is not None:
-        norm = make_norm(o.embed_norm_layer, o.embed_dim, o.norm_eps, **factory)
-    return PatchEmbed(
-        sides("img_size", o.img_size),
-        sides("patch_size", o.patch_size),
-        o.in_chans,
-        o.embed_dim,
-        o.patch_embed,
-        o.dynamic_img_pad,
-        dynamic_size=o.dynamic_img_size,
-        drop_edge=o.drop_edge,
-        bias=not o.pre_norm,  # the norm behind it has one, as in CLIP
-        norm=norm,
-        **factory,
-    )

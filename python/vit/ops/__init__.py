@@ -16,7 +16,7 @@ import pkgutil
 from ..backends import Spec
 from . import bound, routine
 from ._attention import attention
-from ._gelu import gelu, quick_gelu, silu
+from ._gelu import gelu, quick_gelu, relu, silu
 from ._layer_norm import layer_norm
 from ._linear import linear
 from ._linear_int8 import linear_int8
@@ -47,6 +47,7 @@ __all__ = [
     "quick_gelu",
     "rms_norm",
     "rotary",
+    "relu",
     "silu",
     "swiglu",
 ]

@@ -15,8 +15,8 @@ from .bound import call
 from .launch import contiguous, ptr
 from .op import Op
 
-#: Name of vit::Activation by torch's name of the approximation; "quick" and "silu" are ours.
-APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu", "silu": "silu"}
+#: Name of vit::Activation by torch's name of the approximation; "quick", "silu" and "relu" are ours.
+APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu", "silu": "silu", "relu": "relu"}
 
 
 def gelu(x: Tensor, approximate: str = "none", backend: str = "auto") -> Tensor:
@@ -24,9 +24,11 @@ def gelu(x: Tensor, approximate: str = "none", backend: str = "auto") -> Tensor:
 
     y = x Phi(x) = x (1 + erf(x / sqrt(2))) / 2 for approximate="none";
     y = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 for approximate="tanh";
-    y = x / (1 + exp(-1.702 x)) for approximate="quick", OpenAI CLIP's "quick GELU"; y = x / (1 + exp(-x)) for "silu".
+    y = x / (1 + exp(-1.702 x)) for approximate="quick", OpenAI CLIP's "quick GELU"; y = x / (1 + exp(-x)) for "silu";
+    y = max(x, 0) for "relu", with the derivative 0 at 0.
 
-    x of any shape; y like x, contiguous. As the formula says, gelu(inf) = inf, and gelu(-inf) = -inf * 0 is NaN.
+    x of any shape; y like x, contiguous. As the formula says, gelu(inf) = inf, and gelu(-inf) = -inf * 0 is NaN;
+    relu(-inf) is 0.
     Raises ValueError for another approximation, BackendError when the named backend cannot run it.
     """
     return call(OP, backend, x=x, approximate=approximate)
@@ -42,10 +44,17 @@ def silu(x: Tensor, backend: str = "auto") -> Tensor:
     return gelu(x, "silu", backend)
 
 
+def relu(x: Tensor, backend: str = "auto") -> Tensor:
+    """The rectified linear unit: y = max(x, 0); the op `gelu` with approximate="relu"."""
+    return gelu(x, "relu", backend)
+
+
 def reference(x: Tensor, approximate: str = "none") -> Tensor:
     """The formula in PyTorch; in float64, the truth for every kernel, without the sum 1 + erf, which cancels in the
     left tail: at x = -4.2 PyTorch's float64 GELU is wrong by 2e-13 of its value."""
     _check(approximate)
+    if approximate == "relu":
+        return F.relu(x)
     if approximate in _FACTORS:
         return _logistic(x, _FACTORS[approximate])
     if x.dtype == torch.float64 and approximate == "none":

@@ -33,7 +33,7 @@ def linear(
     """Multiplies by a weight matrix, adds the bias, applies activation and scale, adds the residual.
 
     y = scale * activation(x weight^T + bias) + residual, activation one of None, "gelu" (erf), "gelu_tanh",
-    "quick_gelu", "silu" (formulas: vit.ops.gelu). The scale is that of LayerScale (Touvron et al., 2021,
+    "quick_gelu", "silu", "relu" (formulas: vit.ops.gelu). The scale is that of LayerScale (Touvron et al., 2021,
     arXiv:2103.17239).
 
     x [..., K], weight [N, K], bias [N] or None; residual [..., N] (the shape of y) or None; scale [N] or None;

@@ -122,7 +122,7 @@ def _rms_norm() -> Iterator[Case]:
 
 
 def _gelu() -> Iterator[Case]:
-    for approximate in _words("none, tanh, quick, silu"):
+    for approximate in _words("none, tanh, quick, silu, relu"):
         option = {} if approximate == "none" else {"approximate": approximate}
         for sizes in _words("m197 c768, m17 c256"):
             yield _case("gelu", "regular", sizes, **option)
@@ -233,6 +233,7 @@ def _scaled() -> Iterator[Case]:
         yield _case("linear", "odd", sizes, **scale, residual=True)
         yield _case("linear", "odd", sizes, **scale, activation="silu")
         yield _case("linear", "odd", sizes, activation="quick_gelu", residual=True)
+        yield _case("linear", "odd", sizes, activation="relu")
     yield _case("linear", "odd", "m13 n50 k29", bias=False, **scale)
     yield _case("linear", "odd", "m13 n50 k29", bias=False, **scale, activation="gelu", residual=True)
     for layout in _words("rows, offset1, columns, transposed, expanded"):
@@ -241,7 +242,7 @@ def _scaled() -> Iterator[Case]:
         yield _case("linear", "corner", sizes, **scale, residual=True)
     for values in _words("huge_x, nan_scale, zero_scale, tiny_scale, nan_residual"):
         yield _case("linear", "corner", "m21 n50 k35", values=values, **scale, residual=True)
-    for activation in _words("quick_gelu, silu"):
+    for activation in _words("quick_gelu, silu, relu"):
         for values in _words("huge_x, wide_x, inf_x"):
             yield _case("linear", "corner", "m21 n50 k35", values=values, activation=activation)
     yield _case("linear", "large", "m1576 n768 k3072", **scale, residual=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 def activated(x: Tensor, activation: str) -> Tensor:
     """PyTorch's own op; of the quick GELU the formula of OpenAI's CLIP."""
-    if activation == "silu":
-        return F.silu(x)
+    if activation in ("silu", "relu"):
+        return F.silu(x) if activation == "silu" else F.relu(x)
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

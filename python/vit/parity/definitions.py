@@ -375,7 +375,7 @@ def leading(case: Case, letters: str) -> tuple[int, ...]:
 
 
 #: vit::Activation's names by those of vit.ops.gelu.
-APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu", "silu": "silu"}
+APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu", "silu": "silu", "relu": "relu"}
 
 
 def _bytes(case: Case) -> int:

@@ -153,6 +153,8 @@ def _freeze(model: VisionTransformer) -> None:
     """Leaves only the head to learn."""
     heads = model.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)  # two with a distillation token
+    if (below := getattr(model, "pre_logits", None)) is not None:
+        heads = *heads, below
     head = {id(parameter) for one in heads for parameter in one.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in head)

@@ -17,8 +17,12 @@ from ..support.records import shown
 from .recipes import defaults, get_recipe, of_kind
 
 AUTO = "auto"  # of --threads: by the size of the model and the free cores
+ALL = "all"  # of --keep: the weights of every epoch
+#: Numbers that may also be a word.
+WORDS = {"threads": AUTO, "keep": ALL}
 
 CHOICES = {
+    "logger": ("none", "tensorboard", "wandb", "trackio"),
     "augment": ("none", "affine", "crop", "three", "randaug", "trivial"),
     "amp": ("no", "bf16", "fp16"),
     "parallel": ("ddp", "fsdp"),
@@ -59,6 +63,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "val_fraction": (0.0, 1.0),
     "test_fraction": (0.0, 1.0),
     "keep": (1, 1000),
+    "val_steps": (0, math.inf),
     "split_seed": (0, 2**63 - 1),
     "seed": (0, 2**63 - 1),
     "workers": (0, 1024),
@@ -149,8 +154,13 @@ class TrainConfig:
         "time between checkpoints, or 20 times as long as writing one takes, if that is more; 0: after every step. "
         "There is always one after the first step, at the end, at an error and at a signal",
     )
-    keep: int = _option(1, "best epochs whose weights are kept, as epoch-N.safetensors where these are more than one")
+    keep: int | str = _option(
+        1,
+        "best epochs whose weights are kept, as epoch-N.safetensors where these are more than one; all: every epoch's",
+    )
+    val_steps: int = _option(0, "steps between validations within an epoch, besides the one at its end; 0: none")
     log_seconds: float = _option(30.0, "time between the lines about steps in a pipe or a log")
+    logger: str = _option("none", "where curves go, beside metrics.jsonl; each needs the extra of its name")
     figures: str = _option("png", "format of the curves and the confusion matrix; pdf and svg come beside png")
     task: str | None = _option(None, "what the model learns: a name of vit.tasks.names()")
 
@@ -185,9 +195,9 @@ class TrainConfig:
 
 
 def in_range(name: str, value: Any) -> bool:
-    """Whether an option's value is in its range; "auto" and None are."""
+    """Whether an option's value is in its range; its word and None are."""
     low, high = RANGES[name]
-    return value in (None, AUTO) or (low <= value <= high and not math.isinf(value))
+    return value is None or value == WORDS.get(name) or (low <= value <= high and not math.isinf(value))
 
 
 def span(low: float, high: float) -> str:
@@ -251,7 +261,7 @@ def convert(name: str, value: Any, where: str) -> Any:
         return "yes" if value else "no"  # what YAML makes of them without quotes
     if name == "arch":
         return _plain_arch(value, where)
-    if name == "threads" and value == AUTO:
+    if value == WORDS.get(name, ...):
         return value
     try:
         if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
@@ -260,7 +270,7 @@ def convert(name: str, value: Any, where: str) -> Any:
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError):
-        allowed = f"a {kind.__name__}" + (f" or {AUTO}" if name == "threads" else "")
+        allowed = f"a {kind.__name__}" + (f" or {WORDS[name]}" if name in WORDS else "")
         raise ValueError(f"vit: {name} in {where} is {shown(value)}; it must be {allowed}") from None
 
 

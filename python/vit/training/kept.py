@@ -13,10 +13,11 @@ from ..tasks import Task
 from .run import Run
 
 
-def best_epochs(lines: Sequence[Mapping[str, Any]], task: Task, count: int) -> list[int]:
+def best_epochs(lines: Sequence[Mapping[str, Any]], task: Task, count: int | str) -> list[int]:
     """The numbers of the `count` best epochs among the lines of metrics.jsonl, the best first; of equal ones the
-    earlier. Without validation the last ones."""
+    earlier. Without validation the last ones. "all": every one."""
     epochs = [line for line in lines if "epoch" in line]
+    count = len(epochs) if isinstance(count, str) else count
     if any(f"val_{task.metric}" not in line for line in epochs):
         return [line["epoch"] for line in epochs[::-1][:count]]
 
@@ -32,7 +33,7 @@ def _figures(line: Mapping[str, Any]) -> dict[str, float]:
     return {key: math.inf if value is None else value for key, value in found.items()}
 
 
-def keep_best(run: Run, task: Task, weights: Mapping[str, Tensor], count: int, size: int) -> None:
+def keep_best(run: Run, task: Task, weights: Mapping[str, Tensor], count: int | str, size: int) -> None:
     """Keeps the weights of the `count` best epochs as epoch-N.safetensors, of which `weights` are the last one's, and
     removes those that are not among them any more.
 

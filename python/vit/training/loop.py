@@ -33,11 +33,12 @@ from .interrupt import Signals
 from .kept import keep_best
 from .progress import Display, Silent
 from .record import RunRecord
-from .report import announce, epoch_line, write_final
+from .report import announce, epoch_line, within_line, write_final
 from .run import Run, new_folder, new_path
 from .sharded import is_lost_process
 from .state import Progress
 from .step import Stepper, TrainError
+from .trackers import Tracker
 
 log = logging.getLogger("vit")
 
@@ -102,6 +103,8 @@ class Training:
             self.run = self._create_run(out, name)
         with without_options():
             self.stepper = Stepper(self.parts, self.progress, self.task, self.accelerator, self.display, self.run.path)
+        self.tracker = Tracker(self.config.logger if self.main else "none", self.run, self.done, self.display.line)
+        self.held.callback(self.tracker.close)
         self.started = time.monotonic() - self.progress.seconds
         self.last_checkpoint = time.monotonic()
         self.checkpoint_cost = 0.0  # seconds that the last one took
@@ -228,26 +231,30 @@ class Training:
     def _epoch(self) -> None:
         """The rest of an epoch, its validation, and its line in the metrics."""
         config, progress, parts = self.config, self.progress, self.parts
-        began = time.monotonic()
+        self.stepper.phases.clear()
         parts.batches.epoch = progress.epoch
         parts.batches.start = progress.step * config.accumulate
-        first = progress.step
-        if first < self.steps:
+        if progress.step < self.steps:
             with closing(iter(parts.loader)) as passes:
-                while progress.step < self.steps:
+                while True:
+                    self._validate_within()
+                    if progress.step == self.steps:
+                        break
                     self.stepper.step(passes)
                     self._after_step()
-        speed = (self.steps - first) * self.images / max(time.monotonic() - began, 1e-9)
+        phases = self.stepper.phases
+        speed = phases.steps * self.images / max(phases.total(), 1e-9)
         parts.gather()
         figures = self._validate()
-        better = not progress.best_epoch or not figures or self.task.better(figures, progress.best)
+        better = self._is_better(figures)
         self._keep(better)
         line = epoch_line(config, self.task, progress, self.steps, self.stepper.learning_rate(self.steps - 1), figures)
-        line |= {"images_per_second": round(speed, 1), "seconds": round(time.monotonic() - self.started, 3)}
+        line |= {"images_per_second": round(speed, 1), "step_ms": phases.per_step()}
+        line["seconds"] = round(time.monotonic() - self.started, 3)
         written = self._log(line) if self.main else 0
         self.stepper.consistent = False
         if better:
-            progress.best, progress.best_epoch = figures, progress.epoch + 1
+            progress.best, progress.best_epoch, progress.best_step = figures, progress.epoch + 1, self.done
         progress.metrics_bytes = written
         progress.epoch += 1
         progress.step = progress.skipped = 0
@@ -255,10 +262,38 @@ class Training:
         progress.monitor_sums = [0.0] * len(progress.monitor_sums)
         self.stepper.consistent = True
         self.display.epoch(line, config.epochs or 0)
+        self.tracker.line(line)
         if self._checkpoint_due():
             self._checkpoint()
 
     # ---- validation and test ----
+
+    def _is_better(self, figures: dict[str, float]) -> bool:
+        """Whether weights with these validation figures are the ones to keep."""
+        progress = self.progress
+        return not progress.best_epoch or not figures or self.task.better(figures, progress.best)
+
+    def _validate_within(self) -> None:
+        """The validation of --val-steps, if it is due: its line, and its weights if they are the best."""
+        progress, every = self.progress, self.config.val_steps
+        within = every and 0 < progress.step < self.steps and progress.step % every == 0
+        if not within or progress.validated == self.done or not len(self.parts.source.splits["val"]):
+            return
+        self.parts.gather()
+        figures = self._validate()
+        better = self._is_better(figures)
+        if better and self.main:
+            self.run.save_weights(self.parts.kept_model.state_dict())
+        line = within_line(progress, self.steps, self.stepper.learning_rate(progress.step - 1), figures)
+        written = self.run.log(line, progress.metrics_bytes) if self.main else 0
+        self.stepper.consistent = False
+        if better:
+            progress.best, progress.best_epoch, progress.best_step = figures, progress.epoch + 1, self.done
+        progress.metrics_bytes, progress.validated = written, self.done
+        self.stepper.consistent = True
+        found = self.task.describe(figures, len(self.parts.source.splits["val"]))
+        self.display.line(f"step {self.done:,} (epoch {line['at']:.2f}): {found}")
+        self.tracker.line(line)
 
     def _validate(self) -> dict[str, float]:
         """The figures of the validation images; none without such images."""
@@ -296,6 +331,7 @@ class Training:
         seconds = time.monotonic() - self.started
         if self.main:
             write_final(self.run, self.parts, self.task, progress, test, model, seconds, self.display.line)
+            self.tracker.line(self.run.read_metrics()[-1] | {"step": self.done})
         return TrainResult(
             self.run.path, test, progress.epoch, seconds, self.parts.backend, progress.best_epoch, self.main
         )
@@ -303,13 +339,14 @@ class Training:
     def _log(self, line: dict[str, Any]) -> int:
         """Writes the line of an epoch, and keeps its weights if it is one of the best; the length of the metrics."""
         written = self.run.log(line, self.progress.metrics_bytes)
-        if self.config.keep > 1:
+        if self.config.keep != 1:
             keep_best(self.run, self.task, self.parts.kept_model.state_dict(), self.config.keep, written)
         return written
 
     # ---- checkpoints and interruption ----
 
     def _after_step(self) -> None:
+        self.tracker.step(self.done, self.stepper.loss, self.stepper.learning_rate(self.progress.step - 1))
         self._stop_if_asked()
         if self._checkpoint_due():
             self._checkpoint()

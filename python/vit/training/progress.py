@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from datetime import timedelta
 from typing import Any, Protocol, TextIO
+
+import torch
 
 from ..support.terminal import StepBar, interactive
 from ..support.text import printable
@@ -62,29 +65,35 @@ class Lines:
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         loss = f"  val loss {line['val_loss']:.4f}" if "val_loss" in line else ""
         shares = "".join(f"  val {name} {100 * value:.2f} %" for name, value in _validated(line))
-        self.line(f"epoch {line['epoch']:>3}/{epochs}  train loss {line['train_loss']:.4f}{loss}{shares}")
+        times = _times(line.get("step_ms", {}))
+        self.line(f"epoch {line['epoch']:>3}/{epochs}  train loss {line['train_loss']:.4f}{loss}{shares}{times}")
 
     def stop(self) -> None: ...
 
 
 class Bar:
-    """A bar over all steps, with the latest figures beside it."""
+    """A bar over all steps with images per second, and below it epoch, validation, loss, accuracy and memory."""
 
     def __init__(self, stream: TextIO) -> None:
         self.bar = StepBar(stream)
+        self.images, self.epochs = 0, ""
 
     def line(self, text: str) -> None:
         self.bar.line(printable(text))
 
     def start(self, done: int, total: int, images: int = 0, seconds: float = 30.0) -> None:
+        self.images = images
         self.bar.start(done, total)
 
     def step(self, text: str) -> None:
-        self.bar.advance(text.partition("  ")[0])  # 80 columns hold the loss, and no more
+        self.bar.advance(f"{self.bar.pace() * self.images:,.0f} images/s")
+        figures = [word for word in text.split("  ") if not word.startswith("lr ")]
+        self.bar.figures("  ".join(filter(None, [self.epochs, *figures, f"{peak_memory() / 2**20:,.0f} MiB"])))
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         validation = "".join(f"  val {100 * value:.2f} %" for _, value in _validated(line)[:1])
-        self.bar.figures(f"epoch {line['epoch']}/{epochs}{validation}")
+        self.epochs = f"epoch {line['epoch']}/{epochs}{validation}"
+        self.bar.figures(self.epochs)
 
     def stop(self) -> None:
         self.bar.stop()
@@ -94,6 +103,20 @@ def _validated(line: dict[str, Any]) -> list[tuple[str, float]]:
     """The shares that the validation found, by name; the task's own figure stands last in a line, and here first."""
     found = [(name.removeprefix("val_"), line[name]) for name in line if name.startswith("val_") and name != "val_loss"]
     return found[::-1]
+
+
+def _times(step_ms: dict[str, float]) -> str:
+    """Where the time of a step went."""
+    whole = sum(step_ms.values())
+    shares = ", ".join(f"{phase} {100 * ms / whole:.0f} %" for phase, ms in step_ms.items()) if whole else ""
+    return f"  step {whole:.1f} ms ({shares})" if shares else ""
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has had, on its GPU if it uses one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
 
 
 def display(stream: TextIO | None = None) -> Display:

@@ -66,6 +66,16 @@ def epoch_line(
     return line | {f"val_{name}": value for name, value in figures.items()}
 
 
+def within_line(progress: Progress, steps: int, lr: float, figures: Mapping[str, float]) -> dict[str, Any]:
+    """What metrics.jsonl says of a validation within an epoch; `at`: epochs done, with the part of the present one."""
+    line = {
+        "at": round(progress.epoch + progress.step / steps, 6),
+        "step": progress.epoch * steps + progress.step,
+        "lr": lr,
+    }
+    return line | {f"val_{name}": value for name, value in figures.items()}
+
+
 def write_final(
     run: Run,
     parts: Parts,
@@ -78,10 +88,12 @@ def write_final(
 ) -> None:
     """The last line of the metrics, the kept epoch in words, and the pictures. model: the kept one, where it was tested
     with the figures `test`."""
-    from ..viz import curves
+    from ..viz import curves, phases
 
     splits = parts.source.splits
     final: dict[str, Any] = {"final": True, "best_epoch": progress.best_epoch}
+    if parts.config.val_steps:
+        final["best_step"] = progress.best_step
     final |= {f"val_{name}": value for name, value in progress.best.items()}
     final["val_images"] = len(splits["val"])
     if test:
@@ -90,7 +102,9 @@ def write_final(
     run.log(final, progress.metrics_bytes)
     if progress.best:
         chosen = task.describe(progress.best, len(splits["val"]))
-        say(f"kept epoch {progress.best_epoch}: {chosen} on {len(splits['val']):,} validation images")
+        step = f", step {progress.best_step:,}" if parts.config.val_steps else ""
+        say(f"kept epoch {progress.best_epoch}{step}: {chosen} on {len(splits['val']):,} validation images")
     curves(run.read_metrics(), *run.pictures("curves"))
+    phases(run.read_metrics(), *run.pictures("phases"))
     if test:
         task.picture(test, parts.source.class_names, run.pictures(task.picture_name), model, splits["test"])

@@ -23,7 +23,7 @@ from .state import Progress
 #: come follow the cosine of the new length.
 FREE = (
     "data", "backend", "epochs", "workers", "threads", "bad_images", "validate", "checkpoint_seconds", "log_seconds",
-    "figures", "keep",
+    "figures", "keep", "logger",
 )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ last.safetensors    the weights of the last epoch
 epoch-N.safetensors the weights of the --keep best epochs, where these are more than one
 metrics.jsonl       one line per epoch, then one with the test figures; raw values
 checkpoint.safetensors   the whole state of the training, for --resume
-curves.png, confusion.png   pictures of metrics.jsonl and of the test images
+curves.png, phases.png, confusion.png   pictures of metrics.jsonl and of the test images
+tensorboard/        with --logger tensorboard
 """
 
 from __future__ import annotations

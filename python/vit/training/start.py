@@ -12,6 +12,7 @@ import torch
 from ..data import is_built_in, recipe_of
 from ..support.extras import require
 from . import resume as resuming
+from . import trackers
 from .config import TrainConfig
 from .evaluate import cpu_threads
 from .loop import Training, TrainResult
@@ -46,6 +47,7 @@ def train(
     config = resuming.changed(run, _absolute(changes or {})) if run else config or TrainConfig()
     paths = _absolute({"data": config.data, "teacher": config.teacher})
     config = dataclasses.replace(config, **paths).resolved(recipe_of(config.data))
+    trackers.check(config.logger)
     name = Path(config.data).name
     others = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
     if not run and not others:  # which may come later, when the first process has made the folder

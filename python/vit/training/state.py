@@ -39,7 +39,9 @@ class Progress:
     loss_scale: float = 65536.0  # of --amp fp16, and the steps since it changed or overflowed
     scaled_steps: int = 0
     best_epoch: int = 0  # 0: none yet
-    best: dict[str, float] = field(default_factory=dict)  # validation figures of that epoch
+    best_step: int = 0  # the step whose weights these were
+    best: dict[str, float] = field(default_factory=dict)  # validation figures of that step
+    validated: int = 0  # the step of the last validation within an epoch
     metrics_bytes: int = 0
     seconds: float = 0.0
 
@@ -62,6 +64,8 @@ class Progress:
             best_epoch=record.integer("best_epoch", low=0, high=epoch + 1),
             # A loss that was not finite is null in JSON.
             best={key: math.inf if best.raw(key) is None else best.number(key) for key in best.values},
+            best_step=record.integer("best_step", 0, low=0),
+            validated=record.integer("validated", 0, low=0),
             metrics_bytes=record.integer("metrics_bytes", low=0),
             seconds=record.number("seconds", low=0.0),
         )

@@ -16,6 +16,7 @@ from .assembly import Parts
 from .evaluate import cpu_threads
 from .mix import mixed
 from .optim import learning_rate as schedule
+from .phases import Phases
 from .progress import Display
 from .scale import LossScale
 from .sharded import shard, whole
@@ -46,6 +47,8 @@ class Stepper:
             self.prepared, self.prepared_optimizer = parts.model, accelerator.prepare(parts.optimizer)
         else:
             self.prepared, self.prepared_optimizer = accelerator.prepare(parts.model, parts.optimizer)
+        self.phases = Phases(accelerator.device)
+        self.loss = 0.0  # of the last step
         self.scale = LossScale(progress, self.config.amp == "fp16")
         self.consistent = True
 
@@ -54,7 +57,9 @@ class Stepper:
         config, progress, accelerator = self.config, self.progress, self.accelerator
         step = progress.epoch * self.steps + progress.step
         rank, world = accelerator.process_index, accelerator.num_processes
+        self.phases.begin()
         batch = next(passes)  # before the seed: the first one starts a loader, which draws a number of PyTorch's
+        self.phases.mark("data")
         torch.manual_seed((config.seed + 1) * 0x9E3779B97F4A7C15 + step * world + rank & 0x7FFF_FFFF_FFFF_FFFF)
         rate = self.learning_rate(progress.step)
         for group in self.parts.optimizer.param_groups:
@@ -63,7 +68,10 @@ class Stepper:
         for number in range(config.accumulate):
             with accelerator.accumulate(self.prepared):
                 rng = Stream("mix", config.seed, step, number, rank)
-                figures = self._forward_backward(*(next(passes) if number else batch), rng)
+                if number:
+                    batch = next(passes)
+                    self.phases.mark("data")
+                figures = self._forward_backward(*batch, rng)
                 total += figures[0] / config.accumulate
                 monitored = [a + b / config.accumulate for a, b in zip(monitored, figures[1:], strict=True)]
         self.scale.unscale(self.parts.model.parameters())
@@ -96,7 +104,15 @@ class Stepper:
         progress.step += 1
         self.consistent = True
         self.prepared_optimizer.zero_grad()
-        self.display.step(f"loss {total:.4f}  lr {rate:.2e}")
+        self.phases.mark("optimizer")
+        self.phases.end()
+        self.loss = total
+        shares = "".join(
+            f"  {name.removeprefix('train_')} {100 * share:.1f} %"
+            for name, share in zip(self.task.monitored, monitored, strict=True)
+            if not name.endswith(("loss", "entropy"))
+        )
+        self.display.step(f"loss {total:.4f}{shares}  lr {rate:.2e}")
 
     def _is_spike(self, step: int, loss: float) -> bool:
         """Whether the loss is far above the mean of those before it. Not in the first steps, which have no mean yet."""
@@ -119,10 +135,12 @@ class Stepper:
         if self.parts.teacher:
             taught = distillation_loss(second, self.parts.teacher(images), config.distill, config.distill_temperature)
             loss = torch.lerp(loss, taught, config.distill_alpha)
+        self.phases.mark("forward")
         accelerator.backward(loss * self.scale.factor)
         answer = (first + second) / 2 if isinstance(outputs, tuple) else first
         figures = torch.cat([loss.detach().float()[None], task.monitor(answer, labels)])
         found: list[float] = accelerator.reduce(figures, "mean").tolist()
+        self.phases.mark("backward")
         return found
 
     def _clip(self) -> float:

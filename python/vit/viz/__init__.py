@@ -5,6 +5,7 @@ from .attention import attention_rows, rollout
 from .confusion import confusion
 from .curves import curves
 from .figure import save
+from .phases import phases
 from .pictures import draw_attention, draw_features, draw_filters, draw_patches, draw_posemb, draw_rollout
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "draw_posemb",
     "draw_rollout",
     "filter_components",
+    "phases",
     "position_similarity",
     "rollout",
     "save",

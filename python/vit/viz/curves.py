@@ -15,7 +15,9 @@ def curves(metrics: Sequence[dict[str, Any]], *paths: str | Path) -> None:
     Training and validation are compared by the same criterion, plain cross entropy, and by the error in percent on a
     logarithmic axis. The test figures stand in the title: they belong to no point of the curves.
     """
-    epochs = [line for line in metrics if "epoch" in line]
+    epochs = [
+        line | {"epoch": line.get("epoch", line.get("at"))} for line in metrics if "epoch" in line or "at" in line
+    ]
     final = next((line for line in metrics if line.get("final")), {})
     metric = "miou" if any("val_miou" in line for line in epochs) or "test_miou" in final else "accuracy"
     error = {"accuracy": "error", "miou": "1 - mIoU"}[metric]
@@ -62,7 +64,8 @@ def _plot_errors(axes: Any, epochs: Sequence[dict[str, Any]], final: dict[str, A
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="." if len(points) < 3 else None)
     name = f"val_{metric}"
-    kept = next((line for line in epochs if line["epoch"] == final.get("best_epoch") and name in line), None)
+    place = ("step", final["best_step"]) if "best_step" in final else ("epoch", final.get("best_epoch"))
+    kept = next((line for line in epochs if line.get(place[0]) == place[1] and name in line), None)
     if kept:
         error = max(floor, 100 - 100 * kept[name])
-        axes.plot([kept["epoch"]], [error], "ko", fillstyle="none", label=f"kept: epoch {kept['epoch']}")
+        axes.plot([kept["epoch"]], [error], "ko", fillstyle="none", label=f"kept: epoch {kept['epoch']:g}")

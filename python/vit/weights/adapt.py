@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..model import VisionTransformer
 from ..model.configs import CONFIGS, get_config
-from ..model.pos_embed import resample, resample_patches, sincos2d
+from ..model.pos_embed import FIXED, resample, resample_patches
 from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError
 from .fit import check_head, check_names, check_pooling, rename_norm, rename_scales, without_allowed
 from .layout import Mapped
@@ -116,7 +116,7 @@ class _Load:
         had = 0 if head is None or not head.ndim else len(head)
         if had == classes:
             return False
-        check_head(self.checkpoint, classes, self.model.embed_dim, new_head)
+        check_head(self.checkpoint, classes, self.model.head_hidden_size, new_head)
         for key in HEAD:
             self.drop(key, f"a head for {had} classes, and the model has {classes}")
         what = f"its head for {had} classes was dropped" if head is not None else "it has no head"
@@ -152,10 +152,11 @@ class _Load:
         """Resamples learned positions to the model's patch grid. A fixed table is the model's own."""
         table, own, model = self.state.get(POSITIONS), self.wanted.get(POSITIONS), self.model
         if own is not None and not isinstance(model.pos_embed, nn.Parameter):
-            if table is not None and not _is_sincos2d(table, model):
+            if table is not None and not _is_fixed(table, model):
+                kind = model.options.pos_embed
                 raise WeightsError(
                     f"vit: {self.source}: {POSITIONS} holds positions that were learned, and the model's are fixed "
-                    "(pos_embed='sincos2d'), so that they would be lost; pass pos_embed='learned' to keep them, or "
+                    f"(pos_embed={kind!r}), so that they would be lost; pass pos_embed='learned' to keep them, or "
                     f"take {POSITIONS} out of the state dict"
                 )
             self.drop(POSITIONS, "fixed positions, which the model makes for its own grid")
@@ -187,7 +188,7 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
     return (repeated * (old / channels)).to(weight.dtype)
 
 
-def _is_sincos2d(table: Tensor, model: VisionTransformer) -> bool:
+def _is_fixed(table: Tensor, model: VisionTransformer) -> bool:
     """Whether positions are the fixed table of some grid, as exactly as their dtype keeps it."""
     prefix, dim = model.num_prefix_tokens, model.embed_dim
     if table.shape[-1:] != (dim,):
@@ -198,7 +199,7 @@ def _is_sincos2d(table: Tensor, model: VisionTransformer) -> bool:
     table = table.detach().cpu().float()
 
     def agrees(grid: tuple[int, int]) -> bool:
-        fixed = sincos2d(grid, dim, prefix)
+        fixed = FIXED[model.options.pos_embed](grid, dim, prefix)
         return bool((table[:, : fixed.shape[1]] - fixed).abs().max() <= near)
 
     # The first patch is the same in every grid: learned positions are found out by it.

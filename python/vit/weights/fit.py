@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..model import checks
+from ..model.pos_embed import FIXED
 from ..support.text import printable
 from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError, some
 
@@ -49,7 +50,8 @@ def check_fit(
             raise
         raise WeightsError(f"vit: {checkpoint.source}: {str(error).removeprefix('vit: ')}") from error
     check_pooling(checkpoint.state, "fc_norm.weight" in wanted, settings, checkpoint.source)
-    check_head(checkpoint, settings["num_classes"], settings["embed_dim"], "num_classes" in given)
+    width = settings.get("representation_size") or settings["embed_dim"]
+    check_head(checkpoint, settings["num_classes"], width, "num_classes" in given)
     state = rename_scales(rename_norm(state, "fc_norm.weight" in wanted), wanted)
     if PATCHES in state and PATCHES not in _misshapen_patches(state[PATCHES], settings, "patch_size" in given):
         state.pop(PATCHES)
@@ -68,7 +70,7 @@ def _expected(kind: type[nn.Module], settings: Mapping[str, Any], depth: int) ->
     All blocks are alike, so that one is built, without memory.
     """
     changed = {"depth": 1, "weight_init": "skip", "drop_path_rate": 0.0}
-    if settings.get("pos_embed") == "sincos2d":  # a table of its own, of any number of rows
+    if settings.get("pos_embed") in FIXED:  # a table of its own, of any number of rows
         changed["pos_embed"] = "none"
     model = kind(**{**settings, **changed}, backend="reference", device="meta")
     found: dict[str, tuple[int, ...]] = {}

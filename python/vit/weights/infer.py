@@ -94,6 +94,8 @@ def _vit(state: Mapping[str, Tensor]) -> dict[str, Any]:
         found["embed_norm_layer"] = "layernorm" if "patch_embed.norm.bias" in state else "rmsnorm"
     if "pos_embed" not in state:
         found["pos_embed"] = "none"
+    if "pre_logits.fc.weight" in state:
+        found["representation_size"] = len(state["pre_logits.fc.weight"])
     return found
 
 

@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "silu": "silu",
     "swish": "silu",
+    "relu": "relu",
 }
 #: Of training, of other tasks, of texts, or about the file: nothing that an image's features depend on. The second half
 #: are settings of generation, which transformers 4 wrote into every config.

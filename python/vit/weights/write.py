@@ -11,15 +11,16 @@ from ..support.files import to_json, write_text
 from ..support.tensors import write_tensors
 
 #: Arguments of ours alone: timm reads a config without them.
-OWN = ("norm_eps", "drop_edge", "pos_resize", "patch_embed")
+OWN = ("norm_eps", "drop_edge", "pos_resize", "patch_embed", "patch_stride", "representation_size")
 #: Where timm's Eva has a name of its own.
 EVA_NAMES = {ours: theirs for theirs, ours in ALIASES.items() if theirs != "dynamic_pad"}
 
 
-def save(model: Any, folder: Path) -> dict[str, Any]:
+def save(model: Any, folder: str | Path) -> dict[str, Any]:
     """Writes model.safetensors and config.json, which timm reads and vit.create(weights=folder) reads whole; what
     config.json says. OSError when it cannot be written.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record = config(model)
     write_tensors(folder / "model.safetensors", {key: t.contiguous() for key, t in model.state_dict().items()})
