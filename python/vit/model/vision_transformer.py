@@ -61,9 +61,9 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
     qk_norm, scale_attn_norm, scale_mlp_norm: further norms; qkv_bias, proj_bias; pre_norm: a norm before the blocks,
     and no bias of the patches; embed_norm_layer: one in the patch embedding.
 
-    Head: global_pool "token" reads the class token, "avg", "max" and "avgmax" the patches (and what stands before them
-    with pool_include_prefix), "map" pools by attention, "" returns all tokens. final_norm: whether there is a last
-    norm. fc_norm: whether it comes after the pooling; None: where that is "avg", "max" or "avgmax".
+    Head: global_pool "token" reads the class token, "avg", "max" and "avgmax" the patches (with pool_include_prefix all
+    tokens), "map" pools by attention, "" returns all tokens. final_norm: a last norm; fc_norm: after the pooling, None:
+    for the means. decoder: channels of stages that double the sides of the grid, for logits [B, num_classes, h, w].
 
     Regularisation, in training mode only: drop_rate before the head, pos_drop_rate after the position embedding,
     patch_drop_rate of whole patches, proj_drop_rate after each projection and in the MLP, attn_drop_rate on attention
@@ -188,7 +188,7 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         self.attn_pool = AttentionPoolLatent(o, **factory) if o.global_pool == "map" else None
         self.fc_norm: nn.Module = last_norm(o.norm_after_pool)
         self.head_drop = nn.Dropout(o.drop_rate)
-        self.head = nn.Linear(o.embed_dim, o.num_classes, **factory) if o.num_classes else nn.Identity()
+        self.head = self._make_head(**factory)
 
     # ---- forward ----
 

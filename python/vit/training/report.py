@@ -91,6 +91,6 @@ def write_final(
     if progress.best:
         chosen = task.describe(progress.best, len(splits["val"]))
         say(f"kept epoch {progress.best_epoch}: {chosen} on {len(splits['val']):,} validation images")
-    curves(run.read_metrics(), *run.pictures("curves"))
+    curves(run.read_metrics(), *run.pictures("curves"), metric=task.metric, name=task.metric_name)
     if test:
         task.picture(test, parts.source.class_names, run.pictures(task.picture_name), model, splits["test"])
