@@ -60,6 +60,8 @@ class Targets(Protocol):
 class Pictures:
     """A picture for each image: arrays [n, H, W] in memory, or the paths of image files."""
 
+    kind: str
+
     def __init__(self, items: np.ndarray | Sequence[Path]) -> None:
         self.items = items
 
@@ -75,6 +77,9 @@ class Pictures:
         if arrays := [part for part in parts if isinstance(part, np.ndarray)]:
             return type(self)(np.concatenate(arrays))
         return type(self)([path for part in parts for path in part])
+
+    def tensor(self, index: int, view: View) -> Tensor:
+        raise NotImplementedError
 
     def digest(self) -> bytes:
         return self.items.tobytes() if isinstance(self.items, np.ndarray) else b""

@@ -29,7 +29,7 @@ def rows(
     if legend:
         from matplotlib.patches import Patch
 
-        marks = [Patch(color=np.asarray(colour) / 255, label=name) for name, colour in legend]
+        marks = [Patch(color=tuple(level / 255 for level in colour), label=name) for name, colour in legend]
         drawn = figure.legend(handles=marks, loc="outside lower center", ncols=4, fontsize="small")
         for text in drawn.get_texts():
             text.set_parse_math(False)

@@ -12,7 +12,7 @@ from ..samples import Samples, Source
 from ..targets import Masks
 
 CLASSES = ("ground", "square", "disc", "triangle")
-COUNT, SIDE = 800, 32
+COUNT, SIDE = 2400, 32
 
 
 def draw(index: int) -> tuple[np.ndarray, np.ndarray]:

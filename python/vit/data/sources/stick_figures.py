@@ -51,36 +51,36 @@ def draw(index: int) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
     # Sines and cosines differ in the last bit from one C library to another.
     places = np.round(places - low + room * rng.uniform(0.0, 1.0, 2), 3).clip(1.0, SIDE - 1.0)
     ground, noise = rng.uniform(0.0, 255.0, 3), rng.uniform(-24.0, 24.0, (SIDE, SIDE, 3))
-    picture, middle = ground + noise, np.stack(np.meshgrid(*[np.arange(SIDE) + 0.5] * 2), axis=2)
-    colours = (ground + rng.uniform(70.0, 186.0, (3, 3))) % 256  # trunk, head, limbs
-    starts, ends, radii, kinds = _lines(dict(zip(NAMES, places, strict=True)))
-    covered = np.clip(radii[:, None, None] + 0.5 - _distances(middle, starts, ends), 0.0, 1.0)[..., None]
-    for cover, kind in zip(covered, kinds, strict=True):
-        picture += (colours[kind] + noise / 2 - picture) * cover
+    colours = (ground + rng.uniform(70.0, 186.0, (3, 3))) % 256
+    picture = ground + noise
+    for colour, part in zip(colours, _parts(dict(zip(NAMES, places, strict=True))), strict=True):
+        covered = np.clip(0.5 - _outside(*part), 0.0, 1.0)[..., None]
+        picture += (colour + noise / 2 - picture) * covered
     points = np.concatenate([places, np.full((len(places), 1), 2.0)], axis=1)
     width, height = (places.max(axis=0) - places.min(axis=0) + 6.0).tolist()
     return np.clip(picture, 0, 255).astype(np.uint8), points, (width, height)
 
 
-def _lines(of: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """The lines of a figure in the order in which they are drawn: starts and ends [L, 2], radii [L], and of what kind
-    each is: 0 trunk, 1 head, 2 limb."""
+def _parts(of: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Trunk, head and limbs, in the order in which they are drawn: starts and ends [L, 2] and radii [L] of lines."""
     chest, waist = ((of[f"left_{part}"] + of[f"right_{part}"]) / 2 for part in ("shoulder", "hip"))
-    lines = [(of["left_shoulder"], of["right_shoulder"], 1.3, 0), (of["left_hip"], of["right_hip"], 1.3, 0)]
-    lines += [(chest, waist, 2.6, 0), (chest, of["nose"], 1.0, 0), (of["nose"], of["nose"], 3.4, 1)]
-    for start, end in (("shoulder", "elbow"), ("elbow", "wrist"), ("hip", "knee"), ("knee", "ankle")):
-        lines += [(of[f"{side}_{start}"], of[f"{side}_{end}"], 1.2, 2) for side in ("left", "right")]
-    starts, ends, radii, kinds = zip(*lines, strict=True)
-    return np.stack(starts), np.stack(ends), np.array(radii), list(kinds)
+    trunk = [(of["left_shoulder"], of["right_shoulder"], 1.3), (of["left_hip"], of["right_hip"], 1.3)]
+    trunk += [(chest, waist, 2.6), (chest, of["nose"], 1.0)]
+    bones = (("shoulder", "elbow"), ("elbow", "wrist"), ("hip", "knee"), ("knee", "ankle"))
+    limbs = [(of[f"{side}_{a}"], of[f"{side}_{b}"], 1.2) for a, b in bones for side in ("left", "right")]
+    parts = (trunk, [(of["nose"], of["nose"], 3.4)], limbs)
+    return [tuple(np.array(column) for column in zip(*lines, strict=True)) for lines in parts]  # type: ignore[misc]
 
 
-def _distances(places: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """From each place [H, W, 2] to each line [L, 2], [L, 2]: [L, H, W]."""
-    along = ends - starts
-    gap = places[None] - starts[:, None, None]
-    share = (gap * along[:, None, None]).sum(axis=-1) / np.maximum((along * along).sum(axis=1), 1e-9)[:, None, None]
-    gap -= share.clip(0.0, 1.0)[..., None] * along[:, None, None]
-    return np.asarray(np.sqrt((gap * gap).sum(axis=-1)))
+def _outside(starts: np.ndarray, ends: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """How far each pixel's middle is outside of the nearest of some thick lines, [48, 48]; below 0 within."""
+    middle = np.arange(SIDE) + 0.5
+    (ax, ay), (dx, dy) = (ends - starts).T[..., None, None], (middle - starts.T[..., None])
+    dx, dy = dx[:, None, :], dy[:, :, None]
+    share = ((dx * ax + dy * ay) / np.maximum(ax * ax + ay * ay, 1e-9)).clip(0.0, 1.0)
+    dx, dy = dx - share * ax, dy - share * ay
+    away = np.sqrt(dx * dx + dy * dy) - radii[:, None, None]
+    return np.asarray(away.min(axis=0))
 
 
 @lru_cache(maxsize=1)
