@@ -20,6 +20,8 @@ from .submission import submission
 
 Item = tuple[str, Callable[[], Any]]  # the name of an image, and what reads it
 
+TOP = 5  # classes that are told
+
 HELP = "the most likely classes of image files, of all images in folders, or of a data set"
 
 EPILOG = """\
@@ -29,6 +31,8 @@ Images are turned as their EXIF orientation says, transparent ones put on white;
   image,class,index,probability,class_2,index_2,probability_2,...,error
 --json prints one object:
   {"predictions": [{"image", "top": [{"class", "index", "probability"}]}], "failed": [{"image", "error"}]}
+A prediction of another task has "shares" of the classes (segmentation), "points" with x, y in pixels of the picture and
+confidence, and "box" (pose), or "nearest", "median" and "farthest" (depth); "files" are those that --draw wrote.
 
 An image that cannot be read is named on standard error and does not stop the others; the exit code is then 1.
 """
@@ -53,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of masks, key points and depths: write what the model answers, and the image under it, as PNG files",
     )
     parser.add_argument("--model", metavar="NAME", help="model name, for weights that do not know theirs")
-    parser.add_argument("--top", type=positive, default=5, metavar="K", help="lines per image (default: %(default)s)")
+    parser.add_argument(
+        "--top", type=positive, metavar="K", help=f"classes per image, or lines (default: {TOP} classes, all lines)"
+    )
     classes.add_argument(parser)
     parser.add_argument("--backend", default="auto", help="backend of the ops (default: %(default)s)")
     parser.add_argument(
@@ -92,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if not model.num_classes:
         raise ValueError(f"vit: {args.weights} has no classifier head, only features: nothing to choose from")
     names = classes.class_names(model, args.class_names)
-    top = min(args.top, model.num_classes)
+    top = min(args.top or TOP, model.num_classes)
     answers: list[dict[str, Any]] = []
     count = 0
     quiet = args.csv or args.submission
