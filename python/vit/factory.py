@@ -66,6 +66,7 @@ def create(
         checkpoint if checkpoint and checkpoint.describes(name) else None
     )  # the weights' own model, not just its tensors
     name, settings = settle(name, checkpoint, given)
+    checkpoint = checkpoint.fitting(bool(settings.get("decoder"))) if checkpoint else None
     config = get_config(name)
     kind = model_class(config.kind)
     defaults = _check_arch(settings, kind.ARGUMENTS)

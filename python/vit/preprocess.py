@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .support import torch_resize
+from .support import affine, torch_resize
 from .support.images import flat, is_deep, upright
 from .support.records import Record, RecordError
 from .support.resample import resized_window
@@ -136,7 +136,7 @@ class Preprocess:
         The memory is in proportion to the image and the result, also where the resized image would be far larger.
         """
         height, width = self.img_size
-        size = self._resized(image)
+        size = self._resized(image.size)
         if self.max_num_patches is not None:
             return image.resize(size, INTERPOLATIONS[self.interpolation])
         left, top = _centre(size[0], width), _centre(size[1], height)
@@ -163,7 +163,7 @@ class Preprocess:
             pixels = pixels * (1 / 255)
         else:
             mean, std = mean * (1.0 / (1 / 255)), std * (1.0 / (1 / 255))
-        width, height = self._resized(image)
+        width, height = self._resized(image.size)
         pixels = torch_resize.resize(pixels, (height, width), self.interpolation)
         if self.max_num_patches is None:
             pixels = _cut(pixels, self.img_size)
@@ -195,23 +195,38 @@ class Preprocess:
             raise RecordError("vit: preprocess lacks img_size")
         return cls(**found)
 
-    def _resized(self, image: Image.Image) -> tuple[int, int]:
+    def place(self, size: tuple[int, int]) -> tuple[affine.Map, tuple[int, int]]:
+        """Where each place of the result comes from in an upright image of that `size` (width, height), and the width
+        and height of the result."""
+        width, height = self._resized(size)
+        across, down = size[0] / width, size[1] / height
+        if self.max_num_patches is not None:
+            return affine.window(0.0, 0.0, across, down), (width, height)
+        shown = self.img_size[::-1]
+        pairs = zip((width, height), shown, strict=True)
+        if self.resizer == "pillow":
+            left, top = (_centre(length, window) for length, window in pairs)
+        else:  # the lower of two middles, as `_cut` takes it
+            left, top = (have // 2 if (have := length - window) >= 0 else -(-have // 2) for length, window in pairs)
+        return affine.window(left * across, top * down, across, down), shown
+
+    def _resized(self, image: tuple[int, int]) -> tuple[int, int]:
         """(width, height) after the resize, rounded as the two tools do that made the published figures."""
         if self.max_num_patches is not None:
-            return naflex_size(image.size, self.patch_size, self.max_num_patches)
+            return naflex_size(image, self.patch_size, self.max_num_patches)
         height, width = (math.floor(side / self.crop_pct) for side in self.img_size)
         if self.crop_mode == "squash":
             return width, height
         if self.crop_mode == "border":
-            ratio = max(image.height / height, image.width / width)
-            return max(round(image.width / ratio), 1), max(round(image.height / ratio), 1)
+            ratio = max(image[1] / height, image[0] / width)
+            return max(round(image[0] / ratio), 1), max(round(image[1] / ratio), 1)
         if height == width:
-            short = min(image.size)
+            short = min(image)
             # The shorter side becomes exactly `height`; the longer is truncated.
-            w, h = (height if side == short else int(height * side / short) for side in image.size)
+            w, h = (height if side == short else int(height * side / short) for side in image)
             return w, h
-        ratio = min(image.height / height, image.width / width)
-        return round(image.width / ratio), round(image.height / ratio)
+        ratio = min(image[1] / height, image[0] / width)
+        return round(image[0] / ratio), round(image[1] / ratio)
 
     def _per_channel(self, name: str, values: Any) -> tuple[float, ...]:
         values = tuple(float(v) for v in (values if isinstance(values, (tuple, list)) else (values,)))

@@ -140,6 +140,8 @@ ARCHS = [
     {"global_pool": "avg"},
     {"global_pool": "avg", "class_token": False},
     {"global_pool": "", "act_layer": "gelu_tanh"},
+    {"global_pool": "", "decoder": (12, 8)},
+    {"global_pool": "", "decoder": (8,), "norm_layer": "rmsnorm", "act_layer": "silu"},
     {"num_classes": 0, "pos_embed": "sincos2d"},
     {"proj_drop_rate": 0.3, "drop_path_rate": 0.3, "pos_drop_rate": 0.3, "drop_rate": 0.3},
     {"attn_drop_rate": 0.3},

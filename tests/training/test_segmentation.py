@@ -17,12 +17,13 @@ from PIL import Image
 from training_helpers import Hook, figures, same_bits, terminate
 from vit.cli import main
 from vit.data import DataError, Samples, open_source
-from vit.data.augment import Affine, CropFlip, generator
+from vit.data.augment import Affine, CropFlip
 from vit.data.loader import Images
 from vit.data.sources import shapes
+from vit.data.targets import Masks
 from vit.preprocess import Preprocess
 from vit.tasks import get
-from vit.tasks.segmentation import Segmented, predicted, predicted_whole
+from vit.tasks.segmentation import Segmented, predicted_whole
 from vit.training import Interrupted, TrainConfig, train
 from vit.training.run import Run
 from vit.viz.masks import colours
@@ -82,7 +83,7 @@ def test_loss_and_monitor_count_the_pixels_that_have_a_class() -> None:
     assert right == pytest.approx((large.argmax(1) == masks)[known].float().mean().item())
     void = torch.full((1, 4, 4), 255)
     assert TASK.loss(logits[:1], void, 0.1).item() == 0.0
-    with pytest.raises(ValueError, match="has the loss ce, not bce"):
+    with pytest.raises(ValueError, match="has the loss ce or ce_dice, not bce"):
         TASK.loss(logits, masks, 0.0, "bce")
 
 
@@ -103,7 +104,7 @@ def test_masks_move_as_their_images_do(augment, size: tuple[int, int]) -> None:
     """A picture whose brightness is its class: after any movement it still is, but for the blended edges."""
     mask = np.zeros(size, np.uint8)
     mask[5:19, 4:12], mask[8:20, 14:21] = 1, 2
-    samples = Samples((100 * mask + 20)[None], np.zeros(1, np.int64), ["0"], mask[None])
+    samples = Samples((100 * mask + 20)[None], np.zeros(1, np.int64), ["0"], Masks(mask[None]))
     images = Images(samples, Preprocess((16, 16), in_chans=1, mean=(0.0,), std=(1.0,)), augment, 3)
     agreed, voids = [], 0
     for epoch in range(20):
@@ -120,11 +121,20 @@ def test_masks_move_as_their_images_do(augment, size: tuple[int, int]) -> None:
     assert torch.equal(again, images[7, 0][1])
 
 
-def test_a_moved_mask_blends_no_classes() -> None:
-    mask = Image.fromarray(np.array([[0, 9], [9, 0]], np.uint8).repeat(16, 0).repeat(16, 1))
-    for change in (Affine(), CropFlip((12, 12))):
-        for epoch in range(10):
-            assert set(np.unique(np.asarray(change(mask, generator(0, epoch, 0), mask=True)))) <= {0, 9, 255}
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_a_view_is_what_the_transform_shows(crop_mode: str) -> None:
+    """Of a picture whose brightness is its class, resized to a smaller and to a larger size of another shape."""
+    mask = np.zeros((24, 40), np.uint8)
+    mask[:12], mask[:, 20:] = 1, mask[:, 20:] + 2
+    samples = Samples((60 * mask + 20)[None], np.zeros(1, np.int64), ["0"], Masks(mask[None]))
+    for size in ((12, 12), (48, 36)):
+        shown = Preprocess(size, in_chans=1, mean=(0.0,), std=(1.0,), crop_mode=crop_mode, interpolation="nearest")
+        pixels, classes = Images(samples, shown)[0, 0]
+        known = classes != 255
+        assert torch.equal(known, pixels[0] > 0), "beyond the border nothing is known"
+        wanted = ((255 * pixels[0] - 20) / 60).round().long()
+        assert (wanted == classes)[known].float().mean() > 0.97, "a rounding of the size moves an edge by a pixel"
+    assert not known.all() or crop_mode != "border"
 
 
 # ---- data ----
@@ -152,7 +162,7 @@ def test_folders_of_masks_are_read(tmp_path: Path) -> None:
     assert source.splits["train"].keys[0] == "images/0.jpg"
     for i in range(6):  # grey and with a palette
         wanted = np.asarray(Image.fromarray(shapes.draw(i)[1]).resize((40, 40), Image.Resampling.NEAREST))
-        assert np.array_equal(np.asarray(source.splits["train"].mask(i)), wanted)
+        assert np.array_equal(np.asarray(source.splits["train"].targets.picture(i)), wanted)
     write(tmp_path / "split", 4, "train")
     write(tmp_path / "split", 2, "val")
     (tmp_path / "split" / "classes.txt").write_text("ground\nsquare\ndisc\ntriangle\n")
@@ -192,7 +202,7 @@ def test_masks_that_cannot_be_are_named(tmp_path: Path) -> None:
         ({"task": "classification"}, "shapes has masks, .* give --task segmentation"),
         ({"mixup": 0.5, "patch_drop_rate": 0.1}, "--mixup, --patch-drop-rate: not with --task segmentation"),
         ({"augment": "randaug"}, "--augment randaug: not with --task segmentation"),
-        ({"task": "pose"}, "unknown task 'pose'; known are classification, segmentation"),
+        ({"task": "hearing"}, "unknown task 'hearing'; known are classification, depth, pose, segmentation"),
     ],
 )
 def test_what_does_not_go_with_the_task_is_refused(options: dict[str, object], text: str, tmp_path: Path) -> None:
@@ -248,13 +258,15 @@ def test_predictions_are_pictures(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert [len(found[key]) for key in ("predictions", "failed")] == [2, 1]
     for answer in found["predictions"]:
         assert sum(answer["shares"].values()) == pytest.approx(1)
-        with Image.open(answer["mask"]) as mask, Image.open(answer["mask"].replace(".png", "-painted.png")) as painted:
+        with Image.open(answer["files"][0]) as mask, Image.open(answer["files"][1]) as painted:
             assert (mask.mode, mask.size, painted.size) == ("P", (50, 50), (50, 50))
             assert set(np.unique(np.asarray(mask))) <= {0, 1, 2, 3}
     assert main(["predict", str(run), files[0], "--csv", str(tmp_path / "a.csv")]) == 2
     model = vit.create(weights=run).eval()
     picture = Image.fromarray(shapes.draw(3)[0])
-    assert torch.equal(predicted(model, picture), predicted_whole(model, picture)), "of the model's own size"
+    logits = TASK.arrange(model(model.preprocess(picture)[None]), model)
+    large = F.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
+    assert torch.equal(predicted_whole(model, picture), large.argmax(1)[0].to(torch.uint8))
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def _index(args: argparse.Namespace) -> int:
         "data": args.data,
         "kind": source.kind,
         "classes": list(source.class_names),
-        "unit": "pixels" if source.has_masks else "images",
+        "unit": {"masks": "pixels", "key_points": "points"}.get(source.answers, "images"),
         "images": sum(map(len, source.splits.values())),
         "splits": {name: _counts(part, source.class_names) for name, part in source.splits.items()},
         "bad": [{"file": str(item.path), "reason": item.reason} for item in source.skipped],
@@ -120,12 +120,18 @@ def _write(recorder: Any, old: Any) -> Path:
 
 
 def _counts(samples: Any, names: Any) -> dict[str, Any]:
-    """Images, and of each class its images, or its pixels where these have classes."""
-    if samples.masks is None:
+    """Images, and of each class its images, its pixels, or its points that are labelled."""
+    targets = samples.targets
+    if targets is None:
         counts = np.bincount(samples.labels, minlength=len(names)).tolist()
-    else:  # pixels, of which those of no class are above
-        found = (np.bincount(np.asarray(samples.mask(i)).ravel(), minlength=256) for i in range(len(samples)))
+    elif targets.kind == "masks":  # pixels, of which those of no class are above
+        masks = (np.asarray(targets.picture(i)) for i in range(len(samples)))
+        found = (np.bincount(mask.ravel(), minlength=256) for mask in masks)
         counts = sum(found, np.zeros(256, np.int64))[: len(names)].tolist()
+    elif targets.kind == "key_points":
+        counts = (targets.points[:, :, 2] > 0).sum(axis=0).tolist()
+    else:
+        counts = [len(samples)] * len(names)
     return {"images": len(samples), "per_class": dict(zip(names, counts, strict=True))}
 
 

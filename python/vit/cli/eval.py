@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(to_json(figures))
     else:
-        _show(figures)
+        _show(figures, subject.task)
     return 0
 
 
@@ -116,9 +115,7 @@ def _figures(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     if subject.task != "classification":
         task = tasks.get(subject.task)
         found = evaluate(model, subject.samples, subject.batch_size, subject.workers, task=task)
-        known = [None if math.isnan(share) else share for share in getattr(found, "iou", ())]
-        rows = [{"class": name, "iou": share} for name, share in zip(names, known, strict=True)]
-        return figures | task.figures(found) | {"per_class": rows}
+        return figures | task.figures(found) | {"per_class": task.details(found, names)}
     views = Views(model.preprocess, args.crops, args.flip) if args.crops > 1 or args.flip else None
     result = evaluate(model, subject.samples, subject.batch_size, subject.workers, views=views, average=args.average)
     figures |= {
@@ -147,15 +144,14 @@ def _on_features(args: argparse.Namespace, subject: Subject) -> dict[str, float]
     return figures | ({"probe_accuracy": probe_accuracy(*data)} if args.probe else {})
 
 
-def _show(figures: dict[str, Any]) -> None:
-    if "miou" in figures:
-        print(
-            f"mIoU {100 * figures['miou']:.2f} %  pixels {100 * figures['accuracy']:.2f} %  "
-            f"loss {figures['loss']:.4f}  {figures['images']} images"
-        )
+def _show(figures: dict[str, Any], task: str) -> None:
+    if task != "classification" and "loss" in figures:
+        from .. import tasks
+
+        print(f"{tasks.get(task).describe(figures, figures['images'])}, {figures['images']} images")
         for row in figures["per_class"]:
-            share = "not there" if row["iou"] is None else f"{100 * row['iou']:.2f} %"
-            print(f"  {printable(row['class'])}: {share}")
+            (share,) = (value for key, value in row.items() if key != "class")
+            print(f"  {printable(row['class'])}: {'not there' if share is None else f'{100 * share:.2f} %'}")
     elif "accuracy" in figures:
         low, high = figures["interval"]
         print(

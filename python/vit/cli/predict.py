@@ -13,11 +13,14 @@ from typing import Any
 
 from ..support.files import replacing, to_json
 from ..support.text import printable
-from . import classes, masks
+from . import answers as answered
+from . import classes
 from .arguments import json_target, new_file, positive
 from .submission import submission
 
 Item = tuple[str, Callable[[], Any]]  # the name of an image, and what reads it
+
+TOP = 5  # classes that are told
 
 HELP = "the most likely classes of image files, of all images in folders, or of a data set"
 
@@ -28,6 +31,8 @@ Images are turned as their EXIF orientation says, transparent ones put on white;
   image,class,index,probability,class_2,index_2,probability_2,...,error
 --json prints one object:
   {"predictions": [{"image", "top": [{"class", "index", "probability"}]}], "failed": [{"image", "error"}]}
+A prediction of another task has "shares" of the classes (segmentation), "points" with x, y in pixels of the picture and
+confidence, and "box" (pose), or "nearest", "median" and "farthest" (depth); "files" are those that --draw wrote.
 
 An image that cannot be read is named on standard error and does not stop the others; the exit code is then 1.
 """
@@ -46,10 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--task", metavar="NAME", help="what the model has learned (default: that of the run)")
     parser.add_argument(
-        "--masks", metavar="FOLDER", help="of a segmentation: write each image's classes, and it painted, as PNG files"
+        "--draw",
+        "--masks",
+        metavar="FOLDER",
+        help="of masks, key points and depths: write what the model answers, and the image under it, as PNG files",
     )
     parser.add_argument("--model", metavar="NAME", help="model name, for weights that do not know theirs")
-    parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes per image (default: %(default)s)")
+    parser.add_argument(
+        "--top", type=positive, metavar="K", help=f"classes per image, or lines (default: {TOP} classes, all lines)"
+    )
     classes.add_argument(parser)
     parser.add_argument("--backend", default="auto", help="backend of the ops (default: %(default)s)")
     parser.add_argument(
@@ -76,18 +86,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         paths, failed = _images(args.images)
         items = [(path, partial(_read, path)) for path in paths]
-    task = masks.task_of(args.weights, args.task)
-    if (task != "segmentation" and args.masks) or (task == "segmentation" and (args.csv or args.submission)):
-        print(f"vit: --masks goes with segmentation, --csv and --submission do not; this is {task}", file=sys.stderr)
+    name = answered.task_of(args.weights, args.task)
+    task = tasks.get(name)
+    if args.draw if task.answer is None else (args.csv or args.submission):
+        wrong = "--draw" if task.answer is None else "--csv and --submission"
+        print(f"vit: the model was trained for {name}, with which {wrong} does not go", file=sys.stderr)
         return 2
-    arch = tasks.get(task).arch
-    model = create(args.model, backend=args.backend, weights=args.weights, training=False, **arch)
-    if task == "segmentation":
-        return masks.run(args, model, items, failed)
+    model = create(args.model, backend=args.backend, weights=args.weights, training=False, **task.arch)
+    if task.answer is not None:
+        return answered.run(args, task, model, items, failed)
     if not model.num_classes:
         raise ValueError(f"vit: {args.weights} has no classifier head, only features: nothing to choose from")
     names = classes.class_names(model, args.class_names)
-    top = min(args.top, model.num_classes)
+    top = min(args.top or TOP, model.num_classes)
     answers: list[dict[str, Any]] = []
     count = 0
     quiet = args.csv or args.submission

@@ -80,13 +80,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(result: Any, say: Any, as_json: bool) -> None:
     """The end of a training, in words and as JSON."""
+    from .. import tasks
+    from ..training import Run
+
     epoch = f"best epoch {result.best_epoch}, {result.seconds:.1f} s"
-    figures = {f"test_{name}": value for name, value in vars(result.test).items()} if result.test else {}
+    task = tasks.get(Run.open(result.run).config.task)
+    figures = {f"test_{name}": value for name, value in task.figures(result.test).items()} if result.test else {}
     if result.test:
-        name = "test_miou" if "test_miou" in figures else "test_accuracy"
+        share = 100 * figures[f"test_{task.metric}"]
         say(
-            f"{name.replace('_', ' ')} {100 * figures[name]:.2f} % ({result.test.images} images, loss "
-            f"{result.test.loss:.4f}), {epoch}"
+            f"test {task.metric_name} {share:.2f} % ({result.test.images} images, loss {result.test.loss:.4f}), {epoch}"
         )
     else:
         say(f"no test images, {epoch}")
@@ -95,7 +98,7 @@ def _report(result: Any, say: Any, as_json: bool) -> None:
         answer = {
             "run": str(result.run),
             "test_accuracy": figures.get("test_accuracy"),
-            **({"test_miou": figures["test_miou"]} if "test_miou" in figures else {}),
+            f"test_{task.metric}": figures.get(f"test_{task.metric}"),
             "epochs": result.epochs,
             "seconds": round(result.seconds, 3),
             "backend": result.backend,

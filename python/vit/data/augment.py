@@ -9,18 +9,20 @@ from typing import ClassVar, Protocol
 from PIL import Image
 from torch import Tensor
 
+from ..support import affine
 from ..support.random import Stream
-
-VOID = 255  # the value of a mask where there is no class
 
 
 class Augment(Protocol):
-    """A random change of one image; `resizes` says that it also brings the image to the model's size. With `mask` and
-    the same random numbers the mask of the image is moved as it is, without blending its values."""
+    """A random change of one image; `resizes` says that it also brings the image to the model's size."""
 
     resizes: ClassVar[bool]
 
-    def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image: ...
+    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image: ...
+
+    def place(self, size: tuple[int, int], rng: Stream) -> affine.Map:
+        """Where each place of the result comes from in an image of that `size` (width, height), with the random numbers
+        that the image is given: by this its mask or its key points move along."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,25 @@ class Affine:
     shift: float = 0.06
     fill: int = 0
 
-    def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image:
+    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
+        kind = Image.Transform.AFFINE
+        place = self.place(image.size, rng)
+        return image.transform(image.size, kind, place, Image.Resampling.BILINEAR, fillcolor=self.fill)
+
+    def place(self, size: tuple[int, int], rng: Stream) -> affine.Map:
+        """p = A (q - centre) + centre + shift."""
         angle, shear, scale, right, down = rng.uniform(-1.0, 1.0, 5).tolist()
         angle, shear = math.radians(self.rotate * angle), math.tan(math.radians(self.shear * shear))
         scale = 1.0 / (1.0 + self.scale * scale)
-        width, height = image.size
-        # PIL asks, for every pixel of the result, where it comes from: p = A (q - centre) + centre + shift.
+        width, height = size
         cos, sin = scale * math.cos(angle), scale * math.sin(angle)
         a, b, d, e = cos, sin + shear * cos, -sin, cos - shear * sin
         x, y = width / 2, height / 2
         c = x - a * x - b * y + self.shift * right * width
         f = y - d * x - e * y + self.shift * down * height
-        return image.transform(
-            image.size,
-            Image.Transform.AFFINE,
-            # Sines and cosines differ in the last bit from one C library to another.
-            tuple(round(value, 12) for value in (a, b, c, d, e, f)),
-            Image.Resampling.NEAREST if mask else Image.Resampling.BILINEAR,
-            fillcolor=VOID if mask else self.fill,
-        )
+        # Sines and cosines differ in the last bit from one C library to another.
+        a, b, c, d, e, f = (round(value, 12) for value in (a, b, c, d, e, f))
+        return a, b, c, d, e, f
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,27 @@ class CropFlip:
     aspect: float = 4 / 3
     flip: bool = True
 
-    def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image:
+    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
+        box, mirrored = self._box(image.size, rng)
+        image = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+    def place(self, size: tuple[int, int], rng: Stream) -> affine.Map:
+        (left, top, right, bottom), mirrored = self._box(size, rng)
+        height, width = self.size
+        part = affine.window(left, top, (right - left) / width, (bottom - top) / height)
+        return affine.after(part, (-1.0, 0.0, float(width), 0.0, 1.0, 0.0)) if mirrored else part
+
+    def _box(self, size: tuple[int, int], rng: Stream) -> tuple[tuple[int, int, int, int], bool]:
+        """The part that is taken, and whether it is mirrored."""
         area, aspect, left, top, mirror = rng.uniform(0.0, 1.0, 5).tolist()
-        width, height = image.size
+        width, height = size
         target = width * height * (self.area + (1.0 - self.area) * area)
         ratio = math.exp((2.0 * aspect - 1.0) * math.log(self.aspect))
         w = min(width, max(1, round(math.sqrt(target * ratio))))
         h = min(height, max(1, round(math.sqrt(target / ratio))))
         x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
-        box = (x, y, min(width, x + w), min(height, y + h))
-        kind = Image.Resampling.NEAREST if mask else Image.Resampling.BICUBIC
-        image = image.resize(self.size[::-1], kind, box=box)
-        if self.flip and mirror < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image
+        return (x, y, min(width, x + w), min(height, y + h)), self.flip and mirror < 0.5
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,26 @@ save.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..preprocess import Preprocess
+from ..support import affine
 from ..support.random import Stream
 from .augment import Augment, Erase, generator
 from .readers import PATIENCE, WatchedLoader, leave_signals
 from .samples import Samples
+from .targets import View
 
 Key = tuple[int, int]  # epoch, index of the image
 
 
 class Images(Dataset[tuple[Tensor, Any]]):
-    """(epoch, index) -> (image [C, H, W] float32, class index, or of data with masks the classes [H, W] int64).
+    """(epoch, index) -> (image [C, H, W] float32, class index, or what the data's targets give).
 
     Without `augment` the image is `preprocess(image)`, whatever the epoch: exactly what evaluation and
     prediction use. With it, the augmentation stands between the colour mode and size on one side and the
@@ -53,25 +53,26 @@ class Images(Dataset[tuple[Tensor, Any]]):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Any]:
         epoch, index = key
-        image = self.samples.image(index)
-        label = int(self.samples.labels[index]) if self.samples.masks is None else self._mask(epoch, index)
+        image, targets = self.samples.image(index), self.samples.targets
+        label: Any = int(self.samples.labels[index])
+        if targets is not None:
+            label = targets.tensor(index, self._view(image.size, epoch, index))
         pixels = self._pixels(image, epoch, index)
         if self.erase:
             self.erase(pixels, Stream("erase", self.seed, epoch, index))
         return pixels, label
 
-    def _mask(self, epoch: int, index: int) -> Tensor:
-        """The mask, moved as the image is, without blending classes; 255 where nothing is known."""
-        assert isinstance(self.preprocess, Preprocess)
-        mask = self.samples.mask(index)
-        if self.augment is None or not self.augment.resizes:
-            # One more than the class, so that what the transform fills with zeros is of none.
-            raised = Image.fromarray(np.asarray(mask) + np.uint8(1))
-            moved = replace(self.preprocess, interpolation="nearest", crop_mode="center").resize(raised)
-            mask = Image.fromarray(np.asarray(moved) - np.uint8(1))
-        if self.augment is not None:
-            mask = self.augment(mask, generator(self.seed, epoch, index), mask=True)
-        return torch.from_numpy(np.asarray(mask).astype(np.int64))
+    def _view(self, size: tuple[int, int], epoch: int, index: int) -> View:
+        """What the model sees of an image of that size: the evaluation transform and the augmentation, as one map."""
+        preprocess, augment = self.preprocess, self.augment
+        assert isinstance(preprocess, Preprocess)
+        place, shown = preprocess.place(size)
+        if augment is None:
+            return View(place, shown)
+        rng = generator(self.seed, epoch, index)
+        if augment.resizes:
+            return View(augment.place(size, rng), preprocess.img_size[::-1])
+        return View(affine.after(place, augment.place(shown, rng)), shown)
 
     def _pixels(self, image: Image.Image, epoch: int, index: int) -> Tensor:
         if self.augment is None:

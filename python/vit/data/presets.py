@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
+from ..support import affine
 from ..support.extras import require
 from ..support.random import Stream
 from .augment import CropFlip
@@ -26,10 +27,8 @@ class Torchvision:
     name: str
     crop: CropFlip
 
-    def __call__(self, image: Image.Image, rng: Stream, mask: bool = False) -> Image.Image:
-        image = self.crop(image, rng, mask)
-        if mask:  # "three" changes colours alone; the others, which turn images too, are refused where there are masks
-            return image
+    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
+        image = self.crop(image, rng)
         before = torch.get_rng_state()
         try:
             torch.manual_seed(int(rng.integers(0, 1 << 31, 1)[0]))
@@ -37,6 +36,11 @@ class Torchvision:
             return found
         finally:
             torch.set_rng_state(before)
+
+    def place(self, size: tuple[int, int], rng: Stream) -> affine.Map:
+        """That of the crop: "three" changes colours alone, and the others, which turn images too, are refused where
+        there is something to move along."""
+        return self.crop.place(size, rng)
 
 
 @cache

@@ -10,21 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..support.images import ImageError, explain, open_image, opened
+from ..support.images import explain
 from ..support.text import printable
+from .read import DataError as DataError
+from .read import ReaderError as ReaderError
+from .read import read_image as read_image
 from .stored import Stored
-
-
-class DataError(ValueError):
-    """Data that cannot be used: the text names the file or the value, what is allowed, and the way out."""
-
-    def __init__(self, text: str) -> None:
-        # A DataLoader raises a worker's error anew with its traceback as text; the last line of that is the error.
-        super().__init__(text.rpartition("DataError: ")[2].strip())
-
-
-class ReaderError(DataError):
-    """A process that reads images died or stopped answering; the text says how."""
+from .targets import Targets
 
 
 @dataclass(frozen=True)
@@ -34,19 +26,21 @@ class Samples:
     images: uint8 [n, H, W] (grey) or [n, H, W, 3] held in memory, the paths of image files, or what a store decodes
     labels: int64 [n]
     keys: a stable name per image, by which the splits are drawn (a path below the data folder, or a running
-        number)
-    masks: of data for segmentation the class of each pixel, as uint8 [n, H, W] or the paths of image files; 255 is of
-        no class. The labels are then zeros
+        number); parts of one picture have its name
+    targets: what the images are to be answered with, where that is more than a class (vit.data.targets). The labels are
+        then zeros
     """
 
     images: np.ndarray | Stored | Sequence[Path]
     labels: np.ndarray
     keys: Sequence[str]
-    masks: np.ndarray | Sequence[Path] | None = None
+    targets: Targets | None = None
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.labels) == len(self.keys):
             raise ValueError(f"vit: {len(self.images)} images, {len(self.labels)} labels, {len(self.keys)} keys")
+        if self.targets is not None and len(self.targets) != len(self.labels):
+            raise ValueError(f"vit: {len(self.images)} images, {len(self.targets)} {self.targets.kind}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,12 +54,6 @@ class Samples:
             return Image.fromarray(item)
         return read_image(item)
 
-    def mask(self, index: int) -> Image.Image:
-        """The classes of the image's pixels, mode L; DataError names a file that cannot be read."""
-        assert self.masks is not None
-        item = self.masks[index]
-        return Image.fromarray(item) if isinstance(item, np.ndarray) else read_mask(item)
-
     def take(self, indices: Sequence[int] | np.ndarray) -> Samples:
         """The samples at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
@@ -76,10 +64,8 @@ class Samples:
             images = self.images.take(chosen)
         else:
             images = [self.images[i] for i in chosen]
-        masks: np.ndarray | Sequence[Path] | None = self.masks
-        if masks is not None:
-            masks = masks[chosen] if isinstance(masks, np.ndarray) else [masks[i] for i in chosen]
-        return Samples(images, self.labels[chosen], [self.keys[i] for i in chosen], masks)
+        targets = None if self.targets is None else self.targets.take(chosen)
+        return Samples(images, self.labels[chosen], [self.keys[i] for i in chosen], targets)
 
     @staticmethod
     def concatenate(parts: Sequence[Samples]) -> Samples:
@@ -92,12 +78,9 @@ class Samples:
         else:
             images = [image for part in parts for image in part.images]  # type: ignore[misc]
         keys = [key for part in parts for key in part.keys]
-        masks: np.ndarray | Sequence[Path] | None = None
-        if arrays := [part.masks for part in parts if isinstance(part.masks, np.ndarray)]:
-            masks = np.concatenate(arrays)
-        elif all(part.masks is not None for part in parts):
-            masks = [mask for part in parts for mask in part.masks]  # type: ignore[union-attr]
-        return Samples(images, np.concatenate([part.labels for part in parts]), keys, masks)
+        found = [part.targets for part in parts if part.targets is not None]
+        targets = found[0].joined(found[1:]) if found else None
+        return Samples(images, np.concatenate([part.labels for part in parts]), keys, targets)
 
 
 @dataclass(frozen=True)
@@ -136,6 +119,8 @@ class Source:
             start = 0
             for name, fraction in missing.items():
                 count = round(fraction * len(members))
+                while 0 < count < len(members) - start and _same(train.keys, members, start + count):
+                    count += 1  # several samples of one picture are of one split
                 parts[name] += members[start : start + count]
                 start += count
             parts["train"] += members[start:]
@@ -174,16 +159,16 @@ class Source:
         order = np.array([places[name] for name in self.class_names], dtype=np.int64)
         splits = {name: replace(part, labels=order[part.labels]) for name, part in self.splits.items()}
         present = {label for part in splits.values() for label in np.unique(part.labels).tolist()}
-        if report and 0 < len(present) < len(classes):
+        if report and self.answers == "labels" and 0 < len(present) < len(classes):
             names = [printable(classes[label]) for label in sorted(present)[:10]]
             more = f" and {len(present) - 10} more" if len(present) > 10 else ""
             report(f"{self.name} holds {len(present)} of the model's {len(classes)} classes: {', '.join(names)}{more}")
         return replace(self, class_names=tuple(classes), splits=splits)
 
     @property
-    def has_masks(self) -> bool:
-        """Whether the pixels have classes, not the images."""
-        return any(part.masks is not None for part in self.splits.values())
+    def answers(self) -> str:
+        """What the images are to be answered with: "labels", or the kind of their targets."""
+        return next((part.targets.kind for part in self.splits.values() if part.targets is not None), "labels")
 
     def fingerprint(self) -> str:
         """A digest of the class names and of every split's keys and labels: equal only for the same data."""
@@ -197,8 +182,8 @@ class Source:
                 digest.update(samples.images.tobytes())
             elif isinstance(samples.images, Stored):
                 digest.update(samples.images.digest())
-            if isinstance(samples.masks, np.ndarray):
-                digest.update(samples.masks.tobytes())
+            if samples.targets is not None:
+                digest.update(samples.targets.digest())
         return digest.hexdigest()
 
 
@@ -210,6 +195,11 @@ class Skipped:
     reason: str
 
 
+def _same(keys: Sequence[str], members: Sequence[int], place: int) -> bool:
+    """Whether the members at a place and before it are of the same picture."""
+    return keys[members[place]] == keys[members[place - 1]]
+
+
 def _rank(seed: int, key: str) -> bytes:
     return hashlib.blake2b(_bytes(f"{seed}:{key}"), digest_size=16).digest()
 
@@ -217,27 +207,6 @@ def _rank(seed: int, key: str) -> bytes:
 def _bytes(text: str) -> bytes:
     """UTF-8, and of a file name that is none the bytes it has on the disk."""
     return text.encode("utf-8", "surrogateescape")
-
-
-def read_image(path: Path) -> Image.Image:
-    """The fully decoded, upright image of a file; DataError names the file and what is wrong with it."""
-    try:
-        return open_image(path)
-    except Exception as error:  # decoders raise SyntaxError, struct.error, ... on damaged files, not only OSError
-        raise DataError(f"vit: cannot read image {printable(str(path))}: {printable(explain(path, error))}") from error
-
-
-def read_mask(path: Path) -> Image.Image:
-    """The classes in a mask file, mode L: its grey values, or the numbers of its palette. DataError as read_image."""
-    try:
-        with opened(path) as image:
-            image.load()
-            if image.mode not in ("L", "P", "1"):
-                raise ImageError(f"mode {image.mode}; a mask is grey, or has a palette, with the class as its value")
-            values = np.asarray(image)
-            return Image.fromarray(values.astype(np.uint8))
-    except Exception as error:  # as in read_image
-        raise DataError(f"vit: cannot read mask {printable(str(path))}: {printable(explain(path, error))}") from error
 
 
 def _decoded(images: Stored, index: int) -> Image.Image:

@@ -84,6 +84,17 @@ def absent(kind: str, **values: object) -> None:
             raise ValueError(f"vit: {name}={value!r} is an option of VisionTransformer; {kind} does not have it")
 
 
+def decoder(widths: Sequence[int], global_pool: str) -> tuple[int, ...]:
+    """Channels of the stages of a decoder, which reads all tokens; none without one."""
+    if not isinstance(widths, (tuple, list)) or not all(_whole(width) and 1 <= width <= 4096 for width in widths):
+        raise ValueError(f"vit: decoder must be a list of numbers of channels from 1 to 4096, got {widths!r}")
+    if len(widths) > 5:
+        raise ValueError(f"vit: decoder has {len(widths)} stages, each of which doubles the sides; 5 are the most")
+    if widths and global_pool:
+        raise ValueError(f"vit: decoder reads all tokens: global_pool must be '', got {global_pool!r}")
+    return tuple(widths)
+
+
 def mlp_width(embed_dim: int, num_heads: int, mlp_ratio: float) -> int:
     """int(embed_dim * mlp_ratio), from 1; the heads divide embed_dim."""
     number(0.0, mlp_ratio=mlp_ratio)

@@ -113,7 +113,7 @@ class Eva(VisionTransformer):
         self.attn_pool = AttentionPoolLatent(o.attn_pool, **factory) if o.global_pool == "map" else None
         self.fc_norm = norm(o.norm_after_pool)
         self.head_drop = nn.Dropout(o.drop_rate)
-        self.head = nn.Linear(o.embed_dim, o.num_classes, **factory) if o.num_classes else nn.Identity()
+        self.head = self._make_head(**factory)
 
     def _init_weights(self) -> None:
         _init_weights(self)

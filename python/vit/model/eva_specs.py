@@ -80,5 +80,4 @@ class EvaAsking(Asking):
             self.attention_pool(o.attn_pool, self.tokens)
         if o.norm_after_pool:
             self.norm(o.norm_layer, pooled, C)
-        if model.num_classes:
-            self.linear(pooled, C, model.num_classes)
+        self.classifier(pooled)

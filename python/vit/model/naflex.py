@@ -36,6 +36,8 @@ class NaFlexOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.absent("NaFlexVit", patch_stride=self.patch_stride, representation_size=self.representation_size)
+        if self.decoder:
+            raise ValueError("vit: a NaFlexVit has a grid for each image, so that no decoder goes with it")
         checks.sides("pos_embed_grid_size", self.pos_embed_grid_size)
         checks.choice(pos_embed=(self.pos_embed, ("learned", "none")))
         if not self.no_embed_class:

@@ -84,6 +84,7 @@ class Options:
     pos_resize: str | None = None
     patch_stride: Any = None
     representation_size: int = 0
+    decoder: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         checks.choice(global_pool=(self.global_pool, POOLS), pos_embed=(self.pos_embed, POSITIONS))
@@ -104,6 +105,11 @@ class Options:
         checks.switches(**{f.name: getattr(self, f.name) for f in fields(self) if f.type == "bool"})
         if self.init_values is not None:
             checks.finite(init_values=self.init_values)
+        object.__setattr__(self, "decoder", checks.decoder(self.decoder, self.global_pool))
+        if self.decoder and (self.dynamic_img_size or self.patch_drop_rate):
+            raise ValueError("vit: decoder goes with one grid of patches: no dynamic_img_size, no patch_drop_rate")
+        if self.decoder and self.representation_size:
+            raise ValueError("vit: representation_size is a hidden layer of a classifier; a decoder has none")
         hidden = checks.mlp_width(self.embed_dim, self.num_heads, self.mlp_ratio)
         if self.mlp_layer == "swiglu_packed" and hidden % 2:
             raise ValueError(f"vit: mlp_layer='swiglu_packed' halves the MLP's width, and {hidden} is odd")

@@ -114,10 +114,22 @@ class Asking:
         pooled: tuple[int | str, ...] = ("*", self.tokens) if model.global_pool == "" else ("*",)
         if o.norm_after_pool and o.final_norm:
             self.norm(o.norm_layer, pooled, C)
+        self.classifier(pooled)
+
+    def classifier(self, pooled: tuple[int | str, ...]) -> None:
+        """The head, on what is pooled; of a decoder each stage, on four times as many cells as the one before."""
+        o, cells, width = self.o, self.model.patch_embed.num_patches, self.o.embed_dim
         if o.representation_size:
-            self.linear(pooled, C, o.representation_size)
-        if model.num_classes:
-            self.linear(pooled, o.representation_size or C, model.num_classes)
+            self.linear(pooled, width, o.representation_size)
+            width = o.representation_size
+        if not self.model.num_classes:
+            return
+        for wider in o.decoder:
+            self.linear(("*", cells), 9 * width, 4 * wider)
+            cells, width = 4 * cells, wider
+            self.norm(o.norm_layer, ("*", cells), width)
+            self.activation(("*", cells), width)
+        self.linear(("*", cells) if o.decoder else pooled, width, self.model.num_classes)
 
     def attention_pool(self, o: Options, count: int) -> None:
         """The pooling by attention over `count` tokens."""

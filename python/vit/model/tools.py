@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from . import checks, init
+from .decoder import DecoderHead
 from .options import POOLS
 from .pos_embed import FIXED, resample
 
@@ -80,12 +82,21 @@ class TimmTools:
         self.replan()
 
     def _new_head(self: Any, name: str) -> nn.Module:
-        """A newly initialised linear layer for num_classes, or an Identity."""
-        if not self.num_classes:
-            return nn.Identity().train(self.training)
-        head = nn.Linear(self.head_hidden_size, self.num_classes, device=self.device, dtype=self.dtype)
-        init.init_linear(head, name, self.weight_init, self.num_classes, init.Draws())
+        """A newly initialised head for num_classes, or an Identity."""
+        head = self._make_head(device=self.device, dtype=self.dtype)
+        draws = init.Draws()
+        for path, module in head.named_modules(prefix=name):
+            init.init_module(module, path, self.weight_init, self.num_classes, draws)
         return head.train(self.training)
+
+    def _make_head(self: Any, **factory: Any) -> nn.Module:
+        """A linear layer, or one behind a decoder, without values; an Identity where there are no classes."""
+        if not self.num_classes:
+            return nn.Identity()
+        if self.options.decoder:
+            options = replace(self.options, num_classes=self.num_classes)
+            return DecoderHead(options, self.patch_embed.grid_size, **factory)
+        return nn.Linear(self.head_hidden_size, self.num_classes, **factory)
 
     def set_input_size(self: Any, img_size: Any = None, patch_size: Any = None) -> None:
         """Takes images or patches of another size from now on: positions and patch projection are resampled.
@@ -113,6 +124,8 @@ class TimmTools:
         elif embed.grid_size != old and self.pos_embed is not None:
             fixed = FIXED[self.options.pos_embed](embed.grid_size, self.embed_dim, prefix)
             self.pos_embed = fixed.to(self.pos_embed)
+        if isinstance(self.head, DecoderHead):
+            self.head.grid = embed.grid_size
         self.preprocess = type(self.preprocess)(**self.preprocess.to_dict() | {"img_size": embed.img_size})
         self.replan()
 

@@ -61,10 +61,10 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
     that value; qk_norm, scale_attn_norm, scale_mlp_norm: more norms; qkv_bias, proj_bias; pre_norm: one before blocks,
     and no bias of the patches; embed_norm_layer: one in the patch embedding.
 
-    Head: global_pool "token" reads the class token, "avg", "max" and "avgmax" the patches (and what stands before them
-    with pool_include_prefix), "map" pools by attention, "" returns all tokens. final_norm: whether there is a last
-    norm. fc_norm: whether it comes after the pooling; None: where that is "avg", "max" or "avgmax".
-    representation_size: 0, or the width of a linear layer with a tanh (`pre_logits`) between pooling and head.
+    Head: global_pool "token" reads the class token, "avg", "max" and "avgmax" the patches (with pool_include_prefix all
+    tokens), "map" pools by attention, "" returns all tokens. final_norm: a last norm; fc_norm: after the pooling, None:
+    for the means. representation_size: 0, or the width of a linear layer with a tanh (`pre_logits`) before the head.
+    decoder: channels of stages that double the sides of the grid, for logits [B, num_classes, h, w].
 
     Regularisation, in training mode only: drop_rate before the head, pos_drop_rate after the position embedding,
     patch_drop_rate of whole patches, proj_drop_rate after each projection and in the MLP, attn_drop_rate on attention
@@ -192,7 +192,7 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         if o.representation_size:  # timm's modules have no such name
             self.pre_logits = make_representation(o, **factory)
         self.head_drop = nn.Dropout(o.drop_rate)
-        self.head = nn.Linear(self.head_hidden_size, o.num_classes, **factory) if o.num_classes else nn.Identity()
+        self.head = self._make_head(**factory)
 
     # ---- forward ----
 

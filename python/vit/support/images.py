@@ -68,8 +68,9 @@ def open_image(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
 
 
 @contextmanager
-def opened(source: str | os.PathLike[str] | BinaryIO) -> Iterator[Image.Image]:
-    """A picture whose header was read and found acceptable; its pixels are not decoded yet."""
+def opened(source: str | os.PathLike[str] | BinaryIO, deep: bool = False) -> Iterator[Image.Image]:
+    """A picture whose header was read and found acceptable; its pixels are not decoded yet. deep: more than 8 bits per
+    channel are acceptable."""
     file = _open_file(source) if isinstance(source, (str, os.PathLike)) else source
     try:
         try:
@@ -78,7 +79,7 @@ def opened(source: str | os.PathLike[str] | BinaryIO) -> Iterator[Image.Image]:
             raise ImageError(_too_large()) from error
         if decoded_pixels(image) > MAX_PIXELS:
             raise ImageError(_too_large(f"{image.width} x {image.height} pixels, "))
-        if is_deep(image):
+        if is_deep(image) and not deep:
             raise ImageError(f"mode {image.mode}, more than 8 bits per channel; convert the file to 8 bits")
         yield image
     finally:

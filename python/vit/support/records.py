@@ -205,23 +205,23 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file of at most MAX_BYTES. A pipe would wait for its writer, a device may have no end."""
+def read_regular(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file of at most `limit`. A pipe would wait for its writer, a device may have no end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise RecordError(f"vit: {path} is no regular file")
-        _check_size(status.st_size, str(path))
+        _check_size(status.st_size, str(path), limit)
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(MAX_BYTES + 1)
+            return file.read(limit + 1)
     finally:
         os.close(descriptor)
 
 
-def _check_size(size: int, source: str) -> None:
-    if size > MAX_BYTES:
-        raise RecordError(f"vit: {source} has {size} bytes; a record has at most {MAX_BYTES}")
+def _check_size(size: int, source: str, limit: int = MAX_BYTES) -> None:
+    if size > limit:
+        raise RecordError(f"vit: {source} has {size} bytes; a record has at most {limit}")
 
 
 def _check_depth(value: Any, source: str) -> None:

@@ -11,21 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .task import Evaluation, Figures
+from .task import Evaluation, Figures, Task, check_loss
 
 
-class Classification:
+class Classification(Task):
     """Images [B, C, H, W] -> logits [B, classes] against class indices int64 [B]."""
 
-    metric = "accuracy"
+    metric, metric_name = "accuracy", "accuracy"
     monitored = ("train_cross_entropy", "train_accuracy")
     picture_name = "confusion"
-    needs_masks = False
-    arch: dict[str, Any] = {}  # noqa: RUF012 (read only)
-
-    def arrange(self, outputs: Tensor, model: Any) -> Tensor:
-        """Logits are what the model gives."""
-        return outputs
+    targets, needs = "labels", "a class for each image"
+    data = "a folder of class folders"
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float, kind: str = "ce") -> Tensor:
         """Cross entropy in float32, with `smoothing` of the target spread over all classes (arXiv:1512.00567).
@@ -33,6 +29,7 @@ class Classification:
         targets: class indices int64 [B], or shares of the classes float32 [B, classes]
         kind: "ce", or "bce": the sum over classes of the binary cross entropies, mean over the batch (arXiv:2110.00476)
         """
+        check_loss("classification", kind, "ce", "bce")
         if kind == "bce":
             classes = outputs.shape[1]
             shares = targets if targets.ndim == 2 else F.one_hot(targets, classes).float()
@@ -76,10 +73,6 @@ class Classification:
     def figures(self, evaluation: Evaluation) -> dict[str, float]:
         """Loss and accuracy."""
         return {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
-
-    def better(self, new: Figures, old: Figures) -> bool:
-        """A higher accuracy, or the same with a smaller loss; a loss that is not finite loses."""
-        return (new["accuracy"], -_finite(new["loss"])) > (old["accuracy"], -_finite(old["loss"]))
 
     def describe(self, figures: Figures, images: int) -> str:
         """accuracy 97.21 % (95 % interval 93.6 to 98.8), loss 0.1234"""
@@ -147,10 +140,6 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     middle = (share + z * z / (2 * count)) / scale
     spread = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, middle - spread), min(1.0, middle + spread)
-
-
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
 
 
 TASK = Classification()

@@ -1,4 +1,4 @@
-"""One class per pixel, by a linear head on every patch: cross entropy, mean intersection over union."""
+"""One class per pixel: cross entropy and Dice loss, mean intersection over union."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from .task import Evaluation, Figures
-
-VOID = 255  # pixels of no class, which count nowhere
+from ..data.targets import VOID
+from ..preprocess import Preprocess
+from .task import Answer, Evaluation, Figures, Task, as_map, check_loss, stretched, whole
 
 
 @dataclass(frozen=True)
@@ -26,36 +27,40 @@ class Segmented(Evaluation):
     iou: list[float] = field(default_factory=list)
 
 
-class Segmentation:
-    """Images [B, C, H, W] -> logits [B, classes, rows, columns] of the patches, against masks int64 [B, H, W].
+class Segmentation(Task):
+    """Images [B, C, H, W] -> logits [B, classes, rows, columns], against masks int64 [B, H, W].
 
-    Logits are compared at the size of the masks, to which they are interpolated (bilinear): the linear decoder of
-    "Segmenter" (arXiv:2105.05633).
+    A map of the patches, as the linear decoder of "Segmenter" (arXiv:2105.05633) gives it, or the finer one of a model
+    with `decoder`. It is compared at the size of the masks, to which it is interpolated (bilinear).
     """
 
-    metric = "miou"
+    metric, metric_name = "miou", "mIoU"
     monitored = ("train_cross_entropy", "train_accuracy")
     picture_name = "masks"
-    needs_masks = True
-    arch: dict[str, Any] = {"global_pool": ""}  # noqa: RUF012 (read only): the head answers for every token
+    targets, needs = "masks", "a class for each pixel"
+    data = "a folder with images/ and masks/"
+    arch = {"global_pool": ""}  # noqa: RUF012 (read only): the head answers for every token
+
+    def prepare(self, preprocess: Preprocess) -> Preprocess:
+        """A border that is cut off has classes, too."""
+        return replace(preprocess, crop_pct=1.0)
 
     def arrange(self, outputs: Tensor, model: Any) -> Tensor:
-        """Logits of the tokens [B, N, classes] -> of the patches [B, classes, rows, columns]."""
-        rows, columns = model.patch_embed.grid_size
-        return outputs[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, (rows, columns))
+        """A map of logits [B, classes, rows, columns]."""
+        return as_map(outputs, model)
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float, kind: str = "ce") -> Tensor:
-        """Cross entropy in float32, the mean over the pixels that have a class."""
-        if kind != "ce":
-            raise ValueError(f"vit: --task segmentation has the loss ce, not {kind}")
+        """Cross entropy in float32, the mean over the pixels that have a class; "ce_dice": that and the Dice loss."""
+        check_loss("segmentation", kind, "ce", "ce_dice")
         count = (targets != VOID).sum().clamp(min=1)
-        logits = enlarged(outputs.float(), targets)
-        return F.cross_entropy(logits, targets, ignore_index=VOID, label_smoothing=smoothing, reduction="sum") / count
+        logits = stretched(outputs.float(), targets.shape[1:])
+        loss = F.cross_entropy(logits, targets, ignore_index=VOID, label_smoothing=smoothing, reduction="sum") / count
+        return loss + dice_loss(logits, targets) if kind == "ce_dice" else loss
 
     @torch.no_grad()
     def monitor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Plain cross entropy and share of right pixels: float32 [2]."""
-        logits = enlarged(outputs.detach().float(), targets)
+        logits = stretched(outputs.detach().float(), targets.shape[1:])
         known = targets != VOID
         count = known.sum().clamp(min=1)
         own = logits.log_softmax(dim=1).gather(1, targets.clamp(max=logits.shape[1] - 1)[:, None])[:, 0]
@@ -65,7 +70,7 @@ class Segmentation:
     def measure(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Per image: its loss over all pixels (float64) and their number; per class the pixels that are right, that
         were answered, and that are labelled (int64 [B, classes])."""
-        logits, classes = enlarged(outputs.double().cpu(), targets), outputs.shape[1]
+        logits, classes = stretched(outputs.double().cpu(), targets.shape[1:]), outputs.shape[1]
         loss = F.cross_entropy(logits, targets, ignore_index=VOID, reduction="none").sum(dim=(1, 2))
         known = targets != VOID
         answers = logits.argmax(dim=1)
@@ -96,10 +101,11 @@ class Segmentation:
         assert isinstance(evaluation, Segmented)
         return {"loss": evaluation.loss, "accuracy": evaluation.accuracy, "miou": evaluation.miou}
 
-    def better(self, new: Figures, old: Figures) -> bool:
-        """A higher mean intersection over union, or the same with a smaller loss."""
-        losses = [-loss if math.isfinite(loss) else -math.inf for loss in (new["loss"], old["loss"])]
-        return (new["miou"], losses[0]) > (old["miou"], losses[1])
+    def details(self, evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:
+        """The intersection over union of each class."""
+        assert isinstance(evaluation, Segmented)
+        shares = [None if math.isnan(share) else share for share in evaluation.iou]
+        return [{"class": name, "iou": share} for name, share in zip(class_names, shares, strict=True)]
 
     def describe(self, figures: Figures, images: int) -> str:
         """mIoU 71.20 %, pixels 93.10 %, loss 0.1234"""
@@ -112,38 +118,52 @@ class Segmentation:
         self, evaluation: Evaluation, class_names: Sequence[str], paths: Sequence[Path], model: Any, samples: Any
     ) -> None:
         """The first test images beside their masks and the model's answers."""
-        from ..viz.masks import answers
+        from ..viz.masks import legend, painted
+        from ..viz.rows import rows
 
-        rows = []
+        found = []
         for index in range(min(6, len(samples))):
             image = model.preprocess.convert(samples.image(index))
-            rows.append((image, samples.mask(index), predicted(model, image)))
+            mask = samples.targets.picture(index)
+            found.append((image, *map(painted, (mask, predicted_whole(model, image)))))
         for path in paths:
-            answers(rows, class_names, path)
+            rows(found, ("image", "classes", "answer"), path, legend(class_names))
+
+    def answer(self, model: Any, image: Image.Image) -> Answer:
+        """The shares of the classes, and the class of each pixel: as the values of a picture with a palette, and in
+        colours over the image."""
+        from ..viz.masks import colours, painted
+
+        image = model.preprocess.convert(image)
+        mask = predicted_whole(model, image)
+        names = model.class_names or tuple(map(str, range(model.num_classes)))
+        counts = mask.flatten().bincount(minlength=len(names)).tolist()
+        shares = {name: count / mask.numel() for name, count in zip(names, counts, strict=True) if count}
+        classes = Image.fromarray(mask.numpy())
+        classes.putpalette(colours(256).tobytes())
+        over = Image.blend(image.convert("RGB"), Image.fromarray(painted(mask)), 0.5)
+        largest = sorted(shares.items(), key=lambda item: -item[1])
+        lines = [f"{100 * share:6.2f} %  {name}" for name, share in largest]
+        return Answer({"shares": shares}, lines, {".png": classes, "-painted.png": over})
 
 
-def enlarged(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits [B, classes, h, w] at the size of the targets [B, H, W]."""
-    size = (int(targets.shape[1]), int(targets.shape[2]))
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
-
-
-@torch.no_grad()
-def predicted(model: Any, image: Any) -> Tensor:
-    """The classes of a picture's pixels, at the size that the model sees: uint8 [H, W]."""
-    pixels = model.preprocess(image)[None].to(model.device, model.dtype)
-    logits = TASK.arrange(model(pixels), model)
-    return enlarged(logits.float(), pixels[:, 0]).argmax(dim=1)[0].to(torch.uint8).cpu()
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """1 - the mean over the classes of 2 sum p t / (sum p + sum t), over the pixels of a batch that have a class
+    (arXiv:1606.04797): every class counts alike, however few pixels it has. logits [B, classes, H, W], targets
+    [B, H, W]"""
+    classes = logits.shape[1]
+    known = (targets != VOID)[:, None]
+    shares = logits.softmax(dim=1) * known
+    hot = F.one_hot(targets.clamp(max=classes - 1), classes).movedim(3, 1) * known
+    both, all_of_them = (shares * hot).sum(dim=(0, 2, 3)), (shares + hot).sum(dim=(0, 2, 3))
+    return 1 - ((2 * both + 1) / (all_of_them + 1)).mean()
 
 
 @torch.no_grad()
 def predicted_whole(model: Any, image: Any) -> Tensor:
-    """The classes of all pixels of a picture, uint8 [height, width]. The model sees it squeezed to its own size, so
-    nothing is cut off."""
-    pixels = replace(model.preprocess, crop_pct=1.0, crop_mode="squash")(image)[None]
-    logits = TASK.arrange(model(pixels.to(model.device, model.dtype)), model).float()
-    size = (image.height, image.width)
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(dim=1)[0].to(torch.uint8).cpu()
+    """The classes of all pixels of a picture, uint8 [height, width]. The model sees it squeezed to its own size."""
+    logits = as_map(model(whole(model, image)), model).float()
+    return stretched(logits, (image.height, image.width)).argmax(dim=1)[0].to(torch.uint8).cpu()
 
 
 TASK = Segmentation()

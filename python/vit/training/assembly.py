@@ -113,18 +113,16 @@ def assemble(
 
 def _check_task(config: TrainConfig, source: Source) -> None:
     """ValueError where the data have other answers than the task, or an option does not go with it."""
-    task = tasks.get(config.task)
-    if task.needs_masks and not source.has_masks:
+    task, found = tasks.get(config.task), source.answers
+    if task.targets != found and found == "labels":
+        raise ValueError(f"vit: --task {config.task} needs {task.needs}, and {config.data} has none; give {task.data}")
+    if task.targets != found:
+        fitting = " or ".join(name for name in tasks.names() if tasks.get(name).targets == found)
         raise ValueError(
-            f"vit: --task {config.task} needs a class for each pixel, and {config.data} has none; give a folder with "
-            "images/ and masks/"
+            f"vit: {config.data} has {found.replace('_', ' ')}, which --task {config.task} does not take; give --task "
+            f"{fitting}"
         )
-    if not task.needs_masks and source.has_masks:
-        raise ValueError(
-            f"vit: {config.data} has masks, a class for each pixel, which --task {config.task} does not take; give "
-            "--task segmentation"
-        )
-    if not task.needs_masks:
+    if found == "labels":
         return
     given = {
         "--mixup": config.mixup,
@@ -136,7 +134,7 @@ def _check_task(config: TrainConfig, source: Source) -> None:
     }
     if wrong := [name for name, value in given.items() if value]:
         raise ValueError(
-            f"vit: {', '.join(wrong)}: not with --task {config.task}, whose answers are pixels of the image"
+            f"vit: {', '.join(wrong)}: not with --task {config.task}, whose answers are places in the image"
         )
 
 
@@ -174,7 +172,7 @@ def _new_model(config: TrainConfig, source: Source, device: Any) -> tuple[Any, d
     """The model, and what is written of it: whatever the options and the weights change of the named one."""
     torch.manual_seed(config.seed)
     arch = {"num_classes": len(source.class_names), "drop_path_rate": config.drop_path} | config.arch
-    arch = tasks.get(config.task).arch | arch
+    arch = tasks.get(config.task).arch | tasks.get(config.task).head | arch
     if config.patch_drop_rate:
         arch = {"patch_drop_rate": config.patch_drop_rate} | arch
     if arch["num_classes"] != len(source.class_names):
@@ -187,8 +185,7 @@ def _new_model(config: TrainConfig, source: Source, device: Any) -> tuple[Any, d
         model = create(config.model, config.backend, weights=start, device=device, **arch)
     except WeightsError as error:
         raise WeightsError(_with_fitting_models(str(error), config, start)) from error
-    if tasks.get(config.task).needs_masks:  # a border that is cut off has classes, too
-        model.preprocess = dataclasses.replace(model.preprocess, crop_pct=1.0)
+    model.preprocess = tasks.get(config.task).prepare(model.preprocess)
     name, settings = settle(config.model, start, arch)
     named = get_config(name).arch
     info = {

@@ -27,7 +27,7 @@ CHOICES = {
     "amp": ("no", "bf16", "fp16"),
     "parallel": ("ddp", "fsdp"),
     "distill": ("soft", "hard"),
-    "loss": ("ce", "bce"),
+    "loss": ("ce", "bce", "ce_dice"),
     "optimizer": ("adamw", "adamw8bit"),
     "freeze": ("no", "backbone"),
     "grad_checkpoint": ("no", "yes"),
@@ -106,7 +106,10 @@ class TrainConfig:
     clip: float = _option(1.0, "largest norm of all gradients together; 0 does not clip")
     spike: float = _option(0.0, "leaves out a step whose loss is above so many times the running mean; 0 takes all")
     patience: int = _option(0, "epochs without a better one after which the training ends; 0 goes through all")
-    loss: str = _option("ce", "ce: cross entropy; bce: binary cross entropy of each class (DeiT III)")
+    loss: str = _option(
+        "ce",
+        "ce: cross entropy; bce: binary, of each class (DeiT III); ce_dice: of pixels, with the Dice loss",
+    )
     label_smoothing: float = _option(0.1, "share of the target spread over all classes")
     mixup: float = _option(0.0, "alpha of mixup (arXiv:1710.09412): batches are blended by Beta(alpha, alpha); 0: none")
     cutmix: float = _option(0.0, "alpha of CutMix (arXiv:1905.04899); with mixup one of the two by turns of a coin")
@@ -186,7 +189,10 @@ class TrainConfig:
     def filled(self, options: Mapping[str, Any]) -> TrainConfig:
         """The configuration with None replaced by what `options` say."""
         known = {"task": "classification"} | dict(options)
-        return dataclasses.replace(self, **{k: v for k, v in known.items() if getattr(self, k) is None})
+        changes = {k: v for k, v in known.items() if getattr(self, k) is None}
+        if self.model is None:  # the recipe's model has the recipe's sizes
+            changes["arch"] = dict(known.get("arch") or {}) | self.arch
+        return dataclasses.replace(self, **changes)
 
     def to_yaml(self) -> str:
         """The text of config.yaml, in the order of the fields."""

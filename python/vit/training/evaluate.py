@@ -51,8 +51,9 @@ def evaluate(
     logits or, as `average` says, the probabilities are averaged. Raises ReaderError when one of the `workers` dies.
     """
     task = task or get("classification")
-    if task.needs_masks != (samples.masks is not None):
-        raise ValueError(f"vit: the data have {'no ' * task.needs_masks}classes of pixels, so the task is another one")
+    found = "labels" if samples.targets is None else samples.targets.kind
+    if task.targets != found:
+        raise ValueError(f"vit: the task needs {task.needs}, and the data have {found.replace('_', ' ')}")
     was_training = model.training
     model.eval()
     measured: list[tuple[Tensor, ...]] = []

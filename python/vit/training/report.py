@@ -104,7 +104,7 @@ def write_final(
         chosen = task.describe(progress.best, len(splits["val"]))
         step = f", step {progress.best_step:,}" if parts.config.val_steps else ""
         say(f"kept epoch {progress.best_epoch}{step}: {chosen} on {len(splits['val']):,} validation images")
-    curves(run.read_metrics(), *run.pictures("curves"))
+    curves(run.read_metrics(), *run.pictures("curves"), metric=task.metric, name=task.metric_name)
     phases(run.read_metrics(), *run.pictures("phases"))
     if test:
         task.picture(test, parts.source.class_names, run.pictures(task.picture_name), model, splits["test"])

@@ -9,23 +9,28 @@ from typing import Any
 from .figure import new_figure, save
 
 
-def curves(metrics: Sequence[dict[str, Any]], *paths: str | Path) -> None:
+def curves(
+    metrics: Sequence[dict[str, Any]], *paths: str | Path, metric: str = "accuracy", name: str = "accuracy"
+) -> None:
     """Draws the lines of metrics.jsonl into files; the suffix is the format (png, pdf, svg).
 
-    Training and validation are compared by the same criterion, plain cross entropy, and by the error in percent on a
-    logarithmic axis. The test figures stand in the title: they belong to no point of the curves.
+    Training and validation are compared by the same criterion, such as plain cross entropy, and by the error in percent
+    on a logarithmic axis: what the figure `metric`, in words `name`, lacks. The test figures stand in the title: they
+    belong to no point of the curves.
     """
     epochs = [
         line | {"epoch": line.get("epoch", line.get("at"))} for line in metrics if "epoch" in line or "at" in line
     ]
     final = next((line for line in metrics if line.get("final")), {})
-    metric = "miou" if any("val_miou" in line for line in epochs) or "test_miou" in final else "accuracy"
-    error = {"accuracy": "error", "miou": "1 - mIoU"}[metric]
+    error = "error" if metric == "accuracy" else f"1 - {name}"
+    reserved = ("train_loss", f"train_{metric}", "train_accuracy")
+    trained = next((key for line in epochs for key in line if key.startswith("train_") and key not in reserved), None)
     figure = new_figure(11, 3.8)
     losses, errors, rate = figure.subplots(1, 3)
-    _plot(losses, epochs, "train_cross_entropy", "C0", "training (augmented images)")
+    if trained:
+        _plot(losses, epochs, trained, "C0", "training (augmented images)")
     _plot(losses, epochs, "val_loss", "C1", "validation")
-    losses.set(title="cross entropy", xlabel="epoch", yscale="log")
+    losses.set(title=(trained or "loss").removeprefix("train_").replace("_", " "), xlabel="epoch", yscale="log")
     _plot_errors(errors, epochs, final, metric)
     errors.set(title=f"{error}, %", xlabel="epoch", yscale="log")
     _plot(rate, epochs, "lr", "C2", "")

@@ -1,16 +1,13 @@
-"""Pictures beside the classes of their pixels."""
+"""The classes of a picture's pixels, in colours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .figure import new_figure, save
-
-NAMED = 20  # classes up to which the figure has a legend
+NAMED = 20  # classes up to which a figure has a legend
 
 
 def colours(count: int) -> np.ndarray:
@@ -31,25 +28,8 @@ def painted(mask: Any) -> np.ndarray:
     return np.asarray(palette[values])
 
 
-def answers(rows: Sequence[tuple[Any, Any, Any]], class_names: Sequence[str], path: str | Path) -> None:
-    """Draws image, mask and answer of each row into a file, a PNG, PDF or SVG by its suffix."""
-    figure = new_figure(6.0, 2.0 * len(rows) + 0.6)
-    grid = figure.subplots(len(rows), 3, squeeze=False)
-    for axes, (image, mask, answer) in zip(grid, rows, strict=True):
-        pictures = (image, painted(mask), painted(answer))
-        for place, title, picture in zip(axes, ("image", "classes", "answer"), pictures, strict=True):
-            place.imshow(np.asarray(picture), cmap="gray")
-            place.set_axis_off()
-            if axes is grid[0]:
-                place.set_title(title)
-    if len(class_names) <= NAMED:
-        from matplotlib.patches import Patch
-
-        marks = [
-            Patch(color=colour / 255, label=name)
-            for colour, name in zip(colours(len(class_names)), class_names, strict=True)
-        ]
-        legend = figure.legend(handles=marks, loc="outside lower center", ncols=4, fontsize="small")
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-    save(figure, Path(path))
+def legend(class_names: Sequence[str]) -> list[tuple[str, Any]]:
+    """Names and colours of the classes; none where they are too many to be told apart."""
+    if len(class_names) > NAMED:
+        return []
+    return list(zip(class_names, colours(len(class_names)), strict=True))

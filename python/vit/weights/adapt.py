@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..model import VisionTransformer
 from ..model.configs import CONFIGS, get_config
 from ..model.pos_embed import FIXED, resample, resample_patches
-from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError
+from .checkpoint import PATCHES, POSITIONS, Checkpoint, WeightsError, is_head
 from .fit import check_head, check_names, check_pooling, rename_norm, rename_scales, without_allowed
 from .layout import Mapped
 from .loaded import Report, Resampled
@@ -33,7 +33,7 @@ def load_into(model: VisionTransformer, checkpoint: Checkpoint, new_head: bool =
     check_pooling(load.state, moves, {"global_pool": model.global_pool, "fc_norm": moves}, checkpoint.source)
     if load.fit_head(new_head):
         model.reset_classifier(model.num_classes)
-        load.wanted = {key: value for key, value in load.wanted.items() if key not in HEAD}
+        load.wanted = {key: value for key, value in load.wanted.items() if not is_head(key)}
     load.rename(rename_norm(load.state, moves), "moved behind the mean of the patches")
     load.rename(rename_scales(load.state, load.wanted), "renamed")
     load.fit_patches()
@@ -116,13 +116,14 @@ class _Load:
         had = 0 if head is None or not head.ndim else len(head)
         if had == classes:
             return False
-        check_head(self.checkpoint, classes, self.model.head_hidden_size, new_head)
-        for key in HEAD:
+        width = self.wanted["head.weight"].shape[1] if classes else self.model.head_hidden_size
+        check_head(self.checkpoint, classes, width, new_head)
+        for key in [key for key in self.state if is_head(key)]:
             self.drop(key, f"a head for {had} classes, and the model has {classes}")
         what = f"its head for {had} classes was dropped" if head is not None else "it has no head"
         if classes:
             log.warning("%s: %s, a new one for %d classes was initialised", self.source, what, classes)
-            self.missing |= {key: "newly initialised" for key in HEAD if key in self.wanted}
+            self.missing |= {key: "newly initialised" for key in self.wanted if is_head(key)}
         elif had:
             log.info("%s: %s", self.source, what)
         return classes > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,13 @@ from .loaded import Report
 PATCHES = "patch_embed.proj.weight"
 POSITIONS = "pos_embed"
 HEAD = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+#: What the names of a decoder in the head begin with.
+STAGES = "head.stages."
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter is of the head, and so depends on the classes and the task."""
+    return name in HEAD or name.startswith(STAGES)
 
 
 def some(names: Sequence[str], limit: int = 12) -> str:
@@ -72,6 +79,18 @@ class Checkpoint:
             found["fc_norm"] = False  # the last norm is called norm where it comes before the pooling
         return found
 
+    def fitting(self, decoder: bool) -> Checkpoint:
+        """Itself, or for a model whose head has a `decoder` that these weights lack, the same without their head."""
+        heads = [key for key in self.state if is_head(key)]
+        if not decoder or not heads or any(key.startswith(STAGES) for key in heads):
+            return self
+        return replace(
+            self,
+            state={key: value for key, value in self.state.items() if key not in heads},
+            dropped={**self.dropped, **dict.fromkeys(heads, "a head without the decoder that the model has")},
+            mapped=tuple(one for one in self.mapped if not set(one.targets) & set(heads)),
+        )
+
     def model_name(self) -> str | None:
         """The named model that these weights are of, or else one with their options and, where there is one, sizes."""
         if self.name is not None or self.base is None:
@@ -102,6 +121,10 @@ class Checkpoint:
         if "blocks.0.norm1.weight" in self.state and "cls_token" not in self.state and not self._lacks_token():
             # Without a class token logits come from the mean of the patches; the name of the last norm tells its place.
             sizes |= {"class_token": False, "global_pool": "avg"} | ({"fc_norm": False} if self._has_norm() else {})
+        stages = len({key.split(".")[2] for key in self.state if key.startswith(STAGES)})
+        norms = [self.state.get(f"{STAGES}{i}.norm.weight") for i in range(stages)]
+        if stages and all(norm is not None for norm in norms):
+            sizes |= {"decoder": tuple(map(len, norms)), "global_pool": ""}  # type: ignore[arg-type]
         if "attn_pool.latent" in self.state:
             sizes |= {"global_pool": "map", "fc_norm": None}
         return sizes

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..model import checks
 from ..model.pos_embed import FIXED
 from ..support.text import printable
-from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError, some
+from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError, is_head, some
 
 #: Fixed positions of more patches than this are made only for a caller who asks for the image size.
 MOST_PATCHES = 1 << 20
@@ -39,7 +39,7 @@ def check_fit(
     checks.positive(**{key: settings[key] for key in ("in_chans", "embed_dim", "depth", "num_heads")})
     checks.number(0.0, mlp_ratio=settings["mlp_ratio"])
     checks.number(0.0, mlp_width=settings["embed_dim"] * settings["mlp_ratio"])
-    state = {key: value for key, value in checkpoint.state.items() if key not in (*HEAD, POSITIONS)}
+    state = {key: value for key, value in checkpoint.state.items() if not is_head(key) and key != POSITIONS}
     have = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     depth = settings["depth"]
     _check_ends(checkpoint, settings, given)
@@ -50,7 +50,7 @@ def check_fit(
             raise
         raise WeightsError(f"vit: {checkpoint.source}: {str(error).removeprefix('vit: ')}") from error
     check_pooling(checkpoint.state, "fc_norm.weight" in wanted, settings, checkpoint.source)
-    width = settings.get("representation_size") or settings["embed_dim"]
+    width = (settings.get("representation_size") or settings["embed_dim"], *(settings.get("decoder") or ()))[-1]
     check_head(checkpoint, settings["num_classes"], width, "num_classes" in given)
     state = rename_scales(rename_norm(state, "fc_norm.weight" in wanted), wanted)
     if PATCHES in state and PATCHES not in _misshapen_patches(state[PATCHES], settings, "patch_size" in given):
@@ -75,7 +75,7 @@ def _expected(kind: type[nn.Module], settings: Mapping[str, Any], depth: int) ->
     model = kind(**{**settings, **changed}, backend="reference", device="meta")
     found: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
-        if name in (*HEAD, POSITIONS):
+        if is_head(name) or name == POSITIONS:
             continue
         for i in range(depth) if name.startswith("blocks.0.") else (0,):
             found[name.replace("blocks.0.", f"blocks.{i}.")] = tuple(tensor.shape)

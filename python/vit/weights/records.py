@@ -71,6 +71,11 @@ def _argument(record: Record, key: str, name: str, default: Any) -> Any:
         return record.choice(key, _CHOICES[name])
     if record.raw(key) is None and default is None:
         return None
+    if isinstance(default, tuple):
+        values = record.numbers(key)
+        if not all(value == int(value) and value >= 1 for value in values):
+            record.refuse(key, "a list of whole numbers from 1")
+        return tuple(map(int, values))
     if isinstance(default, bool) or name in _SWITCHES_OR_NONE:
         return record.boolean(key)
     if name in _COUNTS:

@@ -11,7 +11,7 @@ from ..support.files import to_json, write_text
 from ..support.tensors import write_tensors
 
 #: Arguments of ours alone: timm reads a config without them.
-OWN = ("norm_eps", "drop_edge", "pos_resize", "patch_embed", "patch_stride", "representation_size")
+OWN = ("norm_eps", "drop_edge", "pos_resize", "patch_embed", "patch_stride", "representation_size", "decoder")
 #: Where timm's Eva has a name of its own.
 EVA_NAMES = {ours: theirs for theirs, ours in ALIASES.items() if theirs != "dynamic_pad"}
 
@@ -62,7 +62,7 @@ def _changed(model: Any) -> dict[str, Any]:
             continue
         value = _current(model, key)
         if _plain(value) != _plain(getattr(usual, key)):
-            found[key] = _plain(value)
+            found[key] = list(value) if key == "decoder" else _plain(value)
     if tuple(model.patch_embed.img_size) != _pair(usual.img_size):
         found["img_size"] = list(model.patch_embed.img_size)
     else:

@@ -9,9 +9,10 @@ import numpy as np
 from ...support.random import Stream
 from ..format import Format
 from ..samples import Samples, Source
+from ..targets import Masks
 
 CLASSES = ("ground", "square", "disc", "triangle")
-COUNT, SIDE = 800, 32
+COUNT, SIDE = 2400, 32
 
 
 def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +43,7 @@ def shapes() -> Source:
     """All pictures as one "train" split."""
     pictures, masks = zip(*map(draw, range(COUNT)), strict=True)
     keys = [str(i) for i in range(COUNT)]
-    samples = Samples(np.stack(pictures), np.zeros(COUNT, np.int64), keys, np.stack(masks))
+    samples = Samples(np.stack(pictures), np.zeros(COUNT, np.int64), keys, Masks(np.stack(masks)))
     return Source("shapes", "shapes", CLASSES, {"train": samples})
 
 
