@@ -51,12 +51,18 @@ def flops(c: native.Config, batch: int) -> dict[str, int]:
     late = rows - (2 * batch * (N - 1) if c.pool == native.POOLS["token"] else 0)
     heads = N if c.pool == native.POOLS[""] else 1
     values = c.channels * c.patch_height * c.patch_width
+    made = 2 * c.mlp_width if c.gated else c.mlp_width
+    pool = 0
+    if c.pool == native.POOLS["map"]:
+        pooled = patches + c.prefix_tokens * c.pool_prefix
+        pool = 2 * c.embed_dim * (2 * pooled * c.pool_heads + 2 * c.embed_dim + 2 * c.pool_mlp_width)
+    read = 2 * c.embed_dim if c.pool == native.POOLS["distilled"] else c.embed_dim
     return {
         "embed": 2 * batch * patches * values * c.embed_dim,
         "qkv": (2 * rows + late) * c.embed_dim**2,
         "attention": 2 * late * N * c.embed_dim,
         "proj": late * c.embed_dim**2,
-        "fc1": late * c.embed_dim * c.mlp_width,
+        "fc1": late * c.embed_dim * made,
         "fc2": late * c.embed_dim * c.mlp_width,
-        "head": 2 * batch * heads * c.embed_dim * c.num_classes,
+        "head": batch * (2 * heads * read * c.num_classes + pool),
     }
