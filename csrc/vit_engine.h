@@ -98,6 +98,7 @@ typedef struct vit_engine_config {
   int32_t precision, pool, activation; /* vit_precision, vit_pool, vit_activation */
   int32_t dynamic_pad;                 /* nonzero: smaller images with as many patches are padded with zeros */
   int32_t norm_first;                  /* vit_last_norm: where the last norm stands */
+  int32_t drop_edge;                   /* nonzero: pixels beyond the last whole patch are not read */
   int32_t norm;                        /* vit_norm: what all norms are */
   int32_t embed_norm, pre_norm;        /* nonzero: a norm of projected patches; of all tokens before the first block */
   int32_t qk_norm;                     /* nonzero: one of queries and keys, by head */

@@ -30,10 +30,10 @@ void check_config(const vit_engine_config& c) {
   within("norm", c.norm, VIT_LAYER_NORM, VIT_RMS_NORM);
   within("rotary", c.rotary, VIT_ROTARY_NONE, VIT_ROTARY_HALF);
   for (const auto& [name, value] :
-       {std::pair("dynamic_pad", c.dynamic_pad), std::pair("embed_norm", c.embed_norm),
-        std::pair("pre_norm", c.pre_norm), std::pair("qk_norm", c.qk_norm), std::pair("attn_norm", c.attn_norm),
-        std::pair("mlp_norm", c.mlp_norm), std::pair("gated", c.gated), std::pair("rotary_of_heads", c.rotary_of_heads),
-        std::pair("pool_prefix", c.pool_prefix)})
+       {std::pair("dynamic_pad", c.dynamic_pad), std::pair("drop_edge", c.drop_edge),
+        std::pair("embed_norm", c.embed_norm), std::pair("pre_norm", c.pre_norm), std::pair("qk_norm", c.qk_norm),
+        std::pair("attn_norm", c.attn_norm), std::pair("mlp_norm", c.mlp_norm), std::pair("gated", c.gated),
+        std::pair("rotary_of_heads", c.rotary_of_heads), std::pair("pool_prefix", c.pool_prefix)})
     within(name, value, 0, 1);
   within("channels", c.channels, 1, 4096);
   within("image_height", c.image_height, 1, 65536);
@@ -60,10 +60,11 @@ void check_config(const vit_engine_config& c) {
     invalid("embed_dim " + std::to_string(c.embed_dim) + " is not a multiple of pool_heads " +
             std::to_string(c.pool_heads));
   const Shape shape = shape_of(c);
-  if (!c.dynamic_pad && (c.image_height % c.patch_height || c.image_width % c.patch_width))
+  if (!c.dynamic_pad && !c.drop_edge && (c.image_height % c.patch_height || c.image_width % c.patch_width))
     invalid("images of " + std::to_string(c.image_height) + " x " + std::to_string(c.image_width) +
             " are not made of whole patches of " + std::to_string(c.patch_height) + " x " +
-            std::to_string(c.patch_width) + "; set dynamic_pad to pad them");
+            std::to_string(c.patch_width) + "; set dynamic_pad to pad them, or drop_edge");
+  if (c.dynamic_pad && c.drop_edge) invalid("dynamic_pad and drop_edge are both set; an edge is padded or dropped");
   within("the number of patches", shape.patches(), 1, kMaxSize);
   if (!(c.norm_eps >= 0 && c.norm_eps <= 1)) {
     char eps[32];
@@ -86,8 +87,8 @@ Shape shape_of(const vit_engine_config& c) {
   s.norm = static_cast<NormKind>(c.norm);
   s.last_norm = static_cast<LastNorm>(c.norm_first);
   s.rotary = static_cast<Rotary>(c.rotary);
-  s.dynamic_pad = c.dynamic_pad != 0, s.embed_norm = c.embed_norm != 0, s.pre_norm = c.pre_norm != 0,
-  s.qk_norm = c.qk_norm != 0;
+  s.dynamic_pad = c.dynamic_pad != 0, s.drop_edge = c.drop_edge != 0, s.embed_norm = c.embed_norm != 0,
+  s.pre_norm = c.pre_norm != 0, s.qk_norm = c.qk_norm != 0;
   s.attn_norm = c.attn_norm != 0, s.mlp_norm = c.mlp_norm != 0, s.gated = c.gated != 0;
   s.pool_prefix = c.pool_prefix != 0, s.rotary_of_heads = c.rotary_of_heads != 0;
   s.channels = c.channels, s.height = c.image_height, s.width = c.image_width;

@@ -12,6 +12,7 @@ inline constexpr const char* kFormat = "vit-engine";  // in the header of every 
 inline constexpr int kOldestVersion = 4;
 template <class C, class F>
 void for_options(C& config, const F& f) {
+  f("drop_edge", config.drop_edge);
   f("norm", config.norm);
   f("embed_norm", config.embed_norm);
   f("pre_norm", config.pre_norm);

@@ -67,6 +67,7 @@ const vit_name kNames[] = {
     VIT_FIELD(vit_engine_config, activation),
     VIT_FIELD(vit_engine_config, dynamic_pad),
     VIT_FIELD(vit_engine_config, norm_first),
+    VIT_FIELD(vit_engine_config, drop_edge),
     VIT_FIELD(vit_engine_config, norm),
     VIT_FIELD(vit_engine_config, embed_norm),
     VIT_FIELD(vit_engine_config, pre_norm),

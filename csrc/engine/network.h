@@ -27,15 +27,16 @@ struct Shape {
   NormKind norm;
   LastNorm last_norm;
   Rotary rotary;
-  bool dynamic_pad, embed_norm, pre_norm, qk_norm, attn_norm, mlp_norm, gated, pool_prefix, rotary_of_heads;
+  bool dynamic_pad, drop_edge, embed_norm, pre_norm, qk_norm, attn_norm, mlp_norm, gated, pool_prefix, rotary_of_heads;
   bool unpacks;  // some weight is compressed
   int64_t channels, height, width, patch_height, patch_width;
   int64_t prefix, C, depth, H, hidden, classes;
   int64_t pool_heads, pool_hidden;
   double eps;
 
-  int64_t rows() const { return (height + patch_height - 1) / patch_height; }  // of the grid of patches
-  int64_t columns() const { return (width + patch_width - 1) / patch_width; }
+  int64_t rows() const { return whole(height, patch_height); }  // of the grid of patches
+  int64_t columns() const { return whole(width, patch_width); }
+  int64_t whole(int64_t size, int64_t patch) const { return (size + (drop_edge ? 0 : patch - 1)) / patch; }
   int64_t patches() const { return rows() * columns(); }
   int64_t patch_values() const { return channels * patch_height * patch_width; }
   int64_t N() const { return prefix + patches(); }

@@ -110,8 +110,11 @@ vit_engine_config random_config(Random& r) {
     *option = r.chance(0.3);
   c.pool_prefix = static_cast<int32_t>(r.below(2)), c.rotary = static_cast<int32_t>(r.below(3));
   c.channels = r.within(1, 4), c.patch_height = r.within(1, 9), c.patch_width = r.within(1, 9);
-  c.image_height = c.patch_height * r.within(1, 4) - (c.dynamic_pad ? r.below(c.patch_height) : 0);
-  c.image_width = c.patch_width * r.within(1, 4) - (c.dynamic_pad ? r.below(c.patch_width) : 0);
+  c.drop_edge = !c.dynamic_pad && r.chance(0.3);
+  const auto side = [&](int64_t patch) {
+    return patch * r.within(1, 4) + (c.drop_edge ? r.below(patch) : c.dynamic_pad ? -r.below(patch) : 0);
+  };
+  c.image_height = side(c.patch_height), c.image_width = side(c.patch_width);
   c.prefix_tokens = r.within(c.pool == VIT_POOL_TOKEN ? 1 : c.pool == VIT_POOL_DISTILLED ? 2 : 0, 3);
   c.num_heads = r.within(1, 4);
   c.embed_dim = c.num_heads * 4 * r.within(1, 6), c.mlp_width = 2 * r.within(1, 48);
@@ -127,32 +130,36 @@ vit_engine_config random_config(Random& r) {
 }
 
 void odd_field(Random& r, vit_engine_config& c) {
-  int32_t* const small[] = {&c.precision, &c.pool,     &c.activation, &c.dynamic_pad, &c.norm_first,
-                            &c.norm,      &c.pre_norm, &c.embed_norm, &c.qk_norm,     &c.attn_norm,
-                            &c.mlp_norm,  &c.gated,    &c.rotary,     &c.pool_prefix, &c.pool_activation};
+  int32_t* const small[] = {&c.precision,   &c.drop_edge,  &c.pool,        &c.activation,
+                            &c.dynamic_pad, &c.norm_first, &c.norm,        &c.pre_norm,
+                            &c.embed_norm,  &c.qk_norm,    &c.attn_norm,   &c.mlp_norm,
+                            &c.gated,       &c.rotary,     &c.pool_prefix, &c.pool_activation};
   int64_t* const large[] = {&c.channels,      &c.image_height, &c.image_width,   &c.patch_height, &c.patch_width,
                             &c.prefix_tokens, &c.embed_dim,    &c.depth,         &c.num_heads,    &c.mlp_width,
                             &c.num_classes,   &c.pool_heads,   &c.pool_mlp_width};
-  const auto smalls = static_cast<int64_t>(std::size(small)), larges = static_cast<int64_t>(std::size(large));
-  const int64_t which = r.below(smalls + larges + 1);
-  if (which < smalls)
+  const auto ints = static_cast<int64_t>(std::size(small)), longs = static_cast<int64_t>(std::size(large));
+  const int64_t which = r.below(ints + longs + 1);
+  if (which < ints)
     *small[which] = static_cast<int32_t>(r.of(kNumbers));
-  else if (which < smalls + larges)
-    *large[which - smalls] = r.of(kNumbers);
+  else if (which < ints + longs)
+    *large[which - ints] = r.of(kNumbers);
   else
     c.norm_eps = r.chance(0.5) ? -1.0 : static_cast<double>(r.of(kFloats));
+}
+
+int64_t patches_of(const vit_engine_config& c) {
+  const auto count = [&](int64_t size, int64_t patch) { return (size + (c.drop_edge ? 0 : patch - 1)) / patch; };
+  return count(c.image_height, c.patch_height) * count(c.image_width, c.patch_width);
 }
 
 Network random_network(Random& r) {
   Network n;
   n.config = random_config(r);
   const vit_engine_config c = n.config;
-  const auto up = [](int64_t size, int64_t patch) { return (size + patch - 1) / patch; };
   n.add(r, "mean", c.channels, 0.5f);
   n.add(r, "std", c.channels, 1.0f);
   if (c.prefix_tokens) n.add(r, "prefix", c.prefix_tokens * c.embed_dim, 0);
-  if (r.chance(0.8))
-    n.add(r, "positions", up(c.image_height, c.patch_height) * up(c.image_width, c.patch_width) * c.embed_dim, 0);
+  if (r.chance(0.8)) n.add(r, "positions", patches_of(c) * c.embed_dim, 0);
   const auto linear = [&](const std::string& name, int64_t out, int64_t in) {
     n.add(r, name + ".weight", out * in, 0);
     if (r.chance(0.9)) n.add(r, name + ".bias", out, 0);
@@ -162,7 +169,7 @@ Network random_network(Random& r) {
     if (wanted && c.norm == VIT_LAYER_NORM) n.add(r, name + ".bias", width, 0);
   };
   const int64_t C = c.embed_dim, D = C / c.num_heads;
-  const int64_t patches = up(c.image_height, c.patch_height) * up(c.image_width, c.patch_width);
+  const int64_t patches = patches_of(c);
   if (c.rotary) n.add(r, "rotary", (c.rotary_of_heads ? c.depth * c.num_heads : 1) * patches * 2 * D, 0);
   norm("patch_embed.norm", C, c.embed_norm);
   norm("norm_pre", C, c.pre_norm);
@@ -231,10 +238,7 @@ void spoil(Random& r, Network& n) {
   }
 }
 
-int64_t tokens_of(const vit_engine_config& c) {
-  const auto up = [](int64_t size, int64_t patch) { return (size + patch - 1) / patch; };
-  return c.prefix_tokens + up(c.image_height, c.patch_height) * up(c.image_width, c.patch_width);
-}
+int64_t tokens_of(const vit_engine_config& c) { return c.prefix_tokens + patches_of(c); }
 
 int64_t floats_of(const vit_engine_config& c, int32_t kind, int64_t batch) {
   const int64_t rows = c.pool == VIT_POOL_NONE ? tokens_of(c) : 1;

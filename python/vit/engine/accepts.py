@@ -19,7 +19,6 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..model.deit import VisionTransformerDistilled
-from ..model.layers import PatchEmbed
 from ..model.parts import activation_of
 from ..model.torch_layers import as_known
 from ..weights.checkpoint import all_finite
@@ -68,10 +67,6 @@ def _options(model: Any) -> Iterator[str]:
     if model.global_pool not in POOLS:
         computed = ", ".join(map(repr, POOLS))
         yield f"global_pool {model.global_pool!r} does not go with this model: the engine computes {computed}"
-    embed = model.patch_embed
-    cuts_edge = isinstance(embed, PatchEmbed) and embed.drop_edge and not embed.dynamic_img_pad
-    if cuts_edge and any(side % size for side, size in zip(embed.img_size, embed.patch_size, strict=True)):
-        yield f"drop_edge=True: the engine takes images of whole patches, not {list(embed.img_size)}"
 
 
 def modules_of(model: nn.Module) -> dict[str, Any]:
@@ -193,10 +188,10 @@ def _unlike(modules: dict[str, Any], blocks: list[Any]) -> Iterator[str]:
     norms = [module for module in modules.values() if isinstance(module, NORMS)]
     heads = {module for block in blocks for module in (block.attn.q_norm, block.attn.k_norm)}
     alike: dict[str, set[Any]] = {
-        "norm": {type(norm).__name__ for norm in norms},
+        "norm": {type_before_parametrizations(norm).__name__ for norm in norms},
         "norm eps": {norm.eps for norm in norms},
         "num_heads": {block.attn.num_heads for block in blocks},
-        "mlp": {type(block.mlp).__name__ for block in blocks},
+        "mlp": {type_before_parametrizations(block.mlp).__name__ for block in blocks},
         "mlp width": {mlp_width(block.mlp) for block in blocks},
         "activation": {activation_of(block.mlp.act) for block in blocks},
         "a norm of queries and keys": {isinstance(module, NORMS) for module in heads},

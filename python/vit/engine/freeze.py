@@ -88,6 +88,7 @@ def _config(model: Any, dtype: str) -> dict[str, Any]:
         "pool": native.POOLS["distilled" if distilled else model.global_pool],
         "activation": native.ACTIVATIONS[activation_of(mlp.act) or ""],
         "dynamic_pad": int(embed.dynamic_img_pad),
+        "drop_edge": int(getattr(embed, "drop_edge", False) and not embed.dynamic_img_pad),
         "norm_first": native.LAST_NORMS[last],
         "norm": native.NORMS["rmsnorm" if isinstance(first.norm1, nn.RMSNorm) else "layernorm"],
         "embed_norm": int(isinstance(embed.norm, NORMS)),

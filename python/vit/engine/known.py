@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..model.attention_rope import AttentionRope, EvaAttention
 from ..model.blocks import Attention, Block
@@ -95,7 +96,7 @@ _ATTENTION: dict[str, Kinds] = {
 
 def kinds_of(model: Any, modules: dict[str, Any]) -> dict[str, Kinds]:
     """path -> the classes of module that it may have in a model of this class with these parts."""
-    kind = type(model)
+    kind = type_before_parametrizations(model)
     eva, naflex = issubclass(kind, Eva), issubclass(kind, NaFlexVit)
     known: dict[str, Kinds] = {"": (kind,)} | (_NAFLEX if naflex else _PATCHES) | _TOP
     if eva:

@@ -72,7 +72,8 @@ class Config(Structure):
         *[
             (name, c_int32)
             for name in (
-                *("precision", "pool", "activation", "dynamic_pad", "norm_first", "norm", "embed_norm", "pre_norm"),
+                *("precision", "pool", "activation", "dynamic_pad", "norm_first", "drop_edge", "norm", "embed_norm"),
+                "pre_norm",
                 *("qk_norm", "attn_norm", "mlp_norm", "gated", "rotary", "rotary_of_heads", "pool_prefix"),
                 "pool_activation",
             )

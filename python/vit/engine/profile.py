@@ -42,9 +42,16 @@ def phases(seconds: dict[str, float], calls: int, work: dict[str, int]) -> list[
     return [Phase(name, spent / calls, spent / total, work.get(name, 0)) for name, spent in seconds.items()]
 
 
+def patches_of(c: native.Config) -> int:
+    """Patches of an image."""
+    sides = ((c.image_height, c.patch_height), (c.image_width, c.patch_width))
+    rows, columns = (size // patch if c.drop_edge else -(-size // patch) for size, patch in sides)
+    return rows * columns
+
+
 def flops(c: native.Config, batch: int) -> dict[str, int]:
     """Floating-point operations of the phases of a forward."""
-    patches = -(-c.image_height // c.patch_height) * -(-c.image_width // c.patch_width)
+    patches = patches_of(c)
     N = c.prefix_tokens + patches
     rows = 2 * batch * N * c.depth
     # Where pooling takes the class token, the last block computes only that one from its queries on.
