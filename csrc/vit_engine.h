@@ -27,8 +27,9 @@ extern "C" {
 #define VIT_API
 #endif
 
-/* Raised by one whenever a struct or function of this file, or the format of engine files, changes. */
-#define VIT_ENGINE_VERSION 4
+/* Raised by one whenever a struct or function of this file, or the format of engine files, changes. Files of version 4
+ * are read, too: their networks have none of the options that came with 5. */
+#define VIT_ENGINE_VERSION 5
 
 typedef struct vit_engine vit_engine;
 
@@ -50,8 +51,23 @@ typedef enum vit_precision {
   VIT_STORED8 = 3,
   VIT_STORED4 = 4
 } vit_precision;
-typedef enum vit_pool { VIT_POOL_TOKEN = 0, VIT_POOL_AVERAGE = 1, VIT_POOL_NONE = 2 } vit_pool;
-typedef enum vit_activation { VIT_GELU = 1, VIT_GELU_TANH = 2 } vit_activation;
+/* What the head reads: the first token; the mean, the largest values or half of both of the patches; all tokens; what a
+ * learned query reads from them (a "MAP" head); the first two tokens, each with a head of its own (DeiT's distilled).
+ */
+typedef enum vit_pool {
+  VIT_POOL_TOKEN = 0,
+  VIT_POOL_AVERAGE = 1,
+  VIT_POOL_NONE = 2,
+  VIT_POOL_MAX = 3,
+  VIT_POOL_AVERAGE_MAX = 4,
+  VIT_POOL_ATTENTION = 5,
+  VIT_POOL_DISTILLED = 6
+} vit_pool;
+typedef enum vit_activation { VIT_GELU = 1, VIT_GELU_TANH = 2, VIT_QUICK_GELU = 3, VIT_SILU = 4 } vit_activation;
+typedef enum vit_norm { VIT_LAYER_NORM = 0, VIT_RMS_NORM = 1 } vit_norm;
+typedef enum vit_last_norm { VIT_NORM_AFTER_POOL = 0, VIT_NORM_FIRST = 1, VIT_NORM_ABSENT = 2 } vit_last_norm;
+/* Which elements of a query or key are turned together: 2k and 2k + 1, or k and k + D / 2. */
+typedef enum vit_rotary { VIT_ROTARY_NONE = 0, VIT_ROTARY_INTERLEAVED = 1, VIT_ROTARY_HALF = 2 } vit_rotary;
 
 /* uint8 pixels are 0 .. 255 and are normalised with the engine's mean and std; float32 ones are normalised already. */
 typedef enum vit_pixels { VIT_PIXELS_UINT8 = 0, VIT_PIXELS_FLOAT32 = 1 } vit_pixels;
@@ -68,7 +84,7 @@ typedef enum vit_output_kind {
   VIT_OUTPUT_LOGITS = 0,   /* [batch, classes]; [batch, tokens, classes] without pooling; features without a head */
   VIT_OUTPUT_FEATURES = 1, /* [batch, dim] after pooling and the last norm; [batch, tokens, dim] without pooling */
   VIT_OUTPUT_TOKENS = 2,   /* [batch, tokens, dim] after block `block`, not normalised */
-  VIT_OUTPUT_ATTENTION = 3 /* [batch, heads, tokens]: attention of the class token to every token in block `block` */
+  VIT_OUTPUT_ATTENTION = 3 /* [batch, heads, tokens]: attention of the first token to every token in block `block` */
 } vit_output_kind;
 
 typedef struct vit_output {
@@ -81,17 +97,32 @@ typedef struct vit_output {
 typedef struct vit_engine_config {
   int32_t precision, pool, activation; /* vit_precision, vit_pool, vit_activation */
   int32_t dynamic_pad;                 /* nonzero: smaller images with as many patches are padded with zeros */
-  int32_t norm_first;                  /* nonzero: the last norm stands before averaging */
+  int32_t norm_first;                  /* vit_last_norm: where the last norm stands */
+  int32_t drop_edge;                   /* nonzero: pixels beyond the last whole patch are not read */
+  int32_t norm;                        /* vit_norm: what all norms are */
+  int32_t embed_norm, pre_norm;        /* nonzero: a norm of projected patches; of all tokens before the first block */
+  int32_t qk_norm;                     /* nonzero: one of queries and keys, by head */
+  int32_t attn_norm, mlp_norm;         /* nonzero: one before attn.proj, before mlp.fc2 */
+  int32_t gated;                       /* nonzero: mlp.fc1 makes gates and values, of which fc2 reads act(gate) value */
+  int32_t rotary;                      /* vit_rotary, by "rotary" [patches, 2 D]: sines, then cosines */
+  int32_t rotary_of_heads;             /* nonzero: each block and head has its own, [depth, num_heads, patches, 2 D] */
+  int32_t pool_prefix;                 /* nonzero: pooling reads the prefix tokens, too */
+  int32_t pool_activation;             /* vit_activation of VIT_POOL_ATTENTION's MLP, else 0 */
   int64_t channels, image_height, image_width, patch_height, patch_width;
-  int64_t prefix_tokens; /* in front of the patches; the first is the class token */
-  int64_t embed_dim, depth, num_heads, mlp_width, num_classes;
+  int64_t prefix_tokens; /* in front of the patches; the class token is the first */
+  int64_t embed_dim, depth, num_heads, mlp_width, num_classes; /* mlp_width: what fc2 reads */
+  int64_t pool_heads, pool_mlp_width;                          /* of VIT_POOL_ATTENTION, else 0 */
   double norm_eps;
 } vit_engine_config;
 
 /* A float32 weight under timm's name, and for matrices the vit_precision they are packed for. Besides timm's names:
- * "prefix" [prefix_tokens, embed_dim] (class token plus its position), "positions" [patches, embed_dim] (may be
- * absent), "mean" and "std" [channels]; "blocks.I.<layer>.scale" [outputs], where the rows of a weight packed for int8
- * are rounded already: whole multiples of it, from -127 to 127 (may be absent). */
+ * "prefix" [prefix_tokens, embed_dim] (class token and registers with their positions, as the first block takes them),
+ * "positions" [patches, embed_dim] (may be absent), "mean" and "std" [channels]; "blocks.I.<layer>.scale" [outputs],
+ * where the rows of a weight packed for int8 are rounded already: whole multiples of it, from -127 to 127 (may be
+ * absent). Layer scales are part of attn.proj and mlp.fc2. Gates are the first rows of a gated mlp.fc1.
+ * VIT_POOL_ATTENTION: "attn_pool.keys" [pool_heads, embed_dim], whose product with a token is its score, and
+ * "attn_pool.values.H.weight" and ".bias" of each head. VIT_POOL_DISTILLED: the two heads side by side, halved, are one
+ * "head.weight" [num_classes, 2 embed_dim]. */
 typedef struct vit_tensor {
   const char* name;
   const float* data;
@@ -147,7 +178,7 @@ VIT_API const char* vit_engine_text(const vit_engine* engine, const char* key);
 VIT_API int vit_engine_memory(const vit_engine* engine, int64_t* weights, int64_t* intermediate);
 
 /* Time of the first thread by phase, added up over forwards since profiling was switched on (on = 1) or off (0). */
-enum { VIT_PHASES = 10 };
+enum { VIT_PHASES = 12 };
 VIT_API int vit_engine_profile(vit_engine* engine, int32_t on);
 VIT_API int vit_engine_profile_read(vit_engine* engine, double seconds[VIT_PHASES]);
 /* "embed", "norm", "qkv", ...; null beyond the last. */

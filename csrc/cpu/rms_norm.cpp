@@ -5,8 +5,9 @@
 // Saved for the backward: rstd. Threads take rows, backward blocks of rows; each block leaves its own partial dweight,
 // which are then added in block order. Moved per element: 2 elements forward, 3 backward.
 // Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+#include "cpu/rms_norm.h"
+
 #include "cpu/kernels.h"
-#include "cpu/layer_norm.h"
 #include "cpu/threads.h"
 
 namespace vit::VIT_ISA {
@@ -20,24 +21,10 @@ int64_t unit_rows(int64_t C) { return max(int64_t{kGroup}, kElements / max(C, in
 template <class T, class P, int rows>
 VIT_INLINE void forward_rows(const RmsNormFwd& p, int64_t row) {
   using A = Acc<T>;
-  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-  T* y = static_cast<T*>(p.y) + row * p.C;
-  const P* weight = static_cast<const P*>(p.weight);
   A rstd[rows];
-  for (int r = 0; r < rows; ++r) {
-    RowSum<A> squares;
-    for_row<A>(p.C, [&](int64_t j, int64_t n, int chain) {
-      const Vec<A> v = load<A>(x + r * p.x_stride + j, n);
-      squares.chains[chain] = fma(v, v, squares.chains[chain]);
-    });
-    rstd[r] = A(1) / static_cast<A>(::sqrt(squares.total() / static_cast<A>(p.C) + static_cast<A>(p.eps)));
-    if (p.rstd) static_cast<A*>(p.rstd)[row + r] = rstd[r];
-  }
-  for_row<A>(p.C, [&](int64_t j, int64_t n, int) {
-    const Vec<A> w = load_or(weight, j, n, A(1));
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) store<A>(y + r * p.C + j, load<A>(x + r * p.x_stride + j, n) * rstd[r] * w, n);
-  });
+  rms_norm_rows<rows>(static_cast<const T*>(p.x) + row * p.x_stride, p.x_stride, static_cast<T*>(p.y) + row * p.C, p.C,
+                      static_cast<const P*>(p.weight), p.C, p.eps, rstd);
+  for (int r = 0; p.rstd && r < rows; ++r) static_cast<A*>(p.rstd)[row + r] = rstd[r];
 }
 
 template <class T, class P>

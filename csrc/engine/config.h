@@ -8,6 +8,26 @@ namespace vit::engine {
 
 inline constexpr const char* kFormat = "vit-engine";  // in the header of every engine file
 
+// The fields that files of version 4 do not have; 0 is the network that they describe.
+inline constexpr int kOldestVersion = 4;
+template <class C, class F>
+void for_options(C& config, const F& f) {
+  f("drop_edge", config.drop_edge);
+  f("norm", config.norm);
+  f("embed_norm", config.embed_norm);
+  f("pre_norm", config.pre_norm);
+  f("qk_norm", config.qk_norm);
+  f("attn_norm", config.attn_norm);
+  f("mlp_norm", config.mlp_norm);
+  f("gated", config.gated);
+  f("rotary", config.rotary);
+  f("rotary_of_heads", config.rotary_of_heads);
+  f("pool_prefix", config.pool_prefix);
+  f("pool_activation", config.pool_activation);
+  f("pool_heads", config.pool_heads);
+  f("pool_mlp_width", config.pool_mlp_width);
+}
+
 // The integer fields of a config under the names they have in an engine file.
 template <class C, class F>
 void for_fields(C& config, const F& f) {
@@ -16,6 +36,7 @@ void for_fields(C& config, const F& f) {
   f("activation", config.activation);
   f("dynamic_pad", config.dynamic_pad);
   f("norm_first", config.norm_first);
+  for_options(config, f);
   f("channels", config.channels);
   f("image_height", config.image_height);
   f("image_width", config.image_width);

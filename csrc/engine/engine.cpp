@@ -54,7 +54,9 @@ Engine::Engine(const vit_engine_config& config, int64_t max_batch) : config_(con
   blocks_.resize(static_cast<std::size_t>(config.depth));
   tokens_.resize(blocks_.size());
   attention_.resize(blocks_.size());
+  pool_values_.resize(static_cast<std::size_t>(config.pool_heads));
   network_.blocks = blocks_.data();
+  network_.pool.values = pool_values_.data();
   const std::lock_guard<std::mutex> lock(registry().mutex);
   registry().engines.insert(this);
 }
@@ -134,7 +136,7 @@ void Engine::place(const vit_output& output, int64_t batch, Forward& f) {
     invalid("output.block is " + std::to_string(output.block) + "; the network has blocks 0 to " +
             std::to_string(s.depth - 1));
   if (output.kind == VIT_OUTPUT_ATTENTION && !s.prefix)
-    invalid("attention rows of the class token are wanted, the network has none");
+    invalid("attention rows of the first token are wanted, and the network has none before its patches");
   switch (output.kind) {
     case VIT_OUTPUT_LOGITS:
       return write_to(f.logits, tokens * (s.classes ? s.classes : s.C));

@@ -53,6 +53,7 @@ class Engine {
   Texts texts_;
   Network network_{};
   std::vector<Block> blocks_;
+  std::vector<Linear> pool_values_;
   Mapping image_;  // the bytes of the engine file
   Mapping arena_;
 

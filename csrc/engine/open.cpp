@@ -2,6 +2,7 @@
 #include <cstring>
 #include <locale>
 #include <map>
+#include <set>
 #include <sstream>
 
 #include "engine/config.h"
@@ -36,16 +37,20 @@ std::unique_ptr<Engine> Engine::open(const std::string& path, int64_t max_batch,
   };
   if (header.texts.count("format") == 0 || text("format") != kFormat)
     refuse("is not an engine file but other safetensors; make one with vit.Engine(model).save(path)");
-  if (text("version") != std::to_string(VIT_ENGINE_VERSION))
-    refuse("has format version " + text("version") + ", this library reads " + std::to_string(VIT_ENGINE_VERSION) +
-           "; save it again with this version of vit");
+  const bool old = text("version") == std::to_string(kOldestVersion);
+  if (!old && text("version") != std::to_string(VIT_ENGINE_VERSION))
+    refuse("has format version " + text("version") + ", this library reads " + std::to_string(kOldestVersion) + " to " +
+           std::to_string(VIT_ENGINE_VERSION) + "; save it again with this version of vit");
   if (!header.intact) refuse("is damaged: the checksum of its header is not that of its content");
   if (text("isa") != level())
     refuse("was made for the instruction-set level " + text("isa") + ", this process uses " + level() +
            "; save it again on a machine of this kind");
 
   vit_engine_config config{};
+  std::set<std::string> absent;
+  if (old) for_options(config, [&](const char* name, auto&) { absent.insert(name); });
   for_fields(config, [&](const char* name, auto& value) {
+    if (absent.count(name)) return;
     if (!parse(text(name), value)) refuse("is damaged: " + std::string(name) + " is \"" + text(name) + "\"");
   });
   if (!parse(text("norm_eps"), config.norm_eps)) refuse("is damaged: norm_eps is \"" + text("norm_eps") + "\"");

@@ -162,10 +162,6 @@ def test_int8_runs_every_option(option):
     arch = SMALL | OPTIONS[option]
     model = make(**arch)
     images = images_for(model)
-    if model.mlp_hidden % 4:
-        with pytest.raises(vit.BackendError, match="multiple of 4"):
-            vit.Engine(model, "int8")
-        return
     with torch.no_grad():
         truth = model(images)
     assert cosine(vit.Engine(model, "int8")(images).flatten(1), truth.flatten(1)) > 0.99

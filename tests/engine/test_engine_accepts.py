@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.modules import module as everywhere
 from torch.nn.utils import parametrizations, parametrize, prune
 from vit.model.blocks import Mlp
-from vit.model.layers import DropPath
+from vit.model.layers import DropPath, LayerScale
+from vit.model.mlp import GluMlp
 from vit.support.random import normal
 
 pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the engine is part of the native CPU backend")
@@ -87,6 +88,24 @@ def no_biases(m: Any) -> None:
     m.patch_embed.proj = nn.Conv2d(3, 32, 8, 8, bias=False)
 
 
+def no_norm(m: Any) -> None:
+    m.norm = nn.Identity()
+
+
+def largest_tokens(m: Any) -> None:
+    m.global_pool = "max"
+
+
+def one_layer_scale(m: Any) -> None:
+    m.blocks[1].ls2 = LayerScale(32, 0.5)
+    nn.init.uniform_(m.blocks[1].ls2.gamma)
+
+
+def normed_first(m: Any) -> None:
+    m.norm_pre = nn.LayerNorm(32, 1e-6)
+    nn.init.uniform_(m.norm_pre.weight)
+
+
 def other_drops(m: Any) -> None:
     m.blocks[0].drop_path1 = DropPath(0.5).eval()
     m.head_drop = nn.Identity()
@@ -144,7 +163,7 @@ def own_parametrization(m: Any) -> None:
 WORKS = [
     share_block, share_weight, share_layer, fewer_blocks, other_head, no_head, wider_mlps, no_biases, other_drops,
     tanh_everywhere, backward_hook, pruned, structured, pruned_twice, old_weight_norm, old_spectral_norm, weight_norm,
-    spectral_norm, own_parametrization,
+    spectral_norm, own_parametrization, no_norm, largest_tokens, one_layer_scale, normed_first,
 ]  # fmt: skip
 
 
@@ -203,7 +222,11 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "own forward": (own_forward, r"blocks\.0\.mlp has a forward of its own"),
     "own pool": (lambda m: setattr(m, "pool", lambda x: x[:, 1]), "the model has a pool of its own"),
     "layer scale": (put("blocks.0.ls1", lambda: nn.Linear(32, 32)), r"blocks\.0\.ls1 is a Linear; the engine knows Id"),
-    "query norm": (put("blocks.1.attn.q_norm", lambda: nn.LayerNorm(16)), r"blocks\.1\.attn\.q_norm is a LayerNorm"),
+    "query norm": (put("blocks.1.attn.q_norm", lambda: nn.LayerNorm(16, 1e-6)), "a norm of queries and keys differs"),
+    "hidden norm": (put("blocks.1.mlp.norm", lambda: nn.LayerNorm(128, 1e-6)), r"mlp\.norm differs from layer"),
+    "other norm": (put("blocks.1.norm2", lambda: nn.RMSNorm(32, 1e-6)), "norm differs from layer to layer: LayerN"),
+    "other eps": (put("norm_pre", lambda: nn.LayerNorm(32, 1e-3)), "norm eps differs from layer to layer"),
+    "gated": (lambda m: setattr(m.blocks[1], "mlp", GluMlp(m.options)), "mlp differs from layer to layer: GluMlp, Mlp"),
     "relu": (put("blocks.0.mlp.act", nn.ReLU), r"blocks\.0\.mlp\.act is a ReLU; the engine knows GELU"),
     "one tanh": (put("blocks.0.mlp.act", lambda: nn.GELU(approximate="tanh")), "activation differs"),
     "extra module": (put("blocks.0.attn.gate", lambda: nn.Linear(32, 32)), r"blocks\.0\.attn\.gate is a Linear; .* no"),
@@ -216,11 +239,11 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "other sequence": (put("blocks", lambda: nn.ModuleList()), "blocks is a ModuleList"),
     "positions": (set_("", "pos_embed", nn.Parameter(torch.ones(1, 9, 32))), r"pos_embed is \[1, 9, 32\], .* \[1, 17,"),
     "width": (put("blocks.0.attn.proj", lambda: nn.Linear(32, 16)), r"blocks\.0\.attn\.proj\.weight is \[16, 32\]"),
-    "two norms": (put("fc_norm", lambda: nn.LayerNorm(32)), "exactly one of norm and fc_norm"),
-    "no norm": (put("norm", nn.Identity), "exactly one of norm and fc_norm"),
+    "two norms": (put("fc_norm", lambda: nn.LayerNorm(32, 1e-6)), "norm and fc_norm are both norms; the engine"),
     "norm without bias": (put("blocks.0.norm1", lambda: nn.LayerNorm(32, 1e-6, bias=False)), r"norm1\.bias is missing"),
     "heads": (set_("blocks.0.attn", "num_heads", 4), "num_heads differs"),
-    "pooling": (set_("", "global_pool", "max"), "global_pool 'max' does not go with this model"),
+    "pooling": (set_("", "global_pool", "sum"), "global_pool 'sum' does not go with this model"),
+    "pooling by attention": (set_("", "global_pool", "map"), "global_pool 'map' does not go with this model"),
     "stem": (put("patch_embed.proj", lambda: nn.Conv2d(3, 32, 8, 8, dilation=2)), "not a convolution whose stride"),
     "overlapping": (put("patch_embed.proj", lambda: nn.Conv2d(3, 32, 16, 8, 4)), "not a convolution whose stride"),
     "other stem": (put("patch_embed", lambda: nn.Conv2d(3, 32, 8, 8)), "patch_embed is a Conv2d"),

@@ -65,8 +65,8 @@ NUMBERS = {
     "patch_height": ("0", "4", "9223372036854775807"),
     "mlp_width": ("0", "255", "16777217"),
     "dynamic_pad": ("2", "-1", "true"),
-    "pool": ("3", "-1"),
-    "activation": ("0", "3"),
+    "pool": ("5", "6", "7", "-1"),
+    "activation": ("0", "5"),
     "channels": ("0", "4", "4097"),
     "prefix_tokens": ("0", "2"),
 }

@@ -103,64 +103,100 @@ struct Network {
 
 vit_engine_config random_config(Random& r) {
   vit_engine_config c{};
-  c.precision = static_cast<int32_t>(r.below(3)), c.pool = static_cast<int32_t>(r.below(3));
-  c.activation = static_cast<int32_t>(r.within(1, 2));
-  c.dynamic_pad = static_cast<int32_t>(r.below(2)), c.norm_first = static_cast<int32_t>(r.below(2));
+  c.precision = static_cast<int32_t>(r.below(3)), c.pool = static_cast<int32_t>(r.below(7));
+  c.activation = static_cast<int32_t>(r.within(1, 4));
+  c.dynamic_pad = static_cast<int32_t>(r.below(2)), c.norm_first = static_cast<int32_t>(r.below(3));
+  for (int32_t* option : {&c.norm, &c.embed_norm, &c.pre_norm, &c.qk_norm, &c.attn_norm, &c.mlp_norm, &c.gated})
+    *option = r.chance(0.3);
+  c.pool_prefix = static_cast<int32_t>(r.below(2)), c.rotary = static_cast<int32_t>(r.below(3));
   c.channels = r.within(1, 4), c.patch_height = r.within(1, 9), c.patch_width = r.within(1, 9);
-  c.image_height = c.patch_height * r.within(1, 4) - (c.dynamic_pad ? r.below(c.patch_height) : 0);
-  c.image_width = c.patch_width * r.within(1, 4) - (c.dynamic_pad ? r.below(c.patch_width) : 0);
-  c.prefix_tokens = r.within(c.pool == VIT_POOL_TOKEN ? 1 : 0, 3);
+  c.drop_edge = !c.dynamic_pad && r.chance(0.3);
+  const auto side = [&](int64_t patch) {
+    return patch * r.within(1, 4) + (c.drop_edge ? r.below(patch) : c.dynamic_pad ? -r.below(patch) : 0);
+  };
+  c.image_height = side(c.patch_height), c.image_width = side(c.patch_width);
+  c.prefix_tokens = r.within(c.pool == VIT_POOL_TOKEN ? 1 : c.pool == VIT_POOL_DISTILLED ? 2 : 0, 3);
   c.num_heads = r.within(1, 4);
-  c.embed_dim = c.num_heads * 4 * r.within(1, 6), c.mlp_width = 4 * r.within(1, 24);
+  c.embed_dim = c.num_heads * 4 * r.within(1, 6), c.mlp_width = 2 * r.within(1, 48);
   if (c.precision == VIT_FLOAT32 && r.chance(0.3)) c.embed_dim = c.num_heads * r.within(1, 21), c.mlp_width += 1;
+  if (c.embed_dim / c.num_heads % 2) c.rotary = VIT_ROTARY_NONE;
+  c.rotary_of_heads = c.rotary && r.chance(0.3);
+  if (c.pool == VIT_POOL_ATTENTION) {
+    c.pool_heads = r.chance(0.5) ? 1 : c.num_heads, c.pool_mlp_width = 2 * r.within(1, 24);
+    c.pool_activation = static_cast<int32_t>(r.within(1, 4));
+  }
   c.depth = r.within(1, 3), c.num_classes = r.below(12), c.norm_eps = 1e-6;
   return c;
 }
 
 void odd_field(Random& r, vit_engine_config& c) {
-  int32_t* const small[] = {&c.precision, &c.pool, &c.activation, &c.dynamic_pad, &c.norm_first};
-  int64_t* const large[] = {&c.channels,    &c.image_height,  &c.image_width, &c.patch_height,
-                            &c.patch_width, &c.prefix_tokens, &c.embed_dim,   &c.depth,
-                            &c.num_heads,   &c.mlp_width,     &c.num_classes};
-  const int64_t which = r.below(17);
-  if (which < 5)
+  int32_t* const small[] = {&c.precision,   &c.drop_edge,  &c.pool,        &c.activation,
+                            &c.dynamic_pad, &c.norm_first, &c.norm,        &c.pre_norm,
+                            &c.embed_norm,  &c.qk_norm,    &c.attn_norm,   &c.mlp_norm,
+                            &c.gated,       &c.rotary,     &c.pool_prefix, &c.pool_activation};
+  int64_t* const large[] = {&c.channels,      &c.image_height, &c.image_width,   &c.patch_height, &c.patch_width,
+                            &c.prefix_tokens, &c.embed_dim,    &c.depth,         &c.num_heads,    &c.mlp_width,
+                            &c.num_classes,   &c.pool_heads,   &c.pool_mlp_width};
+  const auto ints = static_cast<int64_t>(std::size(small)), longs = static_cast<int64_t>(std::size(large));
+  const int64_t which = r.below(ints + longs + 1);
+  if (which < ints)
     *small[which] = static_cast<int32_t>(r.of(kNumbers));
-  else if (which < 16)
-    *large[which - 5] = r.of(kNumbers);
+  else if (which < ints + longs)
+    *large[which - ints] = r.of(kNumbers);
   else
     c.norm_eps = r.chance(0.5) ? -1.0 : static_cast<double>(r.of(kFloats));
+}
+
+int64_t patches_of(const vit_engine_config& c) {
+  const auto count = [&](int64_t size, int64_t patch) { return (size + (c.drop_edge ? 0 : patch - 1)) / patch; };
+  return count(c.image_height, c.patch_height) * count(c.image_width, c.patch_width);
 }
 
 Network random_network(Random& r) {
   Network n;
   n.config = random_config(r);
   const vit_engine_config c = n.config;
-  const auto up = [](int64_t size, int64_t patch) { return (size + patch - 1) / patch; };
   n.add(r, "mean", c.channels, 0.5f);
   n.add(r, "std", c.channels, 1.0f);
   if (c.prefix_tokens) n.add(r, "prefix", c.prefix_tokens * c.embed_dim, 0);
-  if (r.chance(0.8))
-    n.add(r, "positions", up(c.image_height, c.patch_height) * up(c.image_width, c.patch_width) * c.embed_dim, 0);
+  if (r.chance(0.8)) n.add(r, "positions", patches_of(c) * c.embed_dim, 0);
   const auto linear = [&](const std::string& name, int64_t out, int64_t in) {
     n.add(r, name + ".weight", out * in, 0);
     if (r.chance(0.9)) n.add(r, name + ".bias", out, 0);
   };
-  const auto norm = [&](const std::string& name) {
-    n.add(r, name + ".weight", c.embed_dim, 1);
-    n.add(r, name + ".bias", c.embed_dim, 0);
+  const auto norm = [&](const std::string& name, int64_t width, bool wanted = true) {
+    if (wanted) n.add(r, name + ".weight", width, 1);
+    if (wanted && c.norm == VIT_LAYER_NORM) n.add(r, name + ".bias", width, 0);
   };
+  const int64_t C = c.embed_dim, D = C / c.num_heads;
+  const int64_t patches = patches_of(c);
+  if (c.rotary) n.add(r, "rotary", (c.rotary_of_heads ? c.depth * c.num_heads : 1) * patches * 2 * D, 0);
+  norm("patch_embed.norm", C, c.embed_norm);
+  norm("norm_pre", C, c.pre_norm);
   linear("patch_embed.proj", c.embed_dim, c.channels * c.patch_height * c.patch_width);
   for (int64_t i = 0; i < c.depth; ++i) {
     const std::string block = "blocks." + std::to_string(i);
-    norm(block + ".norm1");
+    norm(block + ".norm1", C);
+    norm(block + ".attn.q_norm", D, c.qk_norm);
+    norm(block + ".attn.k_norm", D, c.qk_norm);
+    norm(block + ".attn.norm", C, c.attn_norm);
+    norm(block + ".mlp.norm", c.mlp_width, c.mlp_norm);
     linear(block + ".attn.qkv", 3 * c.embed_dim, c.embed_dim);
     linear(block + ".attn.proj", c.embed_dim, c.embed_dim);
-    norm(block + ".norm2");
-    linear(block + ".mlp.fc1", c.mlp_width, c.embed_dim);
+    norm(block + ".norm2", C);
+    linear(block + ".mlp.fc1", c.gated ? 2 * c.mlp_width : c.mlp_width, c.embed_dim);
     linear(block + ".mlp.fc2", c.embed_dim, c.mlp_width);
   }
-  norm("norm");
-  if (c.num_classes) linear("head", c.num_classes, c.embed_dim);
+  norm("norm", C, c.norm_first != VIT_NORM_ABSENT);
+  if (c.pool == VIT_POOL_ATTENTION) {
+    n.add(r, "attn_pool.keys", c.pool_heads * C, 0);
+    for (int64_t h = 0; h < c.pool_heads; ++h) linear("attn_pool.values." + std::to_string(h), C / c.pool_heads, C);
+    linear("attn_pool.proj", C, C);
+    norm("attn_pool.norm", C);
+    linear("attn_pool.mlp.fc1", c.pool_mlp_width, C);
+    linear("attn_pool.mlp.fc2", C, c.pool_mlp_width);
+  }
+  if (c.num_classes) linear("head", c.num_classes, c.pool == VIT_POOL_DISTILLED ? 2 * C : C);
   for (std::size_t i = 0; i < n.names.size(); ++i)
     n.tensors.push_back(
         {n.names[i].c_str(), n.values[i].data(), static_cast<int64_t>(n.values[i].size()), n.config.precision});
@@ -202,10 +238,7 @@ void spoil(Random& r, Network& n) {
   }
 }
 
-int64_t tokens_of(const vit_engine_config& c) {
-  const auto up = [](int64_t size, int64_t patch) { return (size + patch - 1) / patch; };
-  return c.prefix_tokens + up(c.image_height, c.patch_height) * up(c.image_width, c.patch_width);
-}
+int64_t tokens_of(const vit_engine_config& c) { return c.prefix_tokens + patches_of(c); }
 
 int64_t floats_of(const vit_engine_config& c, int32_t kind, int64_t batch) {
   const int64_t rows = c.pool == VIT_POOL_NONE ? tokens_of(c) : 1;

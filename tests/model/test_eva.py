@@ -341,9 +341,9 @@ def test_compiled_models_compute_the_same():
     near(compiled(images(ours)), ours(images(ours)))
 
 
-def test_the_engine_refuses_it_by_name():
-    with pytest.raises(vit.BackendError, match="Eva"):
-        vit.Engine(pair("vit_small_patch16_dinov3")[1])
+def test_the_engine_names_an_option_that_it_does_not_compute():
+    with pytest.raises(vit.BackendError, match="use_post_norm=True: the engine computes False"):
+        vit.Engine(pair("eva02_enormous_patch14_clip_224")[1])
 
 
 @pytest.mark.parametrize(

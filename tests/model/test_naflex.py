@@ -81,8 +81,3 @@ def test_weights_come_from_files_of_timm(tmp_path):
     loaded = vit.create(NAMES[0], backend="reference", weights=tmp_path / "weights.pt", **SMALL).eval()
     image = draw.randn(1, 3, 48, 80)
     near(loaded(image), theirs(image))
-
-
-def test_the_engine_refuses_it_by_name():
-    with pytest.raises(vit.BackendError, match="NaFlexVit"):
-        vit.Engine(pair(NAMES[0])[1])

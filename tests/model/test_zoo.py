@@ -361,37 +361,6 @@ def test_bad_options_say_what_is_allowed(arguments, words):
         vit.create("vit_tiny_patch16_224", backend="reference", **(SMALL | arguments))
 
 
-@pytest.mark.parametrize(
-    "arch",
-    [
-        {"reg_tokens": 1},
-        {"no_embed_class": True},
-        {"pre_norm": True},
-        {"final_norm": False},
-        {"init_values": 0.1},
-        {"qk_norm": True},
-        {"scale_attn_norm": True},
-        {"scale_mlp_norm": True},
-        {"norm_layer": "rmsnorm"},
-        {"embed_norm_layer": "layernorm"},
-        {"mlp_layer": "swiglu"},
-        {"act_layer": "quick_gelu"},
-        {"dynamic_img_size": True},
-        {"global_pool": "avg", "pool_include_prefix": True},
-        {"img_size": 20, "drop_edge": True},
-    ],
-    ids=lambda arch: [*arch][-1],
-)
-def test_the_engine_names_an_option_that_it_does_not_compute(arch):
-    model = vit.create("vit_tiny_patch16_224", backend="reference", training=False, **(SMALL | arch))
-    with pytest.raises(BackendError, match=[*arch][-1]):
-        vit.Engine(model)
-    for pool in ("avgmax", "map"):
-        model = vit.create("vit_tiny_patch16_224", backend="reference", training=False, global_pool=pool, **SMALL)
-        with pytest.raises(BackendError, match=f"global_pool '{pool}'"):
-            vit.Engine(model)
-
-
 def test_a_constructor_refuses_what_it_does_not_know():
     with pytest.raises(TypeError, match="VisionTransformer has no argument 'reg_token'"):
         vit.VisionTransformer(32, 8, reg_token=4)

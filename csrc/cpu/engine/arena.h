@@ -49,16 +49,19 @@ struct Buffers {
   float* tokens;      // [rows, C]
   T* qkv;             // [rows, 3, H, D]
   T* attended;        // [rows, H, D]
-  float* pooled;      // [images, C], or a piece of normalised tokens
+  float* pooled;      // [images, pooled()], or a piece of normalised tokens
   char* threads;      // of each thread: the parts below
   int64_t bytes_per_thread, bytes;
 
   struct Own {
     T* normed;            // [kRows, C]
-    T* hidden;            // [kRows, hidden]
+    T* hidden;            // [kRows, what fc1 makes]
+    T* inner;             // [kRows, hidden], where that is not what fc2 reads
     T* patches;           // [kRows, padded patch_values]
     char* panel;          // of a compressed weight, unpacked
-    float* row;           // [C]
+    float* row;           // [the wider of C and hidden]
+    float* pool;          // of pooling: largest values [C], or scores [pool_heads, N] and means [pool_heads, C]
+    T* means;             // [pool_heads, C]
     Quantized quantized;  // [kRows, the wider of C and hidden], where there are int8 layers
     char* scratch;        // of attention
   };
@@ -69,13 +72,13 @@ struct Buffers {
     slice_tokens = share.images * N * s.C;
     slice_qkv = share.group * N * 3 * s.C;
     slice_attended = share.group * N * s.C;
-    slice_pooled = max(share.images, s.pool == Pool::none ? kRows : 0) * s.C;
+    slice_pooled = max(share.images, s.pool == Pool::none ? kRows : 0) * s.pooled();
     Arena arena{base};
     barriers = take<Barrier>(arena, 1 + threads);
     tokens = take<float>(arena, max(threads * slice_tokens, together * N * s.C));
     qkv = take<T>(arena, max(threads * slice_qkv, together * N * 3 * s.C));
     attended = take<T>(arena, max(threads * slice_attended, together * N * s.C));
-    pooled = take<float>(arena, max(threads * slice_pooled, together * s.C));
+    pooled = take<float>(arena, max(threads * slice_pooled, together * s.pooled()));
     Arena one{nullptr};
     own(s, one);
     bytes_per_thread = one.used;
@@ -86,12 +89,17 @@ struct Buffers {
   static Own own(const Shape& s, Arena& arena) {
     Own own;
     own.normed = take<T>(arena, kRows * s.C);
-    own.hidden = take<T>(arena, kRows * s.hidden);
+    own.hidden = take<T>(arena, kRows * max(s.made_by_fc1(), s.pool_hidden));
+    own.inner = take<T>(arena, s.gated || s.mlp_norm ? kRows * s.hidden : 0);
     own.patches = take<T>(arena, kRows * padded<T>(s.patch_values()));
     own.panel = arena.take(s.unpacks ? packed_b_bytes<bf16>(max(s.C, s.hidden), kTileColumns<bf16>) : 0);
-    own.row = take<float>(arena, s.C);
+    own.row = take<float>(arena, max(s.C, s.hidden));
+    const int64_t largest = s.pool == Pool::max || s.pool == Pool::average_max ? s.C : 0;
+    own.pool = take<float>(arena, max(largest, s.pool_heads * (s.N() + s.C)));
+    own.means = take<T>(arena, s.pool_heads * s.C);
     const int64_t quantized_rows = s.precision == Precision::int8 ? kRows : 0;
-    own.quantized = {take<uint8_t>(arena, quantized_rows * max(s.C, s.hidden)), take<float>(arena, quantized_rows)};
+    const int64_t widest = quantized_stride(max(s.C, s.hidden));
+    own.quantized = {take<uint8_t>(arena, quantized_rows * widest), take<float>(arena, quantized_rows)};
     own.scratch = arena.take(attention_fwd_scratch(attention_of(s, 1)));
     return own;
   }

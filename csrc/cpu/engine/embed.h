@@ -1,8 +1,9 @@
-// The start of a pass: patches of the images, projected, with positions added, and the prefix tokens.
+// The start of a pass: patches of the images, projected, with positions added, and normalised where there is a norm
+// before the blocks or before the positions; and the prefix tokens, which come as they are then.
 #pragma once
 
 #include "cpu/engine/images.h"
-#include "cpu/engine/pass.h"
+#include "cpu/engine/linears.h"
 
 namespace vit::VIT_ISA {
 
@@ -29,10 +30,18 @@ void embed_images(Pass<T>& p, const Images<X>& given) {
       differences += given.gather(p.first + b, patch + r, p.own.patches + r * stride, stride);
     if (!(differences == 0)) report_not_finite(p, p.first + b);
     float* x = p.tokens + (b * s.N() + s.prefix + patch) * s.C;
-    const Epilogue<T, float, Activation::none> epilogue{w.bias, p.net.positions + patch * s.C, x, nullptr, s.C};
+    const float* positions = p.net.positions + patch * s.C;
+    const Epilogue<T, float, Activation::none> epilogue{w.bias, s.embed_norm ? nullptr : positions, x, nullptr, s.C};
     const Left rows_of_patches{reinterpret_cast<const char*>(p.own.patches), stride * static_cast<int64_t>(sizeof(T)),
                                false};
     gemm_range<T, false>(rows_of_patches, w.weight, s.C, steps_of<T>(w.K), 0, rows, 0, panels_of<T>(s.C), epilogue);
+    for (float* row = x; row < x + rows * s.C; row += s.C, positions += s.C) {
+      if (s.embed_norm) {
+        norm_one(s, p.net.embed_norm, row, row, s.C);
+        add_row(1.0f, positions, row, s.C);
+      }
+      if (s.pre_norm) norm_one(s, p.net.pre_norm, row, row, s.C);
+    }
     unit += rows;
   }
   for (int64_t b = p.team.member; s.prefix > 0 && b < p.images; b += p.team.members)

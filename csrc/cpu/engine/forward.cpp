@@ -12,7 +12,6 @@
 // The residual stream is float32. Rows go through a block in pieces of kRows, so that what norm, fc1 and the activation
 // make stays in L2 until it is used. Nothing here decides the order of a sum: gemm.h and attention_fwd.cpp do, from
 // sizes alone, so that a result depends neither on the threads nor on what else is in the batch.
-#include "cpu/engine/block.h"
 #include "cpu/engine/embed.h"
 #include "cpu/engine/head.h"
 #include "cpu/engine/kernels.h"
@@ -29,7 +28,7 @@ void run(Pass<T>& p, Pass<T>& of_tokens) {
     for (int64_t b = 0; b < p.images; b += p.group) block(p, l, b, min(p.group, p.images - b));
   if (p.ends_with_token()) last_block(p, of_tokens);
   p.meet();
-  head(p);
+  head(p, of_tokens);
 }
 
 template <class T>

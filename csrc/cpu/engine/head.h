@@ -1,8 +1,7 @@
 // The end of a pass: pooling, the last norm, the head.
 #pragma once
 
-#include "cpu/engine/pass.h"
-#include "cpu/layer_norm.h"
+#include "cpu/engine/pool.h"
 
 namespace vit::VIT_ISA {
 
@@ -11,38 +10,14 @@ inline void write(float* out, int64_t at, const float* values, int64_t count) {
 }
 
 template <class T>
-void last_norm(const Pass<T>& p, const float* x, float* y) {
-  norm_row(x, y, p.net.norm.weight, p.net.norm.bias, p.s.C, p.s.eps);
-}
-
-template <class T>
 void classify(const Pass<T>& p, const float* features, int64_t rows, float* logits, int64_t panel_begin,
               int64_t panel_end) {
   const Shape& s = p.s;
-  const Left left{reinterpret_cast<const char*>(features), s.C * static_cast<int64_t>(sizeof(float)), false};
+  const int64_t K = s.pooled();
+  const Left left{reinterpret_cast<const char*>(features), K * static_cast<int64_t>(sizeof(float)), false};
   gemm_range<float, false>(
-      left, p.net.head.weight, s.classes, s.C, 0, rows, panel_begin, panel_end,
+      left, p.net.head.weight, s.classes, K, 0, rows, panel_begin, panel_end,
       Epilogue<float, float, Activation::none>{p.net.head.bias, nullptr, logits, nullptr, s.classes});
-}
-
-// y = the mean of the patch tokens x, or of what the last norm makes of them.
-template <class T>
-void average(const Pass<T>& p, const float* x, float* y) {
-  const Shape& s = p.s;
-  const auto for_vectors = [&](const auto& f) {
-    for (int64_t j = 0; j < s.C; j += kLanes<float>) f(j, s.C - j);
-  };
-  memset(y, 0, static_cast<size_t>(s.C) * sizeof(float));
-  for (int64_t i = 0; i < s.patches(); ++i) {
-    const float* row = x + i * s.C;
-    if (s.norm_first) {
-      last_norm(p, row, p.own.row);
-      row = p.own.row;
-    }
-    for_vectors([&](int64_t j, int64_t n) { store<float>(y + j, load<float>(y + j, n) + load<float>(row + j, n), n); });
-  }
-  const float scale = 1.0f / static_cast<float>(s.patches());
-  for_vectors([&](int64_t j, int64_t n) { store<float>(y + j, scale * load<float>(y + j, n), n); });
 }
 
 // Without pooling every token has its logits.
@@ -55,28 +30,54 @@ void head_of_tokens(Pass<T>& p) {
   const int64_t begin = part(rows, p.team.member, p.team.members), end = part(rows, p.team.member + 1, p.team.members);
   for (int64_t i = begin; i < end; i += kRows) {
     const int64_t n = min(kRows, end - i), at = base + i;
-    for (int64_t r = 0; r < n; ++r) last_norm(p, p.tokens + (i + r) * s.C, normed + r * s.C);
+    if (s.last_norm == LastNorm::absent)
+      memcpy(normed, p.tokens + i * s.C, static_cast<size_t>(n * s.C) * sizeof(float));
+    for (int64_t r = 0; s.last_norm != LastNorm::absent && r < n; ++r)
+      last_norm(p, p.tokens + (i + r) * s.C, normed + r * s.C);
     write(f.features, at * s.C, normed, n * s.C);
     if (!s.classes) write(f.logits, at * s.C, normed, n * s.C);
     if (s.classes && f.logits) classify(p, normed, n, f.logits + at * s.classes, 0, panels_of<float>(s.classes));
   }
 }
 
+// The tokens x of image b -> what the head reads, in y, and the features of the image where they are wanted.
 template <class T>
-void head_of_pooled(Pass<T>& p) {
+void finish_image(const Pass<T>& p, int64_t b, const float* x, float* y) {
+  const Shape& s = p.s;
+  const Forward& f = p.f;
+  const float* features = y;
+  const bool normed_before = s.last_norm == LastNorm::first && s.pool != Pool::token && s.pool != Pool::distilled;
+  if (s.pool == Pool::average || s.pool == Pool::max || s.pool == Pool::average_max) {
+    reduce(p, x, y);
+    x = y;
+  }
+  const int64_t rows = s.pool == Pool::distilled ? 2 : 1;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (s.last_norm != LastNorm::absent && !normed_before)
+      last_norm(p, x + r * s.C, y + r * s.C);
+    else if (x != y)
+      memcpy(y + r * s.C, x + r * s.C, static_cast<size_t>(s.C) * sizeof(float));
+  }
+  if (s.pool == Pool::distilled) {
+    for_vectors(s.C, [&](int64_t j, int64_t n) {
+      store<float>(p.own.row + j, 0.5f * (load<float>(y + j, n) + load<float>(y + s.C + j, n)), n);
+    });
+    features = p.own.row;
+  }
+  write(f.features, (p.first + b) * s.C, features, s.C);
+  if (!s.classes) write(f.logits, (p.first + b) * s.C, features, s.C);
+}
+
+template <class T>
+void head_of_pooled(Pass<T>& p, Pass<T>& of_tokens) {
   const Shape& s = p.s;
   const Forward& f = p.f;
   const Team& team = p.team;
+  const bool attends = s.pool == Pool::attention;
+  if (attends) attention_pool(p, of_tokens);
   for (int64_t b = team.member; b < p.images; b += team.members) {
-    float* y = p.pooled + b * s.C;
-    const float* x = p.ends_with_token() ? y : p.tokens + b * s.N() * s.C;
-    if (s.pool == Pool::average) {
-      average(p, x + s.prefix * s.C, y);
-      x = y;
-    }
-    if (s.pool == Pool::token || !s.norm_first) last_norm(p, x, y);
-    write(f.features, (p.first + b) * s.C, y, s.C);
-    if (!s.classes) write(f.logits, (p.first + b) * s.C, y, s.C);
+    float* y = p.pooled + b * s.pooled();
+    finish_image(p, b, attends || p.ends_with_token() ? y : p.tokens + b * s.N() * s.C, y);
   }
   p.meet();
   if (!s.classes || !f.logits) return;
@@ -86,8 +87,8 @@ void head_of_pooled(Pass<T>& p) {
 }
 
 template <class T>
-void head(Pass<T>& p) {
-  p.s.pool == Pool::none ? head_of_tokens(p) : head_of_pooled(p);
+void head(Pass<T>& p, Pass<T>& of_tokens) {
+  p.s.pool == Pool::none ? head_of_tokens(p) : head_of_pooled(p, of_tokens);
   p.clock.lap(Phase::head);
 }
 

@@ -65,9 +65,12 @@ struct Step<q8> {
 #endif
 };
 
+// Bytes from row to row of K of them: whole steps, whose last bytes may hold anything, for the weights there are zeros.
+VIT_INLINE int64_t quantized_stride(int64_t K) { return round_up(K, Step<q8>::kDepth); }
+
 // Rows as unsigned bytes and their scales, the left operand of a product.
 struct Quantized {
-  uint8_t* bytes;  // [rows, K]
+  uint8_t* bytes;  // [rows, K], quantized_stride(K) apart
   float* scales;   // [rows]
 };
 
@@ -177,7 +180,7 @@ VIT_INLINE float largest_of_row(const float* row, int64_t K) {
   return fold<float, kLanes<float>>(largest, Most{});
 }
 
-// The weight [N, K] of `out` in float32, K a multiple of 4, into its panels; scales and sums of its rows. Rows that are
+// The weight [N, K] of `out` in float32 into its panels; scales and sums of its rows. Rows that are
 // rounded already come with their scales [N]: they are used unless they are too small for the products.
 inline void pack_quantized(int threads, const float* weight, const float* given, const engine::Linear& out) {
   constexpr int64_t lanes = kWordLanes<q8>, word = sizeof(uint32_t);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/engine/pass.h"
-#include "cpu/layer_norm.h"
+#include "cpu/rms_norm.h"
 
 namespace vit::VIT_ISA {
 
@@ -23,7 +23,8 @@ Area share_of(const Pass<T>& p, int64_t row_begin, int64_t row_end, int64_t begi
 // An area of a weight^T, a [rows, K], for an epilogue.
 template <class S, class E>
 void product(const void* a, const Area& area, const Linear& w, const E& epilogue) {
-  const Left left{static_cast<const char*>(a), w.K * static_cast<int64_t>(sizeof(S)), false};
+  const int64_t stride = same<S, q8> ? quantized_stride(w.K) : w.K * static_cast<int64_t>(sizeof(S));
+  const Left left{static_cast<const char*>(a), stride, false};
   gemm_range<S, false>(left, w.weight, w.N, steps_of<S>(w.K), area.row_begin, area.row_end, area.panel_begin,
                        area.panel_end, epilogue);
 }
@@ -65,17 +66,42 @@ void linear(const Pass<T>& p, const T* a, int64_t rows, const Linear& w, const O
   linear<kActivation>(p, a, share_of(p, 0, rows, 0, panels_of<T>(w.N)), w, residual, y);
 }
 
-// Rows of x, normalised, as the layer `next` takes them: in p.own.normed or p.own.quantized.
-template <class T>
-void normalize(Pass<T>& p, const float* x, int64_t rows, const Norm& norm, const Linear& next) {
+// Calls f(j, n) for every vector of a row of C values.
+template <class F>
+VIT_INLINE void for_vectors(int64_t C, const F& f) {
+  for (int64_t j = 0; j < C; j += kLanes<float>) f(j, C - j);
+}
+
+// y = y + scale x
+VIT_INLINE void add_row(float scale, const float* x, float* y, int64_t C) {
+  for_vectors(C, [&](int64_t j, int64_t n) {
+    store<float>(y + j, fma(broadcast(scale), load<float>(x + j, n), load<float>(y + j, n)), n);
+  });
+}
+
+// One row of `width` values, normalised; y may be x.
+template <class X, class Y>
+VIT_INLINE void norm_one(const Shape& s, const Norm& norm, const X* x, Y* y, int64_t width) {
+  if (s.norm == NormKind::layer) {
+    norm_row(x, y, norm.weight, norm.bias, width, s.eps);
+  } else {
+    Acc<X> rstd[1];
+    rms_norm_rows<1>(x, 0, y, 0, norm.weight, width, s.eps, rstd);
+  }
+}
+
+// Rows of x [rows, C], normalised, as the layer `next` takes them: in p.own.normed or p.own.quantized.
+template <class T, class X>
+void normalize(Pass<T>& p, const X* x, int64_t rows, const Norm& norm, const Linear& next) {
   const int64_t C = p.s.C;
   for (int64_t r = 0; r < rows; ++r) {
-    const float* row = x + r * C;
+    const X* row = x + r * C;
     if (next.precision == Precision::int8) {
-      norm_row(row, p.own.row, norm.weight, norm.bias, C, p.s.eps);
-      p.own.quantized.scales[r] = quantize_row(p.own.row, C, next.zero, p.own.quantized.bytes + r * C);
+      norm_one(p.s, norm, row, p.own.row, C);
+      p.own.quantized.scales[r] =
+          quantize_row(p.own.row, C, next.zero, p.own.quantized.bytes + r * quantized_stride(C));
     } else {
-      norm_row(row, p.own.normed + r * C, norm.weight, norm.bias, C, p.s.eps);
+      norm_one(p.s, norm, row, p.own.normed + r * C, C);
     }
   }
   p.clock.lap(Phase::norm);
@@ -86,7 +112,8 @@ template <class T>
 void quantize(Pass<T>& p, const T* a, int64_t rows, const Linear& next) {
   if (next.precision != Precision::int8) return;
   for (int64_t r = 0; r < rows; ++r)
-    p.own.quantized.scales[r] = quantize_row(a + r * next.K, next.K, next.zero, p.own.quantized.bytes + r * next.K);
+    p.own.quantized.scales[r] =
+        quantize_row(a + r * next.K, next.K, next.zero, p.own.quantized.bytes + r * quantized_stride(next.K));
   p.clock.lap(Phase::quantize);
 }
 

@@ -21,7 +21,7 @@ struct Pass {
   float* pooled;  // after a last block that ends with the token: the class tokens
   float* normed_tokens;
   typename Buffers<T>::Own own;
-  T* shared_hidden;  // of the threads that share rows
+  T *shared_hidden, *shared_inner;  // of the threads that share rows
 
   Pass(const Forward& f, const Buffers<T>& memory, const Team& team, int thread, Clock& clock, int64_t first,
        int64_t images, int64_t group)
@@ -35,7 +35,8 @@ struct Pass {
     Arena arena{memory.threads + thread * memory.bytes_per_thread};
     own = Buffers<T>::own(s, arena);
     Arena of_leader{memory.threads + (thread - team.column) * memory.bytes_per_thread};
-    shared_hidden = Buffers<T>::own(s, of_leader).hidden;
+    const typename Buffers<T>::Own leader = Buffers<T>::own(s, of_leader);
+    shared_hidden = leader.hidden, shared_inner = leader.inner;
   }
 
   // Whether of the last block only the class token is wanted.

@@ -18,77 +18,33 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..model.blocks import Attention, Block, Mlp
-from ..model.layers import DropPath, PatchDropout, PatchEmbed
+from ..model.deit import VisionTransformerDistilled
+from ..model.parts import activation_of
 from ..model.torch_layers import as_known
-from ..model.vision_transformer import VisionTransformer
 from ..weights.checkpoint import all_finite
-
-Shape = tuple[int, ...]
-Kinds = tuple[type[nn.Module], ...]
-
-_NORM: Kinds = (nn.LayerNorm,)
-_LINEAR: Kinds = (nn.Linear,)
-_NOTHING: Kinds = (nn.Identity,)
-#: What does nothing in evaluation mode.
-_DROP: Kinds = (nn.Dropout, nn.Identity, DropPath, PatchDropout)
+from .known import MODELS, NORMS, kinds_of, mlp_width, shapes_of
 
 #: Poolings that the engine computes.
-POOLS = ("token", "avg", "")
+POOLS = ("token", "avg", "max", "avgmax", "map", "")
 #: Options that the engine computes at any value, or that the modules, tensors and lines below decide about.
 COMPUTED = frozenset(
     {"img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "norm_eps"}
-    | {"qkv_bias", "proj_bias", "class_token", "global_pool", "fc_norm", "pool_include_prefix", "patch_embed"}
-    | {"pos_embed", "pos_resize", "dynamic_img_pad", "drop_edge", "weight_init", "fix_init"}
+    | {"qkv_bias", "qkv_fused", "attn_type", "proj_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "init_values"}
+    | {"act_layer", "mlp_layer", "swiglu_mlp", "swiglu_align_to", "norm_layer", "embed_norm_layer"}
+    | {"pre_norm", "final_norm"}
+    | {"class_token", "reg_tokens", "no_embed_class", "global_pool", "fc_norm", "pool_include_prefix", "patch_embed"}
+    | {"use_post_transformer_norm", "attn_pool_num_heads", "attn_pool_mlp_ratio", "head_init_scale"}
+    | {"pos_embed", "pos_resize", "pos_embed_grid_size", "pos_embed_ar_preserving"}
+    | {"dynamic_img_size", "dynamic_img_pad", "drop_edge", "weight_init", "fix_init"}
+    | {"use_rot_pos_emb", "rope_type", "rope_temperature", "rope_grid_indexing", "rope_grid_offset", "rope_rotate_half"}
+    | {"ref_feat_shape", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"}
     | {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
 )
-#: Options beside them that may differ from their default -> the values that the engine computes.
-OPTIONS: dict[str, tuple[Any, ...]] = {"init_values": (None, 0), "act_layer": ("gelu", "gelu_tanh")}
-
-#: path -> the classes it may have, in a model and in each of its blocks.
-MODEL: dict[str, Kinds] = {
-    "": (VisionTransformer,),
-    "patch_embed": (PatchEmbed,),
-    "patch_embed.proj": (nn.Conv2d, nn.Linear),
-    "patch_embed.norm": _NOTHING,
-    "pos_drop": _DROP,
-    "patch_drop": _DROP,
-    "norm_pre": _NOTHING,
-    "blocks": (nn.Sequential,),
-    "norm": (nn.LayerNorm, nn.Identity),
-    "fc_norm": (nn.LayerNorm, nn.Identity),
-    "head_drop": _DROP,
-    "head": (nn.Linear, nn.Identity),
-}
-BLOCK: dict[str, Kinds] = {
-    "": (Block,),
-    ".norm1": _NORM,
-    ".attn": (Attention,),
-    ".attn.qkv": _LINEAR,
-    ".attn.q_norm": _NOTHING,
-    ".attn.k_norm": _NOTHING,
-    ".attn.attn_drop": _DROP,
-    ".attn.norm": _NOTHING,
-    ".attn.proj": _LINEAR,
-    ".attn.proj_drop": _DROP,
-    ".ls1": _NOTHING,
-    ".drop_path1": _DROP,
-    ".norm2": _NORM,
-    ".mlp": (Mlp,),
-    ".mlp.fc1": _LINEAR,
-    ".mlp.act": (nn.GELU,),
-    ".mlp.drop1": _DROP,
-    ".mlp.norm": _NOTHING,
-    ".mlp.fc2": _LINEAR,
-    ".mlp.drop2": _DROP,
-    ".ls2": _NOTHING,
-    ".drop_path2": _DROP,
-}
 
 
 def refusals(model: nn.Module) -> Iterator[str]:
     """Why the engine cannot run a model; nothing when it can."""
-    if type_before_parametrizations(model) is not VisionTransformer:
+    if type_before_parametrizations(model) not in MODELS:
         yield f"needs a vit.VisionTransformer, got {type(model).__name__}"
         return
     modules = modules_of(model)
@@ -106,18 +62,11 @@ def _options(model: Any) -> Iterator[str]:
     """Options of the model that the engine does not compute: also one that this file has never heard of."""
     for option in fields(model.options):
         name, value = option.name, getattr(model.options, option.name)
-        allowed = OPTIONS.get(name, (option.default,))
-        if name not in COMPUTED and value not in allowed:
-            yield f"{name}={value!r}: the engine computes {' or '.join(map(repr, allowed))}"
+        if name not in COMPUTED and value != option.default:
+            yield f"{name}={value!r}: the engine computes {option.default!r}"
     if model.global_pool not in POOLS:
         computed = ", ".join(map(repr, POOLS))
         yield f"global_pool {model.global_pool!r} does not go with this model: the engine computes {computed}"
-    if model.pool_include_prefix and model.num_prefix_tokens and model.global_pool == "avg":
-        yield "pool_include_prefix=True: the engine averages the patches alone"
-    embed = model.patch_embed
-    cuts_edge = isinstance(embed, PatchEmbed) and embed.drop_edge and not embed.dynamic_img_pad
-    if cuts_edge and any(side % size for side, size in zip(embed.img_size, embed.patch_size, strict=True)):
-        yield f"drop_edge=True: the engine takes images of whole patches, not {list(embed.img_size)}"
 
 
 def modules_of(model: nn.Module) -> dict[str, Any]:
@@ -153,20 +102,18 @@ def _remakers(module: nn.Module) -> list[Any]:
 
 
 def _wrong_modules(modules: dict[str, Any]) -> Iterator[str]:
-    expected = dict(MODEL)
-    for i in modules["blocks"]._modules if isinstance(modules.get("blocks"), nn.Sequential) else ():
-        expected |= {f"blocks.{i}{path}": kinds for path, kinds in BLOCK.items()}
+    expected = kinds_of(modules[""], modules)
     wrong: list[str] = []
     for path in [*expected, *(path for path in modules if path not in expected)]:
         if any(path.startswith(f"{above}.") for above in wrong):
             continue  # said once
         module, kinds = modules.get(path), expected.get(path, ())
-        kind = None if module is None else type_before_parametrizations(module)
+        kind = type(None) if module is None else type_before_parametrizations(module)
         if kind in kinds:
             continue
         wrong.append(path)
-        wanted = " or ".join(allowed.__name__ for allowed in kinds)
-        what = "is missing" if kind is None else f"is a {_name(kind)}"
+        wanted = " or ".join(allowed.__name__ for allowed in kinds if allowed is not type(None))
+        what = "is missing" if module is None else f"is a {_name(kind)}"
         yield f"{path} {what}; the engine knows {wanted or 'no module of that name'}"
 
 
@@ -195,32 +142,17 @@ def _listeners(modules: dict[str, Any]) -> Iterator[str]:
 
 def _wrong_sizes(modules: dict[str, Any]) -> Iterator[str]:
     """Tensors whose names or shapes are not those of the network, and settings that differ between layers."""
-    model, embed = modules[""], modules["patch_embed"]
-    norms = [path for path in ("norm", "fc_norm") if isinstance(modules[path], nn.LayerNorm)]
-    if len(norms) != 1:
-        yield "exactly one of norm and fc_norm must be a LayerNorm"
-    if model.global_pool not in POOLS or (model.global_pool == "token" and model.cls_token is None):
-        yield f"global_pool {model.global_pool!r} does not go with this model"
+    model = modules[""]
+    yield from _wrong_ends(model, modules)
     if not len(modules["blocks"]):
         yield "the model has no blocks"
         return
     blocks = [modules[f"blocks.{i}"] for i in modules["blocks"]._modules]
-    alike: dict[str, set[Any]] = {
-        "norm eps": {module.eps for module in modules.values() if isinstance(module, nn.LayerNorm)},
-        "num_heads": {block.attn.num_heads for block in blocks},
-        "mlp width": {block.mlp.fc1.out_features for block in blocks},
-        "activation": {block.mlp.act.approximate for block in blocks},
-    }
-    for what, values in alike.items():
-        if len(values) > 1:
-            yield f"{what} differs from layer to layer: {', '.join(map(str, sorted(values, key=str)))}"
+    yield from _unlike(modules, blocks)
     for i, block in enumerate(blocks):
         if not block.attn.fused_attn and block.attn.scale != block.attn.head_dim**-0.5:
             yield f"blocks.{i}.attn.scale is {block.attn.scale:g}, the engine knows 1 / sqrt({block.attn.head_dim})"
-    proj = embed.proj
-    if isinstance(proj, nn.Conv2d) and not embed.cuts_patches(proj):
-        yield "patch_embed.proj is not a convolution whose stride is its kernel's size, the patch"
-    shapes = _shapes(modules, blocks[0])
+    shapes = shapes_of(modules)
     for path, module in modules.items():
         expected = shapes.get(path, {})
         if unknown := sorted(_tensors(module) - set(expected)):
@@ -234,30 +166,43 @@ def _wrong_sizes(modules: dict[str, Any]) -> Iterator[str]:
                 yield f"{full} is {list(tensor.shape)}, the engine needs {list(shape)}"
 
 
-def _shapes(modules: dict[str, Any], first: Any) -> dict[str, dict[str, Shape]]:
-    """path -> the tensors a module must have; biases of linear layers may be absent."""
-    model, embed, head = modules[""], modules["patch_embed"], modules["head"]
-    C, hidden, prefix = model.embed_dim, first.mlp.fc1.out_features, int(model.cls_token is not None)
+def _wrong_ends(model: Any, modules: dict[str, Any]) -> Iterator[str]:
+    """What does not go together before and behind the blocks."""
+    distilled = isinstance(model, VisionTransformerDistilled)
+    if sum(isinstance(modules[path], NORMS) for path in ("norm", "fc_norm")) == 2:
+        yield "norm and fc_norm are both norms; the engine computes one"
+    if distilled and isinstance(modules["fc_norm"], NORMS):
+        yield "fc_norm is a norm; a distilled head reads two tokens and no pooled one"
+    fits = model.cls_token is not None if model.global_pool == "token" else model.global_pool in POOLS
+    if not fits or (model.global_pool == "map") != (model.attn_pool is not None):
+        yield f"global_pool {model.global_pool!r} does not go with this model"
+    if distilled and type(modules["head"]) is not type(modules["head_dist"]):
+        yield "head and head_dist must be layers of the same kind"
+    embed = model.patch_embed
+    if isinstance(embed.proj, nn.Conv2d) and not embed.cuts_patches(embed.proj):
+        yield "patch_embed.proj is not a convolution whose stride is its kernel's size, the patch"
 
-    def layer(inputs: int, outputs: int) -> dict[str, Shape]:
-        return {"weight": (outputs, inputs), "bias": (outputs,)}
 
-    norm: dict[str, Shape] = {"weight": (C,), "bias": (C,)}
-    shapes = {path: norm for path, module in modules.items() if isinstance(module, nn.LayerNorm)}
-    for i in modules["blocks"]._modules:
-        shapes[f"blocks.{i}.attn.qkv"] = layer(C, 3 * C)
-        shapes[f"blocks.{i}.attn.proj"] = layer(C, C)
-        shapes[f"blocks.{i}.mlp.fc1"] = layer(C, hidden)
-        shapes[f"blocks.{i}.mlp.fc2"] = layer(hidden, C)
-    shapes["patch_embed.proj"] = layer(embed.patch_values, C)
-    if isinstance(embed.proj, nn.Conv2d):
-        shapes["patch_embed.proj"]["weight"] = (C, embed.in_chans, *embed.patch_size)
-    if isinstance(head, nn.Linear):
-        shapes["head"] = layer(C, head.out_features)
-    shapes[""] = {"cls_token": (1, 1, C)} if prefix else {}
-    if model.pos_embed is not None:
-        shapes[""]["pos_embed"] = (1, prefix + embed.num_patches, C)
-    return shapes
+def _unlike(modules: dict[str, Any], blocks: list[Any]) -> Iterator[str]:
+    """Settings that the network has once and the layers differ in."""
+    norms = [module for module in modules.values() if isinstance(module, NORMS)]
+    heads = {module for block in blocks for module in (block.attn.q_norm, block.attn.k_norm)}
+    alike: dict[str, set[Any]] = {
+        "norm": {type_before_parametrizations(norm).__name__ for norm in norms},
+        "norm eps": {norm.eps for norm in norms},
+        "num_heads": {block.attn.num_heads for block in blocks},
+        "mlp": {type_before_parametrizations(block.mlp).__name__ for block in blocks},
+        "mlp width": {mlp_width(block.mlp) for block in blocks},
+        "activation": {activation_of(block.mlp.act) for block in blocks},
+        "a norm of queries and keys": {isinstance(module, NORMS) for module in heads},
+        "attn.norm": {isinstance(block.attn.norm, NORMS) for block in blocks},
+        "mlp.norm": {isinstance(block.mlp.norm, NORMS) for block in blocks},
+        "rotate_half": {getattr(block.attn, "rotate_half", False) for block in blocks},
+        "num_prefix_tokens": {getattr(b.attn, "num_prefix_tokens", modules[""].num_prefix_tokens) for b in blocks},
+    }
+    for what, values in alike.items():
+        if len(values) > 1:
+            yield f"{what} differs from layer to layer: {', '.join(map(str, sorted(values, key=str)))}"
 
 
 def _tensors(module: nn.Module) -> set[str]:

@@ -19,7 +19,7 @@ from ..support.text import printable
 from . import native
 from .freeze import Frozen, freeze
 from .images import as_tensor, check_out, dense, room
-from .profile import Phase, flops, phases, timed
+from .profile import Phase, flops, patches_of, phases, timed
 from .shutdown import calls as running
 
 Images = Tensor | np.ndarray
@@ -144,9 +144,7 @@ class Engine:
         library.check(library.get_config(handle, self._config))
         self._executors: dict[int, ThreadPoolExecutor] = {}  # by process: a forked child has none of these threads
         self._read_texts(source)
-        c = self._config
-        patches = -(-c.image_height // c.patch_height) * -(-c.image_width // c.patch_width)
-        self._tokens = c.prefix_tokens + patches
+        self._tokens = self._config.prefix_tokens + patches_of(self._config)
 
     # ---- what it is ----
 

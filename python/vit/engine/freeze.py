@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BackendError, get
-from ..model.specs import APPROXIMATE
-from ..model.vision_transformer import VisionTransformer
+from ..model.deit import VisionTransformerDistilled
+from ..model.mlp import Mlp
+from ..model.parts import activation_of
 from . import native, rounding
-from .accepts import modules_of, refusals, tensor_of
+from .accepts import modules_of, refusals
+from .known import NORMS, mlp_width
 from .smooth import LAYERS, natural_image, observe, smooth
+from .tensors import tensors_of
 
 
 @dataclass(frozen=True)
@@ -54,44 +57,13 @@ def freeze(
             + "\nUse the model itself, or a vit.VisionTransformer without changed modules: hooks removed, adapters "
             "merged (peft: model.merge_and_unload())."
         )
-    assert isinstance(model, VisionTransformer)
-    embed, depth = model.patch_embed, len(model.blocks)
-    modules = modules_of(model)
-    norm: Any = model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
-    tensors = _weights(model, modules)
+    config = _config(model, dtype)
+    depth, num_classes = config["depth"], config["num_classes"]
     layers = check_layers(exclude, depth)
     precision = native.STORED[weights] if weights else native.PRECISIONS[dtype]
     kept = native.PRECISIONS["bfloat16"]
     precisions = {f"{layer}.weight": kept if layer in exclude else precision for layer in layers}
-    (height, width), (patch_height, patch_width) = embed.img_size, embed.patch_size
-    first: Any = model.blocks[0]
-    activations = {approximate: name for name, approximate in APPROXIMATE.items()}
-    num_classes = model.head.out_features if isinstance(model.head, nn.Linear) else 0
-    config = {
-        "precision": native.PRECISIONS[dtype],
-        "pool": native.POOLS[model.global_pool],
-        "activation": native.ACTIVATIONS[activations[first.mlp.act.approximate]],
-        "dynamic_pad": int(embed.dynamic_pad),
-        "norm_first": int(norm is model.norm),
-        "channels": embed.in_chans,
-        "image_height": height,
-        "image_width": width,
-        "patch_height": patch_height,
-        "patch_width": patch_width,
-        "prefix_tokens": int(model.cls_token is not None),
-        "embed_dim": model.embed_dim,
-        "depth": depth,
-        "num_heads": first.attn.num_heads,
-        "mlp_width": first.mlp.fc1.out_features,
-        "num_classes": num_classes,
-        "norm_eps": norm.eps,
-    }
-    texts = {"name": model.name, "preprocess": json.dumps(model.preprocess.to_dict())}
-    if weights:
-        texts["weights"] = weights
-    if model.class_names is not None and len(model.class_names) == num_classes:
-        texts["class_names"] = json.dumps(list(model.class_names))
-    plain = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
+    plain = tensors_of(model, modules_of(model))
     if dtype == "int8":
         images = natural_image(model) if calibrate is None else calibrate
         with torch.autocast(images.device.type, enabled=False), torch.autocast("cpu", enabled=False):
@@ -99,28 +71,60 @@ def freeze(
             inputs = {layer: found for layer, found in inputs.items() if layer not in exclude}
             pairs = get(native.DEFAULT).info().get("isa") in rounding.PAIRS_SATURATE
             plain = rounding.round_layers(plain, inputs, pairs)
-    return Frozen(config, plain, precisions, texts)
+    return Frozen(config, plain, precisions, _texts(model, num_classes, weights))
 
 
-def _weights(model: VisionTransformer, modules: dict[str, Any]) -> dict[str, Tensor]:
-    """Every tensor the engine reads, under timm's names; what stands in several places, under each of them."""
-    tensors = {"mean": torch.tensor(model.preprocess.mean), "std": torch.tensor(model.preprocess.std)}
-    prefix = int(model.cls_token is not None)
-    positions = None if model.pos_embed is None else model.pos_embed[0].float()
-    if model.cls_token is not None:
-        tensors["prefix"] = model.cls_token[0].float() + (0 if positions is None else positions[:prefix])
-    if positions is not None:
-        tensors["positions"] = positions[prefix:]
-    for path, module in modules.items():
-        for name in ("weight", "bias"):
-            tensor = tensor_of(module, name)
-            if tensor is not None:
-                # The engine has one norm at the end, whatever side of the pooling it stands on.
-                tensors[f"{path.removeprefix('fc_')}.{name}"] = tensor
-            elif name == "bias" and isinstance(module, nn.Linear):
-                tensors[f"{path}.{name}"] = torch.zeros(module.out_features)
-    tensors["patch_embed.proj.weight"] = tensors["patch_embed.proj.weight"].flatten(1)
-    return tensors
+def _config(model: Any, dtype: str) -> dict[str, Any]:
+    """The fields of vit_engine_config."""
+    embed, first, pool = model.patch_embed, model.blocks[0], model.attn_pool
+    attn, mlp = first.attn, first.mlp
+    norms = [module for module in (model.norm, model.fc_norm) if isinstance(module, NORMS)]
+    last = "absent" if not norms else "first" if norms[0] is model.norm else "after pool"
+    turns = getattr(model, "rope", None) is not None
+    (height, width), (patch_height, patch_width) = embed.img_size, embed.patch_size
+    distilled = isinstance(model, VisionTransformerDistilled)
+    return {
+        "precision": native.PRECISIONS[dtype],
+        "pool": native.POOLS["distilled" if distilled else model.global_pool],
+        "activation": native.ACTIVATIONS[activation_of(mlp.act) or ""],
+        "dynamic_pad": int(embed.dynamic_img_pad),
+        "drop_edge": int(getattr(embed, "drop_edge", False) and not embed.dynamic_img_pad),
+        "norm_first": native.LAST_NORMS[last],
+        "norm": native.NORMS["rmsnorm" if isinstance(first.norm1, nn.RMSNorm) else "layernorm"],
+        "embed_norm": int(isinstance(embed.norm, NORMS)),
+        "pre_norm": int(isinstance(model.norm_pre, NORMS)),
+        "qk_norm": int(isinstance(attn.q_norm, NORMS)),
+        "attn_norm": int(isinstance(attn.norm, NORMS)),
+        "mlp_norm": int(isinstance(mlp.norm, NORMS)),
+        "gated": int(not isinstance(mlp, Mlp)),
+        "rotary": native.ROTARIES["none" if not turns else "half" if attn.rotate_half else "interleaved"],
+        "rotary_of_heads": int(turns and model.rope_mixed),
+        "pool_prefix": int(model.pool_include_prefix or (pool is not None and model.pools_prefix)),
+        "pool_activation": 0 if pool is None else native.ACTIVATIONS[activation_of(pool.mlp.act) or ""],
+        "channels": embed.in_chans,
+        "image_height": height,
+        "image_width": width,
+        "patch_height": patch_height,
+        "patch_width": patch_width,
+        "prefix_tokens": model.num_prefix_tokens,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": attn.num_heads,
+        "mlp_width": mlp_width(mlp),
+        "num_classes": model.head.out_features if isinstance(model.head, nn.Linear) else 0,
+        "pool_heads": 0 if pool is None else pool.num_heads,
+        "pool_mlp_width": 0 if pool is None else mlp_width(pool.mlp),
+        "norm_eps": first.norm1.eps,
+    }
+
+
+def _texts(model: Any, num_classes: int, weights: str | None) -> dict[str, str]:
+    texts = {"name": model.name, "preprocess": json.dumps(model.preprocess.to_dict())}
+    if weights:
+        texts["weights"] = weights
+    if model.class_names is not None and len(model.class_names) == num_classes:
+        texts["class_names"] = json.dumps(list(model.class_names))
+    return texts
 
 
 def check_quantization(

@@ -47,6 +47,9 @@ PRECISIONS = Codes("precision")
 STORED = Codes("stored")  # precisions that only weights have
 POOLS = Codes("pool")
 ACTIVATIONS = Codes("activation")
+NORMS = Codes("norm")
+LAST_NORMS = Codes("last norm")
+ROTARIES = Codes("rotary")
 PIXELS = Codes("pixels")
 LAYOUTS = Codes("layout")
 OUTPUTS = Codes("output")
@@ -66,12 +69,20 @@ def _struct(name: str) -> Callable[[type[Structure]], type[Structure]]:
 @_struct("vit_engine_config")
 class Config(Structure):
     _fields_ = (
-        *[(name, c_int32) for name in ("precision", "pool", "activation", "dynamic_pad", "norm_first")],
+        *[
+            (name, c_int32)
+            for name in (
+                *("precision", "pool", "activation", "dynamic_pad", "norm_first", "drop_edge", "norm", "embed_norm"),
+                "pre_norm",
+                *("qk_norm", "attn_norm", "mlp_norm", "gated", "rotary", "rotary_of_heads", "pool_prefix"),
+                "pool_activation",
+            )
+        ],
         *[
             (name, c_int64)
             for name in (
                 *("channels", "image_height", "image_width", "patch_height", "patch_width", "prefix_tokens"),
-                *("embed_dim", "depth", "num_heads", "mlp_width", "num_classes"),
+                *("embed_dim", "depth", "num_heads", "mlp_width", "num_classes", "pool_heads", "pool_mlp_width"),
             )
         ],
         ("norm_eps", c_double),

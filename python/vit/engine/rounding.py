@@ -43,7 +43,7 @@ def round_layers(tensors: Mapping[str, Tensor], inputs: Mapping[str, Inputs], pa
         bias = tensors[f"{layer}.bias"] + (weight - near) @ found.mean
         return {f"{layer}.weight": near, f"{layer}.scale": scale, f"{layer}.bias": bias}
 
-    layers = [layer for layer in inputs if tensors[f"{layer}.weight"].shape[1] % 4 == 0]  # the engine refuses others
+    layers = [layer for layer in inputs if tensors[f"{layer}.weight"].shape[1] % 2 == 0]  # the engine refuses others
     # A layer to a thread: threads that share its small operations wait for each other (ViT-S beside two programs on
     # the two cores of a Zen 5: 21.7 s, and 1.9 s so). The number that PyTorch gives to new threads is put back.
     threads = torch.get_num_threads()

@@ -3,7 +3,8 @@ own scales.
 
 With s_j = sqrt(largest |input| of channel j / size of column j of the weight), input / s and weight * s give the same
 product from inputs that differ less in size (SmoothQuant, arXiv:2211.10438, strength 1/2). The division is free at run
-time: a layer norm takes it into weight and bias, and attention passes on what the rows of its values are divided by.
+time: a norm takes it into weight and bias, attention passes on what the rows of its values are divided by, and a gated
+MLP what those of its ungated half are.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from ..support.random import Stream
 #: The layers of a block that int8 quantizes and that can be stored in fewer bits.
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
-#: The layer norm of each block and the layer that reads it.
-PAIRS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))
+#: The norms of a block and the layers that read them, in blocks that have them.
+PAIRS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"), ("attn.norm", "attn.proj"), ("mlp.norm", "mlp.fc2"))
+#: A layer whose last rows reach another one multiplied by what is the same for all tokens or channels, or by gates.
+PASSED_ON = (("attn.qkv", "attn.proj"), ("mlp.fc1", "mlp.fc2"))
+#: A layer -> the module that is given what it reads, whatever the model keeps the layer in.
+SEEN_AT = {"attn.qkv": "attn", "attn.proj": "attn.proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp.fc2"}
 
 
 #: Share of the class token in means, where pooling takes it: the only token that reaches the logits. From 0.1 to 0.5
@@ -58,20 +63,33 @@ def smooth(
     """
     smoothed, after = dict(tensors), dict(inputs)
     for i in range(depth):
-        for norm, layer in PAIRS:
-            norm, layer = f"blocks.{i}.{norm}", f"blocks.{i}.{layer}"
-            weight, bias = tensors[f"{norm}.weight"], tensors[f"{norm}.bias"]
+        normed = set()
+        for norm, layer in ((f"blocks.{i}.{norm}", f"blocks.{i}.{layer}") for norm, layer in PAIRS):
+            if f"{norm}.weight" not in tensors or f"{layer}.weight" not in tensors:
+                continue
+            normed.add(layer)
             scale = _balance(smoothed, layer, inputs[layer].largest)
-            smoothed |= {f"{norm}.weight": weight / scale, f"{norm}.bias": bias / scale}
+            _divide(smoothed, norm, scale)
             after[layer] = inputs[layer].divided(scale)
-        qkv, proj = f"blocks.{i}.attn.qkv", f"blocks.{i}.attn.proj"
-        scale = _balance(smoothed, proj, inputs[proj].largest)
-        divisor = torch.cat([torch.ones(2 * len(scale)), scale])  # of queries, keys and values
-        smoothed[f"{qkv}.weight"] = smoothed[f"{qkv}.weight"] / divisor[:, None]
-        if f"{qkv}.bias" in tensors:
-            smoothed[f"{qkv}.bias"] = tensors[f"{qkv}.bias"] / divisor
-        after[proj] = inputs[proj].divided(scale)
+        for maker, layer in ((f"blocks.{i}.{maker}", f"blocks.{i}.{layer}") for maker, layer in PASSED_ON):
+            weights = [tensors.get(f"{name}.weight") for name in (maker, layer)]
+            if layer in normed or weights[0] is None or weights[1] is None:
+                continue
+            rest = len(weights[0]) - weights[1].shape[1]  # queries and keys; gates
+            if rest == 0:
+                continue  # an activation stands between them
+            scale = _balance(smoothed, layer, inputs[layer].largest)
+            _divide(smoothed, maker, torch.cat([torch.ones(rest), scale]))
+            after[layer] = inputs[layer].divided(scale)
     return smoothed, after
+
+
+def _divide(tensors: dict[str, Tensor], layer: str, divisor: Tensor) -> None:
+    """What a layer makes, divided by channel."""
+    weight = tensors[f"{layer}.weight"]
+    tensors[f"{layer}.weight"] = weight / (divisor if weight.ndim == 1 else divisor[:, None])
+    if f"{layer}.bias" in tensors:
+        tensors[f"{layer}.bias"] = tensors[f"{layer}.bias"] / divisor
 
 
 def _balance(smoothed: dict[str, Tensor], layer: str, reach: Tensor) -> Tensor:
@@ -82,7 +100,9 @@ def _balance(smoothed: dict[str, Tensor], layer: str, reach: Tensor) -> Tensor:
     """
     matrix = smoothed[f"{layer}.weight"]
     size = matrix.square().square().mean(0).sqrt().sqrt()
-    scale = (reach.clamp(min=1e-5) / size.clamp(min=1e-5)).sqrt()
+    # Of the largest one: layer scales leave columns of any size.
+    least = [max(1e-5 * t.max().item(), torch.finfo(t.dtype).tiny) for t in (reach, size)]
+    scale = (reach.clamp(min=least[0]) / size.clamp(min=least[1])).sqrt()
     scale /= scale.log().mean().exp()  # a common factor would only move the numbers' size
     smoothed[f"{layer}.weight"] = matrix * scale
     return scale
@@ -110,7 +130,7 @@ def observe(model: torch.nn.Module, images: Tensor, batch: int = 16) -> dict[str
     share = CLASS_SHARE if getattr(model, "global_pool", "") == "token" else None
     seen = {f"blocks.{i}.{layer}": _Seen(len(images), share) for i in range(len(blocks)) for layer in LAYERS}
     handles = [
-        block.get_submodule(layer).register_forward_pre_hook(
+        block.get_submodule(SEEN_AT[layer]).register_forward_pre_hook(
             lambda _module, given, name=f"blocks.{i}.{layer}": seen[name].add(given[0])
         )
         for i, block in enumerate(blocks)  # by place: a block that stands twice has one name among the modules
