@@ -35,12 +35,13 @@ def raced(
     return found
 
 
-def run(description: str | None, measure: Callable[[int], Records]) -> None:
-    """Calls measure(rounds) and writes its records beside the machine's facts where --json says."""
+def run(description: str | None, measure: Callable[[int], Records], arguments: Sequence[str] | None = None) -> None:
+    """Calls measure(rounds) and writes its records beside the machine's facts where --json says. arguments: what is
+    left of those of the command."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     records, threads = measure(args.rounds), torch.get_num_threads()
     if args.json:
         setting = Setting(("cpu",), "cpu", threads, args.rounds, cpu_peak(threads))

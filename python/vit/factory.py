@@ -172,6 +172,8 @@ def _preprocess(
 def preprocess_for(arguments: Mapping[str, Any], model: VisionTransformer) -> Preprocess:
     """A transform of these arguments at the size and channels of the model."""
     values = {**arguments, "img_size": model.patch_embed.img_size, "in_chans": model.patch_embed.in_chans}
+    if (most := getattr(model.options, "max_num_patches", None)) is not None:
+        values |= {"max_num_patches": most, "patch_size": max(model.patch_embed.patch_size)}
     for statistic in ("mean", "std"):
         per_channel = values.get(statistic, (0.5,))
         if len(per_channel) not in (1, values["in_chans"]):  # statistics of images with other channels

@@ -113,6 +113,77 @@ def test_transformers_models_give_their_own_output(name, hf, tmp_path):
     assert all(torch.equal(files.state[key], memory.state[key]) for key in files.state)
 
 
+#: Classes of transformers with a pooled output of their own -> its name.
+POOLED = {
+    "DINOv3ViTModel": "pooler_output",
+    "CLIPVisionModel": "pooler_output",
+    "CLIPVisionModelWithProjection": "image_embeds",
+    "CLIPModel": "image_features",
+    "SiglipVisionModel": "pooler_output",
+    "Siglip2VisionModel": "pooler_output",
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_the_pooling_of_the_source_is_its_own_output(name, hf, tmp_path):
+    theirs = source(hf, name)
+    theirs.save_pretrained(tmp_path)
+    # As timm has it: DINOv3's mean of the patches.
+    timms = {"global_pool": "avg"} if "DINOv3" in name else {}
+    ours = vit.create(weights=tmp_path, backend="reference", training=False, dynamic_img_size=True, **timms)
+    x = draw.randn(2, 3, *((24, 40) if "Siglip2" in name else (20, 20) if "Siglip" in name else (16, 16)))
+    with torch.no_grad():
+        expected = output(theirs, POOLED[name], x)
+        tokens = ours.forward_features(x)
+        found = ours.forward_head(tokens, pool="source")
+        assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+        if "Siglip" not in name:
+            torch.testing.assert_close(ours.forward_head(list(tokens), pool="source"), found)
+    if "Siglip" not in name:
+        token, mean = (ours.forward_head(tokens, pool=kind) for kind in ("token", "avg"))
+        assert torch.equal(token, tokens[:, 0])
+        torch.testing.assert_close(mean, tokens[:, ours.num_prefix_tokens :].mean(dim=1))
+        assert torch.equal(ours.forward_head(tokens, pool="token_avg"), torch.cat([token, mean], dim=1))
+
+
+def test_dinov2_pools_what_its_linear_classifiers_read(hf, tmp_path):
+    theirs = noisy(hf.Dinov2ForImageClassification(hf.Dinov2Config(**C, num_labels=5)), "dinov2 source")
+    theirs.save_pretrained(tmp_path)
+    ours = vit.create(weights=tmp_path, backend="reference", training=False, num_classes=0)
+    x = draw.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        pooled = ours.forward_head(ours.forward_features(x), pool="source")
+        torch.testing.assert_close(theirs.classifier(pooled), theirs(x).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_poolings_that_a_model_does_not_have_are_refused_by_name():
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    x = draw.randn(2, 3, 16, 16)
+
+    def pooled(name: str, pool: str, **more) -> Tensor:
+        model = vit.create(name, backend="reference", training=False, **small, **more)
+        return model.forward_head(model.forward_features(x), pool=pool)
+
+    assert pooled("vit_base_patch16_224.mae", "source", global_pool="avg").shape == (2, 16)
+    for name, pool, text in (
+        ("vit_base_patch16_224.mae", "source", "create it with global_pool='avg'"),
+        ("vit_base_patch16_siglip_224", "token", "needs a class token"),
+        ("vit_base_patch16_clip_224", "map", "needs the layer of global_pool='map'"),
+        ("vit_base_patch16_clip_224", "mean", "pool='mean' is not one of 'token', 'avg'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            pooled(name, pool)
+
+
+def test_a_trained_classifier_of_clip_is_no_projection():
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 6}
+    model = vit.create("vit_base_patch16_clip_224", backend="reference", training=False, **small)
+    tokens = model.forward_features(draw.randn(2, 3, 16, 16))
+    assert model.forward_head(tokens, pool="source").shape == (2, 6)
+    torch.nn.init.ones_(model.head.bias)
+    assert torch.equal(model.forward_head(tokens, pool="source"), tokens[:, 0])
+
+
 def test_mae_without_its_decoder(hf, tmp_path):
     small = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     theirs = noisy(hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**C, **small, decoder_intermediate_size=32)), "mae")

@@ -7,7 +7,6 @@ without memory, and what is not the same there is refused by name.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import json
 from collections import Counter
@@ -21,23 +20,23 @@ from .. import factory
 from ..model import VisionTransformer
 from ..model.configs import CONFIGS, model_class
 from ..support.records import Record, RecordError
-from ..weights import Report, WeightsError, infer, timm_config, transformers_processor, transformers_records
+from ..weights import Report, WeightsError, timm_config, transformers_processor, transformers_records
 from ..weights.file import checkpoint_of
 from ..weights.layout import Mapped
 from ..weights.layouts import model_types, of_model_type
+from . import timm_arguments
 from .trees import check_same, check_untouched, one_place
 
-_TIMM = {
-    ("timm.models.vision_transformer", "VisionTransformer"): "vit",
-    ("timm.models.deit", "VisionTransformerDistilled"): "deit",
-    ("timm.models.eva", "Eva"): "eva",
-}
 #: What may be switched at any time, and is taken along.
-_RUNTIME = ("fused_attn", "grad_checkpointing", "distilled_training", "weight_init_mode")
+#: Also what the patches that fill up a batch attend to, of which there are none here, and where a grid came from.
+_RUNTIME = (
+    *("fused_attn", "grad_checkpointing", "distilled_training", "weight_init_mode"),
+    *("use_key_only_attn_mask", "default_img_size"),
+)
 
 
 def from_timm(model: Any, backend: str = "auto") -> VisionTransformer:
-    """vit's model with the weights of a live one of timm: VisionTransformer, VisionTransformerDistilled or Eva.
+    """vit's model with the weights of a live one of timm: VisionTransformer (distilled, too), Eva or NaFlexVit.
 
     Its parameters are the very same Parameter objects: training one trains the other. Sizes, options, preprocessing
     (`model.preprocess`), class names, modes, requires_grad, dtype and device are the live model's.
@@ -50,15 +49,16 @@ def from_timm(model: Any, backend: str = "auto") -> VisionTransformer:
     what = f"from_timm: the {type(model).__name__}"
     check_untouched(model, what)
     like = one_place(model, what)
-    arguments = (_eva if kind == "eva" else _vit)(model)
-    check_same(model, _twin(type(model), arguments), what, _RUNTIME)
+    arguments = timm_arguments.READERS[kind](model)
+    check_same(model, timm_arguments.twin(type(model), arguments), what, _RUNTIME)
     about = _about_timm(model, what)
     ours = model_class(kind)
-    settings = ours.spelled({key: value for key, value in arguments.items() if key not in ("weight_init", "img_size")})
-    settings["img_size"] = model.patch_embed.img_size
-    if not settings["dynamic_img_pad"] and _has_rest(model.patch_embed):
+    settings = ours.spelled({key: value for key, value in arguments.items() if key != "weight_init"})
+    if not settings["dynamic_img_pad"] and timm_arguments.has_rest(settings):
         settings["drop_edge"] = True
     name = about["name"] or type(model).__name__
+    if name in CONFIGS and CONFIGS[name].kind != kind:  # use_naflex=True makes a NaFlexVit under the name of another
+        name = type(model).__name__
     try:
         # Without memory, and with any backend: the plan is made where the parameters are.
         made = ours(**settings, weight_init="skip", name=name, device="meta", dtype=like.dtype)
@@ -121,9 +121,10 @@ def from_transformers(
 
 
 def _kind(model: Any, function: str) -> str:
-    found = _TIMM.get((type(model).__module__, type(model).__name__))
+    known = timm_arguments.CLASSES
+    found = known.get((type(model).__module__, type(model).__name__))
     if found is None:
-        raise TypeError(_wrong_class(model, function, f"timm's {', '.join(name for _, name in _TIMM)}"))
+        raise TypeError(_wrong_class(model, function, f"timm's {', '.join(name for _, name in known)}"))
     return found
 
 
@@ -134,125 +135,6 @@ def _wrong_class(model: Any, function: str, wanted: str) -> str:
     )
     hint = f"; pass what is in it: model.{inner}" if inner is not None else ""
     return f"vit: {function} takes {wanted}, got {kind.__module__}.{kind.__qualname__}{hint}"
-
-
-def _rate(module: Any) -> float:
-    return float(getattr(module, "p", 0.0))
-
-
-def _norm(module: Any) -> Any:
-    """The class of a norm as an argument of timm's models."""
-    kind: Any = type(module)
-    return functools.partial(kind, eps=module.eps)
-
-
-def _common(model: Any) -> dict[str, Any]:
-    """What both of timm's classes have, under the names of VisionTransformer."""
-    found = infer.options(dict(model.state_dict()), eva=type(model).__name__ == "Eva")
-    first, patches = model.blocks[0], model.patch_embed
-    return {
-        **found,
-        "img_size": tuple(patches.img_size or (0, 0)),
-        "patch_size": tuple(patches.patch_size),
-        "in_chans": patches.proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "num_heads": first.attn.num_heads,
-        "no_embed_class": model.no_embed_class,
-        "dynamic_img_size": model.dynamic_img_size,
-        "dynamic_img_pad": patches.dynamic_img_pad,
-        "drop_rate": _rate(model.head_drop),
-        "pos_drop_rate": _rate(model.pos_drop),
-        "patch_drop_rate": float(getattr(model.patch_drop, "prob", 0.0)),
-        "proj_drop_rate": _rate(first.attn.proj_drop),
-        "attn_drop_rate": _rate(first.attn.attn_drop),
-        "drop_path_rate": float(getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0)),
-        "norm_layer": _norm(first.norm1),
-    }
-
-
-def _vit(model: Any) -> dict[str, Any]:
-    """The arguments of a VisionTransformer, distilled or not."""
-    first, last_norms = model.blocks[0], (model.norm, model.fc_norm)
-    mlp: Any = type(first.mlp)
-    found = _common(model) | {
-        "pos_embed": "none" if model.pos_embed is None else "learn",
-        "reg_tokens": model.num_reg_tokens,
-        "class_token": model.cls_token is not None,
-        "pool_include_prefix": getattr(model, "pool_include_prefix", False),
-        "final_norm": any(not isinstance(norm, nn.Identity) for norm in last_norms),
-        "init_values": getattr(first.ls1, "init_values", None),
-        "act_layer": type(first.mlp.act),
-        "mlp_layer": functools.partial(mlp, gate_last=first.mlp.gate_last) if hasattr(first.mlp, "gate_last") else mlp,
-        "fix_init": getattr(model, "fix_init", False),
-        "weight_init": "skip",
-    }
-    if found["final_norm"]:
-        found["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
-    if not isinstance(norm := model.patch_embed.norm, nn.Identity):
-        found["embed_norm_layer"] = _norm(norm)
-        if norm.eps != first.norm1.eps:
-            raise WeightsError(
-                f"vit: from_timm: patch_embed.norm.eps is {norm.eps}, and that of the others {first.norm1.eps}"
-            )
-    return found
-
-
-def _eva(model: Any) -> dict[str, Any]:
-    """The arguments of an Eva."""
-    first, rope = model.blocks[0], model.rope
-    found = _common(model) | {
-        "attn_type": "eva" if type(first.attn).__name__ == "EvaAttention" else "rope",
-        "init_values": getattr(first, "init_values", None),
-        "use_post_norm": type(first).__name__ == "EvaBlockPostNorm",
-        "use_post_transformer_norm": not isinstance(model.norm, nn.Identity),
-        "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
-        "qk_norm": not isinstance(first.attn.q_norm, nn.Identity),
-        "use_rot_pos_emb": rope is not None,
-        "head_init_scale": model.head_init_scale,
-    }
-    if type(first.mlp).__name__ == "SwiGLU" and not found.get("scale_mlp"):
-        found["swiglu_align_to"] = 1  # what makes it a gate of its own; the width is that of the weights
-    if (pool := model.attn_pool) is not None:
-        width = pool.mlp.fc1.out_features / found["embed_dim"]
-        found |= {"attn_pool_num_heads": pool.num_heads, "attn_pool_mlp_ratio": width}
-    return found if rope is None else found | _rope(rope)
-
-
-_ROPES = {"RotaryEmbeddingCat": "cat", "RotaryEmbeddingMixed": "mixed", "RotaryEmbeddingDinoV3": "dinov3"}
-
-
-def _rope(rope: Any) -> dict[str, Any]:
-    """The arguments of rotary positions."""
-    kind = type(rope).__name__
-    if kind not in _ROPES:
-        raise WeightsError(f"vit: from_timm: rope is a {kind}; known are {', '.join(_ROPES)}")
-    found = {
-        "rope_type": _ROPES[kind],
-        "rope_temperature": rope.temperature,
-        "rope_grid_indexing": rope.grid_indexing,
-        "rope_rotate_half": getattr(rope, "rotate_half", False),
-        "rope_grid_offset": getattr(rope, "grid_offset", 0.0),
-        "ref_feat_shape": getattr(rope, "ref_feat_shape", None),
-    }
-    for name in ("shift_coords", "jitter_coords", "rescale_coords"):
-        found[f"rope_{name}"] = getattr(rope, name, None)
-    return found
-
-
-def _twin(kind: Any, arguments: Mapping[str, Any]) -> Any:
-    """A model that timm makes of the arguments, as far as its version has them, without memory."""
-    known: set[str] = set()
-    for one in kind.__mro__:
-        if "__init__" in vars(one):
-            known |= set(inspect.signature(one.__init__).parameters)
-    with torch.device("meta"):
-        return kind(**{key: value for key, value in arguments.items() if key in known})
-
-
-def _has_rest(patches: Any) -> bool:
-    """Whether pixels beyond the last whole patch are not read."""
-    return any(side % size for side, size in zip(patches.img_size, patches.patch_size, strict=True))
 
 
 def _about_timm(model: Any, what: str) -> dict[str, Any]:

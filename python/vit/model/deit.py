@@ -44,9 +44,11 @@ class VisionTransformerDistilled(VisionTransformer):
     def _prefix(self) -> Tensor:
         return torch.cat([self.cls_token, self.dist_token], dim=1)  # type: ignore[list-item]
 
-    def forward_head(self, tokens: Any, pre_logits: bool = False) -> Any:
+    def forward_head(self, tokens: Any, pre_logits: bool = False, pool: str | None = None) -> Any:
         """tokens [B, N, C], or a list of [N, C] -> logits [B, num_classes], or with pre_logits the mean of both
-        tokens [B, C]."""
+        tokens [B, C]. pool: see VisionTransformer."""
+        if pool is not None:
+            return super().forward_head(tokens, pre_logits, pool)
         ops = self.ops
         if isinstance(tokens, (list, tuple)):
             both = torch.cat([ops.movement.first(image[None], 2) for image in tokens])

@@ -24,7 +24,7 @@ class Intermediates:
 
     def forward_intermediates(
         self: Any,
-        images: Tensor,
+        images: Any,
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -42,32 +42,40 @@ class Intermediates:
         of it and the class token and registers [B, prefix, C]. norm applies the final norm to each; stop_early skips
         the blocks after the last wanted one; intermediates_only returns the list alone; output_dict a dict of
         image_features, image_intermediates and image_intermediates_prefix. attn_mask, is_causal: see forward_features.
+        Of a list of images each of these tensors is a list: of every image its own [C, h, w], [N, C] or [prefix, C].
         """
         checks.choice(output_fmt=(output_fmt, ("NCHW", "NLC")))
         wanted = block_indices(indices, len(self.blocks))
         last = max(wanted) if stop_early else len(self.blocks) - 1
         masks = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        listed = isinstance(images, (list, tuple))
         if masks:
-            self._check_masked()
+            self._check_masked(listed)
         tokens, given = self.start(images)
+        lengths = given[0]["lengths"] if listed else None
         taken: list[Tensor] = []
         for i, block in enumerate(self.blocks[: last + 1]):
             tokens = self._run(block, tokens, **given[i], **masks)
             if i in wanted:
                 taken.append(call(self.ops, self.norm, tokens) if norm else tokens)
-        pairs = [_split_prefix(self, x, images, output_fmt) for x in taken]
+        pairs = [_split_prefix(self, x, images, output_fmt, lengths) for x in taken]
         prefixed = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": [patches for patches, _ in pairs]}
             if prefixed:
                 found["image_intermediates_prefix"] = [prefix for _, prefix in pairs]
-            return found if intermediates_only else found | {"image_features": call(self.ops, self.norm, tokens)}
+            return found if intermediates_only else found | {"image_features": self._normed(tokens, lengths)}
         entries = pairs if prefixed else [patches for patches, _ in pairs]
-        return entries if intermediates_only else (call(self.ops, self.norm, tokens), entries)
+        return entries if intermediates_only else (self._normed(tokens, lengths), entries)
+
+    def _normed(self: Any, tokens: Tensor, lengths: Sequence[int] | None) -> Any:
+        """Tokens after the last norm; of a pack those of each image."""
+        tokens = call(self.ops, self.norm, tokens)
+        return tokens if lengths is None else self._features_of_each(tokens, lengths)
 
     def get_intermediate_layers(
         self: Any,
-        images: Tensor,
+        images: Any,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_prefix_tokens: bool = False,
@@ -95,7 +103,12 @@ class Intermediates:
         return wanted
 
 
-def _split_prefix(model: Any, tokens: Tensor, images: Tensor, output_fmt: str) -> tuple[Tensor, Tensor]:
+def _split_prefix(model: Any, tokens: Tensor, images: Any, output_fmt: str, lengths: Sequence[int] | None) -> Any:
+    """Patch tokens, as output_fmt says, and the tokens before them; of a pack a list of both."""
+    if lengths is not None:
+        each = zip(model._features_of_each(tokens, lengths), images, strict=True)
+        pairs = [_split_prefix(model, own[None], image[None], output_fmt, None) for own, image in each]
+        return [patches[0] for patches, _ in pairs], [prefix[0] for _, prefix in pairs]
     prefix, patches = tokens[:, : model.num_prefix_tokens], tokens[:, model.num_prefix_tokens :]
     if output_fmt == "NCHW":
         grid = model.patch_embed.grid_of(images)

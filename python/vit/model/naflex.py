@@ -6,6 +6,7 @@ one grid of positions is interpolated to each, and whose patches are projected b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from . import checks, init
 from .layers import PatchDropout
-from .options import Options, defaults_of, signature_of
+from .naflex_batch import images_of
+from .options import RESIZES, Options, defaults_of, signature_of
 from .parts import make_norm
 from .planned import CallsOps
 from .pos_embed import resize
@@ -32,6 +34,10 @@ class NaFlexOptions(Options):
     no_embed_class: bool = True
     pos_embed_grid_size: Any = (16, 16)
     pos_embed_ar_preserving: bool = False
+    pos_embed_interp_mode: str = "bicubic"
+    pos_embed_antialias: bool = True
+    pos_embed_align_corners: bool = False
+    max_num_patches: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,6 +46,14 @@ class NaFlexOptions(Options):
             raise ValueError("vit: a NaFlexVit has a grid for each image, so that no decoder goes with it")
         checks.sides("pos_embed_grid_size", self.pos_embed_grid_size)
         checks.choice(pos_embed=(self.pos_embed, ("learned", "none")))
+        if self.max_num_patches is not None:
+            checks.positive(max_num_patches=self.max_num_patches)
+        if self.resize_rule not in RESIZES:
+            raise ValueError(
+                f"vit: pos_embed_interp_mode={self.pos_embed_interp_mode!r}, pos_embed_antialias="
+                f"{self.pos_embed_antialias} and pos_embed_align_corners={self.pos_embed_align_corners} are none of "
+                f"pos_resize={', '.join(RESIZES)}"
+            )
         if not self.no_embed_class:
             raise ValueError("vit: a NaFlexVit has positions of patches only: no_embed_class must be True")
 
@@ -47,6 +61,12 @@ class NaFlexOptions(Options):
     def norm_after_pool(self) -> bool:
         """Whether the last norm comes after the pooling."""
         return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
+
+    @property
+    def resize_rule(self) -> str:
+        """How positions get another grid: pos_resize, or what timm's three arguments say."""
+        corners, antialiased = self.pos_embed_align_corners, self.pos_embed_antialias
+        return self.pos_resize or self.pos_embed_interp_mode + "-corners" * corners + "-aa" * antialiased
 
 
 class NaFlexEmbeds(CallsOps, nn.Module):
@@ -65,7 +85,8 @@ class NaFlexEmbeds(CallsOps, nn.Module):
             return nn.Parameter(torch.empty(1, *sizes, width, **factory))
 
         self.patch_size, self.in_chans = checks.sides("patch_size", o.patch_size), o.in_chans
-        self.dynamic_img_pad, self.rule, self.keeps_aspect = o.dynamic_img_pad, o.pos_resize, o.pos_embed_ar_preserving
+        self.dynamic_img_pad, self.rule, self.keeps_aspect = o.dynamic_img_pad, o.resize_rule, o.pos_embed_ar_preserving
+        self.max_num_patches = o.max_num_patches
         self.cls_token = parameter(1) if o.class_token else None
         self.reg_token = parameter(o.reg_tokens) if o.reg_tokens else None
         self.proj = nn.Linear(self.patch_values, width, bias=not o.pre_norm, **factory)
@@ -86,8 +107,15 @@ class NaFlexEmbeds(CallsOps, nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of these images."""
-        return self._grid(*images.shape[-2:])
+        """Rows and columns of patches of these images; ValueError above max_num_patches."""
+        rows, columns = self._grid(*images.shape[-2:])
+        if self.max_num_patches is not None and rows * columns > self.max_num_patches:
+            (height, width), (high, wide) = images.shape[-2:], self.patch_size
+            raise ValueError(
+                f"vit: an image of {height} x {width} has {rows * columns} patches of {high} x {wide}, above "
+                f"max_num_patches={self.max_num_patches}; model.preprocess makes images of at most that many"
+            )
+        return rows, columns
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         ops = self.ops
@@ -135,15 +163,20 @@ class NaFlexEmbeds(CallsOps, nn.Module):
 
 
 class NaFlexVit(VisionTransformer):
-    """images [B, in_chans, height, width] of any size that can be cut into patches -> logits [B, num_classes].
+    """images [B, in_chans, height, width] of any size that can be cut into patches, a list of images of several sizes,
+    or a batch of timm's NaFlexCollator (a dict of patches, patch_coord, patch_valid) -> logits [B, num_classes].
 
     The arguments of VisionTransformer, and pos_embed_grid_size, the grid of the learned positions, and
-    pos_embed_ar_preserving: they are interpolated to a square and cut, which keeps their aspect. img_size is what is
-    planned for and what model.preprocess makes.
+    pos_embed_ar_preserving: they are interpolated to a square and cut, which keeps their aspect; pos_embed_interp_mode,
+    pos_embed_antialias, pos_embed_align_corners: how, unless pos_resize says it. img_size is what is planned for and
+    what model.preprocess makes. max_num_patches: images of more are refused, and model.preprocess keeps the aspect of
+    images and makes them as large as that allows. Patches of a batch that are not valid are left out; what has tokens
+    of images is then a list, as for a list of images.
     """
 
     Options = NaFlexOptions
     ARGUMENTS = defaults_of(NaFlexOptions)
+    FIRST_CONV = "embeds.proj"
     options: NaFlexOptions
 
     def _build_patches(self, factory: dict[str, Any]) -> None:
@@ -154,6 +187,24 @@ class NaFlexVit(VisionTransformer):
         self.norm_pre = make_norm(o.norm_layer, o.embed_dim, o.norm_eps, **factory) if o.pre_norm else nn.Identity()
         dropped = o.patch_drop_rate
         self.patch_drop = PatchDropout(dropped, self.num_prefix_tokens) if dropped else None  # type: ignore[assignment]
+
+    # ---- batches of timm's collator ----
+
+    def forward(self, images: Any, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return super().forward(self._images(images), attn_mask, is_causal)
+
+    def forward_features(self, images: Any, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        """Tokens after the last norm; see VisionTransformer."""
+        return super().forward_features(self._images(images), attn_mask, is_causal)
+
+    def forward_intermediates(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Tokens after the last norm and after each wanted block; see VisionTransformer."""
+        return super().forward_intermediates(self._images(images), *args, **kwargs)
+
+    def _images(self, images: Any) -> Any:
+        return images_of(images, self.embeds) if isinstance(images, Mapping) else images
+
+    # ---- parts ----
 
     @property
     def patch_embed(self) -> Any:

@@ -27,6 +27,8 @@ class TimmTools:
     embed_dim: int
     patch_embed: Any
     grad_checkpointing: bool
+    #: The module that reads the image's channels.
+    FIRST_CONV = "patch_embed.proj"
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -43,7 +45,7 @@ class TimmTools:
             "crop_mode": preprocess.crop_mode,
             "mean": preprocess.mean,
             "std": preprocess.std,
-            "first_conv": "patch_embed.proj",
+            "first_conv": self.FIRST_CONV,
             "classifier": "head",
         }
 

@@ -23,6 +23,7 @@ from ..preprocess import Preprocess
 from . import init
 from .blocks import Block
 from .features import Intermediates
+from .heads import Heads
 from .layers import PatchDropout, PatchEmbed
 from .options import DEFAULTS, POOLS, POSITIONS, Options, signature_of, spelled
 from .packed import Packs
@@ -40,7 +41,7 @@ __all__ = ["POOLS", "POSITIONS", "VisionTransformer"]
 PLACE: dict[str, Any] = {"backend": "auto", "training": True, "name": "vit", "device": None, "dtype": None}
 
 
-class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
+class VisionTransformer(CallsOps, Planned, Heads, Packs, Intermediates, TimmTools):
     """images [B, in_chans, height, width] -> logits [B, num_classes].
 
     A list of images [in_chans, height, width], with dynamic_img_size of several sizes, is one forward of their packed
@@ -219,10 +220,8 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         tokens, given = self.start(images)
         listed = isinstance(images, (list, tuple))
         if attn_mask is not None or is_causal:
-            if listed:
-                raise ValueError("vit: attn_mask and is_causal go with images of one size [B, in_chans, height, width]")
             if isinstance(tokens, Tensor):  # in a trace of torch.fx masks are places that may stay empty
-                self._check_masked()
+                self._check_masked(listed)
             given = [more | {"attn_mask": attn_mask, "is_causal": is_causal} for more in given]
         elif not (listed or isinstance(self.blocks, nn.ModuleList)) and not (
             isinstance(self.blocks, nn.Sequential)
@@ -234,7 +233,9 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         tokens = call(self.ops, self.norm, tokens)
         return self._features_of_each(tokens, given[0]["lengths"]) if listed else tokens
 
-    def _check_masked(self) -> None:
+    def _check_masked(self, listed: bool) -> None:
+        if listed:
+            raise ValueError("vit: attn_mask and is_causal go with images of one size [B, in_chans, height, width]")
         if self.backend not in ("auto", "reference"):
             raise BackendError(
                 f"vit: {self.name}: attn_mask and is_causal are computed by PyTorch, not by backend "
@@ -297,36 +298,6 @@ class VisionTransformer(CallsOps, Planned, Packs, Intermediates, TimmTools):
         if not isinstance(table, nn.Parameter):
             return FIXED[self.options.pos_embed](grid, self.embed_dim, prefix).to(table)
         return resample(table, grid, self.patch_embed.grid_size, prefix, self.options.pos_resize)
-
-    def forward_head(self, tokens: Any, pre_logits: bool = False) -> Any:
-        """tokens [B, N, C], or a list of [N, C] -> logits [B, num_classes], or with pre_logits the pooled features
-        [B, C]; without a pooling those of all tokens."""
-        if isinstance(tokens, (list, tuple)):
-            return self._head_of_each(tokens, pre_logits)
-        return self._head_of_pooled(self.pool(tokens), pre_logits)
-
-    def _head_of_pooled(self, pooled: Tensor, pre_logits: bool) -> Tensor:
-        ops = self.ops
-        x = call(ops, self.fc_norm, pooled)
-        if (representation := self._modules.get("pre_logits")) is not None:
-            x = call(ops, representation, x)
-        x = call(ops, self.head_drop, x)
-        return x if pre_logits else call(ops, self.head, x)
-
-    def pool(self, tokens: Tensor, pool_type: str | None = None) -> Tensor:
-        """tokens [B, N, C] -> what the head reads [B, C]; all of them for "". pool_type: instead of global_pool."""
-        skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
-        if self.attn_pool is not None:
-            return self.attn_pool(tokens if self.pools_prefix else tokens[:, skip:])
-        kind = self.global_pool if pool_type is None else pool_type
-        if kind == "token":
-            return self.ops.movement.first(tokens, 1).squeeze(1)
-        if kind == "avg":
-            return self.ops.movement.mean(tokens, skip)
-        if kind in ("max", "avgmax"):
-            largest = tokens[:, skip:].amax(dim=1)
-            return largest if kind == "max" else 0.5 * (largest + self.ops.movement.mean(tokens, skip))
-        return tokens
 
     def _run(self, block: Callable[..., Tensor], tokens: Tensor, **more: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():

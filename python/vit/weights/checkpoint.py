@@ -93,6 +93,11 @@ class Checkpoint:
 
     def model_name(self) -> str | None:
         """The named model that these weights are of, or else one with their options and, where there is one, sizes."""
+        if self.name is None and "embeds.proj.weight" in self.state:
+            raise WeightsError(
+                f"vit: {self.source} holds a NaFlexVit of timm's, and no tensor says how many heads it has and how its "
+                "positions get another size; pass the name of the model: naflexvit_..."
+            )
         if self.name is not None or self.base is None:
             return self.name
         return infer.nearest_model({**infer.options(self.state), **self.arch}, self.base) or self.base

@@ -12,7 +12,7 @@ from ..model.options import ACTIVATIONS, MLPS, NORMS, POOLS, POSITIONS, RESIZES
 from ..support.records import Record, RecordError
 from .transformers_config import sides
 
-_COUNTS = ("in_chans", "embed_dim", "depth", "num_heads", "attn_pool_num_heads")
+_COUNTS = ("in_chans", "embed_dim", "depth", "num_heads", "attn_pool_num_heads", "max_num_patches")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "global_pool": POOLS,
     "pos_embed": POSITIONS,
@@ -22,6 +22,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "embed_norm_layer": (None, *NORMS),
     "mlp_layer": MLPS,
     "pos_resize": (None, *RESIZES),
+    "pos_embed_interp_mode": ("bicubic", "bilinear"),
     "weight_init": SCHEMES,
 }
 _SWITCHES_OR_NONE = ("fc_norm", "use_post_transformer_norm", "use_fc_norm")
@@ -65,7 +66,9 @@ def arguments(record: Record, known: Mapping[str, Any]) -> dict[str, Any]:
 
 def _argument(record: Record, key: str, name: str, default: Any) -> Any:
     """One value, by the kind that its argument has."""
-    if name in ("img_size", "patch_size") or (name == "ref_feat_shape" and record.raw(key) is not None):
+    if name in ("img_size", "patch_size", "pos_embed_grid_size") or (
+        name == "ref_feat_shape" and record.raw(key) is not None
+    ):
         return sides(record, key, 0)
     if name in _CHOICES:
         return record.choice(key, _CHOICES[name])

@@ -49,6 +49,21 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
     "block_fn": (None,),
     "attn_layer": (None,),
     "embed_layer": (None,),
+    # of NaFlexVit
+    "embed_proj_type": ("linear",),
+    "pos_embed_use_grid_sample": (False,),
+    "enable_patch_interpolator": (False,),
+    "patchify_channels_last": (True,),
+    "use_key_only_attn_mask": (False, True),  # of patches that fill up, of which there are none here
+    "input_norm_layer": (None,),
+    "rope_type": ("", "none"),
+    "attn_type": ("standard",),
+    "attn_gated": (False,),
+    "attn_only_layer_scale": (False,),
+    "num_kv_heads": (None,),
+    "swiglu_mlp": (False,),
+    "attn_pool_num_heads": (None,),
+    "attn_pool_mlp_ratio": (None,),
 }
 #: Names of classes, as a config may spell them beside the names that options have.
 _SPELLINGS = {"swiglupacked": "swiglu_packed", "swish": "silu", "layernorm2d": "layernorm", "learn": "learned"}
@@ -62,7 +77,7 @@ def about(record: Record) -> dict[str, Any]:
     cfg = record.record("pretrained_cfg", None)
     flat = cfg is None  # older files have all of it in one object
     cfg = record if cfg is None else cfg
-    arch = _defaults(record, cfg)
+    arch = _defaults(record, cfg, class_of(None if name is None else name.partition(".")[0]).FIRST_CONV)
     args = record.record("model_args", None)
     if args is not None:
         arch |= _arguments(args, None if name is None else name.partition(".")[0])
@@ -90,7 +105,7 @@ def about(record: Record) -> dict[str, Any]:
     }
 
 
-def _defaults(record: Record, cfg: Record) -> dict[str, Any]:
+def _defaults(record: Record, cfg: Record, first: str) -> dict[str, Any]:
     """Arguments that timm takes from the configuration of the weights."""
     arch: dict[str, Any] = {}
     for one in (cfg, record):
@@ -109,7 +124,7 @@ def _defaults(record: Record, cfg: Record) -> dict[str, Any]:
         arch["in_chans"] = size[0]
         if fixed:
             arch["img_size"] = (size[1], size[2])
-    for key, own in (("first_conv", "patch_embed.proj"), ("classifier", "head")):
+    for key, own in (("first_conv", first), ("classifier", "head")):
         if cfg.raw(key, None) not in (None, own, []):
             cfg.refuse(key, f"{own!r}, as in timm's ViT")
     if cfg.raw("label_offset", None) not in (None, 0):

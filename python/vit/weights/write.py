@@ -11,7 +11,10 @@ from ..support.files import to_json, write_text
 from ..support.tensors import write_tensors
 
 #: Arguments of ours alone: timm reads a config without them.
-OWN = ("norm_eps", "drop_edge", "pos_resize", "patch_embed", "patch_stride", "representation_size", "decoder")
+OWN = (
+    *("norm_eps", "drop_edge", "pos_resize", "patch_embed", "patch_stride", "representation_size", "decoder"),
+    "max_num_patches",
+)
 #: Where timm's Eva has a name of its own.
 EVA_NAMES = {ours: theirs for theirs, ours in ALIASES.items() if theirs != "dynamic_pad"}
 
