@@ -163,7 +163,8 @@ class AttentionRope(CallsOps, nn.Module):
 
 class EvaAttention(HasBuffers, AttentionRope):
     """The same with EVA's biases: none for keys. Of one fused projection they are parameters of their own, `q_bias` and
-    `v_bias`, and the module `qkv` is not called where it has them, as in timm."""
+    `v_bias`, and the module `qkv` is not called where it has them, as in timm. What was put in its place is (a layer
+    with an adapter): by its weight alone the adapter would have no effect until it is merged."""
 
     q_bias: Tensor | None
     k_bias: Tensor | None
@@ -193,7 +194,10 @@ class EvaAttention(HasBuffers, AttentionRope):
     def _packed(self, x: Tensor, layer: Callable[..., Tensor]) -> Tensor:
         if self.q_bias is None or self.k_bias is None or self.v_bias is None:
             return layer(self.ops, self.qkv, x)
-        weight, bias = self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        if type(self.qkv) is not nn.Linear:
+            return call(self.ops, self.qkv, x) + bias
+        weight = self.qkv.weight
         if isinstance(x, Tensor) and plain((x, weight, bias)):
             return self.ops.linear(x, weight, bias)
         return F.linear(x, weight, bias)

@@ -62,6 +62,7 @@ class Eva(VisionTransformer):
     ARGUMENTS = defaults_of(EvaOptions)
     options: EvaOptions
     pools_prefix = True
+    NO_MASKS = {"attn_mask": None, "is_causal": False}  # noqa: RUF012
 
     def _build_embedding(self, home: Tensor, factory: dict[str, Any]) -> None:
         o = self.options
@@ -129,13 +130,12 @@ class Eva(VisionTransformer):
         patches = self.patch_embed(images)
         tokens, rope = self._pos_embed(patches)
         tokens = call(self.ops, self.norm_pre, tokens)
-        if rope is None:
-            return tokens, [{}] * len(self.blocks)
-        return tokens, [{"rope": rope[i] if self.rope_mixed else rope} for i in range(len(self.blocks))]
+        mixed = rope is not None and self.rope_mixed
+        return tokens, [{"rope": rope[i] if mixed else rope} for i in range(len(self.blocks))]
 
     def _given_packed(self, each: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Tables of positions one behind another; prefix tokens have the angle 0, which leaves them as they are."""
-        tables = [[more["rope"] for more in given] for given in each if given and "rope" in given[0]]
+        tables = [[more["rope"] for more in given] for given in each if given and given[0]["rope"] is not None]
         if not tables:
             return [{}] * len(self.blocks)
         joined: dict[int, Tensor] = {}  # blocks share their table, or have one each

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ class Intermediates:
     fc_norm: Any
     patch_embed: Any
     num_prefix_tokens: int
+    #: What blocks are given where there is no mask, as timm's model does: hooks and a caller's own blocks see it.
+    NO_MASKS: Mapping[str, Any] = {}
 
     def forward_intermediates(
         self: Any,
@@ -55,7 +57,7 @@ class Intermediates:
         lengths = given[0]["lengths"] if listed else None
         taken: list[Tensor] = []
         for i, block in enumerate(self.blocks[: last + 1]):
-            tokens = self._run(block, tokens, **given[i], **masks)
+            tokens = self._run(block, tokens, **{**self.NO_MASKS, **given[i], **masks})
             if i in wanted:
                 taken.append(call(self.ops, self.norm, tokens) if norm else tokens)
         pairs = [_split_prefix(self, x, images, output_fmt, lengths) for x in taken]

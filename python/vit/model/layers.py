@@ -204,7 +204,8 @@ class PatchEmbed(CallsOps, nn.Module):
                 images = images[..., : high + patch_h, : wide + patch_w]
         patches = self._project(images)
         if self.dynamic_img_size:
-            patches = patches.unflatten(1, self.grid_of(images))
+            # reshape: the batch that is traced would be a constant of unflatten in an ONNX file.
+            patches = patches.reshape(patches.shape[0], *self.grid_of(images), patches.shape[2])
         return call(self.ops, self.norm, patches)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:

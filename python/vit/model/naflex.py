@@ -125,8 +125,9 @@ class NaFlexEmbeds(CallsOps, nn.Module):
         missing = rows * high - images.shape[2], columns * wide - images.shape[3]
         if any(missing):
             images = F.pad(images, (0, missing[1], 0, missing[0]))
-        cut = images.reshape(len(images), self.in_chans, rows, patch[0], columns, patch[1]).permute(0, 2, 4, 3, 5, 1)
-        patches = ops.movement.contiguous(cut).view(len(images), rows * columns, self.patch_values)
+        batch = images.shape[0]  # len() would be a constant in an exported program
+        cut = images.reshape(batch, self.in_chans, rows, patch[0], columns, patch[1]).permute(0, 2, 4, 3, 5, 1)
+        patches = ops.movement.contiguous(cut).view(batch, rows * columns, self.patch_values)
         tokens = call(ops, self.norm, call(ops, self.proj, patches))
         tokens = ops.movement.tokens(tokens, None, self.positions(grid))
         return call(ops, self.pos_drop, ops.movement.tokens(tokens, self._prefix(), None)), grid
@@ -178,6 +179,7 @@ class NaFlexVit(VisionTransformer):
     ARGUMENTS = defaults_of(NaFlexOptions)
     FIRST_CONV = "embeds.proj"
     options: NaFlexOptions
+    NO_MASKS = {"attn_mask": None}  # noqa: RUF012
 
     def _build_patches(self, factory: dict[str, Any]) -> None:
         self.embeds = NaFlexEmbeds(self.options, **factory)

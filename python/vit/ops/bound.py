@@ -74,7 +74,8 @@ class AutoOp(BoundOp):
 class NativeOp(BoundOp):
     """A pair of compiled kernels behind one autograd.Function."""
 
-    #: Whether a transform is refused. It is where the backend was named; what "auto" chose is the reference under one.
+    #: Whether what no kernel can do (a transform, a dtype) is refused. It is where the backend was named; what "auto"
+    #: chose is the reference then.
     strict = True
 
     @cached_property
@@ -103,9 +104,8 @@ class NativeOp(BoundOp):
         if torch._C._get_tracing_state() is not None:
             return self.traced(self.jit, *args, **kwargs)
         inputs, finish = self.op.arguments(*args, **kwargs)
-        if self.transformed(inputs):
+        if self.transformed(inputs) or not self.takes(inputs):
             return self.op.reference(*args, **kwargs)
-        self.check(inputs)
         direct = ordinary(inputs)
         if torch.is_grad_enabled() and _any_requires_grad(inputs):
             y = (self.direct if direct else self.dispatched).apply(*inputs)
@@ -121,7 +121,8 @@ class NativeOp(BoundOp):
         if exporting_to_onnx():
             return self.op.reference(*args, **kwargs)
         inputs, finish = self.op.arguments(*args, **kwargs)
-        self.check(inputs)
+        if not self.takes(inputs):
+            return self.op.reference(*args, **kwargs)
         y = call(inputs)
         return y if finish is None else finish(y)
 
@@ -162,19 +163,25 @@ class NativeOp(BoundOp):
             self.refuse(what)
         return what is not None
 
-    def check(self, inputs: Sequence[Any]) -> None:
-        """The guard of every call: one device of ours, a dtype of ours. The kernels check sizes themselves."""
+    def takes(self, inputs: Sequence[Any]) -> bool:
+        """The guard of every call: one device of ours, a dtype of ours. The kernels check sizes themselves.
+
+        False where the reference has to compute: "auto" chose these kernels when the model was built, and autocast
+        asks for a dtype that they have not. An error where the backend was named.
+        """
         device = inputs[0].device
         fits = device.type in self.record.device_types and inputs[0].dtype in self.record.dtypes
         for a in inputs[1:]:  # all(...) over a generator would be a fifth of a small call
             if isinstance(a, Tensor) and a.device != device:
                 fits = False
         if fits:
-            return
+            return True
         tensors = {name: a for name, a in zip(self.op.inputs, inputs, strict=False) if isinstance(a, Tensor)}
         if len({t.device for t in tensors.values()}) > 1:
             where = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
             raise ValueError(f"vit.ops.{self.op.name}: all tensors must be on one device, got {where}")
+        if not self.strict:
+            return False
         spec = spec_of(self.op, tensors)
         raise BackendError(backends.refusal(self.backend, spec, self.op.limits))
 
