@@ -17,7 +17,7 @@ from PIL import Image
 from training_helpers import Hook, figures, same_bits, terminate
 from vit.cli import main
 from vit.data import DataError, Samples, open_source
-from vit.data.augment import Affine, CropFlip, generator
+from vit.data.augment import Affine, CropFlip, Elastic, generator
 from vit.data.loader import Images
 from vit.data.sources import shapes
 from vit.preprocess import Preprocess
@@ -97,7 +97,9 @@ def test_tokens_become_the_patches_of_the_picture() -> None:
 # ---- masks and images move together ----
 
 
-@pytest.mark.parametrize("augment", [None, Affine(), CropFlip((16, 16))], ids=["none", "affine", "crop"])
+@pytest.mark.parametrize(
+    "augment", [None, Affine(), Elastic(), CropFlip((16, 16))], ids=["none", "affine", "elastic", "crop"]
+)
 @pytest.mark.parametrize("size", [(24, 24), (24, 40)])
 def test_masks_move_as_their_images_do(augment, size: tuple[int, int]) -> None:
     """A picture whose brightness is its class: after any movement it still is, but for the blended edges."""
@@ -115,14 +117,14 @@ def test_masks_move_as_their_images_do(augment, size: tuple[int, int]) -> None:
         voids += int((~known).sum())
         agreed.append((seen == classes)[known].float().mean().item())
     assert np.mean(agreed) > 0.86, "edges of the blended picture are between two classes"
-    assert (voids > 0) == isinstance(augment, Affine), "what enters at the border is of no class"
+    assert (voids > 0) == isinstance(augment, (Affine, Elastic)), "what enters at the border is of no class"
     again = images[7, 0][1]
     assert torch.equal(again, images[7, 0][1])
 
 
 def test_a_moved_mask_blends_no_classes() -> None:
     mask = Image.fromarray(np.array([[0, 9], [9, 0]], np.uint8).repeat(16, 0).repeat(16, 1))
-    for change in (Affine(), CropFlip((12, 12))):
+    for change in (Affine(), Elastic(), CropFlip((12, 12))):
         for epoch in range(10):
             assert set(np.unique(np.asarray(change(mask, generator(0, epoch, 0), mask=True)))) <= {0, 9, 255}
 
