@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md and docs/engine.md from the records: python benchmarks/tables.py
+"""The tables of docs/benchmarks.md, docs/engine.md and docs/training.md from the records: python benchmarks/tables.py
 
 Records are those of benchmarks/results. A table stands between `<!-- table NAME FILE -->` and `<!-- end -->`; the text
 around it is written by hand. A regular expression after FILE chooses among the ops.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "engine.md")
+DOCUMENTS = tuple(ROOT / "docs" / name for name in ("benchmarks.md", "engine.md", "training.md"))
 RESULTS = ROOT / "benchmarks" / "results"
 
 BLOCK = re.compile(r"(<!-- table (\w+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -188,9 +188,23 @@ def spread(report: Report) -> list[str]:
     return markdown(("", "level", "images", *plain, *(f"calibrated: {name}" for name in plain)), rows)
 
 
+def real_data(report: Report) -> list[str]:
+    """Each figure on real data, the least that it has to be, and what it cost."""
+    rows = []
+    for record in report["records"]:
+        values, least = record["values"], record["least"]
+        shown = f"{100 * values[0]:.2f} %"
+        if len(values) > 1:
+            shown = f"{shown}; {len(values)} seeds: {100 * min(values):.2f} to {100 * max(values):.2f} %"
+        needed = f"{100 * least:g} %" if least else ""
+        cost = f"{sum(record['processor_seconds']) / len(values):.0f} s"
+        rows.append([record["about"], f"`{record['command']}`", shown, needed, cost])
+    return markdown(("data", "command", "of the test images", "to reach", "processor time"), rows)
+
+
 TABLES: dict[str, Callable[[Report], list[str]]] = {
     "models": models, "ops": ops, "peers": peers, "accuracy": accuracy, "phases": phases, "start_up": start_up,
-    "spread": spread,
+    "spread": spread, "real_data": real_data,
 }  # fmt: skip
 
 

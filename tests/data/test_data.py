@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from vit.data import DataError, Samples, Source, kind_of, open_source
-from vit.data.augment import Affine, CropFlip, generator
+from vit.data.augment import Affine, CropFlip, Elastic, generator
 from vit.data.folder import folder
 from vit.data.idx import read_idx
 from vit.data.loader import EpochBatches, Images, InOrder, loader
@@ -373,6 +373,28 @@ def test_affine_keeps_the_centre_and_moves_by_what_it_says() -> None:
     moved = np.asarray(Affine(rotate=0, shear=0, scale=0, shift=0.1)(image, generator(0, 0, 1)))
     y, x = (np.indices(moved.shape) * moved / moved.sum()).sum(axis=(1, 2))
     assert 0.1 < max(abs(x - 16), abs(y - 16)) <= 3.31
+
+
+def test_a_bend_is_an_affine_change_and_less_than_it_says() -> None:
+    """Without a bend the grid gives Affine's pixels, but for the last bits of its coordinates; with it no stroke moves
+    further than a knot may."""
+    still = Affine(rotate=0, shear=0, scale=0, shift=0)
+    image = open_source("digits").splits["train"].image(0).resize((28, 28))
+    assert Elastic(still, bend=0.0)(image, generator(0, 0, 0)).tobytes() == image.tobytes()
+    plain, bent = Affine(rotate=12), Elastic(Affine(rotate=12), bend=0.0)
+    for index in range(10):
+        pixels = [np.asarray(change(image, generator(0, 0, index))).astype(int) for change in (plain, bent)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    dot = Image.new("L", (33, 33))
+    dot.putpixel((16, 16), 255)
+    places = []
+    for index in range(20):
+        moved = np.asarray(Elastic(still, bend=0.1)(dot, generator(0, 0, index))).astype(float)
+        y, x = (np.indices(moved.shape) * moved / moved.sum()).sum(axis=(1, 2))
+        places.append(max(abs(x - 16), abs(y - 16)))
+    assert 1.0 < max(places) < 3.3 + 1.0, "a knot moves by 3.3 pixels, and the dot is one wide"
+    for side in (1, 2, 3, 5):  # fewer pixels than cells
+        assert Elastic()(Image.new("L", (side, side), 9), generator(0, 0, 0)).size == (side, side)
 
 
 def test_crops_lie_inside_the_image_and_have_the_asked_size() -> None:

@@ -7,7 +7,6 @@ import itertools
 import json
 import random
 import shutil
-import signal
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import draw
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 from training_helpers import SMALL, STEPS, Hook, figures, same_bits, terminate, vit_process, wait_for
@@ -398,20 +396,3 @@ def test_what_no_argument_can_be_is_refused(value: str, capsys: pytest.CaptureFi
     assert main(["train", "--config", str(recipe), "--out", str(tmp_path / "run")]) == 1
     assert str(recipe) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_killed_at_any_moment_is_resumed_to_the_bit(whole: TrainResult, tmp_path: Path) -> None:
-    """SIGKILL at moments that nobody chose, again and again, with the same command each time."""
-    out, rng = tmp_path / "run", random.Random(1)
-    config = yaml.safe_load((whole.run / "config.yaml").read_text()) | {"checkpoint_seconds": 0.0}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
-    words = ["train", "--config", str(tmp_path / "recipe.yaml"), "--out", str(out), "--resume", "auto"]
-    for _ in range(3):
-        process = vit_process(*words)
-        wait_for(lambda process=process: process.poll() is not None or (out / ".lock").exists())
-        wait_for(lambda process=process: process.poll() is not None or rng.random() < 0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert main(words) == 0
-    same_bits(whole.run, out)
-    assert not list(out.glob(".*"))

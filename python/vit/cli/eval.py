@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which images (default: test for the run's own data, all for --data)",
     )
     parser.add_argument("--model", metavar="NAME", help="model name, for weights that do not know theirs")
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help="arguments of vit.create that differ from the named model, for weights (img_size=98)",
+    )
     parser.add_argument("--task", metavar="NAME", help="what the model has learned (default: that of the run)")
     classes.add_argument(parser)
     parser.add_argument("--backend", help="backend of the ops (default: that of the run; auto for weights)")
@@ -82,8 +89,11 @@ def run(args: argparse.Namespace) -> int:
     from ..training.evaluate import cpu_threads
 
     subject_of = _run if (Path(args.run) / "config.yaml").is_file() or not _is_weights(args.run) else _weights
-    if subject_of is _run and (args.model or args.class_names):
-        print("vit: a run folder knows its model and classes; leave out --model and --class-names", file=sys.stderr)
+    if subject_of is _run and (args.model or args.arch or args.class_names):
+        print(
+            "vit: a run folder knows its model and classes; leave out --model, --arch and --class-names",
+            file=sys.stderr,
+        )
         return 2
     if subject_of is _weights and not args.data:
         print(f"vit: {printable(args.run)} is no run folder and has no data; give images with --data", file=sys.stderr)
@@ -212,9 +222,10 @@ def _weights(args: argparse.Namespace) -> Subject:
     from .. import data, tasks
     from ..factory import create
     from ..training.config import TrainConfig
+    from .train import parse_arch
 
-    task = tasks.get(args.task)
-    model = create(args.model, backend=args.backend or "auto", weights=args.run, training=False, **task.arch)
+    arch = tasks.get(args.task).arch | parse_arch(args.arch or [])
+    model = create(args.model, backend=args.backend or "auto", weights=args.run, training=False, **arch)
     by_features = args.knn or args.probe
     if not model.num_classes and not by_features:
         raise ValueError(f"vit: {args.run} has no classifier head, only features: --knn K or --probe evaluates these")

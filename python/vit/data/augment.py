@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -61,6 +62,48 @@ class Affine:
         # Sines and cosines differ in the last bit from one C library to another.
         a, b, c, d, e, f = (round(value, 12) for value in (a, b, c, d, e, f))
         return a, b, c, d, e, f
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """An affine change, and a bend: the knots of a grid of `cells` x `cells` move, and the image between them goes
+    along bilinearly, as a hand draws a stroke a little longer or rounder (Simard 2003 moves every pixel, and smooths).
+
+    affine: what it begins with; bend: how far a knot moves at most, as a fraction of the image's size, drawn uniformly
+        in both directions
+    """
+
+    resizes: ClassVar[bool] = False
+
+    affine: Affine = Affine(rotate=12.0, shear=12.0, scale=0.15, shift=0.08)
+    bend: float = 0.05
+    cells: int = 4
+
+    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
+        width, height = image.size
+        place = self.affine.place(image.size, rng)
+        knots = self.cells + 1
+        moves = rng.uniform(-self.bend, self.bend, (knots, knots, 2)).tolist()
+        across = [width * i // self.cells for i in range(knots)]
+        down = [height * i // self.cells for i in range(knots)]
+        even = affine.found(place, np.array([(x, y) for y in down for x in across], np.float64))
+        source = (even.reshape(knots, knots, 2) + np.array(moves) * (width, height)).tolist()
+        cells = [
+            (
+                (across[i], down[j], across[i + 1], down[j + 1]),
+                (*source[j][i], *source[j + 1][i], *source[j + 1][i + 1], *source[j][i + 1]),
+            )
+            for j in range(self.cells)
+            for i in range(self.cells)
+            # An image may have fewer pixels than there are cells.
+            if across[i] < across[i + 1] and down[j] < down[j + 1]
+        ]
+        kind = Image.Transform.MESH
+        return image.transform(image.size, kind, cells, Image.Resampling.BILINEAR, fillcolor=self.affine.fill)
+
+    def place(self, size: tuple[int, int], rng: Stream) -> affine.Map:
+        """That of the affine change: answers that are places in the image are refused with a bend."""
+        return self.affine.place(size, rng)
 
 
 @dataclass(frozen=True)

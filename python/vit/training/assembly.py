@@ -13,7 +13,7 @@ import torch
 
 from .. import tasks
 from ..data import Source, open_source
-from ..data.augment import Affine, Augment, CropFlip, Erase
+from ..data.augment import Affine, Augment, CropFlip, Elastic, Erase
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
 from ..data.presets import PRESETS, Torchvision
@@ -130,7 +130,7 @@ def _check_task(config: TrainConfig, source: Source) -> None:
         "--patch-drop-rate": config.patch_drop_rate,
         "--teacher": config.teacher,
         "--loss bce": config.loss == "bce",
-        f"--augment {config.augment}": config.augment in ("randaug", "trivial"),
+        f"--augment {config.augment}": config.augment in ("elastic", "randaug", "trivial"),
     }
     if wrong := [name for name, value in given.items() if value]:
         raise ValueError(
@@ -261,6 +261,8 @@ def augment_of(config: TrainConfig, model: VisionTransformer) -> Augment | None:
     """The random changes of --augment, if any."""
     if config.augment == "affine":
         return Affine()
+    if config.augment == "elastic":
+        return Elastic()
     if config.augment == "crop":
         return CropFlip(model.preprocess.img_size, config.crop_area)
     if config.augment in PRESETS:
