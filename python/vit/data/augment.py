@@ -69,19 +69,19 @@ class Elastic:
     """An affine change, and a bend: the knots of a grid of `cells` x `cells` move, and the image between them goes
     along bilinearly, as a hand draws a stroke a little longer or rounder (Simard 2003 moves every pixel, and smooths).
 
-    affine: what it begins with; bend: how far a knot moves at most, as a fraction of the image's size, drawn uniformly
+    base: what it begins with; bend: how far a knot moves at most, as a fraction of the image's size, drawn uniformly
         in both directions
     """
 
     resizes: ClassVar[bool] = False
 
-    affine: Affine = Affine(rotate=12.0, shear=12.0, scale=0.15, shift=0.08)
+    base: Affine = Affine(rotate=12.0, shear=12.0, scale=0.15, shift=0.08)
     bend: float = 0.05
     cells: int = 4
 
     def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
         width, height = image.size
-        place = self.affine.place(image.size, rng)
+        place = self.base.place(image.size, rng)
         knots = self.cells + 1
         moves = rng.uniform(-self.bend, self.bend, (knots, knots, 2)).tolist()
         across = [width * i // self.cells for i in range(knots)]
@@ -99,11 +99,11 @@ class Elastic:
             if across[i] < across[i + 1] and down[j] < down[j + 1]
         ]
         kind = Image.Transform.MESH
-        return image.transform(image.size, kind, cells, Image.Resampling.BILINEAR, fillcolor=self.affine.fill)
+        return image.transform(image.size, kind, cells, Image.Resampling.BILINEAR, fillcolor=self.base.fill)
 
     def place(self, size: tuple[int, int], rng: Stream) -> affine.Map:
         """That of the affine change: answers that are places in the image are refused with a bend."""
-        return self.affine.place(size, rng)
+        return self.base.place(size, rng)
 
 
 @dataclass(frozen=True)
