@@ -16,6 +16,8 @@ import torch
 import vit
 from attention_errors import error_ratios
 from cuda_emulator import Emulated
+from int8_helpers import check_epilogue, check_rows_without_a_scale, layer
+from optim_helpers import KINDS, check_step
 from ptx_emulator import DEVICES, Launches, backend, build, nvcc
 from ptx_emulator.cases import failure
 from ptx_emulator.mutations import MUTATIONS, Mutation, noticed
@@ -71,6 +73,36 @@ def test_parity_of_other_paths(emulated, case, path):
 @pytest.mark.parametrize("case", NEW[4::10], ids=lambda case: case.id)
 def test_parity_of_the_newest_kernels(emulated, case):
     check(emulated, case, "12.0")
+
+
+#: One element, odd sizes, several tiles and more steps of k than stages.
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 7, 3), (70, 136, 528)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_linear_int8(emulated, dtype, m, n, k):
+    record, launches = emulated
+    launches.fresh()
+    record.device = DEVICES["8.0"]
+    x, (weight, scale) = draw.randn(m, k + 3).to(dtype)[:, :k], layer(n, k)
+    got = vit.ops.linear_int8(x, weight, scale, backend=record.name)
+    assert not launches.errors
+    assert torch.equal(got, vit.ops.linear_int8(x, weight, scale, backend="reference"))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "silu"])
+def test_linear_int8_epilogue(emulated, activation):
+    record, launches = emulated
+    launches.fresh()
+    record.device = DEVICES["12.0"]
+    check_epilogue(record.name, torch.device("cpu"), activation, True, torch.bfloat16)
+    check_rows_without_a_scale(record.name, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("dtype", "state"), [*KINDS, (torch.float16, "8bit")])
+def test_adamw(emulated, dtype, state):
+    record, launches = emulated
+    launches.fresh()
+    record.device = DEVICES["9.0"]
+    check_step(record.name, torch.device("cpu"), dtype, state)
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
