@@ -1,5 +1,5 @@
 """Attention where scores are large, as in PyTorch's own samples and in trained DINOv2 and SigLIP: its results are as
-exact as those of PyTorch's unfused form. (CUDA without a GPU: test_cuda_host.py, test_cuda_ptx.py.)"""
+exact as those of PyTorch's unfused form. (CUDA without a GPU: test_cuda_host.py.)"""
 
 from __future__ import annotations
 

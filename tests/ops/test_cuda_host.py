@@ -406,10 +406,10 @@ def test_shared_memory_is_a_reason(emulated, monkeypatch):
     [(torch.float32, "automatic"), *((torch.bfloat16, path) for path in PATHS)],
     ids=str,
 )
-@pytest.mark.parametrize("largest", [10, 100, 300])
+@pytest.mark.parametrize("largest", [30, 300])
 def test_errors_at_large_scores_are_those_of_the_unfused_form(emulated, largest, dtype, path):
     emulated.use(path)
-    ratios = error_ratios("cuda_emulator", (1, 40, 70, 1, 64), largest, dtype, seeds=3)
+    ratios = error_ratios("cuda_emulator", (1, 65, 130, 1, 64), largest, dtype)
     assert max(ratios.values()) <= 1.3, ratios
 
 
