@@ -66,7 +66,7 @@ def published(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> 
         b"data": np.arange(10 * 3072, dtype=np.int64).reshape(10, 3072).astype(np.uint8),
         b"labels": list(range(10)),
     }
-    names = {b"label_names": [b"class%d" % i for i in range(10)]}
+    names = {"label_names": [f"class{i}" for i in range(10)]}
     lists: dict[str, list[list[str]]] = {"train_list": [], "test_list": []}
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
         data = pickle.dumps(names if name == "batches.meta" else rows, protocol=2)

@@ -51,7 +51,7 @@ def smaller(command: str) -> list[str]:
         size = "256" if re.search(r"--data|--recipe (?!digits)", command) is None else "8"
         size = "64" if "shapes" in words else size
         words += ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", size, "--accumulate", "1", "--amp", "no"]
-        words += ["--threads", "1", "--workers", "0", "--arch", *arch]
+        words += ["--threads", "1", "--workers", "0", *(["--arch", *arch] if arch else [])]
     elif words[0] == "sweep":
         words += ["--trials", "2", "--epochs", "1", "--batch-size", "256", "--out", "sweep"]
     elif words[:2] == ["data", "profile"]:
