@@ -1,13 +1,17 @@
-"""Published data sets from a folder in the place of the network: checksums, what is missing, what is damaged."""
+"""Published data sets from a server of this machine: checksums, what is missing, what is damaged."""
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
+import http.server
 import json
 import pickle
 import sys
 import tarfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +31,22 @@ def md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
 @pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def address(tmp_path: Path) -> Iterator[str]:
+    """The address at which the folder `server` is offered."""
+    handler = functools.partial(Quiet, directory=str(tmp_path / "server"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.fixture
+def published(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a small MNIST and CIFAR-10, as the server of torchvision's addresses and checksums."""
     server = tmp_path / "server"
     server.mkdir()
@@ -39,7 +57,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             data = gzip.compress(idx(array), mtime=0)
             (server / f"{split}-{kind}-ubyte.gz").write_bytes(data)
             resources.append((f"{split}-{kind}-ubyte.gz", md5(data)))
-    monkeypatch.setattr(datasets.MNIST, "mirrors", [server.as_uri() + "/"])
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [address])
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
 
     batches = server / "cifar-10-batches-py"
@@ -48,7 +66,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         b"data": np.arange(10 * 3072, dtype=np.int64).reshape(10, 3072).astype(np.uint8),
         b"labels": list(range(10)),
     }
-    names = {b"label_names": [b"class%d" % i for i in range(10)]}
+    names = {"label_names": [f"class{i}" for i in range(10)]}
     lists: dict[str, list[list[str]]] = {"train_list": [], "test_list": []}
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
         data = pickle.dumps(names if name == "batches.meta" else rows, protocol=2)
@@ -62,7 +80,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     archive = server / "cifar.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(batches, batches.name)
-    monkeypatch.setattr(datasets.CIFAR10, "url", archive.as_uri())
+    monkeypatch.setattr(datasets.CIFAR10, "url", address + archive.name)
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(archive.read_bytes()))
     return server
 

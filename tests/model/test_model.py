@@ -416,7 +416,7 @@ def test_initial_statistics():
         ({"drop_rate": 1.0}, "drop_rate must be at least 0 and below 1, got 1.0"),
         ({"global_pool": "sum"}, "global_pool='sum' is not one of 'token', 'avg', 'avgmax', 'max', 'map', ''"),
         ({"class_token": False}, 'global_pool="token" needs class_token=True'),
-        ({"pos_embed": "rope"}, "pos_embed='rope' is not one of 'learned', 'sincos2d', 'none'"),
+        ({"pos_embed": "rope"}, "pos_embed='rope' is not one of 'learned', 'sincos2d', 'sincos1d', 'none'"),
         ({"pos_embed": "sincos2d", "embed_dim": 6, "num_heads": 1}, "multiple of 4 and at least 8, got 6"),
         ({"patch_embed": "fft"}, "patch_embed='fft' is not one of conv, linear"),
         ({"act_layer": "relu"}, "act_layer='relu' is not one of 'gelu', 'gelu_tanh'"),

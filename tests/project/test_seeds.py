@@ -51,7 +51,7 @@ def smaller(command: str) -> list[str]:
         size = "256" if re.search(r"--data|--recipe (?!digits)", command) is None else "8"
         size = "64" if "shapes" in words else size
         words += ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", size, "--accumulate", "1", "--amp", "no"]
-        words += ["--threads", "1", "--workers", "0", "--arch", *arch]
+        words += ["--threads", "1", "--workers", "0", *(["--arch", *arch] if arch else [])]
     elif words[0] == "sweep":
         words += ["--trials", "2", "--epochs", "1", "--batch-size", "256", "--out", "sweep"]
     elif words[:2] == ["data", "profile"]:
@@ -150,7 +150,7 @@ PROMISES: dict[str, Callable[[str], object]] = {
     "A21": lambda _: len(Path("sweep.csv").read_text().splitlines()) == 3,
     "A23": lambda _: Path("attention.png").is_file() and Path("rollout.png").is_file(),
     "A24": lambda _: Path("patches.png").is_file(),
-    "B3": lambda _: all(Path("runs/digits-2", name).is_file() for name in ("model.json", "best.safetensors")),
+    "B3": lambda _: all(Path("runs/mine", name).is_file() for name in ("model.json", "best.safetensors")),
     "B4": lambda _: Path("runs.png").is_file() and Path("runs/digits-1/curves.png").is_file(),
     "B5": lambda told: f"{100 * metrics('runs/digits-1')[-1]['test_accuracy']:.2f} %" in told,  # type: ignore[operator]
     "B7": lambda _: "lr: 0.001" in Path(newest(), "config.yaml").read_text(),
@@ -158,7 +158,7 @@ PROMISES: dict[str, Callable[[str], object]] = {
     "C6": lambda told: "float32" in told,
     "C10": lambda told: "warmup_epochs: 30.0" in told,
     "C13": lambda _: Path("labels.csv").read_text().startswith("image,label,split"),
-    "C14": lambda _: [line["step"] for line in metrics(newest()) if "at" in line] == [2, 4],
+    "C14": lambda _: [line["step"] for line in metrics(newest()) if "at" in line] == [2],  # of four steps
     "C18": lambda told: has_phases(told) and list(Path(newest(), "tensorboard").glob("events.*")),
     "D5": lambda _: any(Path("out").iterdir()),
     "D10": lambda _: "representation_size: 16" in Path(newest(), "config.yaml").read_text(),

@@ -66,6 +66,7 @@ def download(name: str, folder: str | Path, offline: bool = False) -> Downloaded
 
 def _dataset(name: str, folder: Path) -> Any:
     """torchvision's data set with a root alone: its constructor would read the images, of CIFAR by running pickles."""
+    require("torchvision", "aug")
     kind = getattr(require("torchvision.datasets", "aug"), CLASSES[name])
     dataset = kind.__new__(kind)
     dataset.root = str(folder)

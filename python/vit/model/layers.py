@@ -242,12 +242,9 @@ class PatchEmbed(CallsOps, nn.Module):
         whole = height >= patch_h and width >= patch_w
         fits = whole and not ((height - patch_h) % step_h or (width - patch_w) % step_w)
         if not fits and not (self.drop_edge and whole):
-            apart = "" if self.stride == self.patch_size else f", {step_h} x {step_w} apart,"
-            what = (
-                f"is not filled by patches of {patch_h} x {patch_w}{apart}"
-                if apart
-                else (f"is no multiple of the patch size {patch_h} x {patch_w}")
-            )
+            what = f"is no multiple of the patch size {patch_h} x {patch_w}"
+            if self.stride != self.patch_size:
+                what = f"is not filled by patches of {patch_h} x {patch_w}, {step_h} x {step_w} apart"
             raise ValueError(
                 f"vit: the image size {height} x {width} {what}; "
                 "choose another img_size or patch_size, or dynamic_img_pad=True (dynamic_pad=True) to pad the bottom "

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,6 +212,8 @@ def span(low: float, high: float) -> str:
     return f"{low} to {high}" if math.isfinite(high) else f"any number from {low}"
 
 
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 _HINTS = get_type_hints(TrainConfig)
 
@@ -293,7 +296,14 @@ def _plain_arch(value: Any, where: str) -> dict[str, Any]:
                 f"vit: arch in {where}: {key} is {shown(item)}; it must be a number, a text, true, false, null or a "
                 "list of them"
             )
-    return dict(value)
+    return {
+        key: [_number(one) for one in item] if isinstance(item, list) else _number(item) for key, item in value.items()
+    }
+
+
+def _number(value: Any) -> Any:
+    """1e-5, which YAML leaves a text, as the number it is."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def __getattr__(name: str) -> Any:

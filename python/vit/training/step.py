@@ -110,7 +110,7 @@ class Stepper:
         shares = "".join(
             f"  {name.removeprefix('train_')} {100 * share:.1f} %"
             for name, share in zip(self.task.monitored, monitored, strict=True)
-            if not name.endswith(("loss", "entropy"))
+            if name == f"train_{self.task.metric}"
         )
         self.display.step(f"loss {total:.4f}{shares}  lr {rate:.2e}")
 

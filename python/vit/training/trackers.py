@@ -36,7 +36,7 @@ class Tracker:
         trackers = require("accelerate.tracking", "train")
         options = dataclasses.asdict(run.config)
         if self.name == "tensorboard":  # what was logged after the step that a resumed run goes on from is done again
-            tracker = trackers.TensorBoardTracker("tensorboard", run.path, purge_step=step or None)
+            tracker = trackers.TensorBoardTracker("tensorboard", run.path, purge_step=step + 1 if step else None)
         elif self.name == "wandb":
             same = {"name": run.path.name, "id": run.path.name, "resume": "allow"}
             tracker = trackers.WandBTracker("vit", dir=str(run.path), config=options, **same)
