@@ -62,7 +62,7 @@ def one_of_each() -> list[str]:
 
 
 def test_the_names_that_it_takes():
-    """docs/engine.md: every name of the table but those of REFUSED, at its own width and image size, on the meta device;
+    """docs/engine.md: every name of the table but those of REFUSED, at its own sizes and depth 1, on the meta device;
     the reason is the option."""
     names = zoo.names()
     assert sum(MOST_USED.fullmatch(name) is not None for name in names) == 124
