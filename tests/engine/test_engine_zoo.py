@@ -277,7 +277,7 @@ def test_files_of_the_version_before_still_load(tmp_path):
     images = draw.randn(2, 3, 32, 32)
     for field in NEW_FIELDS:
         assert file.texts.pop(field) == "0"
-    refused(file.write(path), "says nothing about norm")
+    refused(file.write(path), "says nothing about drop_edge")
     file.texts["version"] = "4"
     assert torch.equal(vit.Engine.load(file.write(path))(images), before(images))
     file.texts["version"] = "3"
