@@ -34,7 +34,7 @@ void project(Pass<T>& p, int64_t l, int64_t b, int64_t count, bool of_token) {
   });
 }
 
-// Scores to their softmax, scaled so that they are powers of 2.
+// Scores, already times log2(e), to their softmax, in place.
 VIT_INLINE void softmax_of_row(float* row, int64_t count) {
   float largest = -INFINITY;
   for (int64_t j = 0; j < count; ++j) largest = max(largest, row[j]);
