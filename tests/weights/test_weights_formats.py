@@ -695,6 +695,8 @@ def test_parts_of_a_checkpoint_that_are_missing_or_elsewhere(tmp_path):
             create(tmp_path)
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, "model-1.safetensors")}))
     assert torch.equal(create(tmp_path).head.weight, state["head.weight"])
+    with pytest.raises(WeightsError, match="read from its folder: pass that"):
+        create(index)
 
 
 def test_moving_the_norm_is_said(caplog):

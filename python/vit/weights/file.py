@@ -31,7 +31,9 @@ def read_file(path: Path) -> Mapping[str, Any]:
     """The tensors of one file by name; WeightsError when it is truncated, unknown or would execute code."""
     suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
     if suffix is None:
-        raise WeightsError(f"vit: weights {str(path)!r}: the suffix is not one of {', '.join(SUFFIXES)}")
+        folder = "; the parts that an index lists are read from its folder: pass that"
+        hint = folder if path.name.endswith(".index.json") else ""
+        raise WeightsError(f"vit: weights {str(path)!r}: the suffix is not one of {', '.join(SUFFIXES)}{hint}")
     if not path.is_file():
         raise WeightsError(f"vit: weights {str(path)!r} are no regular file")
     readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {".safetensors": _read_safetensors, ".npz": read_npz}
