@@ -125,7 +125,8 @@ class TrainConfig:
     augment: str | None = _option(
         None,
         "affine: small shifts and rotations; elastic: larger ones and a bend, for digits; crop: random crops and "
-        "mirror images; three, randaug, trivial: the same and then 3-Augment, RandAugment or TrivialAugment of torchvision",
+        "mirror images; three, randaug, trivial: the same and then 3-Augment, RandAugment or TrivialAugment of "
+        "torchvision",
     )
     crop_area: float = _option(0.35, "smallest share of an image's area that a random crop takes")
     amp: str = _option("no", "bf16, fp16: matmul, linear and attention in bfloat16 or float16; fp16 with a loss scale")
