@@ -1,8 +1,8 @@
 """Figures on real data that comes in packages: python benchmarks/real_data.py [NAME ...] --data FOLDER --json FILE
 
 The data are those of scripts/real_data.py in FOLDER, the commands those that anyone would type, one thread each. Every
-training is done as often as it has seeds, into FOLDER/runs/NAME-SEED, and its test images are looked at once, at the end.
-FILE keeps the records of other names.
+training is done as often as it has seeds, into FOLDER/runs/NAME-SEED, and its test images are looked at once, at the
+end. FILE keeps the records of other names.
 """
 
 from __future__ import annotations
