@@ -1,9 +1,8 @@
 """Figures on real data that comes in packages: python benchmarks/real_data.py [NAME ...] --data FOLDER --json FILE
 
 The data are those of scripts/real_data.py in FOLDER, the commands those that anyone would type, one thread each. Every
-training is done as often as it has seeds, and its test images are looked at once, at the end. FILE keeps the records of
-other names. Run folders are FOLDER/runs/NAME-SEED; with --resume, one that is there goes on or, finished, is only
-evaluated.
+training is done as often as it has seeds, into FOLDER/runs/NAME-SEED, and its test images are looked at once, at the
+end. FILE keeps the records of other names.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from vit.bench.machine import machine, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
-DINOV2 = ["--model", "vit_small_patch14_dinov2", "--arch", "img_size=98"]
+DINOV2 = ["--model", "vit_small_patch14_dinov2", "--arch", "img_size=56"]
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,13 @@ def command(figure: Figure) -> list[str]:
     return [*figure.words, *(["--data", figure.data] if figure.data else [])]
 
 
-def measure(name: str, folder: Path, resume: bool) -> dict[str, Any]:
+def measure(name: str, folder: Path) -> dict[str, Any]:
     """The record of one figure."""
     figure, found = FIGURES[name], []
     for seed in range(figure.seeds):
         words = command(figure)
         if figure.words[0] == "train":
             words += ["--threads", "1", "--seed", str(seed), "--out", f"runs/{name}-{seed}"]
-            words += ["--resume", "auto"] if resume else []
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         process = subprocess.run(
             [sys.executable, "-m", "vit", *words, "--json"], cwd=folder, stdout=subprocess.PIPE, text=True, check=True
@@ -132,14 +130,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)} (default: all)")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     names = args.names or list(FIGURES)
     needed = {data for name in names if (data := FIGURES[name].data)}
     needed |= {"dinov2" for name in names if name.startswith("faces")}
     subprocess.run([sys.executable, ROOT / "scripts" / "real_data.py", args.data, *sorted(needed)], check=True)
     for name in names:
-        new = measure(name, args.data, args.resume)
+        new = measure(name, args.data)
         if args.json:
             keep(args.json, new)
 

@@ -197,7 +197,8 @@ def real_data(report: Report) -> list[str]:
         if len(values) > 1:
             shown = f"{shown}; {len(values)} seeds: {100 * min(values):.2f} to {100 * max(values):.2f} %"
         needed = f"{100 * least:g} %" if least else ""
-        cost = f"{sum(record['processor_seconds']) / len(values):.0f} s"
+        costs = record["processor_seconds"]
+        cost = f"{sum(costs) / len(costs):.0f} s" if costs else ""
         rows.append([record["about"], f"`{record['command']}`", shown, needed, cost])
     return markdown(("data", "command", "of the test images", "to reach", "processor time"), rows)
 

@@ -157,3 +157,8 @@ def test_the_command_says_all_of_it(model: torch.nn.Module, tmp_path: Path, caps
     assert main(words) == 0
     assert "top-5" in capsys.readouterr().out
     assert main([*words, "--crops", "7"]) == 2
+    assert main([*words, "--arch", "img_size=16", "--json"]) == 0
+    larger = json.loads(capsys.readouterr().out)
+    assert larger["images"] == 20
+    assert larger["loss"] != figures["loss"], "the same images, in four times as many patches"
+    assert main(["eval", str(tmp_path / "data"), "--arch", "img_size"]) != 0

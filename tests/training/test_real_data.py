@@ -54,11 +54,11 @@ def test_the_digits_of_mnist(prepared: Any, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_fashion_mnist(prepared: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One epoch of a smaller model, which looks at patches of 7 x 7."""
+    """One epoch of a smaller model, which looks at patches of 7 x 7; a guess has a tenth."""
     words = ["--epochs", "1", "--warmup-epochs", "0.1", "--ema", "0.99", "--arch", "patch_size=7", "depth=2"]
     data = str(prepared("fashion_mnist"))
     found = accuracy(capsys, "--recipe", "fashion_mnist", "--data", data, *words, "--out", str(tmp_path / "run"))
-    assert found >= 0.75
+    assert found >= 0.7
 
 
 def test_dinov2_on_faces(prepared: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
