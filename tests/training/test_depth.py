@@ -161,11 +161,10 @@ def test_evaluation_and_predictions(run: Path, tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.slow
 def test_the_recipe_learns(tmp_path: Path) -> None:
-    """In small: two of its epochs are better than the mean depth of each row would be guessed to be: one depth for all
-    pixels has a delta1 below 0.3."""
+    """In small: three of its epochs tell more than one depth for all pixels, whose delta1 is at most 0.43."""
     from vit.training.config import recipe_options
 
-    options = recipe_options("rooms") | {"epochs": 2, "threads": 1, "warmup_epochs": 0.5}
+    options = recipe_options("rooms") | {"epochs": 3, "threads": 1, "warmup_epochs": 0.5}
     found = train(TrainConfig(**options), out=tmp_path / "run").test
     assert isinstance(found, Measured)
-    assert found.delta1 > 0.4
+    assert found.delta1 > 0.5
