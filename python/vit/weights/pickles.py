@@ -90,14 +90,14 @@ _SAFE: list[Any] = [_named(_Inert, *name) for name in STAND_INS] + [_named(_Iner
 
 def read_pickle(path: Path) -> Mapping[str, Any]:
     """The mapping that torch.save wrote; WeightsError when it would execute code or holds something else."""
-    if zipfile.is_zipfile(path):
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
         _check_zip(path)
     try:
         with warnings.catch_warnings():  # about what is refused below anyway
             warnings.simplefilter("ignore")
-            # An open file: torch does not take names that are not UTF-8.
-            with torch.serialization.safe_globals(_SAFE), path.open("rb") as file:
-                found = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_SAFE):
+                found = _load(path, zipped)
     except (pickle.UnpicklingError, RuntimeError, AttributeError, ValueError) as error:
         names = re.findall(r"GLOBAL ([\w.]+)", str(error))
         if not (names or "TorchScript" in str(error) or _is_whole_pickle(path)):
@@ -106,6 +106,20 @@ def read_pickle(path: Path) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise WeightsError(f"vit: weights {str(path)!r} hold a {type(found).__name__}, not a state dict")
     return found
+
+
+def _load(path: Path, zipped: bool) -> Any:
+    """torch.load: where it can, tensors are pages of the file, so that what is not used, such as an optimizer's state,
+    is not read and the rest is in memory once."""
+    try:
+        name = str(path)
+        name.encode()
+    except UnicodeEncodeError:  # a name that torch does not take
+        zipped = False
+    if zipped:
+        return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _would_run_code(path: Path, names: list[str]) -> str:
