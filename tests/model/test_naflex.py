@@ -211,7 +211,7 @@ def test_folders_go_both_ways(name, tmp_path):
     small = {key: value for key, value in SMALL.items() if key != "img_size"}
     more = {} if name == NAMES[2] else {"pos_embed_grid_size": (5, 7), "pos_embed_interp_mode": "bilinear"}
     theirs = draw.fill(timm.create_model(name, **small, **more), 0.1).eval()
-    timm.models.save_for_hf(theirs, tmp_path / "theirs", model_args=small | more)
+    timm.models.save_for_hf(theirs, tmp_path / "theirs", model_args=small | more, safe_serialization=True)
     ours = vit.create(weights=tmp_path / "theirs", training=False, max_num_patches=64)
     image = draw.randn(2, 3, 48, 80)
     near(ours(image), theirs(image))

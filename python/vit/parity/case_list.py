@@ -268,6 +268,10 @@ def _rotary() -> Iterator[Case]:
     yield _case("rotary", "large", "b4 n257 h12 d64", table="heads")
 
 
+#: Elements of a head in the named models, and in their poolings.
+HEAD_DIMS = (24, 32, 48, 64, 72, 80, 88, 96, 104, 112, 128, 192)
+
+
 def _attention() -> Iterator[Case]:
     for sizes in _words("b1 n197 h3 d64, b2 n197 h6 d64, b2 n50 h12 d64"):
         yield _case("attention", "regular", sizes, layout="packed")
@@ -303,6 +307,8 @@ def _attention() -> Iterator[Case]:
     yield _case("attention", "large", "b4 n197 h12 d64", layout="packed")
     yield _case("attention", "large", "b1 n577 h3 d64", layout="packed")
     yield _case("attention", "large", "b1 n1370 h1 d64", layout="packed")
+    for head_dim in HEAD_DIMS:  # at one length, to be compared with each other
+        yield _case("attention", "large", f"b2 n257 h4 d{head_dim}", layout="packed")
 
 
 def _mixed() -> Iterator[Case]:
