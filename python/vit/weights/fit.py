@@ -162,7 +162,10 @@ def _check_ends(checkpoint: Checkpoint, settings: Mapping[str, Any], given: Coll
             wrong.append(f"{key} {settings[key]}, and {name} has {tensors[key]}")
     if "img_size" not in given and settings.get("pos_embed", "learned") != "none":
         partial = -1 if not settings.get("drop_edge") else 1  # what does not fill a patch is padded, or not read
-        count = math.prod(partial * (partial * side // size) for side, size in zip(image, patch, strict=True))
+        stride = settings.get("patch_stride")
+        steps = patch if stride is None else checks.sides("patch_stride", stride)
+        ends = zip(image, patch, steps, strict=True)
+        count = math.prod(partial * (partial * (side - size) // step) + 1 for side, size, step in ends)
         table = state.get(POSITIONS)
         rows = None if table is None or table.ndim != 3 else table.shape[1]
         prefix = position_rows_of_prefix(settings) + ("dist_token" in state)
