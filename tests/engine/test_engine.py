@@ -599,7 +599,7 @@ def test_damaged_and_foreign_files_are_errors(tmp_path):
     for size in (9, 100, 8 + header, len(good) // 2, len(good) - 1):
         refused(good[:size], "truncated|JSON|ends inside")
     for old, new, message in (
-        (b'"version":"4"', b'"version":"3"', "format version 3"),
+        (b'"version":"5"', b'"version":"3"', "format version 3"),
         (b'"isa":"', b'"isa":"x', "instruction-set level x"),
         (b'"embed_dim":"64"', b'"embed_dim":"65"', "not a multiple|damaged|embed_dim"),
         (b'"depth":"2"', b'"depth":"x"', 'depth is "x"'),
