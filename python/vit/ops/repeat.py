@@ -1,0 +1,58 @@
+"""Calls that were made before: a small one on the CPU passes over its launcher.
+
+What `arguments` and a launcher find out in Python follows from the dtypes, shapes and strides of the tensors and from the
+other arguments. The first call of a kind is launched, and the compiled module keeps what the kernel was given; the next
+one of that kind gets new pointers, threads and scratch memory, and a result as `torch.empty` makes it
+(csrc/repeat.h). Launched is whatever is not plainly the same: gradients, transforms, modes, autocast, subclasses, a
+launcher that copied or called more than one kernel, results as large as those of `vit.backends._host_memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import NativeBackend
+
+#: Functions without arguments that say whether something looks on which has to see a launch.
+WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._are_functorch_transforms_active,
+    torch._C._is_any_autocast_enabled,
+)
+
+#: (arguments, scratch memory) -> the result; None where such a call is new, False where it has to be launched.
+Again = Callable[[tuple[Any, ...], tuple[int, int]], Any]
+#: (arguments, result, like) -> None: keeps the call that was launched since `listen`.
+Learn = Callable[[tuple[Any, ...], Tensor, Tensor | None], None]
+
+
+def repeats(record: NativeBackend) -> tuple[Again, Learn]:
+    """The two functions for the calls of an op, which know none yet."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # of PyTorch 2.10 and newer
+    made = None
+    if exchange is not None and record.repeats_below:
+        made = record.lib.repeats(
+            exchange, Tensor, torch.nn.Parameter, WATCHERS, torch.is_grad_enabled, torch.get_num_threads,
+            torch.empty_like,
+        )  # fmt: skip
+    return made or (_never, _nothing)
+
+
+def like(record: NativeBackend, y: Tensor) -> Tensor | None:
+    """What torch.empty_like makes the results of repeated calls of, one element of memory; None for a large result."""
+    if y.nbytes >= record.repeats_below:
+        return None
+    one = y.new_empty(()).expand(y.shape)
+    return one if torch.empty_like(one).is_contiguous() else None
+
+
+def _never(arguments: tuple[Any, ...], scratch: tuple[int, int]) -> bool:
+    return False
+
+
+def _nothing(arguments: tuple[Any, ...], result: Tensor, like: Tensor | None) -> None:
+    pass
