@@ -100,7 +100,7 @@ struct Repeats {
   py::object tensor, parameter;  // the types whose memory may be read
   py::tuple watchers;            // functions: nothing is repeated while one of them says yes
   py::object grad_enabled, threads, empty_like;
-  py::object is_neg = py::str("is_neg"), requires_grad = py::str("requires_grad");
+  py::str is_neg, requires_grad;  // names
   std::vector<std::shared_ptr<const Repeatable>> known;
 
   static constexpr std::size_t kMost = 64;  // then all are forgotten: images of ever new sizes
@@ -293,8 +293,9 @@ py::object make_repeats(const py::capsule& exchange, py::object tensor, py::obje
   if (!table || table->major != 1 || !table->read) return py::none();
   static PyMethodDef again = {"again", as_method(repeat_again), METH_FASTCALL, "(arguments, scratch) -> result"};
   static PyMethodDef learn = {"learn", as_method(repeat_learn), METH_FASTCALL, "(arguments, result, like)"};
-  const py::capsule self(new Repeats{table, tensor, parameter, watchers, grad_enabled, threads, empty_like, {}, {}, {}},
-                         [](void* repeats) { delete static_cast<Repeats*>(repeats); });
+  auto* const repeats = new Repeats{table,      tensor,   parameter,       watchers, grad_enabled, threads,
+                                    empty_like, "is_neg", "requires_grad", {}};
+  const py::capsule self(repeats, [](void* made) { delete static_cast<Repeats*>(made); });
   return py::make_tuple(py::reinterpret_steal<py::object>(PyCFunction_NewEx(&again, self.ptr(), nullptr)),
                         py::reinterpret_steal<py::object>(PyCFunction_NewEx(&learn, self.ptr(), nullptr)));
 }

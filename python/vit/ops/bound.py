@@ -108,12 +108,12 @@ class NativeOp(BoundOp):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return self.traced(self.compiled, *args, **kwargs)
-        if torch._C._get_tracing_state() is not None:
-            return self.traced(self.jit, *args, **kwargs)
         again, learn = self.repeats
         y = False if kwargs or forward_ad._current_level >= 0 else again(args, self.record.scratch(_CPU))
         if type(y) is Tensor:
             return y
+        if torch._C._get_tracing_state() is not None:
+            return self.traced(self.jit, *args, **kwargs)
         new = y is None
         inputs, finish = self.op.arguments(*args, **kwargs)
         if self.transformed(inputs):
@@ -232,7 +232,7 @@ def call(op: Any, backend: str, *args: Any, **kwargs: Any) -> Tensor:
             return op.reference(*args, **kwargs)
         tensors = {n: a for n, a in (*zip(op.inputs, args, strict=False), *kwargs.items()) if isinstance(a, Tensor)}
         backend = backends.choose("auto", [spec_of(op, tensors)], op.limits).name
-    return bind(op, backend)(*args, **kwargs)
+    return bind(op, backend)(*args, *kwargs.values())  # in the order of the op's own arguments
 
 
 def transform(inputs: Sequence[Any] | None = None) -> str | None:

@@ -9,11 +9,13 @@ launcher that copied or called more than one kernel, results as large as those o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends import NativeBackend
 
@@ -21,6 +23,7 @@ from ..backends import NativeBackend
 WATCHERS = (
     torch._C._len_torch_dispatch_stack,
     torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
     torch._C._is_any_autocast_enabled,
 )
 
@@ -48,6 +51,30 @@ def like(record: NativeBackend, y: Tensor) -> Tensor | None:
         return None
     one = y.new_empty(()).expand(y.shape)
     return one if torch.empty_like(one).is_contiguous() else None
+
+
+def repeated(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of an object with `record` and `repeats` that makes at most one call of a kernel."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            return method(self, *args)
+        again, learn = self.repeats
+        kind = (name, *args)
+        y = again(kind, NO_SCRATCH)
+        if type(y) is Tensor or y is False:
+            return method(self, *args) if y is False else y
+        self.record.lib.listen()
+        y = method(self, *args)
+        learn(kind, y, like(self.record, y))
+        return y
+
+    return call
+
+
+NO_SCRATCH = (0, 0)
 
 
 def _never(arguments: tuple[Any, ...], scratch: tuple[int, int]) -> bool:
