@@ -258,7 +258,8 @@ void Repeats::learn(PyObject* given, PyObject* result, PyObject* like) {
       call->like = py::reinterpret_borrow<py::object>(like);
     }
   }
-  if (known.size() == kMost) known.clear();
+  std::vector<std::shared_ptr<const Repeatable>> forgotten;  // freed last: PyTorch lets other threads run meanwhile
+  if (known.size() == kMost) known.swap(forgotten);
   known.push_back(std::move(call));
 }
 
