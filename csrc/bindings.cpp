@@ -225,11 +225,9 @@ PyObject* run(const Function& f, PyObject* const* arguments, Py_ssize_t count) {
 
 // One for all functions: which one it is stands in the capsule that Python hands over as self.
 PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  return guarded([&] {
-    return run(*static_cast<const Function*>(PyCapsule_GetPointer(self, nullptr)), arguments, count);
-  });
+  return guarded(
+      [&] { return run(*static_cast<const Function*>(PyCapsule_GetPointer(self, nullptr)), arguments, count); });
 }
-
 
 template <class P, void (*kernel)(const P&)>
 void run_as(const void* params) {
@@ -277,8 +275,7 @@ PYBIND11_MODULE(VIT_MODULE, m) {
         return facts;
       },
       "What this build is and what it found on this machine: [(name, value), ...]");
-  m.def(
-      "listen", [] { heard().listen(); }, "From now on, the kernels called on this thread are counted for `learn`.");
+  m.def("listen", [] { heard().listen(); }, "From now on, the kernels called on this thread are counted for `learn`.");
   m.def("repeats", make_repeats,
         "(again, learn) for the calls of one op, or None where DLPack's interface is another; see repeat.h.");
 

@@ -294,8 +294,8 @@ py::object make_repeats(const py::capsule& exchange, py::object tensor, py::obje
   if (!table || table->major != 1 || !table->read) return py::none();
   static PyMethodDef again = {"again", as_method(repeat_again), METH_FASTCALL, "(arguments, scratch) -> result"};
   static PyMethodDef learn = {"learn", as_method(repeat_learn), METH_FASTCALL, "(arguments, result, like)"};
-  auto* const repeats = new Repeats{table,      tensor,   parameter,       watchers, grad_enabled, threads,
-                                    empty_like, "is_neg", "requires_grad", {}};
+  auto* const repeats =
+      new Repeats{table, tensor, parameter, watchers, grad_enabled, threads, empty_like, "is_neg", "requires_grad", {}};
   const py::capsule self(repeats, [](void* made) { delete static_cast<Repeats*>(made); });
   return py::make_tuple(py::reinterpret_steal<py::object>(PyCFunction_NewEx(&again, self.ptr(), nullptr)),
                         py::reinterpret_steal<py::object>(PyCFunction_NewEx(&learn, self.ptr(), nullptr)));

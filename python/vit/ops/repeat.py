@@ -1,8 +1,8 @@
 """Calls that were made before: a small one on the CPU passes over its launcher.
 
-What `arguments` and a launcher find out in Python follows from the dtypes, shapes and strides of the tensors and from the
-other arguments. The first call of a kind is launched, and the compiled module keeps what the kernel was given; the next
-one of that kind gets new pointers, threads and scratch memory, and a result as `torch.empty` makes it
+What `arguments` and a launcher find out in Python follows from the dtypes, shapes and strides of the tensors and from
+the other arguments. The first call of a kind is launched, and the compiled module keeps what the kernel was given; the
+next one of that kind gets new pointers, threads and scratch memory, and a result as `torch.empty` makes it
 (csrc/repeat.h). Launched is whatever is not plainly the same: gradients, transforms, modes, autocast, subclasses, a
 launcher that copied or called more than one kernel, results as large as those of `vit.backends._host_memory`.
 """
