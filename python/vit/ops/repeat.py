@@ -37,7 +37,7 @@ def repeats(record: NativeBackend) -> tuple[Again, Learn]:
     """The two functions for the calls of an op, which know none yet."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # of PyTorch 2.10 and newer
     made = None
-    if exchange is not None and record.repeats_below:
+    if exchange is not None and record.repeats_below and record.unavailable() is None:
         made = record.lib.repeats(
             exchange, Tensor, torch.nn.Parameter, WATCHERS, torch.is_grad_enabled, torch.get_num_threads,
             torch.empty_like,
