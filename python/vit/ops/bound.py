@@ -114,24 +114,26 @@ class NativeOp(BoundOp):
             return y
         if torch._C._get_tracing_state() is not None:
             return self.traced(self.jit, *args, **kwargs)
-        new = y is None
         inputs, finish = self.op.arguments(*args, **kwargs)
         if self.transformed(inputs):
             return self.op.reference(*args, **kwargs)
         self.check(inputs)
         direct = ordinary(inputs)
-        if torch.is_grad_enabled() and _any_requires_grad(inputs):
+        graph = torch.is_grad_enabled() and _any_requires_grad(inputs)
+        new = y is None and direct and not graph
+        if graph:
             y = (self.direct if direct else self.dispatched).apply(*inputs)
         elif direct:
             if new:
                 self.record.lib.listen()
             outputs = self.op.launch_fwd(self.record, *inputs, False)
             y = outputs[0] if type(outputs) is tuple else outputs
-            if new:
-                learn(args, y, like(self.record, y) if finish is None else None)
         else:
             y = _tuple(dispatched(self.fwd_op, *inputs, False))[0]
-        return y if finish is None else finish(y)
+        y = y if finish is None else finish(y)
+        if new:
+            learn(args, y, like(self.record, y))
+        return y
 
     def traced(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """A call that becomes part of a graph."""

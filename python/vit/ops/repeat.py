@@ -47,7 +47,7 @@ def repeats(record: NativeBackend) -> tuple[Again, Learn]:
 
 def like(record: NativeBackend, y: Tensor) -> Tensor | None:
     """What torch.empty_like makes the results of repeated calls of, one element of memory; None for a large result."""
-    if y.nbytes >= record.repeats_below:
+    if y.nbytes >= record.repeats_below or not y.is_contiguous():
         return None
     one = y.new_empty(()).expand(y.shape)
     return one if torch.empty_like(one).is_contiguous() else None
