@@ -133,6 +133,7 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # forward_ad.make_dual's own
 def test_what_looks_on_sees_a_launch(linear):
     op, (x, w, b) = linear
     with Seen() as seen:
