@@ -2,8 +2,7 @@
 //
 // What a launcher in Python finds out about its arguments (do they fit, sizes, strides, codes) follows from their
 // dtypes and shapes. A second call of the same kind has other pointers, and maybe other threads and scratch memory: so
-// the params struct of the first is kept, and a repeated call fills in the rest. It takes an eighth of a launched one
-// (docs/design.md, "Path of one batch").
+// the params struct of the first is kept, and a repeated call fills in the rest (docs/design.md, "Path of one batch").
 //
 // Tensors are read through DLPack's exchange interface, a table of C functions that PyTorch has from version 2.10 on.
 #pragma once
