@@ -12,7 +12,7 @@ STUB = ROOT / "python" / "vit" / "backends" / "_native.pyi"
 HEAD = """\
 # What every compiled module vit._<backend> holds. Made by build_backend/stub.py from csrc/ops.def and csrc/vit.h.
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 class Native(Protocol):
     __file__: str
@@ -23,6 +23,8 @@ class Native(Protocol):
     Pairing: type[IntEnum]
 
     def info(self) -> list[tuple[str, str]]: ...
+    def listen(self) -> None: ...
+    def repeats(self, exchange: Any, *of_torch: Any) -> tuple[Any, Any] | None: ...
 """
 
 #: Type of a field in vit.h -> what is added to the field's name for each of its numbers in Python -> the number's type.

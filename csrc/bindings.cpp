@@ -10,7 +10,10 @@
 #include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <string_view>
 
@@ -183,6 +186,22 @@ std::size_t read(const Function& f, PyObject* const* next, char* params) {
   return workspace;
 }
 
+// What `work` returns, or null and a Python error.
+template <class Work>
+PyObject* guarded(const Work& work) {
+  try {
+    return work();
+  } catch (const PythonError&) {
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+#include "repeat.h"
+
 PyObject* run(const Function& f, PyObject* const* arguments, Py_ssize_t count) {
   if (count != f.count) {
     PyErr_Format(PyExc_TypeError, "%s takes %zd numbers, %zd were given", f.name, f.count, count);
@@ -199,20 +218,14 @@ PyObject* run(const Function& f, PyObject* const* arguments, Py_ssize_t count) {
     const WithoutGil without_gil;
     f.run(&params);
   }
+  heard().hear(f, params);
   Py_RETURN_NONE;
 }
 
 // One for all functions: which one it is stands in the capsule that Python hands over as self.
 PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  try {
-    return run(*static_cast<const Function*>(PyCapsule_GetPointer(self, nullptr)), arguments, count);
-  } catch (const PythonError&) {
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
+  return guarded(
+      [&] { return run(*static_cast<const Function*>(PyCapsule_GetPointer(self, nullptr)), arguments, count); });
 }
 
 template <class P, void (*kernel)(const P&)>
@@ -259,6 +272,9 @@ PYBIND11_MODULE(VIT_MODULE, m) {
         return facts;
       },
       "What this build is and what it found on this machine: [(name, value), ...]");
+  m.def("listen", [] { heard().listen(); }, "From now on, the kernels called on this thread are counted for `learn`.");
+  m.def("repeats", make_repeats,
+        "(again, learn) for the calls of one op, or None where DLPack's interface is another; see repeat.h.");
 
 #define VIT_VALUE(key, code) .value(#key, Enum::key)
   {

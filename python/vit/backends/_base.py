@@ -152,6 +152,9 @@ class NativeBackend(Backend):
         """Scratch memory for one call; the caller keeps the tensor alive until the kernel has been launched."""
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
+    #: Calls whose result has fewer bytes may be repeated without a launch (ops/repeat.py).
+    repeats_below = 0
+
     #: Whether the backend's routine `move` copies, not PyTorch: where PyTorch's copies would start threads of the CPU.
     moves = False
 

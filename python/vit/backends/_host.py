@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ._base import HostWorkspace, NativeBackend
-from ._host_memory import MEMORY
+from ._host_memory import LEAST_BYTES, MEMORY
 
 
 class HostBackend(NativeBackend):
@@ -19,6 +19,7 @@ class HostBackend(NativeBackend):
 
     _workspace = HostWorkspace()
     moves = True
+    repeats_below = LEAST_BYTES  # results that are malloc's
     #: Where large results live.
     memory = MEMORY
 

@@ -1,6 +1,6 @@
 # What every compiled module vit._<backend> holds. Made by build_backend/stub.py from csrc/ops.def and csrc/vit.h.
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 class Native(Protocol):
     __file__: str
@@ -11,6 +11,8 @@ class Native(Protocol):
     Pairing: type[IntEnum]
 
     def info(self) -> list[tuple[str, str]]: ...
+    def listen(self) -> None: ...
+    def repeats(self, exchange: Any, *of_torch: Any) -> tuple[Any, Any] | None: ...
     def layer_norm_fwd(
         self, x: int, weight: int, bias: int, y: int, mean: int, rstd: int, M: int, C: int, x_stride: int, eps: float, dtype: int, param_dtype: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
     ) -> None: ...  # fmt: skip

@@ -88,8 +88,8 @@ class Attention(CallsOps, nn.Module):
     def attend(self, qkv: Tensor, queries: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
         """A packed projection [B, N, 3, H, D] -> [B, queries or N, H, D]; with dropped probabilities in PyTorch."""
         rate = self.attn_drop.p if self.training else 0.0
-        if rate == 0.0:
-            return self.ops.attention(qkv, None, None, None, queries, lengths=lengths)
+        if rate == 0.0:  # no names: such a call may be repeated
+            return self.ops.attention(qkv, None, None, None, queries, lengths)
         if lengths is not None:
             return torch.cat([self.attend(image, queries) for image in qkv.split(list(lengths), dim=1)], dim=1)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, N, D]
@@ -110,7 +110,7 @@ class Attention(CallsOps, nn.Module):
             rate = self.attn_drop.p if self.training else 0.0
             if self.fused_attn and rate == 0.0:
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-                return self.ops.attention(q, k, v, queries=queries, lengths=lengths)
+                return self.ops.attention(q, k, v, None, queries, lengths)
             images = zip(*(t.split(list(lengths), dim=2) for t in (q, k, v)), strict=True)
             return torch.cat([self._attend_unpacked(q, k, v, queries=queries) for q, k, v in images], dim=1)
         q = q[:, :, :queries]
@@ -206,9 +206,9 @@ class Block(CallsOps, nn.Module):
         self._as_built = tuple(map(type, self._below()))
         self._kinds: tuple[type[nn.Module], ...] = (Block, *dict.fromkeys(self._as_built))
 
-    def is_as_built(self) -> bool:
+    def is_as_built(self, below: Sequence[nn.Module] | None = None) -> bool:
         """Whether no module below was replaced by one of another class."""
-        return tuple(map(type, self._below())) == self._as_built
+        return tuple(map(type, self._below() if below is None else below)) == self._as_built
 
     def _below(self) -> list[nn.Module]:
         """The modules of the block, then those of its attention and of its MLP."""
@@ -223,7 +223,7 @@ class Block(CallsOps, nn.Module):
             return False
         below = self._below()
         return (
-            self.is_as_built()
+            self.is_as_built(below)
             and unwatched(below)
             and as_known(self._kinds)
             and self.attn.fused_attn

@@ -37,9 +37,9 @@ class Mlp(CallsOps, nn.Module):
 
     def inner(self, x: Tensor, activation: str) -> Tensor:
         """What fc2 is given, where no module need be called."""
-        ops = self.ops
-        x = linear(ops, self.fc1, x, activation)
-        return norm(ops, self.norm, dropout(ops, self.drop1, x))
+        ops, own = self.ops, self._modules
+        x = linear(ops, own["fc1"], x, activation)  # type: ignore[arg-type]
+        return norm(ops, own["norm"], dropout(ops, own["drop1"], x))  # type: ignore[arg-type]
 
 
 class GluMlp(CallsOps, nn.Module):

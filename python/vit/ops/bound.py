@@ -27,6 +27,9 @@ from ..backends import BackendError, NativeBackend, Spec, constant
 from . import flops, registration
 from .launch import autocast_dtype
 from .op import Op
+from .repeat import Again, Learn, like, repeats
+
+_CPU = torch.device("cpu")
 
 #: What a launcher may be given: anything else (subclasses, proxies) goes through the dispatcher.
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple, torch.dtype})
@@ -85,6 +88,11 @@ class NativeOp(BoundOp):
         other.__dict__ |= self.__dict__ | {"strict": False}
         return other
 
+    @cached_property
+    def repeats(self) -> tuple[Again, Learn]:
+        """The calls that were launched before."""
+        return repeats(self.record)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _bind_by_name, (self.op.name, self.backend, self.strict)
 
@@ -101,20 +109,31 @@ class NativeOp(BoundOp):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return self.traced(self.compiled, *args, **kwargs)
+        again, learn = self.repeats
+        y = False if kwargs or forward_ad._current_level >= 0 else again(args, self.record.scratch(_CPU))
+        if type(y) is Tensor:
+            return y
         if torch._C._get_tracing_state() is not None:
             return self.traced(self.jit, *args, **kwargs)
         inputs, finish = self.op.arguments(*args, **kwargs)
         if self.transformed(inputs) or not self.takes(inputs):
             return self.op.reference(*args, **kwargs)
         direct = ordinary(inputs)
-        if torch.is_grad_enabled() and _any_requires_grad(inputs):
+        graph = torch.is_grad_enabled() and _any_requires_grad(inputs)
+        new = y is None and direct and not graph
+        if graph:
             y = (self.direct if direct else self.dispatched).apply(*inputs)
         elif direct:
+            if new:
+                self.record.lib.listen()
             outputs = self.op.launch_fwd(self.record, *inputs, False)
             y = outputs[0] if type(outputs) is tuple else outputs
         else:
             y = _tuple(dispatched(self.fwd_op, *inputs, False))[0]
-        return y if finish is None else finish(y)
+        y = y if finish is None else finish(y)
+        if new:
+            learn(args, y, like(self.record, y))
+        return y
 
     def traced(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """A call that becomes part of a graph."""
@@ -222,7 +241,7 @@ def call(op: Any, backend: str, *args: Any, **kwargs: Any) -> Tensor:
             return op.reference(*args, **kwargs)
         tensors = {n: a for n, a in (*zip(op.inputs, args, strict=False), *kwargs.items()) if isinstance(a, Tensor)}
         backend = backends.choose("auto", [spec_of(op, tensors)], op.limits).name
-    return bind(op, backend)(*args, **kwargs)
+    return bind(op, backend)(*args, *kwargs.values())  # in the order of the op's own arguments
 
 
 def transform(inputs: Sequence[Any] | None = None) -> str | None:

@@ -9,6 +9,7 @@ no plan can refuse it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .. import backends
 from ..backends import NativeBackend
 from .bound import batched, ordinary, transform
 from .launch import contiguous, move, move_into
+from .repeat import Again, Learn, repeated, repeats
 
 
 class Movement:
@@ -74,6 +76,12 @@ class KernelMovement(Movement):
     def __init__(self, record: NativeBackend) -> None:
         self.record, self.backend = record, record.name
 
+    @cached_property
+    def repeats(self) -> tuple[Again, Learn]:
+        """The calls that were made before."""
+        return repeats(self.record)
+
+    @repeated
     def contiguous(self, view: Tensor) -> Tensor:
         if view.is_contiguous() or view.dim() > 6 or not self._movable(view):
             return super().contiguous(view)
@@ -89,6 +97,7 @@ class KernelMovement(Movement):
             return super().unpack(packed)
         return _Unpack.apply(self.record, packed)
 
+    @repeated
     def tokens(self, patches: Tensor, prefix: Tensor | None, position: Tensor | None) -> Tensor:
         if (prefix is None and position is None) or not self._movable(patches, prefix, position):
             return super().tokens(patches, prefix, position)
@@ -96,6 +105,7 @@ class KernelMovement(Movement):
             return _Tokens.apply(self.record, patches, prefix, position)
         return _put_together(self.record, patches, prefix, position)
 
+    @repeated
     def first(self, tokens: Tensor, count: int) -> Tensor:
         if not self._movable(tokens) or tokens.shape[1] <= count:
             return super().first(tokens, count)
@@ -114,6 +124,7 @@ class KernelMovement(Movement):
             return super().split(tokens, lengths)
         return _Split.apply(self.record, tokens, list(lengths))
 
+    @repeated
     def mean(self, tokens: Tensor, skip: int) -> Tensor:
         if not self._movable(tokens) or tokens.shape[1] <= skip:
             return super().mean(tokens, skip)
