@@ -42,10 +42,10 @@ ROUND_SECONDS = 0.25
 def model_step(name: str, batch: int, train: bool, backend: str) -> Callable[[], Any]:
     import torch
     import vit
+    from vit.support import random
 
-    torch.manual_seed(0)
     model = vit.create(name, backend=backend, training=train).train(train)
-    images = torch.randn(batch, model.in_chans, *model.patch_embed.img_size)
+    images = random.normal((batch, model.in_chans, *model.patch_embed.img_size), "images")
     if not train:
 
         def infer() -> Any:
@@ -54,7 +54,7 @@ def model_step(name: str, batch: int, train: bool, backend: str) -> Callable[[],
 
         return infer
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    labels = torch.randint(model.num_classes, (batch,))
+    labels = torch.arange(batch) % model.num_classes
 
     def step() -> None:
         torch.nn.functional.cross_entropy(model(images), labels).backward()
@@ -67,9 +67,10 @@ def model_step(name: str, batch: int, train: bool, backend: str) -> Callable[[],
 def op_step(op: str, *shapes: tuple[int, ...], backend: str) -> Callable[[], Any]:
     import torch
     import vit
+    from vit.support import random
 
-    torch.manual_seed(0)
-    tensors, call = [torch.randn(shape) for shape in shapes], getattr(vit.ops, op)
+    tensors = [random.normal(shape, "tensor", i) for i, shape in enumerate(shapes)]
+    call = getattr(vit.ops, op)
 
     def step() -> Any:
         with torch.no_grad():

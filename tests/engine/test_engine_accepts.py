@@ -98,12 +98,12 @@ def largest_tokens(m: Any) -> None:
 
 def one_layer_scale(m: Any) -> None:
     m.blocks[1].ls2 = LayerScale(32, 0.5)
-    nn.init.uniform_(m.blocks[1].ls2.gamma)
+    draw.normal_(m.blocks[1].ls2.gamma.data)
 
 
 def normed_first(m: Any) -> None:
     m.norm_pre = nn.LayerNorm(32, 1e-6)
-    nn.init.uniform_(m.norm_pre.weight)
+    draw.normal_(m.norm_pre.weight.data, 1.0, 0.3)
 
 
 def other_drops(m: Any) -> None:

@@ -35,6 +35,7 @@ COMPUTED = frozenset(
     | {"class_token", "reg_tokens", "no_embed_class", "global_pool", "fc_norm", "pool_include_prefix", "patch_embed"}
     | {"use_post_transformer_norm", "attn_pool_num_heads", "attn_pool_mlp_ratio", "head_init_scale"}
     | {"pos_embed", "pos_resize", "pos_embed_grid_size", "pos_embed_ar_preserving"}
+    | {"pos_embed_interp_mode", "pos_embed_antialias", "pos_embed_align_corners"}
     | {"dynamic_img_size", "dynamic_img_pad", "drop_edge", "weight_init", "fix_init"}
     | {"use_rot_pos_emb", "rope_type", "rope_temperature", "rope_grid_indexing", "rope_grid_offset", "rope_rotate_half"}
     | {"ref_feat_shape", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"}

@@ -25,6 +25,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "pos_embed_interp_mode": ("bicubic", "bilinear"),
     "weight_init": SCHEMES,
 }
+_SIDES = ("img_size", "patch_size", "pos_embed_grid_size")
+_SIDES_OR_NONE = ("patch_stride", "ref_feat_shape")
 _SWITCHES_OR_NONE = ("fc_norm", "use_post_transformer_norm", "use_fc_norm")
 
 
@@ -66,9 +68,7 @@ def arguments(record: Record, known: Mapping[str, Any]) -> dict[str, Any]:
 
 def _argument(record: Record, key: str, name: str, default: Any) -> Any:
     """One value, by the kind that its argument has."""
-    if name in ("img_size", "patch_size", "pos_embed_grid_size") or (
-        name == "ref_feat_shape" and record.raw(key) is not None
-    ):
+    if name in _SIDES or (name in _SIDES_OR_NONE and record.raw(key) is not None):
         return sides(record, key, 0)
     if name in _CHOICES:
         return record.choice(key, _CHOICES[name])
