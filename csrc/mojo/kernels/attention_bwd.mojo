@@ -7,6 +7,8 @@ Key-major: a row tile of keys computes S^T = k q^T and dP^T = v dout^T for a blo
 are vectors along the columns and dv = P^T dout, dk = dS^T q read the row-major tiles. Only dq = dS k needs dS^T by
 columns. Threads take heads, or groups of keys of a head where there are few heads; dq is the sum over the groups in
 order, whoever computed them.
+
+Longer than 400 lines: one kernel, whose parts share the scratch memory of a head.
 """
 
 from std.sys import size_of

@@ -1,5 +1,7 @@
 """The structs of csrc/vit.h, field by field: C++ passes pointers to its own, nothing is copied or converted.
 
+Longer than 400 lines: one file beside one header.
+
 An address may be null; `elements` makes typed pointers of those that are not.
 """
 
