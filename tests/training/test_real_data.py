@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vit.cli import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 ROOT = Path(__file__).resolve().parents[2]
 
