@@ -419,7 +419,7 @@ def test_initial_statistics():
         ({"pos_embed": "rope"}, "pos_embed='rope' is not one of 'learned', 'sincos2d', 'sincos1d', 'none'"),
         ({"pos_embed": "sincos2d", "embed_dim": 6, "num_heads": 1}, "multiple of 4 and at least 8, got 6"),
         ({"patch_embed": "fft"}, "patch_embed='fft' is not one of conv, linear"),
-        ({"act_layer": "relu"}, "act_layer='relu' is not one of 'gelu', 'gelu_tanh'"),
+        ({"act_layer": "elu"}, "act_layer='elu' is not one of 'gelu', 'gelu_tanh'"),
         ({"weight_init": "he"}, "weight_init='he' is not one of"),
         ({"num_classes": -1}, r"num_classes must be 0 \(features\) or a whole number above, got -1"),
         ({"num_classes": 2.0}, r"num_classes must be 0 .* got 2\.0"),

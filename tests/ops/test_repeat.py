@@ -188,7 +188,7 @@ def test_errors_stay_errors(linear):
         with pytest.raises(ValueError, match="differ in K"):
             op(x[:, :5], w, b)
         with pytest.raises(ValueError, match="activation must be"):
-            op(x, w, b, "relu")
+            op(x, w, b, "elu")
         with pytest.raises(ValueError, match="bias must have shape"):
             op(x, w, b[:3])
 

@@ -88,8 +88,10 @@ class Attention(CallsOps, nn.Module):
     def attend(self, qkv: Tensor, queries: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
         """A packed projection [B, N, 3, H, D] -> [B, queries or N, H, D]; with dropped probabilities in PyTorch."""
         rate = self.attn_drop.p if self.training else 0.0
-        if rate == 0.0:  # no names: such a call may be repeated
-            return self.ops.attention(qkv, None, None, None, queries, lengths)
+        if rate == 0.0:
+            if lengths is None:  # no names: such a call may be repeated
+                return self.ops.attention(qkv, None, None, None, queries)
+            return self.ops.attention(qkv, None, None, None, queries, lengths=lengths)
         if lengths is not None:
             return torch.cat([self.attend(image, queries) for image in qkv.split(list(lengths), dim=1)], dim=1)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, N, D]
@@ -110,7 +112,7 @@ class Attention(CallsOps, nn.Module):
             rate = self.attn_drop.p if self.training else 0.0
             if self.fused_attn and rate == 0.0:
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-                return self.ops.attention(q, k, v, None, queries, lengths)
+                return self.ops.attention(q, k, v, None, queries, lengths=lengths)
             images = zip(*(t.split(list(lengths), dim=2) for t in (q, k, v)), strict=True)
             return torch.cat([self._attend_unpacked(q, k, v, queries=queries) for q, k, v in images], dim=1)
         q = q[:, :, :queries]
