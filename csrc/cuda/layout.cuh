@@ -11,8 +11,8 @@
 // Fragments of mma.m16n8k8 in TF32 are the same words of 32 bits, one element each where the 16-bit types have two:
 //   a[16, 8]   register i holds row g + 8 (i % 2), column t + 4 (i / 2)
 //   b[8, 8]    register i holds row (k) t + 4 i, column (n) g
-// and c as above; those of mma.m16n8k32 in bytes, four elements to a word. A c tile is an a fragment, elements 0, 2, 1, 3, of a product whose k are numbered 0, 2, 4, 6, 1, 3,
-// 5, 7: any order of k will do as long as b has the same.
+// and c as above; those of mma.m16n8k32 in bytes, four elements to a word. A c tile is an a fragment, elements 0, 2, 1,
+// 3, of a product whose k are numbered 0, 2, 4, 6, 1, 3, 5, 7: any order of k will do as long as b has the same.
 #pragma once
 
 #include <cstdint>

@@ -110,7 +110,7 @@ class NativeOp(BoundOp):
         if torch.compiler.is_compiling():
             return self.traced(self.compiled, *args, **kwargs)
         again, learn = self.repeats
-        y = False if kwargs or forward_ad._current_level >= 0 else again(args, self.record.scratch(_CPU))
+        y: Any = False if kwargs or forward_ad._current_level >= 0 else again(args, self.record.scratch(_CPU))
         if type(y) is Tensor:
             return y
         if torch._C._get_tracing_state() is not None:

@@ -19,14 +19,6 @@ from torch.autograd import forward_ad
 
 from ..backends import NativeBackend
 
-#: Functions without arguments that say whether something looks on which has to see a launch.
-WATCHERS = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._are_functorch_transforms_active,
-    torch._C._get_tracing_state,
-    torch._C._is_any_autocast_enabled,
-)
-
 #: (arguments, scratch memory) -> the result; None where such a call is new, False where it has to be launched.
 Again = Callable[[tuple[Any, ...], tuple[int, int]], Any]
 #: (arguments, result, like) -> None: keeps the call that was launched since `listen`.
