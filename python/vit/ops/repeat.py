@@ -31,10 +31,20 @@ def repeats(record: NativeBackend) -> tuple[Again, Learn]:
     made = None
     if exchange is not None and record.repeats_below and record.unavailable() is None:
         made = record.lib.repeats(
-            exchange, Tensor, torch.nn.Parameter, WATCHERS, torch.is_grad_enabled, torch.get_num_threads,
+            exchange, Tensor, torch.nn.Parameter, watchers(), torch.is_grad_enabled, torch.get_num_threads,
             torch.empty_like,
         )  # fmt: skip
     return made or (_never, _nothing)
+
+
+def watchers() -> tuple[Callable[[], Any], ...]:
+    """Functions that say whether something looks on which has to see a launch."""
+    return (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._are_functorch_transforms_active,
+        torch._C._get_tracing_state,
+        torch._C._is_any_autocast_enabled,
+    )
 
 
 def like(record: NativeBackend, y: Tensor) -> Tensor | None:
