@@ -14,5 +14,5 @@ from attention_errors import SHAPES, error_ratios
 def test_errors_are_those_of_the_unfused_form(backend, device, shape, largest, dtype):
     ratios = error_ratios(backend, shape, largest, dtype, device)
     if backend == "sycl" and largest <= 30 and 1.3 < max(ratios.values()) <= 1.5:
-        pytest.xfail(f"sycl rounds scaled scores before their difference: {ratios}")
+        pytest.xfail(f"sycl is less exact here than 1.3, for a cause not found yet: {ratios}")
     assert max(ratios.values()) <= 1.3, ratios
