@@ -82,6 +82,7 @@ def test_a_run_holds_everything(whole: TrainResult) -> None:
         "checkpoint.safetensors",
         "metrics.jsonl",
         "curves.png",
+        "phases.png",
         "confusion.png",
     }
     for name in ("curves.png", "confusion.png"):
@@ -642,7 +643,7 @@ def test_training_starts_from_given_weights(whole: TrainResult, tmp_path: Path) 
         ({"lr": math.inf}, "--lr is inf; allowed is any number from 0.0"),
         ({"warmup_epochs": "inf"}, "--warmup-epochs is inf; allowed"),
         ({"drop_path": 1.5}, "--drop-path is 1.5; allowed"),
-        ({"augment": "mirror"}, "--augment is 'mirror'; allowed are none, affine, crop"),
+        ({"augment": "mirror"}, "--augment is 'mirror'; allowed are none, affine, elastic, crop"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave no training image"),
     ],
 )

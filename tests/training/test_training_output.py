@@ -245,7 +245,8 @@ def test_recipes_are_files(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_recipe_says_what_its_model_and_schedule_are(name: str) -> None:
     config = from_mapping(recipe_options(name), name)
     assert None not in (config.epochs, config.batch_size, config.lr, config.warmup_epochs, config.augment)
-    vit.create(config.model, device="meta", num_classes=10, **config.arch)
+    task = tasks.get(config.task)
+    vit.create(config.model, device="meta", **(task.arch | task.head | {"num_classes": 10} | config.arch))
 
 
 def test_the_printed_configuration_is_the_one_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

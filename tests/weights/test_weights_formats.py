@@ -145,7 +145,7 @@ def test_sizes_come_from_pretrained_cfg_as_in_timm(tmp_path):
         ({"model_args": {"init_values": "x"}}, "init_values"),
         ({"model_args": {"reg_tokens": -4}}, "reg_tokens"),
         ({"model_args": {"no_embed_class": 1}}, "no_embed_class"),
-        ({"model_args": {"act_layer": "relu"}}, "act_layer"),
+        ({"model_args": {"act_layer": "relu6"}}, "act_layer"),
         ({"model_args": {"qk_norm": 0.5}}, "qk_norm"),
         ({"model_args": {"mlp_layer": "moe"}}, "mlp_layer"),
         ({"model_args": {"strict_img_size": False}}, "strict_img_size"),
@@ -372,7 +372,7 @@ def test_transformers_model_without_a_head(theirs, tmp_path, x, caplog):
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"hidden_act": "relu6"}, "hidden_act"),
         ({"hidden_act": "swoosh"}, "hidden_act"),
         ({"hidden_act": 3}, "hidden_act"),
         ({"hidden_size": 0}, "hidden_size"),

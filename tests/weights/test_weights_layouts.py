@@ -369,7 +369,7 @@ def edit(folder: Path, **values) -> Path:
     ("values", "error"),
     [
         ({"surprise": 1}, r"config\.json says 'surprise'"),
-        ({"hidden_act": "relu"}, r"config\.json: hidden_act is 'relu'"),
+        ({"hidden_act": "relu6"}, r"config\.json: hidden_act is 'relu6'"),
         ({"hidden_size": 32}, r"embed_dim|patch_embed|shape"),
         ({"num_hidden_layers": 3}, r"missing     blocks\.2\.norm1\.weight"),
         ({"image_size": 32}, r"img_size \[32, 32\] \(16 patches\), and pos_embed has 5 rows"),

@@ -116,7 +116,7 @@ def _load(path: Path, zipped: bool) -> Any:
         name.encode()
     except UnicodeEncodeError:  # a name that torch does not take
         zipped = False
-    if zipped:
+    if zipped and not name.endswith(".safetensors"):  # of that name torch.load reads nothing else
         return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
     with path.open("rb") as file:
         return torch.load(file, map_location="cpu", weights_only=True)
