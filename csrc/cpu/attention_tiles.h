@@ -22,7 +22,8 @@ struct Panels {
   static constexpr int64_t lanes = kWordLanes<Operand<T>>;
   int64_t vectors, count;
 
-  explicit Panels(int64_t columns) : vectors(ceil_div(columns, lanes)), count(ceil_div(vectors, kTileVectors)) {}
+  explicit Panels(int64_t columns)
+      : vectors(ceil_div(columns, lanes)), count(ceil_div(vectors, kTileVectors<Operand<T>>)) {}
   int64_t begin(int64_t panel) const { return vectors * panel / count; }
   int64_t width() const { return vectors * lanes; }
 };

@@ -24,12 +24,24 @@ int64_t row_threads(int threads, int64_t M, int64_t panels) {
   if (panels >= 2 * threads) return 1;
   int64_t best = 1, best_cost = INT64_MAX;
   for (int64_t rows = 1; rows <= threads; ++rows) {
-    const int64_t share = ceil_div(M, rows), tiles = ceil_div(share, kTileRows);
+    const int64_t share = ceil_div(M, rows), tiles = ceil_div(share, kTileRows<T>);
     const int64_t cost = tiles * ceil_div(panels, threads / rows) * 64 + (share < 48 ? rows : 0);
     if (cost <= best_cost) best = rows, best_cost = cost;
   }
   return best;
 }
+
+// Rows [first, last) in tiles. Of vector registers nearly equal heights: 7 and 8 rows, never 8, 8, 1. Of matrix
+// registers whole ones, for part of one costs as much.
+template <class T>
+struct RowTiles {
+  int64_t first, last, count;
+
+  RowTiles(int64_t first, int64_t last) : first(first), last(last), count(ceil_div(last - first, kTileRows<T>)) {}
+  int64_t begin(int64_t t) const {
+    return kMatrixTiles<T> ? min(first + t * kTileRows<T>, last) : first + (last - first) * t / count;
+  }
+};
 
 // Prefetches the lines that an epilogue reads and writes for a tile, while the tile is computed.
 template <class E>
@@ -54,7 +66,8 @@ void gemm_range(const Left& a, const Right<T, P>& b, int64_t row_begin, int64_t 
                 int64_t panel_end, const E& epilogue) {
   using A = Acc<T>;
   constexpr int64_t word = sizeof(Word<T>), lanes = kWordLanes<T>;
-  alignas(64) A sums[kTileRows * kTileColumns<T>];
+  alignas(64) A sums[kTileRows<T> * kTileColumns<T>];
+  const TileRegisters<T> registers;
   const int64_t steps = b.steps();
   const int64_t block_rows = kColumns ? kColumnBlockRows : max(kBlockRows, kBlockBytes / max(steps * word, int64_t{1}));
   const int64_t row_blocks = ceil_div(row_end - row_begin, block_rows);
@@ -64,7 +77,7 @@ void gemm_range(const Left& a, const Right<T, P>& b, int64_t row_begin, int64_t 
   for (int64_t row_block = 0; row_block < row_blocks; ++row_block) {
     const int64_t r0 = row_begin + (row_end - row_begin) * row_block / row_blocks;
     const int64_t r1 = row_begin + (row_end - row_begin) * (row_block + 1) / row_blocks;
-    const int64_t tiles = ceil_div(r1 - r0, kTileRows);  // of nearly equal height: 7 and 8 rows, never 8, 8, 1
+    const RowTiles<T> tiles(r0, r1);
     const bool packs = b.packs() && row_block == 0;
     // Rows adjacent in k: a tile runs through all blocks of steps. Else all tiles do one block, then the next, so that
     // the strided part of A stays in L2.
@@ -74,8 +87,8 @@ void gemm_range(const Left& a, const Right<T, P>& b, int64_t row_begin, int64_t 
         const int64_t vectors = b.vectors(panel), line = vectors * kVectorBytes;
         char* panel_b = b.at(once ? panel_begin : panel);
         if (packs) b.pack(panel, first_block * kBlockSteps, min(end_block * kBlockSteps, steps), panel_b);
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t i0 = r0 + (r1 - r0) * t / tiles, i1 = r0 + (r1 - r0) * (t + 1) / tiles;
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          const int64_t i0 = tiles.begin(t), i1 = tiles.begin(t + 1);
           const auto run = tile_for<T, kColumns>(i1 - i0, vectors);
           const bool asks = panel + 1 < panel_end && t * 64 < line;
           ask(epilogue, i0, i1 - i0, panel * kTileColumns<T>, b.columns(panel), 0);
@@ -107,7 +120,7 @@ template <class T, class P, class E>
 void gemm(int threads, const Left& a, Right<T, P> b, int64_t M, const E& epilogue) {
   if (M == 0 || b.N == 0) return;
   if constexpr (!same<P, Packed>) {
-    if (M <= kDirectRows && b.packs() && b.matrix.row == 1 && !a.columns)
+    if (M <= kDirectRows<T> && b.packs() && b.matrix.row == 1 && !a.columns)
       return gemm_direct(threads, a, b, M, epilogue);
   }
   const int64_t panels = panels_of<T>(b.N), row_parts = min(row_threads<T>(threads, M, panels), M);

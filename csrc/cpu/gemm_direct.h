@@ -10,7 +10,8 @@
 namespace vit::VIT_ISA {
 
 // As many rows as have an accumulator beside the words of a block.
-inline constexpr int64_t kDirectRows = kTileRows;
+template <class T>
+inline constexpr int kDirectRows = kMatrixTiles<T> ? 16 : kTileRows<T>;
 inline constexpr int64_t kAheadBlocks = 6;  // blocks of B asked for in advance, on every one of its rows
 
 // out[R][lanes] = A B for the columns of B from j, `lanes` of them; row r, step s of A is the word at a + r stride + s
@@ -64,7 +65,7 @@ __attribute__((noinline)) void direct_tile(const char* a, int64_t stride, const 
   VIT_UNROLL for (int r = 0; r < R; ++r) store<A>(out + r * lanes, total[r]);
 }
 
-template <class T, class P, int R = kDirectRows>
+template <class T, class P, int R = kDirectRows<T>>
 VIT_INLINE auto direct_tile_for(int64_t rows) {
   if constexpr (R > 1) {
     if (rows < R) return direct_tile_for<T, P, R - 1>(rows);
@@ -72,17 +73,35 @@ VIT_INLINE auto direct_tile_for(int64_t rows) {
   return direct_tile<T, R, P>;
 }
 
-// C = A B for M <= kDirectRows rows; calls epilogue(Tile) on the thread that computed the tile.
+// The same of matrix registers, which read B from memory: some steps of a vector are packed and multiplied at once.
+template <class T, class P>
+void direct_matrix(const char* a, int64_t stride, const Matrix<P>& b, int64_t j, int64_t K, int64_t N, int64_t rows,
+                   Acc<T>* out) {
+  constexpr int64_t kSteps = 256;  // 16 KB
+  alignas(64) char panel[kSteps * kVectorBytes];
+  const auto run = tile_for<T, false>(rows, 1);
+  const int64_t steps = steps_of<T>(K);
+  for (int64_t s = 0; s < steps; s += kSteps) {
+    const int64_t k = s * Step<T>::kDepth, count = min(kSteps, steps - s);
+    pack_panel<T>(Matrix<P>{b.data + k * b.row, b.row, b.col}, j, 1, 0, count, K - k, N, panel);
+    run(a + s * static_cast<int64_t>(sizeof(Word<T>)), stride, panel, count, {panel, 64}, s > 0, out, kWordLanes<T>);
+  }
+}
+
+// C = A B for M <= kDirectRows<T> rows; calls epilogue(Tile) on the thread that computed the tile.
 template <class T, class P, class E>
 void gemm_direct(int threads, const Left& a, const Right<T, P>& b, int64_t M, const E& epilogue) {
   using A = Acc<T>;
   constexpr int64_t lanes = kWordLanes<T>;
-  const auto run = direct_tile_for<T, P>(M);
   parallel_for(threads, ceil_div(b.N, lanes), [&](int64_t begin, int64_t end, int) {
-    alignas(64) A sums[kDirectRows * lanes];
+    alignas(64) A sums[kDirectRows<T> * lanes];
+    const TileRegisters<T> registers;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t j = unit * lanes;
-      run(a.data, a.stride, b.matrix, j, b.K, b.N, sums);
+      if constexpr (kMatrixTiles<T>)
+        direct_matrix<T>(a.data, a.stride, b.matrix, j, b.K, b.N, M, sums);
+      else
+        direct_tile_for<T, P>(M)(a.data, a.stride, b.matrix, j, b.K, b.N, sums);
       epilogue(Tile<A>{sums, lanes, 0, M, j, min(lanes, b.N - j), true, true});
     }
   });

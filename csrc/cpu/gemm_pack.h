@@ -233,7 +233,7 @@ template <class T>
 VIT_INLINE LeftCopy left_copy(const Matrix<T>& a, int64_t K) {
   constexpr bool kPairs = Step<Operand<T>>::kDepth > 1, kSame = same<T, Operand<T>>;
   if (a.col == 1) return kSame && !(kPairs && K % 2) ? LeftCopy::none : LeftCopy::rows;
-  if (a.row == 1) return kSame && !kPairs ? LeftCopy::none : LeftCopy::columns;
+  if (a.row == 1 && !kMatrixTiles<Operand<T>>) return kSame && !kPairs ? LeftCopy::none : LeftCopy::columns;
   return LeftCopy::rows;
 }
 
@@ -254,6 +254,28 @@ VIT_INLINE int64_t prepared_a_bytes(const Matrix<T>& a, int64_t M, int64_t K) {
       return M * steps_of<S>(K) * size;
   }
   return 0;
+}
+
+// a[M, K] with adjacent columns, as words in rows: blocks of lanes x lanes words are transposed in registers.
+template <class T>
+void transpose_a(int threads, const Matrix<T>& a, int64_t M, int64_t K, char* copy) {
+  using S = Operand<T>;
+  constexpr int64_t size = sizeof(Word<S>), depth = Step<S>::kDepth, lanes = kWordLanes<S>;
+  const int64_t steps = steps_of<S>(K);
+  parallel_for(threads, ceil_div(M, lanes), [&](int64_t begin, int64_t end, int) {
+    for (int64_t s = 0; s < steps; s += lanes)
+      for (int64_t i = begin * lanes; i < min(end * lanes, M); i += lanes) {
+        const int64_t rows = min(lanes, M - i);
+        Words<S> block[lanes];
+        VIT_UNROLL for (int64_t step = 0; step < lanes; ++step) {
+          const int64_t k = (s + step) * depth;
+          const T* first = a.data + k * a.col + i;
+          block[step] = k < K ? column_words<S>(first, k + 1 < K ? first + a.col : nullptr, rows) : Words<S>{};
+        }
+        transpose(block);
+        for (int64_t r = 0; r < rows; ++r) store_words<S>(copy + ((i + r) * steps + s) * size, block[r], steps - s);
+      }
+  });
 }
 
 // a[M, K] as tile reads operands of type Operand<T>; `copy` has prepared_a_bytes.
@@ -282,6 +304,12 @@ Left prepare_a(int threads, const Matrix<T>& a, int64_t M, int64_t K, char* copy
       }
     });
     return {copy, stride, true};
+  }
+  if constexpr (kMatrixTiles<S>) {
+    if (a.row == 1 && a.col != 1) {
+      transpose_a(threads, a, M, K, copy);
+      return {copy, steps * size, false};
+    }
   }
   parallel_for(threads, M, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {

@@ -1,5 +1,10 @@
 #include "cpu/isa.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
@@ -16,6 +21,19 @@ bool has_v4() { return __builtin_cpu_supports("x86-64-v4") != 0; }
 bool has_avx512bf16() {
   return has_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
+#if !defined(VIT_VECTOR_LEVELS_ONLY)
+// The kernel keeps the matrix registers from a process until it asks (Linux 5.16; refused where an alternative signal
+// stack is too small for them). Threads and forked children inherit the permission.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 #endif
 
 struct Level {

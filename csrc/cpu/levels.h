@@ -1,9 +1,11 @@
 // The instruction-set levels this library is compiled for, from the lowest to the highest: VIT_CPU_LEVELS(F) is
-// F(baseline) F(v3) ...
+// F(baseline) F(v3) ... A backend without kernels for matrix registers defines VIT_VECTOR_LEVELS_ONLY.
 #pragma once
 
-#if defined(__x86_64__) && !defined(VIT_CPU_BASELINE_ONLY)
+#if !defined(__x86_64__) || defined(VIT_CPU_BASELINE_ONLY)
+#define VIT_CPU_LEVELS(F) F(baseline)
+#elif defined(VIT_VECTOR_LEVELS_ONLY)
 #define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512bf16)
 #else
-#define VIT_CPU_LEVELS(F) F(baseline)
+#define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512bf16) F(amx)
 #endif

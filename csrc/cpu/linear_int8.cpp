@@ -55,9 +55,9 @@ void pack_weight(const LinearInt8& p, char* packed, int32_t* sums) {
   const int64_t steps = steps_of<s8>(p.K), all = ceil_div(p.N, lanes);
   parallel_for(p.context.num_threads, all, [&](int64_t begin, int64_t end, int) {
     for (int64_t vector = begin; vector < end; ++vector) {
-      const int64_t panel = vector / kTileVectors, first = vector * lanes;
-      const int64_t vectors = min<int64_t>(all - panel * kTileVectors, kTileVectors);
-      char* to = packed + (panel * kTileVectors * steps * lanes + vector % kTileVectors * lanes) * word;
+      const int64_t panel = vector / kTileVectors<s8>, first = vector * lanes;
+      const int64_t vectors = min<int64_t>(all - panel * kTileVectors<s8>, kTileVectors<s8>);
+      char* to = packed + (panel * kTileVectors<s8> * steps * lanes + vector % kTileVectors<s8> * lanes) * word;
       const int8_t* rows = static_cast<const int8_t*>(p.weight) + first * p.weight_stride;
       const u32v ones = broadcast(uint32_t{0x01010101});
       i32v total{};

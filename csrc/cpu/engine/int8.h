@@ -187,9 +187,9 @@ inline void pack_quantized(int threads, const float* weight, const float* given,
   const int64_t N = out.N, K = out.K, steps = steps_of<q8>(K), vectors = ceil_div(N, lanes);
   parallel_for(threads, vectors, [&](int64_t begin, int64_t end, int) {
     for (int64_t vector = begin; vector < end; ++vector) {
-      const int64_t panel = vector / kTileVectors, first = vector * lanes;
-      const int64_t width = min<int64_t>(vectors - panel * kTileVectors, kTileVectors) * lanes;
-      char* to = out.weight + (panel * kTileVectors * steps * lanes + vector % kTileVectors * lanes) * word;
+      const int64_t panel = vector / kTileVectors<q8>, first = vector * lanes;
+      const int64_t width = min<int64_t>(vectors - panel * kTileVectors<q8>, kTileVectors<q8>) * lanes;
+      char* to = out.weight + (panel * kTileVectors<q8> * steps * lanes + vector % kTileVectors<q8> * lanes) * word;
       QuantizedWeightRow rows[lanes] = {};
       for (int64_t i = 0; i < min(lanes, N - first); ++i) {
         rows[i].row = weight + (first + i) * K;

@@ -42,6 +42,30 @@ KERNEL(zmm, "avx512f", R24(ZERO_ZMM) ZERO_ZMM(24) ZERO_ZMM(25), R24(ZMM), HIGH)
 KERNEL(dot, "avx512f", R24(ZERO_ZMM) ZERO_ZMM(24) ZERO_ZMM(25), R24(DOT), HIGH)
 KERNEL(bytes, "avx512f", R24(ZERO_ZMM) ZERO_ZMM(24) ZERO_ZMM(25), R24(BYTES), HIGH)
 
+#if defined(__linux__) && __GNUC__ >= 11
+#define HAS_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+struct alignas(64) Shape {  // eight registers of 16 rows of 64 bytes
+  unsigned char palette = 1, start = 0, reserved[14] = {};
+  unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+#define AMX(name, dot) \
+  static void name(long rounds) { \
+    Shape shape; \
+    asm volatile("ldtilecfg %1\n1:\n" dot " %%tmm7, %%tmm6, %%tmm0\n" dot " %%tmm7, %%tmm6, %%tmm1\n" \
+                 dot " %%tmm7, %%tmm6, %%tmm2\n" dot " %%tmm7, %%tmm6, %%tmm3\ndec %0\njnz 1b\ntilerelease\n" \
+                 : "+r"(rounds) : "m"(shape) : "cc"); \
+  }
+AMX(amx_bf16, "tdpbf16ps")
+AMX(amx_int8, "tdpbusd")
+static bool has_amx() {
+  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+#endif
+
 static double gflops(void (*kernel)(long), double flops_per_round, int threads) {
   const long rounds = 2000000;
   double best = 0;
@@ -64,8 +88,15 @@ int main(int, char** argv) {
   double fp32 = wide ? gflops(zmm, 24 * 32, threads) : fma ? gflops(ymm, 12 * 16, threads)
                                                            : gflops(sse, 12 * 8, threads);
   double bf16 = __builtin_cpu_supports("avx512bf16") ? gflops(dot, 24 * 64, threads) : fp32;
+  double int8 = __builtin_cpu_supports("avx512vnni") ? gflops(bytes, 24 * 128, threads) : 0;
+#ifdef HAS_AMX
+  if (has_amx()) {
+    bf16 = gflops(amx_bf16, 4 * 16 * 16 * 64, threads);
+    int8 = gflops(amx_int8, 4 * 16 * 16 * 128, threads);
+  }
+#endif
   std::printf("{\"float32\": %.1f, \"bfloat16\": %.1f", fp32, bf16);
-  if (__builtin_cpu_supports("avx512vnni")) std::printf(", \"int8\": %.1f", gflops(bytes, 24 * 128, threads));
+  if (int8 > 0) std::printf(", \"int8\": %.1f", int8);
   std::printf("}\n");
 }
 """
