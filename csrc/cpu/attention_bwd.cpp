@@ -184,13 +184,13 @@ struct Head {
   }
 
   // The rows that are read first of a block of queries, and of a block of keys.
-  void ask_queries(int64_t block, Upcoming& upcoming) const {
+  void prefetch_queries(int64_t block, PrefetchQueue& upcoming) const {
     const int64_t i = s.queries.begin(block), n = s.queries.end(block) - i, token = p.H * p.D;
     upcoming.add(q + i * p.q.token, p.q.token, n, p.D);
     upcoming.add(dout + i * token, token, n, p.D);
     upcoming.add(out + i * token, token, n, p.D);
   }
-  void ask_keys(int64_t j, int64_t n, Upcoming& upcoming) const {
+  void prefetch_keys(int64_t j, int64_t n, PrefetchQueue& upcoming) const {
     upcoming.add(k + j * p.k.token, p.k.token, n, p.D);
     upcoming.add(v + j * p.v.token, p.v.token, n, p.D);
     upcoming.add(dk + j * p.dk.token, p.dk.token, n, p.D);
@@ -208,9 +208,9 @@ struct Head {
       const Blocks blocks = Blocks::of(s.groups.end(group) - first, kBackwardKeys);
       for (int64_t c = 0; c < blocks.count; ++c) {
         const int64_t j = first + blocks.begin(c), keys = blocks.end(c) - blocks.begin(c);
-        Upcoming upcoming;
+        PrefetchQueue upcoming;
         if (group + 1 < end || c + 1 < blocks.count)
-          ask_keys(j + keys, min(s.keys, p.L - j - keys), upcoming);
+          prefetch_keys(j + keys, min(s.keys, p.L - j - keys), upcoming);
         else
           next(upcoming);
         key_block(block, n, j, keys, c > 0, dqueries + group * stride, upcoming);
@@ -218,7 +218,8 @@ struct Head {
     }
   }
 
-  void key_block(int64_t block, int64_t n, int64_t j, int64_t keys, bool add, A* dqueries, Upcoming& upcoming) const {
+  void key_block(int64_t block, int64_t n, int64_t j, int64_t keys, bool add, A* dqueries,
+                 PrefetchQueue& upcoming) const {
     using S = Operand<T>;
     constexpr int64_t depth = Step<S>::kDepth, size = sizeof(S);
     const int64_t width = s.query_panels.width(), head_width = s.head_panels.width();
@@ -229,9 +230,9 @@ struct Head {
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t row = tiles.begin(t) * depth, rows = min(tiles.end(t) * depth, keys) - row;
       const RowTile<A> scores{scratch.scores, width, rows}, dscores{scratch.dscores, width, rows};
-      const Left key_rows =
+      const Lhs key_rows =
           prepare_a(1, Matrix<T>{k + (j + row) * p.k.token, p.k.token, 1}, rows, p.D, scratch.key_rows);
-      const Left value_rows =
+      const Lhs value_rows =
           prepare_a(1, Matrix<T>{v + (j + row) * p.v.token, p.v.token, 1}, rows, p.D, scratch.value_rows);
       multiply(key_rows.data, key_rows.stride, scratch.queries_t, s.steps, panels, false, scores, upcoming);
       multiply(value_rows.data, value_rows.stride, scratch.douts_t, s.steps, panels, false, dscores, upcoming);
@@ -291,11 +292,11 @@ void backward(const AttentionBwd& p) {
       const auto first_key = [&](int64_t unit) { return s.groups.begin(parts.begin(unit % s.parts)); };
       A* of_head = s.parts > 1 ? shared + unit / s.parts * s.groups.count * shared_group : nullptr;
       for (int64_t block = 0; block < s.queries.count; ++block) {
-        const auto next = [&](Upcoming& upcoming) {  // the next block of queries, of this head or the next unit
+        const auto next = [&](PrefetchQueue& upcoming) {  // the next block of queries, of this head or the next unit
           const bool last = block + 1 == s.queries.count;
           if (last && unit + 1 == end) return;
           const Head<T> after(p, s, scratch, (unit + last) / s.parts);
-          after.ask_queries(last ? 0 : block + 1, upcoming);
+          after.prefetch_queries(last ? 0 : block + 1, upcoming);
           if (last) upcoming.add(after.k + first_key(unit + 1) * p.k.token, p.k.token, s.keys, p.D);
         };
         A* dqueries = of_head ? of_head + s.queries.begin(block) * width : scratch.dqueries;

@@ -194,8 +194,8 @@ struct Worker {
   int64_t packing(int64_t head, int64_t block) const { return s.resident ? head : head * s.key_blocks() + block; }
 
   // What is read after this block of keys: what is packed next, and the queries of the next unit.
-  Upcoming after(int64_t unit, int64_t block) const {
-    Upcoming upcoming;
+  PrefetchQueue after(int64_t unit, int64_t block) const {
+    PrefetchQueue upcoming;
     const bool last = block + 1 == s.key_blocks();
     const int64_t next_unit = unit + last, next_block = last ? 0 : block + 1, head = next_unit / s.queries.count;
     if (next_unit == end) return upcoming;
@@ -229,20 +229,20 @@ struct Worker {
     const Blocks tiles = Blocks::of(queries(unit), kTileRows<Operand<T>>);
     for (int64_t block = 0; block < s.key_blocks(); ++block) {
       pack_keys(head, block);
-      Upcoming upcoming = after(unit, block);
+      PrefetchQueue upcoming = after(unit, block);
       for (int64_t t = 0; t < tiles.count; ++t)
         row_tile(unit, tiles.begin(t), tiles.end(t) - tiles.begin(t), block, upcoming);
     }
   }
 
   // Rows [i, i + rows) of a unit against one block of keys.
-  VIT_INLINE void row_tile(int64_t unit, int64_t i, int64_t rows, int64_t block, Upcoming& upcoming) const {
+  VIT_INLINE void row_tile(int64_t unit, int64_t i, int64_t rows, int64_t block, PrefetchQueue& upcoming) const {
     const int64_t keys = s.key_end(block) - s.key_begin(block), key_width = s.key_panels.width();
     const A scale = static_cast<A>(p.scale * 1.44269504088896340736);
     const RowTile<A> scores{scratch.scores, key_width, rows};
     const RowTile<A> outputs{scratch.outputs + i * s.head_panels.width(), s.head_panels.width(), rows};
-    const Left left = prepare_a(1, Matrix<T>{query(unit) + i * p.q.token, p.q.token, 1}, rows, p.D, scratch.queries);
-    multiply<T>(left.data, left.stride, keys_of(block), s.steps, Panels<T>(keys), false, scores, upcoming);
+    const Lhs lhs = prepare_a(1, Matrix<T>{query(unit) + i * p.q.token, p.q.token, 1}, rows, p.D, scratch.queries);
+    multiply<T>(lhs.data, lhs.stride, keys_of(block), s.steps, Panels<T>(keys), false, scores, upcoming);
     softmax<T, kNegative>(scores, keys, scale, scratch.probabilities, block == 0, scratch.largest + i,
                           scratch.totals + i, [&](int64_t r, A factor) {
                             A* row = outputs.data + r * outputs.stride;

@@ -45,7 +45,7 @@ void pack(const Matrix<T>& b, int64_t K, int64_t N, char* packed) {
 }
 
 // Rows that will be wanted soon, brought into L2 by the tiles of the present products: one line per step.
-class Upcoming {
+class PrefetchQueue {
  public:
   template <class T>
   void add(const T* rows, int64_t stride, int64_t count, int64_t D) {
@@ -54,10 +54,10 @@ class Upcoming {
   }
 
   // A line of each of the next `steps` rows; where there are none, lines of the panel that is being read.
-  VIT_INLINE Ahead next(int64_t steps, const char* panel) {
+  VIT_INLINE Prefetch next(int64_t steps, const char* panel) {
     if (at_ == count_) return {panel, 64};
     const Rows& rows = list_[at_];
-    const Ahead ahead{rows.data + row_ * rows.stride + line_, rows.stride};
+    const Prefetch ahead{rows.data + row_ * rows.stride + line_, rows.stride};
     row_ += steps;
     if (row_ < rows.count) return ahead;
     row_ = 0, line_ += 64;
@@ -84,11 +84,11 @@ struct RowTile {
 // out = A B for the rows of one tile, or with `add` out += A B. a and stride as `tile` takes them.
 template <class T, bool kColumns = false>
 VIT_INLINE void multiply(const char* a, int64_t stride, const char* b, int64_t steps, const Panels<T>& panels, bool add,
-                         const RowTile<Acc<T>>& out, Upcoming& upcoming) {
+                         const RowTile<Acc<T>>& out, PrefetchQueue& upcoming) {
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t v0 = panels.begin(panel), v1 = panels.begin(panel + 1);
     const char* panel_b = b + v0 * steps * kVectorBytes;
-    const Ahead ahead = kColumns ? Ahead{} : upcoming.next(steps, panel_b);  // columns ask for themselves
+    const Prefetch ahead = kColumns ? Prefetch{} : upcoming.next(steps, panel_b);  // columns ask for themselves
     tile_for<Operand<T>, kColumns>(out.rows, v1 - v0)(a, stride, panel_b, steps, ahead, add,
                                                       out.data + v0 * panels.lanes, out.stride);
   }

@@ -43,27 +43,58 @@ struct RowTiles {
   }
 };
 
-// Prefetches the lines that an epilogue reads and writes for a tile, while the tile is computed.
-template <class E>
-VIT_INLINE auto ask(const E& epilogue, int64_t row, int64_t rows, int64_t column, int64_t columns, int)
-    -> decltype(epilogue.ask(row, rows, column, columns)) {
-  epilogue.ask(row, rows, column, columns);
-}
-template <class E>
-VIT_INLINE void ask(const E&, int64_t, int64_t, int64_t, int64_t, ...) {}  // an epilogue that does not say
+// What becomes of finished tiles, seen through two pointers: the loops below are compiled once for each type of
+// operand, not for each of some fifty epilogues (which took two thirds of the build). `prefetch` may be missing.
+template <class A>
+class EpilogueView {
+ public:
+  template <class E>
+  explicit EpilogueView(const E& epilogue) : epilogue_(&epilogue), run_(run<E>), prefetch_(prefetch_of(epilogue, 0)) {}
+
+  void operator()(const Tile<A>& tile) const { run_(epilogue_, tile); }
+
+  // The lines that a tile will be read from and written to, asked for while it is computed.
+  void prefetch(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    if (prefetch_) prefetch_(epilogue_, row, rows, column, columns);
+  }
+
+ private:
+  using Prefetches = void (*)(const void*, int64_t, int64_t, int64_t, int64_t);
+
+  template <class E>
+  static void run(const void* epilogue, const Tile<A>& tile) {
+    (*static_cast<const E*>(epilogue))(tile);
+  }
+  template <class E>
+  static void call_prefetch(const void* epilogue, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    static_cast<const E*>(epilogue)->prefetch(row, rows, column, columns);
+  }
+  template <class E>
+  static auto prefetch_of(const E& epilogue, int) -> decltype(epilogue.prefetch(0, 0, 0, 0), Prefetches{}) {
+    return call_prefetch<E>;
+  }
+  template <class E>
+  static Prefetches prefetch_of(const E&, ...) {
+    return nullptr;
+  }
+
+  const void* epilogue_;
+  void (*run_)(const void*, const Tile<A>&);
+  Prefetches prefetch_;
+};
 
 // The lines of `columns` elements in each of `rows` rows, to be written or only read.
 template <bool kWrite, class O>
-VIT_INLINE void ask_rows(const O* first, int64_t stride, int64_t rows, int64_t columns) {
+VIT_INLINE void prefetch_rows(const O* first, int64_t stride, int64_t rows, int64_t columns) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(O));
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < columns; j += line) __builtin_prefetch(first + r * stride + j, kWrite, 3);
 }
 
 // Rows [row_begin, row_end) x panels [panel_begin, panel_end) on the calling thread.
-template <class T, bool kColumns, class P, class E>
-void gemm_range(const Left& a, const Right<T, P>& b, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                int64_t panel_end, const E& epilogue) {
+template <class T, bool kColumns, class P>
+void gemm_range(const Lhs& a, const Rhs<T, P>& b, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                int64_t panel_end, const EpilogueView<Acc<T>>& epilogue) {
   using A = Acc<T>;
   constexpr int64_t word = sizeof(Word<T>), lanes = kWordLanes<T>;
   alignas(64) A sums[kTileRows<T> * kTileColumns<T>];
@@ -91,12 +122,12 @@ void gemm_range(const Left& a, const Right<T, P>& b, int64_t row_begin, int64_t 
           const int64_t i0 = tiles.begin(t), i1 = tiles.begin(t + 1);
           const auto run = tile_for<T, kColumns>(i1 - i0, vectors);
           const bool asks = panel + 1 < panel_end && t * 64 < line;
-          ask(epilogue, i0, i1 - i0, panel * kTileColumns<T>, b.columns(panel), 0);
-          const Ahead ahead = asks ? b.ahead(panel + 1, t, packs) : Ahead{panel_b, 64};
+          epilogue.prefetch(i0, i1 - i0, panel * kTileColumns<T>, b.columns(panel));
+          const Prefetch ahead = asks ? b.ahead(panel + 1, t, packs) : Prefetch{panel_b, 64};
           for (int64_t block = first_block; block < end_block; ++block) {
             const int64_t s0 = block * kBlockSteps, count = min(kBlockSteps, steps - s0);
-            const char* left = a.data + (kColumns ? s0 * a.stride + i0 * word : i0 * a.stride + s0 * word);
-            run(left, a.stride, panel_b + s0 * line, count, {ahead.first + s0 * ahead.stride, ahead.stride},
+            const char* lhs = a.data + (kColumns ? s0 * a.stride + i0 * word : i0 * a.stride + s0 * word);
+            run(lhs, a.stride, panel_b + s0 * line, count, {ahead.first + s0 * ahead.stride, ahead.stride},
                 block > first_block, sums, vectors * lanes);
           }
           epilogue(Tile<A>{sums, vectors * lanes, i0, i1 - i0, panel * kTileColumns<T>, b.columns(panel),
@@ -109,15 +140,15 @@ void gemm_range(const Left& a, const Right<T, P>& b, int64_t row_begin, int64_t 
 
 // The same for a B that is packed already.
 template <class T, bool kColumns, class E>
-VIT_INLINE void gemm_range(const Left& a, const char* packed_b, int64_t N, int64_t steps, int64_t row_begin,
+VIT_INLINE void gemm_range(const Lhs& a, const char* packed_b, int64_t N, int64_t steps, int64_t row_begin,
                            int64_t row_end, int64_t panel_begin, int64_t panel_end, const E& epilogue) {
-  const Right<T, Packed> b{{nullptr, 0, 0}, const_cast<char*>(packed_b), steps * Step<T>::kDepth, N};
-  gemm_range<T, kColumns>(a, b, row_begin, row_end, panel_begin, panel_end, epilogue);
+  const Rhs<T, Packed> b{{nullptr, 0, 0}, const_cast<char*>(packed_b), steps * Step<T>::kDepth, N};
+  gemm_range<T, kColumns>(a, b, row_begin, row_end, panel_begin, panel_end, EpilogueView<Acc<T>>(epilogue));
 }
 
 // C[M, N] = A B for a prepared A; calls epilogue(Tile) on the thread that computed the tile.
-template <class T, class P, class E>
-void gemm(int threads, const Left& a, Right<T, P> b, int64_t M, const E& epilogue) {
+template <class T, class P>
+void gemm_view(int threads, const Lhs& a, Rhs<T, P> b, int64_t M, const EpilogueView<Acc<T>>& epilogue) {
   if (M == 0 || b.N == 0) return;
   if constexpr (!same<P, Packed>) {
     if (M <= kDirectRows<T> && b.packs() && b.matrix.row == 1 && !a.columns)
@@ -144,6 +175,11 @@ void gemm(int threads, const Left& a, Right<T, P> b, int64_t M, const E& epilogu
   });
 }
 
+template <class T, class P, class E>
+VIT_INLINE void gemm(int threads, const Lhs& a, const Rhs<T, P>& b, int64_t M, const E& epilogue) {
+  gemm_view(threads, a, b, M, EpilogueView<Acc<T>>(epilogue));
+}
+
 // The plain epilogue: stores C as type O, `ld` elements from row to row. Sums of blocked steps wait in `partial`, which
 // has the layout of out and is out itself where O is the accumulator type.
 template <class A, class O>
@@ -152,8 +188,8 @@ struct Store {
   A* partial;
   int64_t ld;
 
-  VIT_INLINE void ask(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
-    ask_rows<true>(out + row * ld + column, ld, rows, columns);
+  VIT_INLINE void prefetch(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    prefetch_rows<true>(out + row * ld + column, ld, rows, columns);
   }
 
   void operator()(const Tile<A>& tile) const {

@@ -98,7 +98,7 @@ VIT_INLINE void copy_rows(const char* a, int64_t stride, int64_t rows, int64_t s
 // both hold the same sums there.
 template <class T, bool kColumns, bool kTall, bool kWide>
 __attribute__((noinline)) void matrix_tile(int64_t rows, const char* a, int64_t stride, const char* b, int64_t steps,
-                                           const Ahead& ahead, bool add, Acc<T>* out, int64_t out_stride) {
+                                           const Prefetch& ahead, bool add, Acc<T>* out, int64_t out_stride) {
   constexpr int64_t line = (kWide ? 2 : 1) * kVectorBytes;
   alignas(64) char copies[2 * kMatrixBytes], last[kMatrixSteps * line], sums[kMatrixRows * line];
   const bool copied = kColumns || rows < kMatrixRows;  // where A cannot be read in place
@@ -150,8 +150,8 @@ template <class T, bool kColumns>
 struct MatrixTile {
   int64_t rows, vectors;
 
-  VIT_INLINE void operator()(const char* a, int64_t stride, const char* b, int64_t steps, const Ahead& ahead, bool add,
-                             Acc<T>* out, int64_t out_stride) const {
+  VIT_INLINE void operator()(const char* a, int64_t stride, const char* b, int64_t steps, const Prefetch& ahead,
+                             bool add, Acc<T>* out, int64_t out_stride) const {
     const bool tall = rows > kMatrixRows, wide = vectors > 1;
     const auto run = tall   ? wide ? matrix_tile<T, kColumns, true, true> : matrix_tile<T, kColumns, true, false>
                      : wide ? matrix_tile<T, kColumns, false, true>

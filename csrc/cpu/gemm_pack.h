@@ -1,7 +1,7 @@
 // Operands as tile reads them.
 //
 //   pack_b    B as panels of kTileColumns columns, [panel][step][column]: what tile reads is one contiguous stream.
-//   Right     a B whose panels are packed one by one where they are used first.
+//   Rhs     a B whose panels are packed one by one where they are used first.
 //   prepare_a A is read where it lies (rows or columns adjacent); it is copied only where its strides forbid that. Not
 //             packing A was worth 10 to 15 % (float32, M = 197 and 1576, Zen 4).
 #pragma once
@@ -187,7 +187,7 @@ struct Packed {};  // in place of the element type of a matrix that is not there
 // B[K, N] in panels. Where `matrix` is given, whoever reads a panel for the first time packs it, so that it is used
 // while it is in L2 and the time its memory takes is spent on the panel before; else `packed` holds all of it already.
 template <class T, class P>
-struct Right {
+struct Rhs {
   Matrix<P> matrix;  // data may be null
   char* packed;
   int64_t K, N;
@@ -207,7 +207,7 @@ struct Right {
 
   // The lines of a panel that tile number t of the panel before asks for: all steps of one line of its rows, or, where
   // k is adjacent, as many lines of its columns, which follow each other in an ordinary weight.
-  Ahead ahead(int64_t panel, int64_t t, bool pack) const {
+  Prefetch ahead(int64_t panel, int64_t t, bool pack) const {
     const int64_t line = t * 64;
     if (!pack) return {at(panel) + line * steps(), 64};
     constexpr int64_t size = sizeof(P);
@@ -220,21 +220,21 @@ struct Right {
 // --- A ---------------------------------------------------------------------------------------------------------------
 
 // A as tile reads it.
-struct Left {
+struct Lhs {
   const char* data;
   int64_t stride;  // bytes: from row to row, or with `columns` from step to step
   bool columns;
 };
 
-enum class LeftCopy { none, rows, columns };
+enum class LhsCopy { none, rows, columns };
 
 // What prepare_a must do with a: nothing where a step's word can be read in place.
 template <class T>
-VIT_INLINE LeftCopy left_copy(const Matrix<T>& a, int64_t K) {
+VIT_INLINE LhsCopy lhs_copy(const Matrix<T>& a, int64_t K) {
   constexpr bool kPairs = Step<Operand<T>>::kDepth > 1, kSame = same<T, Operand<T>>;
-  if (a.col == 1) return kSame && !(kPairs && K % 2) ? LeftCopy::none : LeftCopy::rows;
-  if (a.row == 1 && !kMatrixTiles<Operand<T>>) return kSame && !kPairs ? LeftCopy::none : LeftCopy::columns;
-  return LeftCopy::rows;
+  if (a.col == 1) return kSame && !(kPairs && K % 2) ? LhsCopy::none : LhsCopy::rows;
+  if (a.row == 1 && !kMatrixTiles<Operand<T>>) return kSame && !kPairs ? LhsCopy::none : LhsCopy::columns;
+  return LhsCopy::rows;
 }
 
 // Bytes from row to row of a matrix whose columns tiles read: an odd number of cache lines, which meet every set of a
@@ -245,12 +245,12 @@ template <class T>
 VIT_INLINE int64_t prepared_a_bytes(const Matrix<T>& a, int64_t M, int64_t K) {
   using S = Operand<T>;
   constexpr int64_t size = sizeof(Word<S>);
-  switch (left_copy(a, K)) {
-    case LeftCopy::none:
+  switch (lhs_copy(a, K)) {
+    case LhsCopy::none:
       return 0;
-    case LeftCopy::columns:
+    case LhsCopy::columns:
       return steps_of<S>(K) * spread_bytes(M * size);
-    case LeftCopy::rows:
+    case LhsCopy::rows:
       return M * steps_of<S>(K) * size;
   }
   return 0;
@@ -280,17 +280,17 @@ void transpose_a(int threads, const Matrix<T>& a, int64_t M, int64_t K, char* co
 
 // a[M, K] as tile reads operands of type Operand<T>; `copy` has prepared_a_bytes.
 template <class T>
-Left prepare_a(int threads, const Matrix<T>& a, int64_t M, int64_t K, char* copy) {
+Lhs prepare_a(int threads, const Matrix<T>& a, int64_t M, int64_t K, char* copy) {
   using S = Operand<T>;
   constexpr int64_t size = sizeof(Word<S>), depth = Step<S>::kDepth, lanes = kWordLanes<S>;
   const int64_t steps = steps_of<S>(K);
-  const LeftCopy how = left_copy(a, K);
-  if (how == LeftCopy::none) {
+  const LhsCopy how = lhs_copy(a, K);
+  if (how == LhsCopy::none) {
     const bool columns = a.col != 1;
     return {reinterpret_cast<const char*>(a.data), (columns ? a.col : a.row) * static_cast<int64_t>(sizeof(T)),
             columns};
   }
-  if (how == LeftCopy::columns) {
+  if (how == LhsCopy::columns) {
     const int64_t stride = spread_bytes(M * size);
     parallel_for(threads, steps, [&](int64_t begin, int64_t end, int) {
       for (int64_t s = begin; s < end; ++s) {

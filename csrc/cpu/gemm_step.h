@@ -106,7 +106,7 @@ inline constexpr int kTileColumns = kTileVectors<T> * kWordLanes<T>;
 
 // Lines to be brought into L2 while a tile runs, one per step: they are the next panel (7 % on a whole network of one
 // image, whose weights come from memory).
-struct Ahead {
+struct Prefetch {
   const char* first;
   int64_t stride;
 };

@@ -11,7 +11,7 @@ namespace vit::VIT_ISA {
 // sizeof(Word), or with kColumns at a + s stride + r sizeof(Word). b is a panel of V vectors per step. Each step asks
 // for one line of what comes next. Rows of out are out_stride elements apart.
 template <class T, int R, int V, bool kColumns>
-__attribute__((noinline)) void tile(const char* a, int64_t stride, const char* b, int64_t steps, const Ahead& ahead,
+__attribute__((noinline)) void tile(const char* a, int64_t stride, const char* b, int64_t steps, const Prefetch& ahead,
                                     bool add, Acc<T>* out, int64_t out_stride) {
   using S = Step<T>;
   constexpr int kWord = sizeof(Word<T>), kAhead = 16;
@@ -41,7 +41,7 @@ __attribute__((noinline)) void tile(const char* a, int64_t stride, const char* b
 }
 
 template <class T>
-using TileFunction = void (*)(const char*, int64_t, const char*, int64_t, const Ahead&, bool, Acc<T>*, int64_t);
+using TileFunction = void (*)(const char*, int64_t, const char*, int64_t, const Prefetch&, bool, Acc<T>*, int64_t);
 
 template <class T, bool kColumns, int R, int V>
 VIT_INLINE TileFunction<T> vector_tile_for(int64_t rows, int64_t vectors) {

@@ -42,13 +42,13 @@ void forward(const LinearFwd& p) {
   for (int64_t j = 0; bias && j < p.N; j += kLanes<A>)
     store<A>(bias + j, load<A>(static_cast<const P*>(p.bias) + j, p.N - j), p.N - j);
   using W = Source<T, P>;
-  const Right<Operand<T>, W> right{{static_cast<const W*>(p.weight), 1, p.weight_stride}, buffers.weight, p.K, p.N};
-  const Left left = prepare_a(threads, rows_of<T>(p.x, p.x_stride), p.M, p.K, buffers.x);
+  const Rhs<Operand<T>, W> rhs{{static_cast<const W*>(p.weight), 1, p.weight_stride}, buffers.weight, p.K, p.N};
+  const Lhs lhs = prepare_a(threads, rows_of<T>(p.x, p.x_stride), p.M, p.K, buffers.x);
   with_activation(p.activation, [&](auto activation) {
     const Epilogue<T, O, decltype(activation)::value> epilogue{
         bias, static_cast<const O*>(p.residual), static_cast<O*>(p.y), static_cast<T*>(p.preact),
         p.N,  static_cast<const A*>(p.scale)};
-    gemm(threads, left, right, p.M, epilogue);
+    gemm(threads, lhs, rhs, p.M, epilogue);
   });
 }
 
@@ -64,7 +64,7 @@ int64_t dz_stride(const LinearBwd& p) {
 
 template <class T, class P>
 struct BackwardBuffers {
-  char *dz, *sums, *packed, *left, *partial;
+  char *dz, *sums, *packed, *lhs, *partial;
   int64_t bytes;
 
   explicit BackwardBuffers(const LinearBwd& p, char* base) {
@@ -74,7 +74,7 @@ struct BackwardBuffers {
     dz = arena.take(p.M * stride * size_of(p.dtype));
     sums = arena.take(2 * ceil_div(p.M, block_rows(p.M)) * p.N * acc_size(p.dtype));
     packed = arena.take(max(packed_b_bytes<Operand<T>>(p.N, p.K), packed_b_bytes<Operand<T>>(p.M, p.K)));
-    left = arena.take(max(prepared_a_bytes(dz_rows, p.M, p.N), prepared_a_bytes(dz_columns, p.N, p.M)));
+    lhs = arena.take(max(prepared_a_bytes(dz_rows, p.M, p.N), prepared_a_bytes(dz_columns, p.N, p.M)));
     partial = arena.take(partial_bytes<Acc<T>, P>(p.N, p.K));
     bytes = arena.used;
   }
@@ -146,14 +146,14 @@ void backward(const LinearBwd& p) {
   const T* dz = dy_is_dz ? static_cast<const T*>(p.dy) : made.dz;
   if (p.dx && p.M && p.K) {
     using W = Source<T, P>;
-    const Right<Operand<T>, W> right{rows_of<W>(p.weight, p.weight_stride), buffers.packed, p.N, p.K};
-    const Left left = prepare_a(threads, Matrix<T>{dz, stride, 1}, p.M, p.N, buffers.left);
-    gemm(threads, left, right, p.M, store_to<A>(static_cast<T*>(p.dx), nullptr, p.K));
+    const Rhs<Operand<T>, W> rhs{rows_of<W>(p.weight, p.weight_stride), buffers.packed, p.N, p.K};
+    const Lhs lhs = prepare_a(threads, Matrix<T>{dz, stride, 1}, p.M, p.N, buffers.lhs);
+    gemm(threads, lhs, rhs, p.M, store_to<A>(static_cast<T*>(p.dx), nullptr, p.K));
   }
   if (p.dweight && p.N && p.K) {
-    const Right<Operand<T>, T> right{rows_of<T>(p.x, p.x_stride), buffers.packed, p.M, p.K};
-    const Left left = prepare_a(threads, Matrix<T>{dz, 1, stride}, p.N, p.M, buffers.left);
-    gemm(threads, left, right, p.N, store_to<A>(static_cast<P*>(p.dweight), buffers.partial, p.K));
+    const Rhs<Operand<T>, T> rhs{rows_of<T>(p.x, p.x_stride), buffers.packed, p.M, p.K};
+    const Lhs lhs = prepare_a(threads, Matrix<T>{dz, 1, stride}, p.N, p.M, buffers.lhs);
+    gemm(threads, lhs, rhs, p.N, store_to<A>(static_cast<P*>(p.dweight), buffers.partial, p.K));
   }
 }
 

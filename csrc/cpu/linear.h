@@ -25,11 +25,11 @@ struct Epilogue {
   int64_t stride;
   const A* scale = nullptr;  // [N], may be null
 
-  VIT_INLINE void ask(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+  VIT_INLINE void prefetch(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
     const int64_t at = row * stride + column;
-    ask_rows<true>(y + at, stride, rows, columns);
-    if (preact) ask_rows<true>(preact + at, stride, rows, columns);
-    if (residual) ask_rows<false>(residual + at, stride, rows, columns);
+    prefetch_rows<true>(y + at, stride, rows, columns);
+    if (preact) prefetch_rows<true>(preact + at, stride, rows, columns);
+    if (residual) prefetch_rows<false>(residual + at, stride, rows, columns);
   }
 
   void operator()(const Tile<A>& given) const {

@@ -92,9 +92,9 @@ struct IntegerEpilogue {
   O* y;                       // [M, N]
   int64_t N;
 
-  VIT_INLINE void ask(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
-    ask_rows<true>(y + row * N + column, N, rows, columns);
-    if (residual) ask_rows<false>(residual + row * N + column, N, rows, columns);
+  VIT_INLINE void prefetch(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    prefetch_rows<true>(y + row * N + column, N, rows, columns);
+    if (residual) prefetch_rows<false>(residual + row * N + column, N, rows, columns);
   }
 
   void operator()(const Tile<int32_t>& tile) const {
@@ -141,7 +141,7 @@ void forward(const LinearInt8& p) {
                                 reinterpret_cast<uint8_t*>(buffers.bytes) + i * row);
   });
   pack_weight(p, buffers.weight, sums);
-  const Right<s8, Packed> right{{nullptr, 0, 0}, buffers.weight, p.K, p.N};
+  const Rhs<s8, Packed> rhs{{nullptr, 0, 0}, buffers.weight, p.K, p.N};
   with_activation(p.activation, [&](auto activation) {
     const IntegerEpilogue<O, decltype(activation)::value> epilogue{x_scale,
                                                                    static_cast<const float*>(p.weight_scale),
@@ -151,7 +151,7 @@ void forward(const LinearInt8& p) {
                                                                    static_cast<const O*>(p.residual),
                                                                    static_cast<O*>(p.y),
                                                                    p.N};
-    gemm(threads, Left{buffers.bytes, row, false}, right, p.M, epilogue);
+    gemm(threads, Lhs{buffers.bytes, row, false}, rhs, p.M, epilogue);
   });
 }
 

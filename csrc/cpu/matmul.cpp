@@ -22,13 +22,13 @@ Matrix<T> matrix(const void* data, int64_t offset, int64_t row, int64_t col) {
 // What one product needs beside its operands and its result.
 template <class T>
 struct Buffers {
-  char *packed_b, *left, *partial;
+  char *packed_b, *lhs, *partial;
   int64_t bytes;
 
   Buffers(const Matrix<T>& a, const Sizes& s, char* base) {
     Arena arena{base};
     packed_b = arena.take(packed_b_bytes<Operand<T>>(s.K, s.N));
-    left = arena.take(prepared_a_bytes(a, s.M, s.K));
+    lhs = arena.take(prepared_a_bytes(a, s.M, s.K));
     partial = arena.take(a.col == 1 ? 0 : partial_bytes<Acc<T>, T>(s.M, s.N));
     bytes = arena.used;
   }
@@ -38,9 +38,9 @@ template <class T>
 void multiply(int threads, const Matrix<T>& a, const Matrix<T>& b, const Sizes& s, T* c, char* workspace) {
   if (s.M == 0 || s.N == 0) return;
   const Buffers<T> buffers(a, s, workspace);
-  const Left left = prepare_a(threads, a, s.M, s.K, buffers.left);
-  const Right<Operand<T>, T> right{b, buffers.packed_b, s.K, s.N};
-  gemm(threads, left, right, s.M, store_to<Acc<T>>(c, buffers.partial, s.N));
+  const Lhs lhs = prepare_a(threads, a, s.M, s.K, buffers.lhs);
+  const Rhs<Operand<T>, T> rhs{b, buffers.packed_b, s.K, s.N};
+  gemm(threads, lhs, rhs, s.M, store_to<Acc<T>>(c, buffers.partial, s.N));
 }
 
 bool split_batch(int64_t batch, const Context& context) {

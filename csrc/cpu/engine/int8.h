@@ -114,10 +114,10 @@ struct QuantizedEpilogue {
   O* y;                     // [M, N] likewise
   int64_t stride;
 
-  VIT_INLINE void ask(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+  VIT_INLINE void prefetch(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
     const int64_t at = row * stride + column;
-    ask_rows<true>(y + at, stride, rows, columns);
-    if (residual) ask_rows<false>(residual + at, stride, rows, columns);
+    prefetch_rows<true>(y + at, stride, rows, columns);
+    if (residual) prefetch_rows<false>(residual + at, stride, rows, columns);
   }
 
   void operator()(const Tile<int32_t>& tile) const {

@@ -24,8 +24,8 @@ Area share_of(const Pass<T>& p, int64_t row_begin, int64_t row_end, int64_t begi
 template <class S, class E>
 void product(const void* a, const Area& area, const Linear& w, const E& epilogue) {
   const int64_t stride = same<S, q8> ? quantized_stride(w.K) : w.K * static_cast<int64_t>(sizeof(S));
-  const Left left{static_cast<const char*>(a), stride, false};
-  gemm_range<S, false>(left, w.weight, w.N, steps_of<S>(w.K), area.row_begin, area.row_end, area.panel_begin,
+  const Lhs lhs{static_cast<const char*>(a), stride, false};
+  gemm_range<S, false>(lhs, w.weight, w.N, steps_of<S>(w.K), area.row_begin, area.row_end, area.panel_begin,
                        area.panel_end, epilogue);
 }
 
@@ -33,11 +33,11 @@ void product(const void* a, const Area& area, const Linear& w, const E& epilogue
 template <class E>
 void compressed_product(const void* a, const Area& area, const Linear& w, char* room, const E& epilogue) {
   const int64_t steps = steps_of<bf16>(w.K);
-  const Left left{static_cast<const char*>(a), w.K * static_cast<int64_t>(sizeof(bf16)), false};
+  const Lhs lhs{static_cast<const char*>(a), w.K * static_cast<int64_t>(sizeof(bf16)), false};
   for (int64_t panel = area.panel_begin; panel < area.panel_end; ++panel) {
     with_code(w.precision, [&](auto code) { unpack_panel<decltype(code)>(w, panel, room); });
     const int64_t first = panel * kTileColumns<bf16>, columns = min<int64_t>(w.N - first, kTileColumns<bf16>);
-    gemm_range<bf16, false>(left, room, columns, steps, area.row_begin, area.row_end, 0, 1, [&](Tile<float> tile) {
+    gemm_range<bf16, false>(lhs, room, columns, steps, area.row_begin, area.row_end, 0, 1, [&](Tile<float> tile) {
       tile.column += first;
       epilogue(tile);
     });
