@@ -115,7 +115,7 @@ def test_packed_weights_are_the_rounded_ones(tmp_path):
     pairs_saturate = engine.isa in PAIRS_SATURATE
     rounded = round_layers(smoothed, inputs, pairs_saturate)
     baseline = (4, 3) if platform.machine() == "aarch64" else (4, 2)
-    shape = {"baseline": baseline, "v3": (8, 2)}.get(engine.isa, (16, 3))  # lanes, vectors of a tile
+    shape = {"baseline": baseline, "v3": (8, 2), "amx": (16, 2)}.get(engine.isa, (16, 3))  # lanes, vectors of a tile
     exceeded = False
     for layer in (f"blocks.{i}.{name}" for i in range(2) for name in LAYERS):
         weight = smoothed[f"{layer}.weight"].numpy()
