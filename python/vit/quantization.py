@@ -1,4 +1,4 @@
-"""`vit.quantize`: a model whose blocks multiply 8-bit integers."""
+"""`vit.quantize`: a model whose blocks multiply numbers of 8 bits."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from .engine.smooth import LAYERS, observe, smooth
 from .model import VisionTransformer
 from .model.blocks import Block
 from .model.quant_linear import QuantLinear
+from .ops.quantized import FORMATS
 
-DTYPES = ("int8",)
+DTYPES = tuple(FORMATS)
 
 
 @torch.no_grad()
 def quantize(
     model: VisionTransformer, dtype: str = "int8", exclude: Collection[str] = (), calibrate: Tensor | None = None
 ) -> VisionTransformer:
-    """A copy of a model for inference, on the same backend, whose block linears multiply 8-bit integers.
+    """A copy of a model for inference, on the same backend, whose block linears multiply numbers of 8 bits.
 
     blocks.I.attn.qkv, attn.proj, mlp.fc1 and mlp.fc2 become QuantLinear: weights symmetric per output channel, inputs
-    per row when they are made, exact 32-bit sums (formula: vit.ops.linear_int8). All else keeps its dtype.
+    per row when they are made (formulas: vit.ops.linear_int8, vit.ops.linear_fp8). All else keeps its dtype.
 
+    dtype      "int8", or "fp8" (e4m3), whose 3 bits of fraction turn logits further: docs/quantization.md says by how
+               much, and which layers to exclude
     exclude    names of such layers that stay as they are ("blocks.0.mlp.fc2")
-    calibrate  images [B, C, H, W] as the model takes them: channels that stand out in the inputs of qkv, proj and fc1
-               are smoothed into the weights (arXiv:2211.10438), and biases take back what rounding takes from the mean
-               output. For models that vit.Engine can run
+    calibrate  images [B, C, H, W] as the model takes them: biases take back what rounding takes from the mean output,
+               and for int8 channels that stand out in the inputs of qkv, proj and fc1 are smoothed into the weights
+               (arXiv:2211.10438). For models that vit.Engine can run
 
     To save and load: torch.save(quantized.state_dict(), path), and load_state_dict on a model quantized with the same
-    `exclude`, whatever its weights and backend.
+    dtype and `exclude`, whatever its weights and backend.
 
     Raises TypeError for what is no vit model, ValueError for an unknown dtype, for names that are no such layers, for a
     model that is quantized already or that calibration cannot smooth, BackendError when the model's backend has no
@@ -47,14 +50,15 @@ def quantize(
         )
     layers = _layers(model, exclude)
     made = copy.deepcopy(model).eval().requires_grad_(False)
-    smoothed = {} if calibrate is None else _smooth(made, calibrate)
+    changed = {} if calibrate is None else _calibrate(made, calibrate, dtype)
     intact = [block for block in made.blocks if block.is_as_built()]
     for name in layers:
         parent, _, child = name.rpartition(".")
         linear: Any = made.get_submodule(name)
         if type(linear) is nn.Linear:  # a block that stands twice has been here before
-            weight, bias = (smoothed.get(f"{name}.{own}", getattr(linear, own)) for own in ("weight", "bias"))
-            setattr(made.get_submodule(parent), child, QuantLinear.of(weight, bias, smoothed.get(f"{name}.mean")))
+            weight, bias = (changed.get(f"{name}.{own}", getattr(linear, own)) for own in ("weight", "bias"))
+            layer = QuantLinear.of(weight, bias, changed.get(f"{name}.mean"), FORMATS[dtype])
+            setattr(made.get_submodule(parent), child, layer)
     for block in intact:
         block.keep_classes()
     made.replan(training=False)
@@ -86,18 +90,20 @@ def _layers(model: VisionTransformer, exclude: Collection[str]) -> list[str]:
     return names
 
 
-def _smooth(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
-    """Smooths the weights in place; returns them in float32, and the mean input of each layer (engine/smooth.py)."""
+def _calibrate(model: VisionTransformer, images: Tensor, dtype: str) -> dict[str, Tensor]:
+    """What images show: the mean input of each layer, "<layer>.mean". For int8 also the tensors that smoothing changes,
+    in float32, in the model too (engine/smooth.py); the error of an e4m3 follows its own size, whatever the scales."""
     if not len(images):
         raise ValueError("vit.quantize: calibrate holds no images")
     if reasons := list(refusals(model)):
-        raise ValueError("vit.quantize: calibrate cannot smooth this model: " + "; ".join(reasons))
-    own = model.state_dict()
-    before = {name: t.float().cpu() for name, t in own.items()}
-    smoothed, inputs = smooth(before, len(model.blocks), observe(model, images))
-    smoothed |= {f"{layer}.mean": found.mean for layer, found in inputs.items()}
-    changed = {name: t.to(model.device) for name, t in smoothed.items() if t is not before.get(name)}
-    for name, tensor in changed.items():
-        if name in own:
+        raise ValueError("vit.quantize: calibrate cannot follow this model: " + "; ".join(reasons))
+    inputs, changed = observe(model, images), {}
+    if dtype == "int8":
+        own = model.state_dict()
+        before = {name: t.float().cpu() for name, t in own.items()}
+        smoothed, inputs = smooth(before, len(model.blocks), inputs)
+        changed = {name: t for name, t in smoothed.items() if t is not before[name]}
+        for name, tensor in changed.items():
             own[name].copy_(tensor)
-    return changed
+    means = {f"{layer}.mean": found.mean for layer, found in inputs.items()}
+    return {name: t.to(model.device) for name, t in (changed | means).items()}
