@@ -308,8 +308,8 @@ struct Move {
 //   x_scale = max |x| of the row / L;  q = x / x_scale, rounded half to even;  x weight^T = (sum of q weight) x_scale
 //   weight_scale
 //
-// all in float32, division and rounding exactly as written. A row whose largest |x| is below 2^-100 has the scale 1; one
-// that holds a NaN or an infinity gives NaN. Routines.
+// all in float32, division and rounding exactly as written. A row whose largest |x| is below 2^-100 has the scale 1;
+// one that holds a NaN or an infinity gives NaN. Routines.
 struct Linear8Bit {
   const void* x;             // [M, K] rows x_stride apart, no float64
   const void* weight;        // [N, K] bytes, rows weight_stride apart

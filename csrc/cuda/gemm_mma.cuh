@@ -1,4 +1,5 @@
-// The product of gemm_mma.cu and linear_8bit.cuh: tiles of both operands in shared memory, products of the tensor cores.
+// The product of gemm_mma.cu and linear_8bit.cuh: tiles of both operands in shared memory, products of the tensor
+// cores.
 //
 // Tensor cores of compute capability 8.0 and up: mma.m16n8k16 of 16-bit operands, mma.m16n8k8 of float32 operands
 // rounded to TF32 on their way into registers, mma.m16n8k32 of bytes: int8, whose sums are 32-bit integers, and on 8.9

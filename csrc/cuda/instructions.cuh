@@ -1,6 +1,6 @@
 // One function per machine instruction the kernels use, for compute capability 8.0 and up (those of e4m3: 8.9). Nothing
-// else contains inline assembly (hopper_instructions.cuh has those of 9.0a). The emulator of the tests replaces this file by its own
-// of the same include guard, so that every kernel also runs, instruction by instruction, on a CPU.
+// else contains inline assembly (hopper_instructions.cuh has those of 9.0a). The emulator of the tests replaces this
+// file by its own of the same include guard, so that every kernel also runs, instruction by instruction, on a CPU.
 #ifndef VIT_CUDA_INSTRUCTIONS
 #define VIT_CUDA_INSTRUCTIONS
 
@@ -147,9 +147,9 @@ __device__ inline void mma_16x8<int8_t>(int32_t (&c)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Tensor cores of 8.9 and 9.0 add products of e4m3 with 14 bits, whatever the type of c (arXiv:2411.10958, section 3.3;
-// arXiv:2412.19437, section 3.3.2): a long sum in them would stand still. They add 32 products; what is summed further is
-// float32, four additions beside 8192 operations of theirs.
+// Tensor cores of 8.9 add products of e4m3 with 14 bits, whatever the type of c (arXiv:2411.10958): a long sum in them
+// would stand still. They add 32 products; what is summed further is float32, four additions of a thread beside 8192
+// operations of the warp. 9.0 has this product in wgmma alone: there ptxas makes two of float16 and conversions of it.
 template <>
 __device__ inline void mma_16x8<e4m3>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   float d[4];

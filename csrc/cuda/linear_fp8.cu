@@ -1,5 +1,5 @@
-// linear_fp8 (linear_8bit.cuh): products of e4m3 on tensor cores of compute capability 8.9 and up, in steps of 32 k that
-// are added in float32 (mma_16x8<e4m3>).
+// linear_fp8 (linear_8bit.cuh): products of e4m3 on tensor cores of compute capability 8.9 and up, in steps of 32 k
+// that are added in float32 (mma_16x8<e4m3>).
 #include "linear_8bit.cuh"
 
 namespace vit::cuda {

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .engine.accepts import refusals
-from .engine.smooth import LAYERS, observe, smooth
+from .engine.rounding import codes_of, each
+from .engine.smooth import LAYERS, Inputs, observe, smooth
 from .model import VisionTransformer
 from .model.blocks import Block
 from .model.quant_linear import QuantLinear
-from .ops.quantized import FORMATS
+from .ops.quantized import FORMATS, Format
 
 DTYPES = tuple(FORMATS)
 
@@ -31,9 +32,10 @@ def quantize(
     dtype      "int8", or "fp8" (e4m3), whose 3 bits of fraction turn logits further: docs/quantization.md says by how
                much, and which layers to exclude
     exclude    names of such layers that stay as they are ("blocks.0.mlp.fc2")
-    calibrate  images [B, C, H, W] as the model takes them: biases take back what rounding takes from the mean output,
-               and for int8 channels that stand out in the inputs of qkv, proj and fc1 are smoothed into the weights
-               (arXiv:2211.10438). For models that vit.Engine can run
+    calibrate  images [B, C, H, W] as the model takes them: biases take back what rounding takes from the mean output.
+               For int8 channels that stand out in the inputs of qkv, proj and fc1 are smoothed into the weights
+               (arXiv:2211.10438), for fp8 weights make up for the rounding of others (arXiv:2210.17323). For models
+               that vit.Engine can run
 
     To save and load: torch.save(quantized.state_dict(), path), and load_state_dict on a model quantized with the same
     dtype and `exclude`, whatever its weights and backend.
@@ -50,14 +52,21 @@ def quantize(
         )
     layers = _layers(model, exclude)
     made = copy.deepcopy(model).eval().requires_grad_(False)
-    changed = {} if calibrate is None else _calibrate(made, calibrate, dtype)
+    inputs = {} if calibrate is None else _observe(made, calibrate)
+    smoothed: dict[str, Tensor] = {}
+    rounded: dict[str, QuantLinear] = {}
+    if dtype == "int8":
+        smoothed, inputs = _smooth(made, inputs)
+    elif inputs:
+        rounded = _round(made, layers, inputs, FORMATS[dtype])
     intact = [block for block in made.blocks if block.is_as_built()]
     for name in layers:
         parent, _, child = name.rpartition(".")
         linear: Any = made.get_submodule(name)
         if type(linear) is nn.Linear:  # a block that stands twice has been here before
-            weight, bias = (changed.get(f"{name}.{own}", getattr(linear, own)) for own in ("weight", "bias"))
-            layer = QuantLinear.of(weight, bias, changed.get(f"{name}.mean"), FORMATS[dtype])
+            weight, bias = (smoothed.get(f"{name}.{own}", getattr(linear, own)) for own in ("weight", "bias"))
+            mean = inputs[name].mean if inputs else None
+            layer = rounded.get(name) or QuantLinear.of(weight, bias, mean, FORMATS[dtype])
             setattr(made.get_submodule(parent), child, layer)
     for block in intact:
         block.keep_classes()
@@ -90,20 +99,47 @@ def _layers(model: VisionTransformer, exclude: Collection[str]) -> list[str]:
     return names
 
 
-def _calibrate(model: VisionTransformer, images: Tensor, dtype: str) -> dict[str, Tensor]:
-    """What images show: the mean input of each layer, "<layer>.mean". For int8 also the tensors that smoothing changes,
-    in float32, in the model too (engine/smooth.py); the error of an e4m3 follows its own size, whatever the scales."""
+def _observe(model: VisionTransformer, images: Tensor) -> dict[str, Inputs]:
+    """The inputs of the layers."""
     if not len(images):
         raise ValueError("vit.quantize: calibrate holds no images")
     if reasons := list(refusals(model)):
         raise ValueError("vit.quantize: calibrate cannot follow this model: " + "; ".join(reasons))
-    inputs, changed = observe(model, images), {}
-    if dtype == "int8":
-        own = model.state_dict()
-        before = {name: t.float().cpu() for name, t in own.items()}
-        smoothed, inputs = smooth(before, len(model.blocks), inputs)
-        changed = {name: t for name, t in smoothed.items() if t is not before[name]}
-        for name, tensor in changed.items():
-            own[name].copy_(tensor)
-    means = {f"{layer}.mean": found.mean for layer, found in inputs.items()}
-    return {name: t.to(model.device) for name, t in (changed | means).items()}
+    return observe(model, images)
+
+
+def _smooth(model: VisionTransformer, inputs: dict[str, Inputs]) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
+    """Smooths the weights in place; returns those that changed in float32, and what the inputs are then
+    (engine/smooth.py)."""
+    if not inputs:
+        return {}, inputs
+    own = model.state_dict()
+    before = {name: t.float().cpu() for name, t in own.items()}
+    smoothed, inputs = smooth(before, len(model.blocks), inputs)
+    changed = {name: t.to(model.device) for name, t in smoothed.items() if t is not before[name]}
+    for name, tensor in changed.items():
+        own[name].copy_(tensor)
+    return changed, inputs
+
+
+def _round(
+    model: VisionTransformer, layers: list[str], inputs: dict[str, Inputs], form: Format
+) -> dict[str, QuantLinear]:
+    """The layers with weights whose elements make up for the rounding of others (engine/rounding.py). Nothing is
+    smoothed for floats: their error follows their own size, whatever else is in a row."""
+
+    def nearest(x: Tensor) -> Tensor:
+        return form.nearest(x.clamp(-form.largest, form.largest)).float()
+
+    def round_layer(name: str) -> QuantLinear:
+        linear: Any = model.get_submodule(name)
+        weight = linear.weight.float().cpu()
+        _, scale = form.quantize_rows(weight)
+        codes = codes_of(weight / scale, inputs[name], nearest)
+        bias = linear.bias
+        if bias is not None:
+            bias = bias.float() + ((weight - codes * scale) @ inputs[name].mean).to(bias.device)
+        device = linear.weight.device
+        return QuantLinear(codes.to(form.dtype).to(device), scale.flatten().to(device), bias).eval()
+
+    return dict(zip(layers, each(round_layer, layers), strict=True))

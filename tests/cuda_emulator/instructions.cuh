@@ -497,8 +497,8 @@ inline void mma_16x8<int8_t>(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b
   });
 }
 
-// The same places. What is added: products, and c, cut off below 2^-13 of the largest of them, as on Hopper and Ada
-// (arXiv:2411.10958, section 3.3).
+// The same places. What is added: products, and c, cut off below 2^-13 of the largest of them, as on 8.9
+// (arXiv:2411.10958).
 inline float sum_of_14_bits(const double (&terms)[33]) {
   double largest = 0, sum = 0;
   for (const double x : terms) {

@@ -100,8 +100,7 @@ class Matrices:
 
 
 def sum_of_14_bits(terms: np.ndarray) -> np.ndarray:
-    """[..., n] added up as Hopper and Ada add products of e4m3: each cut off below 2^-13 of the largest
-    (arXiv:2411.10958, section 3.3)."""
+    """[..., n] added up as 8.9 adds products of e4m3: each cut off below 2^-13 of the largest (arXiv:2411.10958)."""
     largest = np.abs(terms).max(-1, keepdims=True)
     _, exponent = np.frexp(np.nan_to_num(largest))
     unit = np.ldexp(1.0, exponent - 14)  # frexp's fraction begins with 1/2
