@@ -46,8 +46,8 @@ CONTEXT = "stream: int, device: int, num_threads: int, allow_tf32: bool"
 def structs(header: str) -> dict[str, dict[str, str]]:
     """Struct of vit.h -> its fields -> their kinds."""
     found = {}
-    for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", header, re.MULTILINE | re.DOTALL):
-        kinds = {}
+    for name, base, body in re.findall(r"^struct (\w+)(?: : (\w+))? \{(.*?)\};", header, re.MULTILINE | re.DOTALL):
+        kinds = dict(found.get(base, {}))
         for line in re.sub(r"//.*", "", body).split(";"):
             if match := re.fullmatch(r"\s*(?:const )?(\w+)(\*?) (.*)", line, re.DOTALL):
                 for field in match[3].split(","):

@@ -91,6 +91,23 @@ void check_rotary(const char* op, int64_t N, int64_t D, int64_t prefix) {
   if (prefix > N) fail(op, "prefix is " + std::to_string(prefix) + "; there are " + std::to_string(N) + " tokens");
 }
 
+void check_8_bit(const char* op, const Linear8Bit& p, const char* why) {
+  check_dtype(op, p.dtype);
+  if (p.dtype == DType::float64) fail(op, "dtype is float64; allowed are float32, bfloat16 and float16");
+  check_other_dtype(op, "out_dtype", p.out_dtype, p.dtype);
+  check_activation(op, p.activation, true);
+  check_context(op, p.context);
+  check_sizes(op, {{"M", p.M}, {"N", p.N}, {"K", p.K}});
+  if (p.K > kMost8Bit)
+    fail(op, "K is " + std::to_string(p.K) + "; at most " + std::to_string(kMost8Bit) + " products of " + why);
+  const bool work = p.M && p.N;
+  check_pointers(op, {{"x", p.x, work && p.K},
+                      {"weight", p.weight, work && p.K},
+                      {"weight_scale", p.weight_scale, work},
+                      {"y", p.y, work},
+                      {"workspace", p.workspace, work}});
+}
+
 }  // namespace
 
 void check(const LayerNormFwd& p) {
@@ -285,24 +302,8 @@ void check(const AttentionBwd& p) {
                       {"workspace", p.workspace, (rows || columns) && !p.workspace && attention_bwd_workspace(p) > 0}});
 }
 
-void check(const LinearInt8& p) {
-  const char* op = "linear_int8";
-  constexpr int64_t most = 131072;
-  check_dtype(op, p.dtype);
-  if (p.dtype == DType::float64) fail(op, "dtype is float64; allowed are float32, bfloat16 and float16");
-  check_other_dtype(op, "out_dtype", p.out_dtype, p.dtype);
-  check_activation(op, p.activation, true);
-  check_context(op, p.context);
-  check_sizes(op, {{"M", p.M}, {"N", p.N}, {"K", p.K}});
-  if (p.K > most)
-    fail(op, "K is " + std::to_string(p.K) + "; at most " + std::to_string(most) + " products of bytes fit 32 bits");
-  const bool work = p.M && p.N;
-  check_pointers(op, {{"x", p.x, work && p.K},
-                      {"weight", p.weight, work && p.K},
-                      {"weight_scale", p.weight_scale, work},
-                      {"y", p.y, work},
-                      {"workspace", p.workspace, work}});
-}
+void check(const LinearInt8& p) { check_8_bit("linear_int8", p, "bytes fit 32 bits"); }
+void check(const LinearFp8& p) { check_8_bit("linear_fp8", p, "e4m3 are exact in float64"); }
 
 void check(const Move& p) {
   const char* op = "move";

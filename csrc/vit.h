@@ -302,28 +302,37 @@ struct Move {
   Context context;
 };
 
-// linear_int8: y = scale * activation(x weight^T + bias) + residual from exact products of 8-bit integers.
+// linear_int8, linear_fp8: y = scale * activation(x weight^T + bias) + residual from products of numbers of 8 bits, the
+// largest of which is L:
 //
-//   x_scale = max |x| of the row / 127;  q = x / x_scale, rounded half to even;  x weight^T = (sum of q weight) x_scale
+//   x_scale = max |x| of the row / L;  q = x / x_scale, rounded half to even;  x weight^T = (sum of q weight) x_scale
 //   weight_scale
 //
-// all in float32, division, rounding and sums exactly as written: integers agree on every backend. A row whose largest
-// |x| is below 2^-100 has the scale 1; one that holds a NaN or an infinity gives NaN. A routine.
-struct LinearInt8 {
+// all in float32, division and rounding exactly as written. A row whose largest |x| is below 2^-100 has the scale 1;
+// one that holds a NaN or an infinity gives NaN. Routines.
+struct Linear8Bit {
   const void* x;             // [M, K] rows x_stride apart, no float64
-  const void* weight;        // [N, K] signed bytes from -127 to 127, rows weight_stride apart
+  const void* weight;        // [N, K] bytes, rows weight_stride apart
   const void* weight_scale;  // [N] float32
   const void* bias;          // [N] float32, may be null: 0
   const void* scale;         // [N] float32, may be null: 1
   const void* residual;      // [M, N] out_dtype, may be null: 0
   void* y;                   // [M, N] out_dtype; may be the residual itself
-  void* workspace;           // linear_int8_workspace bytes
-  int64_t M, N, K;           // K at most 131072: the sums fit 32 bits
+  void* workspace;           // linear_int8_workspace or linear_fp8_workspace bytes
+  int64_t M, N, K;           // K at most kMost8Bit
   int64_t x_stride, weight_stride;
   Activation activation;
   DType dtype, out_dtype;
   Context context;
 };
+inline constexpr int64_t kMost8Bit = 131072;  // products of int8 fit 32 bits, those of e4m3 are exact in float64
+
+// L = 127; signed bytes from -127 to 127. The sums are those of integers, the same on every backend.
+struct LinearInt8 : Linear8Bit {};
+
+// L = 448; e4m3: a sign, 4 bits of exponent with bias 7, 3 of fraction, no infinity; 0x7f and 0xff are NaN, which gives
+// NaN. Products are exact, their sum is within 36 2^-13 (sum of |q weight|) of the exact one (docs/quantization.md).
+struct LinearFp8 : Linear8Bit {};
 
 // adamw: one step of Adam with decoupled weight decay, of n parameters in place:
 //   g = grad_scale grad,  m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2

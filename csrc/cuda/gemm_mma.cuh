@@ -1,8 +1,9 @@
-// The product of gemm_mma.cu and linear_int8.cu: tiles of both operands in shared memory, products of the tensor cores.
+// The product of gemm_mma.cu and linear_8bit.cuh: tiles of both operands in shared memory, products of the tensor
+// cores.
 //
 // Tensor cores of compute capability 8.0 and up: mma.m16n8k16 of 16-bit operands, mma.m16n8k8 of float32 operands
-// rounded to TF32 on their way into registers, mma.m16n8k32 of bytes, whose sums are 32-bit integers. cp.async brings
-// tiles into shared memory, kStages tiles ahead.
+// rounded to TF32 on their way into registers, mma.m16n8k32 of bytes: int8, whose sums are 32-bit integers, and on 8.9
+// and up e4m3. cp.async brings tiles into shared memory, kStages tiles ahead.
 //
 // One block of 4 warps computes a kTile x kTile tile of out, each warp a quarter of it. Per tile of 64 bytes of k the
 // block reads 2 kTile 64 bytes and does 2 kTile^2 FLOP per k: 64 FLOP per byte at kTile = 128 in 16 bits, 32 in TF32,
@@ -111,6 +112,8 @@ __global__ void __launch_bounds__(kGemmThreads)
   using TileB = Tile<T, kTile, kAdjacentB>;
   constexpr int kWarpTile = kTile / 2, kMs = kWarpTile / 16, kNs = kWarpTile / 8;
   constexpr int kOperandElements = kTile * kTileK<T>;
+  // e4m3 has products that wait beside the sums: with both steps of k at once 160 bytes of registers were spilled.
+  constexpr int kUnroll = std::is_same<T, e4m3>::value ? 1 : kTileK<T> / kMmaK<T>;
   T* shared = reinterpret_cast<T*>(shared_memory());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(kGemmThreads)
     copy_async_commit();
     T* tile_a = shared + step % kStages * (2 * kOperandElements);
     T* tile_b = tile_a + kOperandElements;
-#pragma unroll
+#pragma unroll kUnroll
     for (int k = 0; k < kTileK<T>; k += kMmaK<T>) {
       uint32_t fragment_a[kMs][4], fragment_b[kNs / 2][4];
 #pragma unroll

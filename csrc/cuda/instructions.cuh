@@ -1,6 +1,6 @@
-// One function per machine instruction the kernels use, for compute capability 8.0 and up. Nothing else contains
-// inline assembly (hopper_instructions.cuh has those of 9.0a). The emulator of the tests replaces this file by its own
-// of the same include guard, so that every kernel also runs, instruction by instruction, on a CPU.
+// One function per machine instruction the kernels use, for compute capability 8.0 and up (those of e4m3: 8.9). Nothing
+// else contains inline assembly (hopper_instructions.cuh has those of 9.0a). The emulator of the tests replaces this
+// file by its own of the same include guard, so that every kernel also runs, instruction by instruction, on a CPU.
 #ifndef VIT_CUDA_INSTRUCTIONS
 #define VIT_CUDA_INSTRUCTIONS
 
@@ -15,6 +15,9 @@ struct bf16 {
 };
 struct f16 {
   uint16_t bits;
+};
+struct e4m3 {
+  uint8_t bits;
 };
 
 __device__ inline float bf16_to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -47,6 +50,13 @@ __device__ inline uint32_t pack_f16(float low, float high) {
   uint32_t y;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
+}
+
+// Halves to even; beyond 448 it is 448, NaN stays NaN.
+__device__ inline e4m3 float_to_e4m3(float x) {
+  uint16_t both;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(0.0f), "f"(x));
+  return {static_cast<uint8_t>(both)};
 }
 
 // a b, rounded also where a sum follows: as a fused multiply-add it would not be.
@@ -124,8 +134,8 @@ struct MmaSumOf<int8_t> {
 template <class T>
 using MmaSum = typename MmaSumOf<T>::type;
 
-// c[16, 8] += a[16, k] b[k, 8], k = 16 for the 16-bit types, 8 for float, whose elements are TF32, and 32 for signed
-// bytes, whose sums are exact; the fragments are described in layout.cuh.
+// c[16, 8] += a[16, k] b[k, 8], k = 16 for the 16-bit types, 8 for float, whose elements are TF32, and 32 for bytes:
+// signed ones, whose sums are exact, and e4m3; the fragments are described in layout.cuh.
 template <class T>
 __device__ inline void mma_16x8(MmaSum<T> (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -135,6 +145,20 @@ __device__ inline void mma_16x8<int8_t>(int32_t (&c)[4], const uint32_t (&a)[4],
       "{%0, %1, %2, %3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Tensor cores of 8.9 add products of e4m3 with 14 bits, whatever the type of c (arXiv:2411.10958): a long sum in them
+// would stand still. They add 32 products; what is summed further is float32, four additions of a thread beside 8192
+// operations of the warp. 9.0 has this product in wgmma alone: there ptxas makes two of float16 and conversions of it.
+template <>
+__device__ inline void mma_16x8<e4m3>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  float d[4];
+  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += d[i];
 }
 
 template <>

@@ -1,4 +1,4 @@
-"""`vit.quantize`: a model whose blocks multiply 8-bit integers."""
+"""`vit.quantize`: a model whose blocks multiply numbers of 8 bits."""
 
 from __future__ import annotations
 
@@ -10,30 +10,35 @@ import torch
 from torch import Tensor, nn
 
 from .engine.accepts import refusals
-from .engine.smooth import LAYERS, observe, smooth
+from .engine.rounding import codes_of, each
+from .engine.smooth import LAYERS, Inputs, observe, smooth
 from .model import VisionTransformer
 from .model.blocks import Block
 from .model.quant_linear import QuantLinear
+from .ops.quantized import FORMATS, Format
 
-DTYPES = ("int8",)
+DTYPES = tuple(FORMATS)
 
 
 @torch.no_grad()
 def quantize(
     model: VisionTransformer, dtype: str = "int8", exclude: Collection[str] = (), calibrate: Tensor | None = None
 ) -> VisionTransformer:
-    """A copy of a model for inference, on the same backend, whose block linears multiply 8-bit integers.
+    """A copy of a model for inference, on the same backend, whose block linears multiply numbers of 8 bits.
 
     blocks.I.attn.qkv, attn.proj, mlp.fc1 and mlp.fc2 become QuantLinear: weights symmetric per output channel, inputs
-    per row when they are made, exact 32-bit sums (formula: vit.ops.linear_int8). All else keeps its dtype.
+    per row when they are made (formulas: vit.ops.linear_int8, vit.ops.linear_fp8). All else keeps its dtype.
 
+    dtype      "int8", or "fp8" (e4m3), whose 3 bits of fraction turn logits further: docs/quantization.md says by how
+               much, and which layers to exclude
     exclude    names of such layers that stay as they are ("blocks.0.mlp.fc2")
-    calibrate  images [B, C, H, W] as the model takes them: channels that stand out in the inputs of qkv, proj and fc1
-               are smoothed into the weights (arXiv:2211.10438), and biases take back what rounding takes from the mean
-               output. For models that vit.Engine can run
+    calibrate  images [B, C, H, W] as the model takes them: biases take back what rounding takes from the mean output.
+               For int8 channels that stand out in the inputs of qkv, proj and fc1 are smoothed into the weights
+               (arXiv:2211.10438), for fp8 weights make up for the rounding of others (arXiv:2210.17323). For models
+               that vit.Engine can run
 
     To save and load: torch.save(quantized.state_dict(), path), and load_state_dict on a model quantized with the same
-    `exclude`, whatever its weights and backend.
+    dtype and `exclude`, whatever its weights and backend.
 
     Raises TypeError for what is no vit model, ValueError for an unknown dtype, for names that are no such layers, for a
     model that is quantized already or that calibration cannot smooth, BackendError when the model's backend has no
@@ -47,14 +52,22 @@ def quantize(
         )
     layers = _layers(model, exclude)
     made = copy.deepcopy(model).eval().requires_grad_(False)
-    smoothed = {} if calibrate is None else _smooth(made, calibrate)
+    inputs = {} if calibrate is None else _observe(made, calibrate)
+    smoothed: dict[str, Tensor] = {}
+    rounded: dict[str, QuantLinear] = {}
+    if dtype == "int8":
+        smoothed, inputs = _smooth(made, inputs)
+    elif inputs:
+        rounded = _round(made, layers, inputs, FORMATS[dtype])
     intact = [block for block in made.blocks if block.is_as_built()]
     for name in layers:
         parent, _, child = name.rpartition(".")
         linear: Any = made.get_submodule(name)
         if type(linear) is nn.Linear:  # a block that stands twice has been here before
             weight, bias = (smoothed.get(f"{name}.{own}", getattr(linear, own)) for own in ("weight", "bias"))
-            setattr(made.get_submodule(parent), child, QuantLinear.of(weight, bias, smoothed.get(f"{name}.mean")))
+            mean = inputs[name].mean if inputs else None
+            layer = rounded.get(name) or QuantLinear.of(weight, bias, mean, FORMATS[dtype])
+            setattr(made.get_submodule(parent), child, layer)
     for block in intact:
         block.keep_classes()
     made.replan(training=False)
@@ -86,18 +99,47 @@ def _layers(model: VisionTransformer, exclude: Collection[str]) -> list[str]:
     return names
 
 
-def _smooth(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
-    """Smooths the weights in place; returns them in float32, and the mean input of each layer (engine/smooth.py)."""
+def _observe(model: VisionTransformer, images: Tensor) -> dict[str, Inputs]:
+    """The inputs of the layers."""
     if not len(images):
         raise ValueError("vit.quantize: calibrate holds no images")
     if reasons := list(refusals(model)):
-        raise ValueError("vit.quantize: calibrate cannot smooth this model: " + "; ".join(reasons))
+        raise ValueError("vit.quantize: calibrate cannot follow this model: " + "; ".join(reasons))
+    return observe(model, images)
+
+
+def _smooth(model: VisionTransformer, inputs: dict[str, Inputs]) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
+    """Smooths the weights in place; returns those that changed in float32, and what the inputs are then
+    (engine/smooth.py)."""
+    if not inputs:
+        return {}, inputs
     own = model.state_dict()
     before = {name: t.float().cpu() for name, t in own.items()}
-    smoothed, inputs = smooth(before, len(model.blocks), observe(model, images))
-    smoothed |= {f"{layer}.mean": found.mean for layer, found in inputs.items()}
-    changed = {name: t.to(model.device) for name, t in smoothed.items() if t is not before.get(name)}
+    smoothed, inputs = smooth(before, len(model.blocks), inputs)
+    changed = {name: t.to(model.device) for name, t in smoothed.items() if t is not before[name]}
     for name, tensor in changed.items():
-        if name in own:
-            own[name].copy_(tensor)
-    return changed
+        own[name].copy_(tensor)
+    return changed, inputs
+
+
+def _round(
+    model: VisionTransformer, layers: list[str], inputs: dict[str, Inputs], form: Format
+) -> dict[str, QuantLinear]:
+    """The layers with weights whose elements make up for the rounding of others (engine/rounding.py). Nothing is
+    smoothed for floats: their error follows their own size, whatever else is in a row."""
+
+    def nearest(x: Tensor) -> Tensor:
+        return form.nearest(x.clamp(-form.largest, form.largest)).float()
+
+    def round_layer(name: str) -> QuantLinear:
+        linear: Any = model.get_submodule(name)
+        weight = linear.weight.float().cpu()
+        _, scale = form.quantize_rows(weight)
+        codes = codes_of(weight / scale, inputs[name], nearest)
+        bias = linear.bias
+        if bias is not None:
+            bias = bias.float() + ((weight - codes * scale) @ inputs[name].mean).to(bias.device)
+        device = linear.weight.device
+        return QuantLinear(codes.to(form.dtype).to(device), scale.flatten().to(device), bias).eval()
+
+    return dict(zip(layers, each(round_layer, layers), strict=True))

@@ -21,9 +21,8 @@ import pybind11
 import torch
 from vit.backends import NativeBackend
 from vit.backends.cuda import tf32_allowed
-from vit.ops import OPS
+from vit.ops import OPS, ROUTINES
 from vit.ops import bound as glue
-from vit.ops._linear_int8 import OP as linear_int8
 from vit.ops.routine import NativeRoutine
 
 HERE = Path(__file__).parent
@@ -119,7 +118,7 @@ def registered(path: Path, name: str = "cuda_emulator") -> Iterator[Emulated]:
     backends = importlib.import_module("vit.backends")
     backends._RECORDS[record.name] = record
     bound = {op.name: glue.NativeOp(op, record.name) for op in OPS.values()}
-    bound[linear_int8.name] = NativeRoutine(linear_int8, record.name)
+    bound |= {routine.name: NativeRoutine(routine, record.name) for routine in ROUTINES.values()}
     for op, callable in bound.items():
         glue._BOUND[op, record.name] = callable
     yield record

@@ -264,6 +264,9 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct e4m3 {
+  uint8_t bits;
+};
 
 inline float bits_to_float(uint32_t bits) {
   float x;
@@ -292,6 +295,32 @@ inline f16 float_to_f16(float x) {
   f16 z;
   std::memcpy(&z, &y, 2);
   return z;
+}
+
+// PTX ISA, alternate floating point formats: a sign, 4 bits of exponent with bias 7, 3 of fraction, all ones is NaN.
+inline float e4m3_to_float(e4m3 x) {
+  static const std::vector<float> table = [] {
+    std::vector<float> all;
+    for (int code = 0; code < 256; ++code) {
+      const int exponent = code >> 3 & 15, fraction = code & 7;
+      const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp(1.0f * fraction, -9);
+      all.push_back((code & 0x7f) == 0x7f ? NAN : code & 0x80 ? -size : size);
+    }
+    return all;
+  }();
+  return table[x.bits];
+}
+// cvt.rn.satfinite.e4m3x2.f32: of two neighbours the nearer one, of halves the even one.
+inline e4m3 float_to_e4m3(float x) {
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  if (x != x) return {0x7f};
+  uint8_t low = 0;
+  for (int step = 64; step > 0; step /= 2)
+    if (low + step <= 0x7e && e4m3_to_float({static_cast<uint8_t>(low + step)}) <= std::fabs(x)) low += step;
+  if (low == 0x7e) return {static_cast<uint8_t>(sign | low)};
+  const double below = std::fabs(x) - e4m3_to_float({low});
+  const double above = e4m3_to_float({static_cast<uint8_t>(low + 1)}) - std::fabs(x);
+  return {static_cast<uint8_t>(sign | (low + (above < below || (above == below && low % 2))))};
 }
 inline uint32_t pack_bf16(float low, float high) {
   return float_to_bf16(low).bits | static_cast<uint32_t>(float_to_bf16(high).bits) << 16;
@@ -466,6 +495,51 @@ inline void mma_16x8<int8_t>(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b
       }
     }
   });
+}
+
+// The same places. What is added: products, and c, cut off below 2^-13 of the largest of them, as on 8.9
+// (arXiv:2411.10958).
+inline float sum_of_14_bits(const double (&terms)[33]) {
+  double largest = 0, sum = 0;
+  for (const double x : terms) {
+    if (x != x) return NAN;
+    largest = std::fmax(largest, std::fabs(x));
+  }
+  const int unit = largest > 0 ? std::ilogb(largest) - 13 : 0;
+  const double units = std::ldexp(1.0, -unit);
+  for (const double x : terms) sum += static_cast<double>(static_cast<int64_t>(x * units));
+  return static_cast<float>(std::ldexp(sum, unit));
+}
+inline void tensor_cores_of_e4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Fragments<float> mine = {c, a, {b0, b1}};
+  emulator::meet_warp(&mine, [](void** slots) {
+    float A[16][32], B[32][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto m = emulator::value_of<Fragments<float>>(slots[lane]);
+      const int g = lane / 4, t = lane % 4;
+      const auto at = [](uint32_t word, int i) { return e4m3_to_float({static_cast<uint8_t>(word >> (8 * i))}); };
+      for (int i = 0; i < 4; ++i) {
+        for (int word = 0; word < 4; ++word) A[g + 8 * (word % 2)][16 * (word / 2) + 4 * t + i] = at(m.a[word], i);
+        for (int word = 0; word < 2; ++word) B[16 * word + 4 * t + i][g] = at(m.b[word], i);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto m = emulator::value_of<Fragments<float>>(slots[lane]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = i < 2 ? lane / 4 : lane / 4 + 8, column = 2 * (lane % 4) + (i & 1);
+        double terms[33];
+        for (int k = 0; k < 32; ++k) terms[k] = static_cast<double>(A[row][k]) * B[k][column];
+        terms[32] = m.c[i];
+        m.c[i] = sum_of_14_bits(terms);
+      }
+    }
+  });
+}
+template <>
+inline void mma_16x8<e4m3>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  float d[4] = {};
+  tensor_cores_of_e4m3(d, a, b0, b1);
+  for (int i = 0; i < 4; ++i) c[i] += d[i];
 }
 
 // PTX ISA 9.7.14.5.6: a0 (row g, k t), a1 (row g+8), a2 (row g, k t+4), a3 (row g+8, k t+4); b0 (k t), b1 (k t+4).

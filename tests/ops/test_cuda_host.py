@@ -16,17 +16,18 @@ from typing import Any
 import cuda_emulator
 import draw
 import pytest
+import quantized_helpers
 import torch
 import torch.nn.functional as F
 import vit
 from attention_errors import error_ratios
 from cuda_emulator import PATHS, Emulated
-from int8_helpers import check_epilogue, check_rows_without_a_scale
 from optim_helpers import KINDS, check_code, check_step
+from quantized_helpers import FORMS, check_epilogue, check_rows_without_a_scale, layer
 from vit.backends.cuda import tf32_allowed
 from vit.ops import OPS
-from vit.ops._linear_int8 import quantize_rows
 from vit.ops.bound import spec_of
+from vit.ops.quantized import FP8
 from vit.parity import Case, backend_ops, cases, run
 from vit.parity.tf32 import round_factor
 
@@ -205,26 +206,47 @@ def test_adamw(emulated, dtype, state):
 BYTES = [(1, 1, 1), (5, 7, 3), (33, 100, 130), (70, 136, 528), (1793, 1793, 16)]
 
 
+@pytest.mark.parametrize("form", **FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), BYTES)
-def test_linear_int8(emulated, dtype, m, n, k):
-    """Equal to the integer, also with a weight that 16-byte copies cannot read and rows of x apart."""
-    x = draw.randn(m, k + 3).to(dtype)[:, :k]
-    weight, scale = quantize_rows(draw.randn(n, k))
-    given = x, weight, scale.flatten()
-    got = vit.ops.linear_int8(*given, backend="cuda_emulator")
-    assert torch.equal(got, vit.ops.linear_int8(*given, backend="reference"))
-    assert torch.equal(vit.ops.linear_int8(x[-1:], *given[1:], backend="cuda_emulator"), got[-1:])
+def test_linear_8bit(emulated, dtype, m, n, k, form):
+    """Also with a weight that 16-byte copies cannot read and rows of x apart."""
+    x, there = draw.randn(m, k + 3).to(dtype)[:, :k], ("cuda_emulator", torch.device("cpu"))
+    weight = layer(n, k, form)
+    got = quantized_helpers.check_sums(form, *there, x, *weight)
+    assert torch.equal(quantized_helpers.run(form, *there, x[-1:], *weight), got[-1:])
+    quantized_helpers.check_exact(form, *there, min(m, 200), min(n, 200), k, dtype)
 
 
+@pytest.mark.parametrize("form", **FORMS)
 @pytest.mark.parametrize("activation", [None, "gelu", "silu"])
 @pytest.mark.parametrize("wide", [False, True])
-def test_linear_int8_epilogue(emulated, activation, wide):
-    check_epilogue("cuda_emulator", torch.device("cpu"), activation, wide, torch.bfloat16)
+def test_linear_8bit_epilogue(emulated, activation, wide, form):
+    check_epilogue("cuda_emulator", torch.device("cpu"), activation, wide, torch.bfloat16, form)
 
 
-def test_linear_int8_of_rows_without_a_scale(emulated):
-    check_rows_without_a_scale("cuda_emulator", torch.device("cpu"))
+@pytest.mark.parametrize("form", **FORMS)
+def test_linear_8bit_conversion(emulated, form):
+    quantized_helpers.check_conversion(form, "cuda_emulator", torch.device("cpu"))
+    check_rows_without_a_scale("cuda_emulator", torch.device("cpu"), form)
+
+
+def test_linear_fp8_at_its_limits(emulated):
+    quantized_helpers.check_long_sums("cuda_emulator", torch.device("cpu"))
+    quantized_helpers.check_weights_that_are_nan("cuda_emulator", torch.device("cpu"))
+
+
+def test_linear_fp8_on_a_gpu_without_it(emulated, monkeypatch):
+    """A reason of plans, and an error of the call: it is never something else that runs."""
+    record = cuda_record(emulated, monkeypatch, [(8, 9), (8, 6)])
+    shapes = {"x": ("*", 32), "weight": (8, 32)}
+    for index, text in ((0, []), (1, ["compute capability 8.6 of GPU 1 is below 8.9"])):
+        for op, reasons in (("linear_fp8", text), ("linear_int8", [])):
+            spec = vit.ops.Spec(op, torch.float32, shapes, False, device_type="cuda", device_index=index)
+            assert record.reasons(spec) == reasons
+    emulated.device = 2
+    with pytest.raises(RuntimeError, match=r"products of e4m3 begin with compute capability 8\.9, this GPU has 8\.6"):
+        quantized_helpers.run(FP8, "cuda_emulator", torch.device("cpu"), draw.randn(2, 32), *layer(8, 32, FP8))
 
 
 def test_layouts(tmp_path):
@@ -527,6 +549,26 @@ def test_a_gpu_without_code_that_its_driver_takes_is_a_reason(
     record = cuda_record(emulated, monkeypatch, [capability])
     record.facts.update(architectures=architectures, driver=driver)
     reasons = record.reasons(vit.ops.Spec("gelu", torch.float32, device_type="cuda"))
+    assert text in "; ".join(reasons) if text else not reasons
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "driver", "text"),
+    [
+        ("80 90a-real", (8, 9), "12.9", None),  # made for 8.9 in the place of 8.0
+        ("86-real", (8, 9), "12.9", None),
+        ("80 90a-real", (9, 0), "12.9", None),
+        ("80 90a-real", (12, 0), "13.0", None),
+        ("80 90a-real", (12, 0), "12.9", "newer than the driver's 12.9"),
+        ("90a-real", (8, 9), "13.0", "has no code in this build"),
+        ("80-real", (9, 0), "13.0", "has no code in this build"),
+        ("80 90a-real", (8, 7), "13.0", "is below 8.9"),
+    ],
+)
+def test_products_of_e4m3_have_code_of_their_own(emulated, monkeypatch, architectures, capability, driver, text):
+    record = cuda_record(emulated, monkeypatch, [capability])
+    record.facts.update(architectures=architectures, driver=driver)
+    reasons = record.reasons(vit.ops.Spec("linear_fp8", torch.float32, training=False, device_type="cuda"))
     assert text in "; ".join(reasons) if text else not reasons
 
 

@@ -15,11 +15,22 @@ import pytest
 import torch
 import vit
 from cuda_emulator import Emulated
-from int8_helpers import check_epilogue, check_rows_without_a_scale, layer
 from optim_helpers import KINDS, check_step
 from ptx_emulator import DEVICES, Launches, backend, build, nvcc
 from ptx_emulator.cases import failure
 from ptx_emulator.mutations import MUTATIONS, Mutation, noticed
+from quantized_helpers import (
+    FORMS,
+    check_conversion,
+    check_epilogue,
+    check_exact,
+    check_long_sums,
+    check_rows_without_a_scale,
+    check_sums,
+    check_weights_that_are_nan,
+    layer,
+)
+from vit.ops.quantized import FP8, INT8
 from vit.parity import Case, cases
 
 pytestmark = [pytest.mark.ptx, pytest.mark.slow, pytest.mark.skipif(nvcc() is None, reason="no nvcc")]
@@ -75,25 +86,48 @@ def test_parity_of_the_newest_kernels(emulated, case):
 
 
 #: One element, odd sizes, several tiles and more steps of k than stages.
+@pytest.mark.parametrize("form", **FORMS)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 7, 3), (70, 136, 528)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_linear_int8(emulated, dtype, m, n, k):
-    record, launches = emulated
-    launches.fresh()
-    record.device = DEVICES["8.0"]
-    x, (weight, scale) = draw.randn(m, k + 3).to(dtype)[:, :k], layer(n, k)
-    got = vit.ops.linear_int8(x, weight, scale, backend=record.name)
-    assert not launches.errors
-    assert torch.equal(got, vit.ops.linear_int8(x, weight, scale, backend="reference"))
+def test_linear_8bit(emulated, dtype, m, n, k, form):
+    there = on(emulated, "8.0" if form is INT8 else "8.9")
+    check_sums(form, *there, draw.randn(m, k + 3).to(dtype)[:, :k], *layer(n, k, form))
+    if dtype == torch.bfloat16:
+        check_exact(form, *there, m, n, k, dtype)
+    assert not emulated[1].errors
 
 
+@pytest.mark.parametrize("form", **FORMS)
 @pytest.mark.parametrize("activation", [None, "gelu", "silu"])
-def test_linear_int8_epilogue(emulated, activation):
+def test_linear_8bit_epilogue(emulated, activation, form):
+    there = on(emulated, "12.0")
+    check_epilogue(*there, activation, True, torch.bfloat16, form)
+    check_rows_without_a_scale(*there, form)
+
+
+@pytest.mark.parametrize("form", **FORMS)
+def test_linear_8bit_conversion(emulated, form):
+    check_conversion(form, *on(emulated, "9.0"))
+
+
+def test_linear_fp8_at_its_limits(emulated):
+    there = on(emulated, "8.9")
+    check_long_sums(*there)
+    check_weights_that_are_nan(*there)
+
+
+@pytest.mark.parametrize("device", ["8.0", "8.6"])
+def test_linear_fp8_on_a_gpu_without_it(emulated, device):
+    with pytest.raises(RuntimeError, match=rf"compute capability 8\.9, this GPU has {device}: use linear_int8"):
+        check_sums(FP8, *on(emulated, device), draw.randn(2, 32), *layer(8, 32, FP8))
+
+
+def on(emulated: tuple[Emulated, Launches], device: str) -> tuple[str, torch.device]:
+    """Where the kernels of an emulated GPU are called."""
     record, launches = emulated
     launches.fresh()
-    record.device = DEVICES["12.0"]
-    check_epilogue(record.name, torch.device("cpu"), activation, True, torch.bfloat16)
-    check_rows_without_a_scale(record.name, torch.device("cpu"))
+    record.device = DEVICES[device]
+    return record.name, torch.device("cpu")
 
 
 @pytest.mark.parametrize(("dtype", "state"), [*KINDS, (torch.float16, "8bit")])

@@ -35,7 +35,7 @@ from .program import Program
 
 HERE = Path(__file__).parent
 #: The emulated GPUs, by their numbers in runtime.cpp.
-DEVICES = {"9.0": 0, "8.0": 1, "8.6": 2, "12.0": 3}
+DEVICES = {"9.0": 0, "8.0": 1, "8.6": 2, "12.0": 3, "8.9": 4}
 #: Of each of them: few, so that a block has several tiles.
 MULTIPROCESSORS = 3
 
@@ -71,7 +71,7 @@ def compile_all(devices: list[Path], hosts: list[Path], work: Path) -> None:
     common = ["-std=c++17", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
 
     def compile_device(file: Path) -> None:
-        architecture = "90a" if file.stem.endswith("_hopper") else "80"
+        architecture = "90a" if file.stem.endswith("_hopper") else "89" if file.stem.endswith("_fp8") else "80"
         kept = work / file.stem
         kept.mkdir()
         command = [compiler, *common, "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--keep"]

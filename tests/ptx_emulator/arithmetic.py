@@ -215,6 +215,9 @@ class Arithmetic:
         return self.write(f, to, kind, S, self.read(f, source, kind, S))
 
     def op_cvt(self, f: Function, ins: Instruction, S: str) -> Lines:
+        if ins.op[1:] == ("rn", "satfinite", "e4m3x2", "f32"):
+            high, low = (self.read(f, x, "f32", S) for x in ins.args[1:3])
+            return self.write(f, ins.args[0], "b16", S, f"joined(to_e4m3({low}), to_e4m3({high}))")
         kinds = [part for part in ins.op[1:] if part in SIZES]
         to, source = kinds[-2], kinds[-1]
         modes = set(ins.op[1:]) - set(kinds)

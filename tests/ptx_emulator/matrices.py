@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from .parse import PtxError
-from .values import from_bfloat16
+from .values import from_bfloat16, from_e4m3
+
+#: The types of a product of bytes: of its result, of its operands and of what is added.
+SIGNED = ("s32", "s8", "s8", "s32")
+E4M3 = ("f32", "e4m3", "e4m3", "f32")
 
 
 class Matrices:
@@ -70,22 +74,37 @@ class Matrices:
             self.F[register][S] = D[:, i].reshape(-1)
 
     def do_mma_of_bytes(self, f, ins, lanes, S):
-        """Signed bytes, four to a word: the words lie as those of m16n8k8, the sums are 32-bit integers."""
-        if ins.op[1:] != ("sync", "aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"):
+        """Bytes, four to a word: the words lie as those of m16n8k8, the sums of signed ones are 32-bit integers."""
+        kinds = ins.op[6:]
+        if ins.op[1:6] != ("sync", "aligned", "m16n8k32", "row", "col") or kinds not in (SIGNED, E4M3):
             raise PtxError(ins.text)
         d, a, b, c = [[self.program.registers[f.name, x[1]] for x in group[1]] for group in ins.args]
         warps = lanes.size // 32
         A = np.stack([self.U[r][S].reshape(warps, 32) for r in a], axis=1)[:, A8[0], A8[1]]
         B = np.stack([self.U[r][S].reshape(warps, 32) for r in b], axis=1)[:, B8[0], B8[1]]
         C = np.stack([self.U[r][S].reshape(warps, 32) for r in c], axis=1).view(np.int32)
-        A = np.ascontiguousarray(A).view(np.int8).reshape(warps, 16, 32).astype(np.int32)
-        B = np.ascontiguousarray(B.transpose(0, 2, 1)).view(np.int8).reshape(warps, 8, 32).astype(np.int32)
-        D = C + np.matmul(A, B.transpose(0, 2, 1))[:, C_ROW, C_COLUMN]
+        A = np.ascontiguousarray(A).view(np.uint8).reshape(warps, 16, 32)
+        B = np.ascontiguousarray(B.transpose(0, 2, 1)).view(np.uint8).reshape(warps, 8, 32)
+        if kinds == E4M3:
+            products = from_e4m3(A)[:, :, None, :] * from_e4m3(B)[:, None, :, :]
+            terms = np.append(products[:, C_ROW, C_COLUMN], C.view(np.float32)[..., None], axis=-1)
+            D = sum_of_14_bits(terms).astype(np.float32).view(np.int32)
+        else:
+            A, B = (X.view(np.int8).astype(np.int32) for X in (A, B))
+            D = C + np.matmul(A, B.transpose(0, 2, 1))[:, C_ROW, C_COLUMN]
         for i, register in enumerate(d):
             self.U[register][S] = D[:, i].reshape(-1).view(np.uint32)
 
     def do_bar(self, f, ins, lanes, S):
         pass  # bar.warp.sync: the warp has met
+
+
+def sum_of_14_bits(terms: np.ndarray) -> np.ndarray:
+    """[..., n] added up as 8.9 adds products of e4m3: each cut off below 2^-13 of the largest (arXiv:2411.10958)."""
+    largest = np.abs(terms).max(-1, keepdims=True)
+    _, exponent = np.frexp(np.nan_to_num(largest))
+    unit = np.ldexp(1.0, exponent - 14)  # frexp's fraction begins with 1/2
+    return (np.trunc(terms / unit) * unit).sum(-1)
 
 
 def halves_of(words: np.ndarray, kind: str, split: bool = True) -> np.ndarray:

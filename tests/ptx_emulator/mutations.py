@@ -16,6 +16,7 @@ from typing import NamedTuple
 import draw
 import torch
 import torch.nn.functional as F
+import vit
 from vit.parity import backend_ops
 from vit.parity.problems import Ops
 
@@ -73,6 +74,18 @@ def rms_norm(rows: int = 300, columns: int = 72) -> Call:
     return call
 
 
+def linear_fp8(k: int = 1024) -> Call:
+    """A large product and many that are lost beside it in a sum of 14 bits."""
+
+    def call(ops: Ops) -> float:
+        x, weight = torch.full((1, k), 15.0), torch.ones(1, k)
+        x[0, 0] = weight[0, 0] = 448.0
+        got = vit.ops.linear_fp8(x, weight.to(torch.float8_e4m3fn), torch.ones(1), backend="ptx_emulator")
+        return error([got], [x.double() @ weight.double().T])
+
+    return call
+
+
 def nth(pattern: str, new: str, i: int) -> Callable[[str], str]:
     """Replaces the i-th place that matches."""
 
@@ -107,6 +120,9 @@ PRODUCT = ("gemm_hopper", "kernelINS0_4bf16ELi64ELi64ELb1ELb1E")
 PORTABLE = ("gemm_mma", "kernelINS0_4bf16ELi64ELb1ELb1E")
 SHORT = ("attention_bwd_short", "kernelINS0_4bf16E")
 SCALAR = ("attention_scalar", "fwd_scalarIfLi128E")
+BYTES = ("linear_fp8", "gemm_mma_kernelINS0_4e4m3ELi64ELb1ELb1ENS0_14ScaledEpilogueIfE")
+#: A product of e4m3 into registers of its own, and their addition to the sums.
+ADDED = r"(e4m3\.f32) \{[^}]*\}, (\{[^}]*\}, \{[^}]*\}), \{[^}]*\};" + 4 * r"\s*add\.f32\s+(%f\d+), %f\d+, %f\d+;"
 COLUMNS = ("rms_norm", "weight_columnsIfE")
 TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 done, \[%r\d+\], %r\d+;"
 RELEASE = r"mbarrier\.arrive\.shared::cluster\.b64 _, \[remote\];"
@@ -139,6 +155,20 @@ MUTATIONS = [
     Mutation("another number of bytes expected", *PRODUCT, every(", 16384;", ", 16320;"), "automatic", matmul(k=1000)),
     Mutation("the first barrier removed", *PORTABLE, nth(BAR, "", 0), "portable", matmul()),
     Mutation("waits for one copy less", *PORTABLE, every("wait_group 2", "wait_group 3"), "portable", matmul()),
+    Mutation(
+        "the whole sum in the tensor cores",
+        *BYTES,
+        every(ADDED, r"\1 {\3, \4, \5, \6}, \2, {\3, \4, \5, \6};"),
+        "automatic",
+        linear_fp8(),
+    ),
+    Mutation(
+        "one half of b twice",
+        *BYTES,
+        nth(r"(\{%r\d+, %r\d+, %r\d+, %r\d+\}), \{(%r\d+), %r\d+\}", r"\1, {\2, \2}", 0),
+        "automatic",
+        linear_fp8(),
+    ),
     Mutation("no barrier between v and ds", *SHORT, nth(BAR, "", 1), "automatic", attention(130, True)),
     Mutation("the last barrier removed", *SHORT, nth(BAR, "", -1), "automatic", attention(130, True)),
     Mutation(

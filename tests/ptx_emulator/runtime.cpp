@@ -22,8 +22,9 @@ std::map<std::pair<int, const void*>, int> permitted;  // shared memory of a ker
 thread_local int current = 0;
 thread_local cudaError_t last = cudaSuccess;  // until it is asked for
 
-const int kDevices = 4;
-const int kMajor[kDevices] = {9, 8, 8, 12}, kMinor[kDevices] = {0, 0, 6, 0}, kShared[kDevices] = {227, 163, 99, 99};
+const int kDevices = 5;
+const int kMajor[kDevices] = {9, 8, 8, 12, 8}, kMinor[kDevices] = {0, 0, 6, 0, 9};
+const int kShared[kDevices] = {227, 163, 99, 99, 99};
 bool contexts[kDevices];
 int multiprocessors = 4;
 

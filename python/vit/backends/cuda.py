@@ -13,6 +13,8 @@ from ._base import NativeBackend, Spec, constant
 
 #: The oldest GPU the kernels run on: bfloat16 tensor cores and asynchronous copies begin there.
 MIN_CAPABILITY = (8, 0)
+#: Of ops that need a newer one: products of e4m3 begin there.
+MIN_CAPABILITIES = {"linear_fp8": (8, 9)}
 
 
 class Cuda(NativeBackend):
@@ -31,7 +33,7 @@ class Cuda(NativeBackend):
         reasons = super().reasons(spec)
         if spec.device_type == "cuda" and not self.unavailable():
             head_dim = spec.shapes.get("q", ("*",))[-1] if spec.op == "attention" else "*"
-            why = _unfit(spec.device_index)
+            why = _unfit(spec.device_index, spec.op)
             if why is None and isinstance(head_dim, int) and spec.dtype in self.codes:
                 why = _too_large(spec.device_index, spec.dtype, head_dim, spec.training)
             reasons += [why] if why else []
@@ -66,17 +68,21 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 
-def _code_for(capability: tuple[int, int], architectures: str) -> tuple[bool, bool]:
+def _code_for(
+    capability: tuple[int, int], architectures: str, least: tuple[int, int] = MIN_CAPABILITY
+) -> tuple[bool, bool]:
     """Whether a build for these architectures (CMake's words) has machine code for a GPU, and PTX that it could run.
 
     Machine code runs on GPUs of its major and an equal or higher minor number. PTX, all of it, is of the lowest one.
+    Kernels that need more than a listed 8.x are compiled for the `least` that runs them (csrc/cuda/CMakeLists.txt).
     """
-    found = [(*divmod(int(n), 10), kind) for n, kind in re.findall(r"(\d+)[af]?(-real|-virtual)?", architectures)]
+    words = re.findall(r"(\d+)[af]?(-real|-virtual)?", architectures)
+    found = [(max(divmod(int(n), 10), least), kind) for n, kind in words]
     machine = any(
-        kind != "-virtual" and major == capability[0] and minor <= capability[1] for major, minor, kind in found
+        kind != "-virtual" and major == capability[0] and minor <= capability[1] for (major, minor), kind in found
     )
-    lowest = min(((major, minor) for major, minor, _ in found), default=MIN_CAPABILITY)
-    return machine, any(kind != "-real" for *_, kind in found) and lowest <= capability
+    lowest = min((version for version, _ in found), default=least)
+    return machine, any(kind != "-real" for _, kind in found) and lowest <= capability
 
 
 @functools.cache
@@ -86,14 +92,16 @@ def _facts(info: Callable[[], Sequence[tuple[str, str]]]) -> dict[str, str]:
 
 
 @constant
-def _unfit(index: int | None) -> str | None:
-    """Why no kernel of this build runs on a GPU: it is too old, or there is no code for it that the driver takes."""
+def _unfit(index: int | None, op: str) -> str | None:
+    """Why no kernel of an op in this build runs on a GPU: it is too old, or there is no code for it that the driver
+    takes."""
     capability = torch.cuda.get_device_capability(index)
     shown = f"compute capability {capability[0]}.{capability[1]} of {torch.cuda.get_device_name(index)}"
-    if capability < MIN_CAPABILITY:
-        return f"{shown} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    least = MIN_CAPABILITIES.get(op, MIN_CAPABILITY)
+    if capability < least:
+        return f"{shown} is below {least[0]}.{least[1]}"
     facts = _facts(BACKEND.lib.info)
-    machine_code, ptx = _code_for(capability, facts["architectures"])
+    machine_code, ptx = _code_for(capability, facts["architectures"], least)
     if not machine_code and not ptx:
         wanted = "".join(map(str, capability))
         return (

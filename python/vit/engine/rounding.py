@@ -1,5 +1,5 @@
-"""Rounding of int8 weights that keeps a layer's output: an element takes over what rounding the elements before it has
-moved (GPTQ, arXiv:2210.17323).
+"""Rounding of weights that keeps a layer's output: an element takes over what rounding the elements before it has moved
+(GPTQ, arXiv:2210.17323).
 
 Columns are rounded one after the other. With inputs Y [tokens, K] and E = weight - rounded, known in the columns before
 k, the exact columns from k on would make |E Y^T|^2 + damping |E|^2 smallest with a shift of the weight; what is rounded
@@ -9,13 +9,16 @@ tokens], a hundredth of the work where K is 3072.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .smooth import Inputs
+
+Rounded = TypeVar("Rounded")
 
 #: Columns that are shifted for those before them by one matrix product.
 BLOCK = 64
@@ -25,6 +28,11 @@ DAMPING = 0.03
 
 #: Levels whose instructions add two products in 16 bits, which saturate: csrc/cpu/engine/int8.h, kPairs.
 PAIRS_SATURATE = ("v3", "v4")
+
+
+def nearest_integer(x: Tensor) -> Tensor:
+    """Of int8."""
+    return x.round().clamp_(-127, 127)
 
 
 def round_layers(tensors: Mapping[str, Tensor], inputs: Mapping[str, Inputs], pairs: bool) -> dict[str, Tensor]:
@@ -38,22 +46,26 @@ def round_layers(tensors: Mapping[str, Tensor], inputs: Mapping[str, Inputs], pa
     def round_layer(layer: str) -> dict[str, Tensor]:
         weight, found = tensors[f"{layer}.weight"], inputs[layer]
         scale = _steps(weight, pairs)
-        codes = _codes(weight / scale[:, None], found.rows - found.mean * found.weights[:, None], pairs)
+        codes = codes_of(weight / scale[:, None], found, nearest_integer, pairs)
         near = codes * scale[:, None]
         bias = tensors[f"{layer}.bias"] + (weight - near) @ found.mean
         return {f"{layer}.weight": near, f"{layer}.scale": scale, f"{layer}.bias": bias}
 
-    layers = [layer for layer in inputs if tensors[f"{layer}.weight"].shape[1] % 2 == 0]  # the engine refuses others
+    for found in each(round_layer, (layer for layer in inputs if tensors[f"{layer}.weight"].shape[1] % 2 == 0)):
+        rounded |= found  # the engine refuses others
+    return rounded
+
+
+def each(round_layer: Callable[[str], Rounded], layers: Iterable[str]) -> list[Rounded]:
+    """What rounding makes of each layer."""
     # A layer to a thread: threads that share its small operations wait for each other (ViT-S beside two programs on
     # the two cores of a Zen 5: 21.7 s, and 1.9 s so). The number that PyTorch gives to new threads is put back.
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for found in pool.map(round_layer, layers):
-                rounded |= found
+            return list(pool.map(round_layer, layers))
     finally:
         torch.set_num_threads(threads)
-    return rounded
 
 
 def _steps(weight: Tensor, pairs: bool) -> Tensor:
@@ -64,8 +76,13 @@ def _steps(weight: Tensor, pairs: bool) -> Tensor:
     return torch.where(largest > 0, largest / 127, torch.ones(()))
 
 
-def _codes(weight: Tensor, rows: Tensor, pairs: bool) -> Tensor:
-    """Whole numbers [N, K] near a weight in steps, for which rows @ (weight - codes).T is small; rows [tokens, K]."""
+def codes_of(weight: Tensor, inputs: Inputs, nearest: Callable[[Tensor], Tensor], pairs: bool = False) -> Tensor:
+    """Numbers [N, K] that can be stored, near a weight in steps, for which inputs @ (weight - codes).T varies little.
+
+    nearest: what is stored for the elements of a column; pairs: as of `round_layers`."""
+    columns = weight.shape[1]
+    rows = inputs.rows - inputs.mean * inputs.weights[:, None]
+    weight, rows = (torch.nn.functional.pad(t, (0, columns % 2)) for t in (weight, rows))
     power = rows.double().square().sum(0)
     # Strong channels first, as those behind them make up for their error; neighbours stay together.
     order = (power[::2] + power[1::2]).argsort(descending=True)
@@ -86,17 +103,17 @@ def _codes(weight: Tensor, rows: Tensor, pairs: bool) -> Tensor:
         inverse = torch.linalg.inv(torch.eye(block.shape[1], dtype=y.dtype) + block.T @ solved[i])
         factor = torch.linalg.cholesky(inverse).T
         shifted = exact + moved @ (solved[i] @ inverse).float()
-        found = _block(shifted.T.contiguous(), (factor / factor.diagonal()[:, None]).float(), pairs).T
+        found = _block(shifted.T.contiguous(), (factor / factor.diagonal()[:, None]).float(), nearest, pairs).T
         codes[:, i : i + BLOCK] = found
         moved += (exact - found) @ block.T.float()
-    return codes[:, order.argsort()]
+    return codes[:, order.argsort()[:columns]]
 
 
-def _block(columns: Tensor, shares: Tensor, pairs: bool) -> Tensor:
+def _block(columns: Tensor, shares: Tensor, nearest: Callable[[Tensor], Tensor], pairs: bool) -> Tensor:
     """The columns [k, N] rounded; column i shifts those behind it by shares[i] [k] times its error."""
     codes = torch.empty_like(columns)
     for i, column in enumerate(columns):
-        code = column.round().clamp_(-127, 127)
+        code = nearest(column)
         if pairs and i % 2:
             code = torch.minimum(torch.maximum(code, -127 - codes[i - 1]), 127 - codes[i - 1])
         codes[i] = code

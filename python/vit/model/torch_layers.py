@@ -162,7 +162,7 @@ def linear(
 ) -> Tensor:
     """An untouched Linear or QuantLinear, with what may be fused to it."""
     if isinstance(layer, QuantLinear):
-        return ops.linear_int8(x, layer.weight, layer.weight_scale, layer.bias, activation, residual, scale)
+        return layer.product(ops)(x, layer.weight, layer.weight_scale, layer.bias, activation, residual, scale)
     return ops.linear(x, *weight_and_bias(layer), activation, residual, scale)
 
 

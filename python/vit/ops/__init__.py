@@ -19,6 +19,7 @@ from ._attention import attention
 from ._gelu import gelu, quick_gelu, relu, silu
 from ._layer_norm import layer_norm
 from ._linear import linear
+from ._linear_fp8 import linear_fp8
 from ._linear_int8 import linear_int8
 from ._matmul import matmul
 from ._rms_norm import rms_norm
@@ -41,6 +42,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "linear_fp8",
     "linear_int8",
     "matmul",
     "movement",

@@ -21,10 +21,6 @@ def linear_fwd(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-def linear_int8(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x) * weight[0]
-
-
 def linear_bwd(dy: Shape, x: Shape | None, weight: Shape | None, *rest: Any, **__: Any) -> int:
     mask = rest[-1]
     width = weight[1] if weight is not None else x[-1] if x is not None else 0
@@ -78,8 +74,8 @@ def _attention(out: Shape, q: Shape, k: Shape | None, lengths: Shape | None) -> 
 
 
 FORMULAS: dict[str, Callable[..., int]] = {
-    f.__name__: f for f in (linear_fwd, linear_bwd, linear_int8, matmul_fwd, matmul_bwd, attention_fwd, attention_bwd)
-}
+    f.__name__: f for f in (linear_fwd, linear_bwd, matmul_fwd, matmul_bwd, attention_fwd, attention_bwd)
+} | dict.fromkeys(("linear_int8", "linear_fp8"), linear_fwd)
 _OPS: dict[Any, Callable[..., int]] = {}
 
 
