@@ -165,6 +165,7 @@ MAKERS: dict[str, Callable[[Path, Path], None]] = {
 
 def prepare(root: Path, name: str) -> Path:
     """The folder root/name, made if it is not there; Unavailable says why it cannot be."""
+    root = root.resolve()  # pip and dpkg run in another folder
     folder, unfinished = root / name, root / f".{name}"
     if not folder.is_dir():
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -362,14 +362,3 @@ def test_places_do_not_depend_on_the_size_of_the_picture(run: Path) -> None:
     apart = np.abs(np.array(large) / 10 - points).max(axis=1)  # resized once more, by the transform
     assert (apart < 1.5).sum() >= 10, "of 13; a heat map of two peaks as high as each other may change sides"
     assert len(shares) == 13
-
-
-@pytest.mark.slow
-def test_the_recipe_learns(tmp_path: Path) -> None:
-    """In small: three of its epochs find more than the mean place of each point, whose OKS is 0.28."""
-    from vit.training.config import recipe_options
-
-    options = recipe_options("stick_figures") | {"epochs": 3, "threads": 1, "warmup_epochs": 0.5}
-    found = train(TrainConfig(**options), out=tmp_path / "run").test
-    assert isinstance(found, Posed)
-    assert found.oks > 0.45
