@@ -164,14 +164,14 @@ void mma() {
 // ---- wgmma through the descriptors of the 128-byte swizzle ----
 
 // a and b lie as the tensor memory accelerator writes them: [rows, 64 k], or blocks of [64 k, 64 rows].
-template <bool kColumns>
+template <bool kMnMajor>
 __global__ void swizzled_kernel(const bf16* a, const bf16* b, float* out) {
 #ifdef VIT_CUDA_HOPPER
   bf16* tile_a = reinterpret_cast<bf16*>(shared_memory());
   bf16* tile_b = tile_a + 64 * 64;
   const auto fill = [](bf16* tile, const bf16* from, int rows) {
     for (int i = threadIdx.x; i < rows * 64; i += 128) {
-      const int line = kColumns ? i / rows : i / 64, place = kColumns ? i % rows : i % 64;
+      const int line = kMnMajor ? i / rows : i / 64, place = kMnMajor ? i % rows : i % 64;
       const int at = place / 64 * 4096 + swizzle_8<8>(line, place % 64 / 8) * 8 + place % 8;
       tile[at] = from[i];
     }
@@ -184,8 +184,8 @@ __global__ void swizzled_kernel(const bf16* a, const bf16* b, float* out) {
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 64; k += 16)
-    Wgmma<bf16, 128, kColumns, kColumns>::issue(sum, operand_descriptor<kColumns>(shared_address(tile_a), 0, k),
-                                                operand_descriptor<kColumns>(shared_address(tile_b), 0, k), k > 0);
+    Wgmma<bf16, 128, kMnMajor, kMnMajor>::issue(sum, operand_descriptor<kMnMajor>(shared_address(tile_a), 0, k),
+                                                operand_descriptor<kMnMajor>(shared_address(tile_b), 0, k), k > 0);
   wgmma_commit();
   wgmma_wait<0>(sum);
   store(out, sum);
@@ -350,9 +350,9 @@ __global__ void __launch_bounds__(384, 1) turns_kernel(int* out) {
   }
   cluster_barrier();
   if (group == 0) {
-    give_registers<40>();
+    warpgroup_reg_dealloc<40>();
   } else {
-    take_registers<232>();
+    warpgroup_reg_alloc<232>();
     const int other = 3 - group;
     if (group == 2) named_barrier_arrive(other, 256);
     for (int round = group - 1; round < 6; round += 2) {

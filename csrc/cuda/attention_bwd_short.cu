@@ -1,4 +1,4 @@
-// The backward of attention for short sequences (equations in attention_bwd.cu): one kernel, one block per head.
+// The backward of attention for short sequences (equations in attention_bwd_mma.cu): one kernel, one block per head.
 //
 // q, k, dout of a head lie in shared memory as a whole. Each warp owns 16 keys: their k and v stay in registers as a
 // fragments, dk and dv as sums, and it walks over all queries 16 at a time without a barrier. ds^T of the whole head is

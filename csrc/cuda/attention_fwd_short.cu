@@ -1,6 +1,6 @@
 // Attention for short sequences: one block per head, all its keys and values in shared memory.
 //
-// attention_fwd.cu reads k and v once per 64 queries from the L2 cache: at N = 197 2.4 times the bytes that device
+// attention_fwd_mma.cu reads k and v once per 64 queries from the L2 cache: at N = 197 2.4 times the bytes that device
 // memory delivers. Here they are read once. Each warp takes 16 queries at a time, straight into registers, and walks
 // over the keys 64 at a time (online softmax) without a barrier; the last keys arrive while the first are in use. Two
 // blocks fit on a multiprocessor, so that one loads while the other computes. 4 N L D FLOP; q, k, v read once, out

@@ -1,4 +1,5 @@
-// Attention in float32 and float64 by plain fused multiply-adds; equations as in attention_fwd.cu and attention_bwd.cu.
+// Attention in float32 and float64 by plain fused multiply-adds; equations as in attention_fwd_mma.cu and
+// attention_bwd_mma.cu.
 //
 // Compiled head dimensions: 64, 128 and 256. A block of 16 x 16 threads takes kTile = 16 kPer tokens of one head,
 // thread (y, x) the rows y + 16 i of them; the other side passes through shared memory kTile tokens at a time. Scores

@@ -2,7 +2,7 @@
 //
 // Bytes per element: forward one read and one write, backward two reads and one write; 15 to 30 FLOP. One thread takes
 // two 16-byte vectors, the block's threads side by side.
-#include "gelu_math.cuh"
+#include "activation.cuh"
 #include "runtime.cuh"
 
 namespace vit::cuda {

@@ -36,7 +36,7 @@ bool hopper_supports(const Gemm& g, const Context& context) {
   const auto fits = [](int64_t n) { return n < (int64_t{1} << 31) - 1024; };  // a tile further is an int, too
   const auto distinct = [](const Operand& o) { return o.row > 0 && o.k > 0 && o.batch >= 0; };
   return path() == Path::automatic && has_hopper_kernels(context.device) && a.vectors && b.vectors &&
-         (a.k_adjacent || !b.k_adjacent) && distinct(g.a) && distinct(g.b) && g.N % 8 == 0 && g.K >= 8 && fits(g.M) &&
+         (a.k_major || !b.k_major) && distinct(g.a) && distinct(g.b) && g.N % 8 == 0 && g.K >= 8 && fits(g.M) &&
          fits(g.N) && fits(g.K) && fits(g.batch) && is_aligned(g.out) && is_aligned(g.residual) &&
          is_aligned(g.preact) && is_aligned(g.bias) && is_aligned(g.scale);
 }
@@ -70,9 +70,9 @@ std::size_t gemm_workspace(const Gemm& g) {
 
 Access access(const Operand& o, DType dtype) {
   const int64_t group = 16 / static_cast<int64_t>(bytes(dtype));
-  const bool k_adjacent = o.k == 1 || o.row != 1;  // neither: element by element, as rows of k
-  const int64_t along = k_adjacent ? o.k : o.row, across = k_adjacent ? o.row : o.k;
-  return {k_adjacent, along == 1 && across % group == 0 && o.batch % group == 0 && is_aligned(o.data)};
+  const bool k_major = o.k == 1 || o.row != 1;  // neither: element by element, as rows of k
+  const int64_t along = k_major ? o.k : o.row, across = k_major ? o.row : o.k;
+  return {k_major, along == 1 && across % group == 0 && o.batch % group == 0 && is_aligned(o.data)};
 }
 
 void gemm(const char* op, const Gemm& g, const Context& context) {

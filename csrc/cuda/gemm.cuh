@@ -3,7 +3,7 @@
 // An operand is any strided matrix; which of its two strides is 1 tells how it is loaded.
 #pragma once
 
-#include "gelu_math.cuh"
+#include "activation.cuh"
 #include "layout.cuh"
 #include "runtime.cuh"
 #include "types.cuh"
@@ -52,8 +52,8 @@ void gemm_hopper(const char* op, const Gemm&, const Context&);
 
 // An operand can be copied in 16-byte pieces when it is aligned and one stride is 1.
 struct Access {
-  bool k_adjacent;  // rows of k, else columns of m or n
-  bool vectors;     // 16-byte copies, else element by element
+  bool k_major;  // rows of k, else columns of m or n
+  bool vectors;  // 16-byte copies, else element by element
 };
 Access access(const Operand&, DType);
 

@@ -55,8 +55,8 @@ __device__ inline HopperPlace hopper_place(const HopperWork& work, int tile, int
 
 #ifdef VIT_CUDA_HOPPER
 
-// The place in the ring of stages, and the parity of its current round.
-struct Ring {
+// The place in the pipeline of stages, and the parity of its current round.
+struct PipelineState {
   int stage = 0;
   uint32_t parity = 0;
 
@@ -69,9 +69,9 @@ struct Ring {
 };
 
 // One operand's share of a stage: rows row.. of k, in boxes of 64 m or n where those are adjacent.
-template <int kRows, bool kAdjacent>
+template <int kRows, bool kKMajor>
 __device__ inline void hopper_load(unsigned char* to, const TensorMap* map, uint64_t* full, int row, int k, int batch) {
-  if constexpr (kAdjacent) {
+  if constexpr (kKMajor) {
     tensor_load(to, map, full, k, row, batch);
   } else {
 #pragma unroll
@@ -80,12 +80,12 @@ __device__ inline void hopper_load(unsigned char* to, const TensorMap* map, uint
 }
 
 // The operand both blocks of a cluster use: block `rank` loads its half for both.
-template <int kRows, bool kAdjacent>
+template <int kRows, bool kKMajor>
 __device__ inline void hopper_load_half(unsigned char* to, const TensorMap* map, uint64_t* full, int row, int k,
                                         int batch, int rank) {
   constexpr int kHalf = kRows / 2;
   to += rank * kHalf * 128;
-  if constexpr (kAdjacent) {
+  if constexpr (kKMajor) {
     tensor_load_multicast(to, map, full, k, row + rank * kHalf, batch, 3);
   } else {
     static_assert(kHalf % 64 == 0, "a half is whole boxes of 64 columns");
@@ -142,7 +142,7 @@ __device__ inline void hopper_epilogue(const Epilogue<T>& e, const HopperPlace& 
 
 #endif  // VIT_CUDA_HOPPER
 
-template <class T, int kM, int kN, bool kAdjacentA, bool kAdjacentB, int kCluster>
+template <class T, int kM, int kN, bool kKMajorA, bool kKMajorB, int kCluster>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     gemm_hopper_kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
                        HopperWork work, Epilogue<T> epilogue) {
@@ -169,33 +169,33 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     __syncthreads();
 
   if (group == 0) {
-    give_registers<kProducerRegisters>();
+    warpgroup_reg_dealloc<kProducerRegisters>();
     if (threadIdx.x == 0) {
       prefetch_tensor_map(&map_a);
       prefetch_tensor_map(&map_b);
-      Ring ring;
+      PipelineState pipeline;
       for (int tile = mine; tile < work.tiles; tile += clusters) {
         const HopperPlace at = hopper_place<kM, kN, kCluster>(work, tile, rank);
         const int batch = at.plane % work.batches;
         const int batch_a = work.a_batched ? batch : 0, batch_b = work.b_batched ? batch : 0;
         for (int step = 0; step < at.steps; ++step) {
-          barrier_wait(empty + ring.stage, ring.parity ^ 1);
-          unsigned char* to = shared + ring.stage * Tile::kStageBytes;
-          uint64_t* barrier = full + ring.stage;
+          barrier_wait(empty + pipeline.stage, pipeline.parity ^ 1);
+          unsigned char* to = shared + pipeline.stage * Tile::kStageBytes;
+          uint64_t* barrier = full + pipeline.stage;
           const int k = at.k_begin + step * kHopperK;
           barrier_expect(barrier, Tile::kStageBytes);
-          hopper_load<kM, kAdjacentA>(to, &map_a, barrier, at.m, k, batch_a);
+          hopper_load<kM, kKMajorA>(to, &map_a, barrier, at.m, k, batch_a);
           if constexpr (kCluster > 1)
-            hopper_load_half<kN, kAdjacentB>(to + Tile::kBytesA, &map_b, barrier, at.n, k, batch_b, rank);
+            hopper_load_half<kN, kKMajorB>(to + Tile::kBytesA, &map_b, barrier, at.n, k, batch_b, rank);
           else
-            hopper_load<kN, kAdjacentB>(to + Tile::kBytesA, &map_b, barrier, at.n, k, batch_b);
-          ring.template advance<kStages>(1);
+            hopper_load<kN, kKMajorB>(to + Tile::kBytesA, &map_b, barrier, at.n, k, batch_b);
+          pipeline.template advance<kStages>(1);
         }
       }
     }
     __syncwarp();  // the barrier below wants whole warps
   } else {
-    take_registers<kConsumerRegisters>();
+    warpgroup_reg_alloc<kConsumerRegisters>();
     const int lane = threadIdx.x % 32;
     const auto release = [&](int stage) {
       if (lane < kCluster) barrier_arrive(empty + stage, static_cast<uint32_t>(lane));
@@ -204,36 +204,35 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     // apart, not three, so nobody may run more than one round behind. Named barriers 1 and 2, one per warpgroup.
     const int other = 3 - group;
     if (group == 2) named_barrier_arrive(other, 256);
-    Ring ring;
+    PipelineState pipeline;
     int turn = 0;
     for (int tile = mine; tile < work.tiles; tile += clusters, ++turn) {
       const HopperPlace at = hopper_place<kM, kN, kCluster>(work, tile, rank);
       if (turn % 2 != group - 1) {  // the other warpgroup's tile
-        ring.template advance<kStages>(at.steps);
+        pipeline.template advance<kStages>(at.steps);
         continue;
       }
       named_barrier_wait(group, 256);
       float sum[kM / 64][kN / 2];
       for (int step = 0; step < at.steps; ++step) {
-        barrier_wait(full + ring.stage, ring.parity);
-        const uint32_t tile_a = shared_address(shared + ring.stage * Tile::kStageBytes);
+        barrier_wait(full + pipeline.stage, pipeline.parity);
+        const uint32_t tile_a = shared_address(shared + pipeline.stage * Tile::kStageBytes);
         const uint32_t tile_b = tile_a + Tile::kBytesA;
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kHopperK; k += 16)
 #pragma unroll
           for (int i = 0; i < kM / 64; ++i)
-            Wgmma<T, kN, !kAdjacentA, !kAdjacentB>::issue(sum[i], operand_descriptor<!kAdjacentA>(tile_a, 64 * i, k),
-                                                          operand_descriptor<!kAdjacentB>(tile_b, 0, k),
-                                                          step > 0 || k > 0);
+            Wgmma<T, kN, !kKMajorA, !kKMajorB>::issue(sum[i], operand_descriptor<!kKMajorA>(tile_a, 64 * i, k),
+                                                      operand_descriptor<!kKMajorB>(tile_b, 0, k), step > 0 || k > 0);
         wgmma_commit();
         wgmma_wait<1>();  // the step before is done with its stage
-        if (step > 0) release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
-        ring.template advance<kStages>(1);
+        if (step > 0) release(pipeline.stage == 0 ? kStages - 1 : pipeline.stage - 1);
+        pipeline.template advance<kStages>(1);
       }
       if (tile + clusters < work.tiles) named_barrier_arrive(other, 256);
       wgmma_wait<0>(sum);
-      release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
+      release(pipeline.stage == 0 ? kStages - 1 : pipeline.stage - 1);
       hopper_epilogue<T, kM, kN>(epilogue, at, sum);
     }
   }
@@ -254,23 +253,23 @@ constexpr HopperChoice hopper_choice(int64_t M, int64_t N, int64_t planes, bool 
   return {128, 128, 2};
 }
 
-template <class T, int kM, int kN, bool kAdjacentA, bool kAdjacentB, int kCluster>
+template <class T, int kM, int kN, bool kKMajorA, bool kKMajorB, int kCluster>
 void launch_hopper(const char* op, const Gemm& g, const Context& context) {
   using Tile = HopperTile<kM, kN>;
   const bool bfloat16 = g.dtype == DType::bfloat16;
-  const auto encode = [&](const Operand& o, bool adjacent, int64_t rows, int box_rows, TensorMap& map) {
+  const auto encode = [&](const Operand& o, bool k_major, int64_t rows, int box_rows, TensorMap& map) {
     const auto size = [](int64_t n) { return static_cast<uint64_t>(n); };
     const uint64_t batches = o.batch == 0 ? 1 : size(g.batch);
-    const uint64_t dims[3] = {size(adjacent ? g.K : rows), size(adjacent ? rows : g.K), batches};
-    const int64_t across = adjacent ? o.row : o.k;
+    const uint64_t dims[3] = {size(k_major ? g.K : rows), size(k_major ? rows : g.K), batches};
+    const int64_t across = k_major ? o.row : o.k;
     const uint64_t strides[2] = {size(across) * 2, size(o.batch == 0 ? 8 : o.batch) * 2};
-    const int box1 = adjacent ? box_rows : kHopperK;
+    const int box1 = k_major ? box_rows : kHopperK;
     if (!encode_tensor_map(map, o.data, bfloat16, dims, strides, 64, static_cast<uint32_t>(box1)))
       fail(op, "the driver refuses a tensor map for " + Shape({{"M", g.M}, {"N", g.N}, {"K", g.K}}).text());
   };
   TensorMap map_a, map_b;
-  encode(g.a, kAdjacentA, g.M, kM, map_a);
-  encode(g.b, kAdjacentB, g.N, kN / kCluster, map_b);
+  encode(g.a, kKMajorA, g.M, kM, map_a);
+  encode(g.b, kKMajorB, g.N, kN / kCluster, map_b);
   const auto small = [](int64_t n) { return static_cast<int>(n); };  // hopper_supports looks at M, N, K and batch
   HopperWork work;
   work.tiles_m = small(divide_up(g.M, kM * kCluster));
@@ -284,7 +283,7 @@ void launch_hopper(const char* op, const Gemm& g, const Context& context) {
   work.a_batched = g.a.batch != 0;
   work.b_batched = g.b.batch != 0;
   const int64_t clusters = smaller<int64_t>(tiles, larger(1, multiprocessors(context.device) / kCluster));
-  launch<gemm_hopper_kernel<T, kM, kN, kAdjacentA, kAdjacentB, kCluster>>(
+  launch<gemm_hopper_kernel<T, kM, kN, kKMajorA, kKMajorB, kCluster>>(
       {op, Shape({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, clusters * kCluster,
        kHopperThreads, static_cast<std::size_t>(Tile::kSharedBytes), kCluster},
       map_a, map_b, work, Epilogue<T>(g));
@@ -293,9 +292,9 @@ void launch_hopper(const char* op, const Gemm& g, const Context& context) {
 template <class T>
 void run(const char* op, const Gemm& g, const Context& context) {
   const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
-  const HopperChoice choice = hopper_choice(g.M, g.N, g.batch * g.splits, !a.k_adjacent, !b.k_adjacent);
-  if (!a.k_adjacent) return launch_hopper<T, 128, 128, false, false, 2>(op, g, context);
-  if (!b.k_adjacent) {
+  const HopperChoice choice = hopper_choice(g.M, g.N, g.batch * g.splits, !a.k_major, !b.k_major);
+  if (!a.k_major) return launch_hopper<T, 128, 128, false, false, 2>(op, g, context);
+  if (!b.k_major) {
     if (choice.m == 64) return launch_hopper<T, 64, 64, true, false, 1>(op, g, context);
     return launch_hopper<T, 128, 128, true, false, 2>(op, g, context);
   }

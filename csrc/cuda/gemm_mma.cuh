@@ -24,13 +24,13 @@ inline constexpr int kGemmThreads = 128;
 // A tile of kRows rows (m or n) by kTileK of one operand in shared memory: as rows of k when k is adjacent in memory,
 // else as kTileK rows of m or n, so that global memory is read along its adjacent elements in both cases. Groups are of
 // 16 bytes.
-template <class T, int kRows, bool kAdjacent>
+template <class T, int kRows, bool kKMajor>
 struct Tile {
   static constexpr int kGroup = kVector<T>, kGroups = kRows * kTileK<T> / kGroup;
-  static constexpr int kGroupsPerLine = (kAdjacent ? kTileK<T> : kRows) / kGroup;
+  static constexpr int kGroupsPerLine = (kKMajor ? kTileK<T> : kRows) / kGroup;
 
   __device__ static T* at(T* tile, int line, int group) {
-    if constexpr (kAdjacent)
+    if constexpr (kKMajor)
       return tile + kGroup * swizzle_4(line, group);
     else if constexpr (sizeof(T) == 2)
       return tile + kGroup * swizzle_8<kGroupsPerLine>(line, group);
@@ -46,8 +46,8 @@ struct Tile {
     for (int i = 0; i < kGroups / kGemmThreads; ++i) {
       const int index = i * kGemmThreads + static_cast<int>(threadIdx.x);
       const int line = index / kGroupsPerLine, group = index % kGroupsPerLine;
-      const int64_t r = row + (kAdjacent ? line : kGroup * group), c = k + (kAdjacent ? kGroup * group : line);
-      const int64_t left = r < rows && c < K ? (kAdjacent ? K - c : rows - r) : 0;
+      const int64_t r = row + (kKMajor ? line : kGroup * group), c = k + (kKMajor ? kGroup * group : line);
+      const int64_t left = r < rows && c < K ? (kKMajor ? K - c : rows - r) : 0;
       const int count = left < kGroup ? static_cast<int>(left) : kGroup;
       copy_async_16(at(tile, line, group), count > 0 ? data + r * o.row + c * o.k : data,
                     count * static_cast<int>(sizeof(T)));
@@ -60,14 +60,14 @@ struct Tile {
     constexpr int kLine = kGroupsPerLine * kGroup;  // elements
     for (int i = threadIdx.x; i < kRows * kTileK<T>; i += kGemmThreads) {
       const int line = i / kLine, place = i % kLine;
-      const int64_t r = row + (kAdjacent ? line : place), c = k + (kAdjacent ? place : line);
+      const int64_t r = row + (kKMajor ? line : place), c = k + (kKMajor ? place : line);
       at(tile, line, place / kGroup)[place % kGroup] = r < rows && c < K ? data[r * row_stride + c * k_stride] : T{0};
     }
   }
 
   // The a fragment of rows row..row + 15 and kMmaK from k on, relative to the tile.
   __device__ static void load_a(uint32_t (&fragment)[4], T* tile, int row, int k, int lane) {
-    if constexpr (kAdjacent) {
+    if constexpr (kKMajor) {
       const MatrixAddress m = a_address(lane);
       load_matrices(fragment, at(tile, row + m.row, k / kGroup + m.group));
     } else if constexpr (sizeof(T) == 2) {
@@ -82,7 +82,7 @@ struct Tile {
 
   // The b fragments of rows (n) row..row + 7 and row + 8..row + 15.
   __device__ static void load_b(uint32_t (&fragment)[4], T* tile, int row, int k, int lane) {
-    if constexpr (kAdjacent) {
+    if constexpr (kKMajor) {
       const MatrixAddress m = b_address(lane);
       load_matrices(fragment, at(tile, row + m.row, k / kGroup + m.group));
     } else if constexpr (sizeof(T) == 2) {
@@ -103,13 +103,13 @@ struct Tile {
   }
 };
 
-template <class T, int kTile, bool kAdjacentA, bool kAdjacentB, class E>
+template <class T, int kTile, bool kKMajorA, bool kKMajorB, class E>
 __global__ void __launch_bounds__(kGemmThreads)
     gemm_mma_kernel(Operand a, Operand b, int64_t batches, int64_t K, int64_t K_split, bool a_vectors, bool b_vectors,
                     const __grid_constant__ E epilogue) {
   using Sum = MmaSum<T>;
-  using TileA = Tile<T, kTile, kAdjacentA>;
-  using TileB = Tile<T, kTile, kAdjacentB>;
+  using TileA = Tile<T, kTile, kKMajorA>;
+  using TileB = Tile<T, kTile, kKMajorB>;
   constexpr int kWarpTile = kTile / 2, kMs = kWarpTile / 16, kNs = kWarpTile / 8;
   constexpr int kOperandElements = kTile * kTileK<T>;
   // e4m3 has products that wait beside the sums: with both steps of k at once 160 bytes of registers were spilled.

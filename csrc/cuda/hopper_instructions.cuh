@@ -121,12 +121,12 @@ __device__ inline void named_barrier_arrive(int id, int threads) {
 }
 
 template <int registers>
-__device__ inline void give_registers() {
+__device__ inline void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
 template <int registers>
-__device__ inline void take_registers() {
+__device__ inline void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
@@ -160,12 +160,12 @@ __device__ inline void fence_for_wgmma() { asm volatile("fence.proxy.async.share
 
 // d[64, kN] (+)= a[64, 16] b[kN, 16]^T, a and b through descriptors (layout.cuh), asynchronous. Element i of d belongs
 // to row 16 warp + fragment_row(lane, i % 4), column 8 (i / 4) + fragment_column(lane, i % 4). Without `add` d is
-// overwritten. kColumnsA, kColumnsB: the operand's rows (m, n) are adjacent in memory instead of k.
-template <class T, int kN, bool kColumnsA, bool kColumnsB>
+// overwritten. kMnMajorA, kMnMajorB: the operand's rows (m, n) are adjacent in memory instead of k.
+template <class T, int kN, bool kMnMajorA, bool kMnMajorB>
 struct Wgmma;
 
 // The same with a in registers: each warp's fragment of its 16 rows. They stay untouched until the wait.
-template <class T, int kN, bool kColumnsB>
+template <class T, int kN, bool kMnMajorB>
 struct WgmmaRegisters;
 
 // "%0, %1, ..." in tens (t is empty or a digit or two), and as many operands in eights.
@@ -198,21 +198,21 @@ struct WgmmaRegisters;
 
 // The numbers after H, half of N, are those of the operands behind the accumulators.
 #define VIT_WGMMA(T, TYPE, N, H, A, B, ADD, TA, TB)                                                  \
-  template <bool kColumnsA, bool kColumnsB>                                                          \
-  struct Wgmma<T, N, kColumnsA, kColumnsB> {                                                         \
+  template <bool kMnMajorA, bool kMnMajorB>                                                          \
+  struct Wgmma<T, N, kMnMajorA, kMnMajorB> {                                                         \
     __device__ static void issue(float (&d)[H], uint64_t a, uint64_t b, bool add) {                  \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD                                     \
                    ", 0;\n"                                                                          \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" VIT_TEXT_##H \
                    "}, %" #A ", %" #B ", add, 1, 1, %" #TA ", %" #TB ";\n}"                          \
                    : VIT_LIST_##H                                                                    \
-                   : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(kColumnsA)),   \
-                     "n"(static_cast<int>(kColumnsB)));                                              \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(kMnMajorA)),   \
+                     "n"(static_cast<int>(kMnMajorB)));                                              \
     }                                                                                                \
   };
 #define VIT_WGMMA_REGISTERS(T, TYPE, N, H, A0, A1, A2, A3, B, ADD, TB)                               \
-  template <bool kColumnsB>                                                                          \
-  struct WgmmaRegisters<T, N, kColumnsB> {                                                           \
+  template <bool kMnMajorB>                                                                          \
+  struct WgmmaRegisters<T, N, kMnMajorB> {                                                           \
     __device__ static void issue(float (&d)[H], const uint32_t (&a)[4], uint64_t b, bool add) {      \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD                                     \
                    ", 0;\n"                                                                          \
@@ -220,7 +220,7 @@ struct WgmmaRegisters;
                    "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, %" #TB ";\n}"   \
                    : VIT_LIST_##H                                                                    \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), \
-                     "n"(static_cast<int>(kColumnsB)));                                              \
+                     "n"(static_cast<int>(kMnMajorB)));                                              \
     }                                                                                                \
   };
 #define VIT_BOTH(MACRO, ...)       \

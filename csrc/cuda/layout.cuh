@@ -82,9 +82,9 @@ VIT_HOST_DEVICE constexpr uint64_t wgmma_descriptor(uint32_t address, uint32_t l
 
 // The descriptor of 16 k starting at `k` of the tile at `address`: rows `row`.. (a multiple of 64 for columns, of 8
 // else).
-template <bool kColumns>
+template <bool kMnMajor>
 VIT_HOST_DEVICE constexpr uint64_t operand_descriptor(uint32_t address, int row, int k) {
-  if (kColumns) return wgmma_descriptor(address + row / 64 * 8192 + k * 128, 8192, 1024);
+  if (kMnMajor) return wgmma_descriptor(address + row / 64 * 8192 + k * 128, 8192, 1024);
   return wgmma_descriptor(address + row * 128 + k * 2, 16, 1024);
 }
 

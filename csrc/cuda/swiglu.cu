@@ -1,8 +1,9 @@
-// y = silu(gate) x, silu(g) = g / (1 + exp(-g)) (gelu_math.cuh); backward dx = dy silu(gate), dgate = dy x silu'(gate).
+// y = silu(gate) x, silu(g) = g / (1 + exp(-g)) (activation.cuh); backward dx = dy silu(gate), dgate = dy x
+// silu'(gate).
 //
 // Bytes per element: forward two reads and one write, backward three reads and two writes; 10 to 20 FLOP. One thread
 // takes one 16-byte vector of a row where rows have them.
-#include "gelu_math.cuh"
+#include "activation.cuh"
 #include "runtime.cuh"
 
 namespace vit::cuda {

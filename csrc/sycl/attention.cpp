@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "check.h"
-#include "product.h"
+#include "gemm.h"
 
 namespace vit {
 namespace {

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "check.h"
-#include "product.h"
+#include "gemm.h"
 
 namespace vit {
 namespace {
@@ -19,9 +19,9 @@ std::string instance(const char* name, std::initializer_list<DType> types) {
 enum ForwardKernel { kPackWeight, kForwardProduct, kPackRows };  // the last for rows that are not read in place
 const Family kForward = {6, "linear.h", [](const std::vector<DType>& d) {
                            const DType acc = accumulator(d[0]);
-                           std::vector<std::string> names{pack_right_name(d[1], acc, false),
+                           std::vector<std::string> names{pack_b_name(d[1], acc, false),
                                                           instance("linear_fwd", {d[0], d[1], d[2], acc})};
-                           if (d[0] != acc) names.push_back(pack_left_name(d[0], acc, false));
+                           if (d[0] != acc) names.push_back(pack_a_name(d[0], acc, false));
                            return names;
                          }};
 
@@ -39,10 +39,10 @@ const Family kBackward = {7, "linear.h", [](const std::vector<DType>& d) {
                             const DType acc = accumulator(d[0]);
                             return std::vector<std::string>{instance("linear_dz", {d[0], d[2]}),
                                                             instance("column_sums", {acc, d[1]}),
-                                                            pack_right_name(d[1], acc, true),
+                                                            pack_b_name(d[1], acc, true),
                                                             product_name(d[0], acc),
                                                             instance("linear_transpose", {acc}),
-                                                            pack_right_name(d[0], acc, true),
+                                                            pack_b_name(d[0], acc, true),
                                                             product_name(d[1], acc),
                                                             instance("column_sums", {acc, acc})};
                           }};
@@ -50,7 +50,7 @@ const Family kBackward = {7, "linear.h", [](const std::vector<DType>& d) {
 struct Forward {
   Operand x, weight;
   Shape shape;
-  char *packed, *left;
+  char *packed_weight, *packed_x;
   int64_t bytes;
 
   Forward(const LinearFwd& p, char* base)
@@ -58,8 +58,8 @@ struct Forward {
         weight{p.weight, 0, 1, p.weight_stride, p.param_dtype},
         shape{1, p.M, p.N, p.K, accumulator(p.dtype)} {
     Arena arena{base};
-    packed = arena.take(packed_right_bytes(p.context, weight, shape));
-    left = arena.take(packed_left_bytes(x, shape));
+    packed_weight = arena.take(packed_b_bytes(p.context, weight, shape));
+    packed_x = arena.take(packed_a_bytes(x, shape));
     bytes = arena.used;
   }
 };
@@ -94,7 +94,7 @@ struct Backward {
     dz = arena.take(dz_is_dy ? 0 : p.M * p.N * size);
     partial = arena.take(units * p.N * size);
     partial_scale = arena.take(units * p.N * size);
-    packed = arena.take(std::max(packed_right_bytes(p.context, weight, dx), packed_right_bytes(p.context, x, dweight)));
+    packed = arena.take(std::max(packed_b_bytes(p.context, weight, dx), packed_b_bytes(p.context, x, dweight)));
     transposed = arena.take(p.M * p.N * size);
     bytes = arena.used;
   }
@@ -111,8 +111,8 @@ void linear_fwd(const LinearFwd& p) {
   Forward f(p, static_cast<char*>(call.scratch(p.workspace, linear_fwd_workspace(p))));
   f.x.data = call.in(p.x, extent(p.M, p.x_stride, p.K, 1), size);
   f.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), param);
-  const Packed weight = pack_right(call, bundle, kPackWeight, f.weight, f.shape, f.packed);
-  const Packed x = pack_left(call, bundle, kPackRows, f.x, f.shape, f.left);
+  const Packed weight = pack_b(call, bundle, kPackWeight, f.weight, f.shape, f.packed_weight);
+  const Packed x = pack_a(call, bundle, kPackRows, f.x, f.shape, f.packed_x);
   const int64_t units = product_units(call, f.shape);
   call.launch(bundle, kForwardProduct, units, x.data, weight.data, call.in(p.bias, p.N, param),
               call.in(p.scale, p.N, size_of(accumulator(p.dtype))), call.in(p.residual, p.M * p.N, result),
@@ -141,7 +141,7 @@ void linear_bwd(const LinearBwd& p) {
                 p.activation, rows, b.units);
   if (p.dx && p.M && p.K) {
     b.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), param);
-    const Packed weight = pack_right(call, bundle, kPackWeightRows, b.weight, b.dx, b.packed);
+    const Packed weight = pack_b(call, bundle, kPackWeightRows, b.weight, b.dx, b.packed);
     run_product(call, bundle, kProductDx, {dz, p.N, 0}, weight, call.out(p.dx, p.M * p.K, size), b.dx);
   }
   if (transposes) {
@@ -157,7 +157,7 @@ void linear_bwd(const LinearBwd& p) {
                 call.out(p.dbias, p.N, param), b.units, static_cast<int>(p.N));
   if (p.dweight && p.N && p.K) {
     b.x.data = call.in(p.x, extent(p.M, p.x_stride, p.K, 1), size);
-    const Packed x = pack_right(call, bundle, kPackX, b.x, b.dweight, b.packed);
+    const Packed x = pack_b(call, bundle, kPackX, b.x, b.dweight, b.packed);
     run_product(call, bundle, kProductDweight, {transposed, p.M, 0}, x, call.out(p.dweight, p.N * p.K, param),
                 b.dweight);
   }

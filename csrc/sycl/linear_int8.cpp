@@ -1,6 +1,6 @@
 // linear_int8 on the device: sizes to launches (kernels: kernels/linear_int8.h).
 #include "check.h"
-#include "product.h"
+#include "gemm.h"
 
 namespace vit {
 namespace {
@@ -13,7 +13,7 @@ enum Kernel { kQuantizeRows, kPackWeight, kProduct };
 const Family kLinearInt8 = {22, "linear_int8.h", [](const std::vector<DType>& d) {
                               return std::vector<std::string>{
                                   std::string("quantize_rows<") + type_name(d[0]) + ">",
-                                  "pack_right<signed char, float, false>",
+                                  "pack_b<signed char, float, false>",
                                   std::string("linear_int8<") + type_name(d[1]) + ">",
                               };
                             }};
@@ -31,7 +31,7 @@ struct Buffers {
     Arena arena{base};
     q = arena.take(p.M * p.K * static_cast<int64_t>(sizeof(float)));
     x_scale = arena.take(p.M * static_cast<int64_t>(sizeof(float)));
-    packed = arena.take(packed_right_bytes(p.context, weight, shape));
+    packed = arena.take(packed_b_bytes(p.context, weight, shape));
     bytes = arena.used;
   }
 };
@@ -49,7 +49,7 @@ void linear_int8(const LinearInt8& p) {
   call.launch(bundle, kQuantizeRows, ceil_div(p.M, kRows), call.in(p.x, extent(p.M, p.x_stride, p.K, 1), size),
               static_cast<void*>(b.q), static_cast<void*>(b.x_scale), M, K, p.x_stride, kRows);
   b.weight.data = call.in(p.weight, extent(p.N, p.weight_stride, p.K, 1), 1);
-  const Packed weight = pack_right(call, bundle, kPackWeight, b.weight, b.shape, b.packed);
+  const Packed weight = pack_b(call, bundle, kPackWeight, b.weight, b.shape, b.packed);
   const int64_t units = product_units(call, b.shape);
   call.launch(bundle, kProduct, units, static_cast<const void*>(b.q), weight.data, static_cast<const void*>(b.x_scale),
               call.in(p.weight_scale, p.N, sizeof(float)), call.in(p.bias, p.N, sizeof(float)),

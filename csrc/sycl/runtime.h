@@ -20,7 +20,7 @@ namespace vit::device {
 struct Variant {
   int lanes = 16;           // work-items of a sub-group
   int sub_groups = 1;       // per work-group
-  bool local = false;       // a work-group's sub-groups share the right operand of products in local memory
+  bool local = false;       // a work-group's sub-groups share the b of products in local memory
   bool staged = false;      // host memory is copied to the device and back, not used in place
   bool whole_heads = true;  // a few sub-groups fill the device: each takes whole heads of attention in the backward
 };

@@ -1,4 +1,4 @@
-"""The plan of a model: which backend runs each of its ops, chosen once from what its forward asks."""
+"""The plan of a model: which backend runs each of its ops, chosen once from the calls of its forward."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_failures_leave_the_race_and_say_why():
     workers, turns = [Worker(1) for _ in kinds], []
     try:
         outcomes = race(workers, candidate, [(kind,) for kind in kinds], 3, lambda i, what: turns.append((i, what)))
-        kind, calls = workers[0].ask("result")
+        kind, calls = workers[0].request("result")
     finally:
         for worker in workers:
             worker.stop()

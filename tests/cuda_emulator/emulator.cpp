@@ -258,8 +258,8 @@ void Product::run() const {
   std::vector<float> A(64 * 16), B(static_cast<std::size_t>(n) * 16);
   for (int k = 0; k < 16; ++k) {
     for (int m = 0; m < 64; ++m)
-      A[m * 16 + k] = a_registers[0] ? register_element(*this, m, k) : operand_element(*this, a, columns_a, m, k);
-    for (int i = 0; i < n; ++i) B[i * 16 + k] = operand_element(*this, b, columns_b, i, k);
+      A[m * 16 + k] = a_registers[0] ? register_element(*this, m, k) : operand_element(*this, a, mn_major_a, m, k);
+    for (int i = 0; i < n; ++i) B[i * 16 + k] = operand_element(*this, b, mn_major_b, i, k);
   }
   for (int thread = 0; thread < 128; ++thread)
     for (int i = 0; i < n / 2; ++i) {  // PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16": matrix D

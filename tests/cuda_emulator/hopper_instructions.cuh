@@ -41,7 +41,7 @@ struct Product {
   const uint32_t* a_registers[128];  // or null: a through its descriptor
   Block* block;
   uint64_t a, b;
-  bool add, columns_a, columns_b;
+  bool add, mn_major_a, mn_major_b;
   int n;
   float (*element)(uint16_t);
   void run() const;
@@ -171,9 +171,9 @@ inline void named_barrier_arrive(int id, int threads) {
 }
 
 template <int registers>
-void give_registers() {}
+void warpgroup_reg_dealloc() {}
 template <int registers>
-void take_registers() {}
+void warpgroup_reg_alloc() {}
 
 inline void fence_for_wgmma() { emulator::current->unfenced = false; }
 
@@ -191,33 +191,33 @@ void wgmma_wait(R&...) {
   emulator::current->registers_fenced = false;  // from here on the program may touch them
 }
 
-template <class T, int kN, bool kColumnsB>
+template <class T, int kN, bool kMnMajorB>
 emulator::Product wgmma_product(float (&d)[kN / 2], uint64_t b, bool add) {
   emulator::Product product = {};
   product.d[0] = d;
   product.block = emulator::current->block;
   product.b = b;
   product.add = add;
-  product.columns_b = kColumnsB;
+  product.mn_major_b = kMnMajorB;
   product.n = kN;
   product.element = [](uint16_t bits) { return half_of<T>(bits, 0); };
   return product;
 }
 
-template <class T, int kN, bool kColumnsA, bool kColumnsB>
+template <class T, int kN, bool kMnMajorA, bool kMnMajorB>
 struct Wgmma {
   static void issue(float (&d)[kN / 2], uint64_t a, uint64_t b, bool add) {
-    emulator::Product product = wgmma_product<T, kN, kColumnsB>(d, b, add);
+    emulator::Product product = wgmma_product<T, kN, kMnMajorB>(d, b, add);
     product.a = a;
-    product.columns_a = kColumnsA;
+    product.mn_major_a = kMnMajorA;
     wgmma_issue(product);
   }
 };
 
-template <class T, int kN, bool kColumnsB>
+template <class T, int kN, bool kMnMajorB>
 struct WgmmaRegisters {
   static void issue(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
-    emulator::Product product = wgmma_product<T, kN, kColumnsB>(d, b, add);
+    emulator::Product product = wgmma_product<T, kN, kMnMajorB>(d, b, add);
     product.a_registers[0] = a;
     wgmma_issue(product);
   }

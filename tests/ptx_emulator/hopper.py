@@ -207,7 +207,7 @@ class Hopper:
         in_registers = a[0] == "list"
         if numbers[:2] != [1, 1] or len(numbers) != (3 if in_registers else 4):
             raise PtxError(ins.text)
-        columns_b = bool(numbers[-1])
+        mn_major_b = bool(numbers[-1])
         operands = []
 
         def shared(arg, columns, rows):
@@ -225,7 +225,7 @@ class Hopper:
             A = parts[:, A16[0], A16[1], A16[2]].reshape(64, 16)
         else:
             A = shared(a, bool(numbers[2]), 64)
-        B = shared(b, columns_b, n)
+        B = shared(b, mn_major_b, n)
         product = (A.astype(np.float64) @ B.astype(np.float64).T).reshape(4, 16, n // 8, 8)
         if scale[0] == "name":
             add = np.unique(self.U[self.program.registers[f.name, scale[1]]][S])

@@ -114,7 +114,7 @@ class Mutation(NamedTuple):
 
 
 BAR = r"bar\.sync\s+0;"
-FORWARD = ("attention_fwd", "attention_fwd_kernelINS0_4bf16ELi64E")
+FORWARD = ("attention_fwd_mma", "attention_fwd_kernelINS0_4bf16ELi64E")
 HOPPER = ("attention_fwd_hopper", "kernelINS0_4bf16ELi64ELi128E")
 PRODUCT = ("gemm_hopper", "kernelINS0_4bf16ELi64ELi64ELb1ELb1E")
 PORTABLE = ("gemm_mma", "kernelINS0_4bf16ELi64ELb1ELb1E")

@@ -13,7 +13,7 @@ Longer than 400 lines: one kernel, whose parts share the scratch memory of a hea
 
 from std.sys import size_of
 
-from .attention_tiles import Blocks, Panels, RowTile, Upcoming, multiply, pack, packed_bytes, store_row
+from .attention_tiles import Blocks, Panels, RowTile, PrefetchQueue, multiply, pack, packed_bytes, store_row
 from .contract import AttentionBwd, Elements, Parameters, elements
 from .functions import LOG2_E, at_most, exp2
 from .pack import COUNT_ONLY, Arena, Matrix, prepare_a
@@ -204,22 +204,22 @@ struct Head[T: DType](ImplicitlyCopyable):
                     words.unsafe_bitcast[Scalar[A]]().unsafe_store(d[0])
             r += depth[Self.T]
 
-    def ask_queries(self, block: Int, mut upcoming: Upcoming):
+    def prefetch_queries(self, block: Int, mut queue: PrefetchQueue):
         """The rows that are read first of a block of queries."""
         ref p = self.p[]
         var i = self.s.queries.begin(block)
         var n = self.s.queries.end(block) - i
         var token = p.H * p.D
-        upcoming.add(self.q.unsafe_offset(i * p.q.token), p.q.token, n, p.D)
-        upcoming.add(self.dout.unsafe_offset(i * token), token, n, p.D)
-        upcoming.add(self.out.unsafe_offset(i * token), token, n, p.D)
+        queue.add(self.q.unsafe_offset(i * p.q.token), p.q.token, n, p.D)
+        queue.add(self.dout.unsafe_offset(i * token), token, n, p.D)
+        queue.add(self.out.unsafe_offset(i * token), token, n, p.D)
 
-    def ask_keys(self, j: Int, n: Int, mut upcoming: Upcoming):
+    def prefetch_keys(self, j: Int, n: Int, mut queue: PrefetchQueue):
         ref p = self.p[]
-        upcoming.add(self.k.unsafe_offset(j * p.k.token), p.k.token, n, p.D)
-        upcoming.add(self.v.unsafe_offset(j * p.v.token), p.v.token, n, p.D)
-        upcoming.add(self.dk.unsafe_offset(j * p.dk.token), p.dk.token, n, p.D)
-        upcoming.add(self.dv.unsafe_offset(j * p.dv.token), p.dv.token, n, p.D)
+        queue.add(self.k.unsafe_offset(j * p.k.token), p.k.token, n, p.D)
+        queue.add(self.v.unsafe_offset(j * p.v.token), p.v.token, n, p.D)
+        queue.add(self.dk.unsafe_offset(j * p.dk.token), p.dk.token, n, p.D)
+        queue.add(self.dv.unsafe_offset(j * p.dv.token), p.dv.token, n, p.D)
 
     def run(
         self,
@@ -243,15 +243,15 @@ struct Head[T: DType](ImplicitlyCopyable):
             for c in range(blocks.count):
                 var j = start + blocks.begin(c)
                 var keys = blocks.end(c) - blocks.begin(c)
-                var upcoming = Upcoming()
+                var queue = PrefetchQueue()
                 if group + 1 < end or c + 1 < blocks.count:
-                    self.ask_keys(j + keys, min(self.s.keys, self.p[].L - j - keys), upcoming)
+                    self.prefetch_keys(j + keys, min(self.s.keys, self.p[].L - j - keys), queue)
                 elif next:
-                    next.unsafe_value().ask_queries(next_block, upcoming)
-                self.key_block(block, n, j, keys, c > 0, dqueries.unsafe_offset(group * stride), upcoming)
+                    next.unsafe_value().prefetch_queries(next_block, queue)
+                self.key_block(block, n, j, keys, c > 0, dqueries.unsafe_offset(group * stride), queue)
 
     def key_block(
-        self, block: Int, n: Int, j: Int, keys: Int, add: Bool, dqueries: Elements[Self.A], mut upcoming: Upcoming
+        self, block: Int, n: Int, j: Int, keys: Int, add: Bool, dqueries: Elements[Self.A], mut queue: PrefetchQueue
     ):
         comptime A = Self.A
         comptime T2 = Self.T  # shorter lines below
@@ -278,8 +278,8 @@ struct Head[T: DType](ImplicitlyCopyable):
                 1, Matrix(v.unsafe_offset(row * p.v.token), p.v.token, 1), rows, p.D, scratch.value_rows
             )
             var steps = self.s.steps
-            multiply[T2](key_rows.data, key_rows.stride, scratch.queries_t, steps, panels, False, scores, upcoming)
-            multiply[T2](value_rows.data, value_rows.stride, scratch.douts_t, steps, panels, False, dscores, upcoming)
+            multiply[T2](key_rows.data, key_rows.stride, scratch.queries_t, steps, panels, False, scores, queue)
+            multiply[T2](value_rows.data, value_rows.stride, scratch.douts_t, steps, panels, False, dscores, queue)
             self.differentiate(scores, dscores, panels.width(), tiles.begin(t))
             var kept = 0 if self.s.queries.count == 1 else (j + row) * head_width
             var dkeys = RowTile(scratch.dkeys.unsafe_offset(kept), head_width, rows)
@@ -289,9 +289,9 @@ struct Head[T: DType](ImplicitlyCopyable):
             var of_queries = steps_of[Self.T](n)
             var later = block > 0
             multiply[T2](
-                probabilities, width * size, scratch.douts, of_queries, self.s.head_panels, later, dvalues, upcoming
+                probabilities, width * size, scratch.douts, of_queries, self.s.head_panels, later, dvalues, queue
             )
-            multiply[T2](ds, width * size, scratch.queries, of_queries, self.s.head_panels, later, dkeys, upcoming)
+            multiply[T2](ds, width * size, scratch.queries, of_queries, self.s.head_panels, later, dkeys, queue)
             if block + 1 < self.s.queries.count:
                 continue
             for r in range(rows):
@@ -309,7 +309,7 @@ struct Head[T: DType](ImplicitlyCopyable):
                 self.s.head_panels,
                 add,
                 RowTile(dqueries.unsafe_offset(row * head_width), head_width, query_tiles.end(t) - row),
-                upcoming,
+                queue,
             )
 
     def store_queries(self, block: Int, dqueries: Elements[Self.A], stride: Int):

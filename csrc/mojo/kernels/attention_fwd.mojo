@@ -5,12 +5,12 @@
 Saved for the backward: out, m and 1 / l. Threads take blocks of queries of a head. Keys come in blocks, those of a head
 packed once where all of them fit L2; each row tile of queries makes its scores, their exponentials and the product with
 v while they are in L1. With more than one block of keys the softmax is online: sums and outputs so far are rescaled when
-a larger score appears. The rows of q, k and v that come next are asked for meanwhile.
+a larger score appears. The rows of q, k and v that come next are prefetched meanwhile.
 """
 
 from std.sys import size_of
 
-from .attention_tiles import Blocks, Panels, RowTile, Upcoming, multiply, pack, packed_bytes, store_row
+from .attention_tiles import Blocks, Panels, RowTile, PrefetchQueue, multiply, pack, packed_bytes, store_row
 from .contract import AttentionFwd, Elements, Heads, Parameters, elements
 from .functions import LOG2_E, exp2
 from .pack import COUNT_ONLY, Arena, Matrix, prepare_a
@@ -209,25 +209,25 @@ struct Worker[T: DType, negative: Bool](ImplicitlyCopyable):
         """A number for what is packed together: the keys of a head, or a block of them."""
         return head if self.s.resident else head * self.s.key_units.count + block
 
-    def after(self, unit: Int, block: Int) -> Upcoming:
+    def after(self, unit: Int, block: Int) -> PrefetchQueue:
         """What is read after this block of keys: what is packed next, and the queries of the next unit."""
         ref p = self.p[]
-        var upcoming = Upcoming()
+        var queue = PrefetchQueue()
         var last = block + 1 == self.s.key_units.count
         var next_unit = unit + 1 if last else unit
         var next_block = 0 if last else block + 1
         var head = next_unit // self.s.queries.count
         if next_unit == self.end:
-            return upcoming^
+            return queue^
         if self.packed != self.packing(head, next_block):
             var j = 0 if self.s.resident else self.s.key_begin(next_block)
             var keys = (self.s.L if self.s.resident else self.s.key_end(next_block)) - j
-            upcoming.add(self.key(head, j), p.k.token, keys, p.D)
-            upcoming.add(self.value(head, j), p.v.token, keys, p.D)
+            queue.add(self.key(head, j), p.k.token, keys, p.D)
+            queue.add(self.value(head, j), p.v.token, keys, p.D)
         if last:
-            upcoming.add(self.query(next_unit), p.q.token, self.queries(next_unit), p.D)
-            upcoming.add(self.output(next_unit), p.H * p.D, self.queries(next_unit), p.D)
-        return upcoming^
+            queue.add(self.query(next_unit), p.q.token, self.queries(next_unit), p.D)
+            queue.add(self.output(next_unit), p.H * p.D, self.queries(next_unit), p.D)
+        return queue^
 
     @always_inline
     def keys_of(self, block: Int) -> Bytes:
@@ -255,11 +255,11 @@ struct Worker[T: DType, negative: Bool](ImplicitlyCopyable):
         var tiles = Blocks.of(self.queries(unit), TILE_ROWS)
         for block in range(self.s.key_units.count):
             self.pack_keys(head, block)
-            var upcoming = self.after(unit, block)
+            var queue = self.after(unit, block)
             for t in range(tiles.count):
-                self.row_tile(unit, tiles.begin(t), tiles.end(t) - tiles.begin(t), block, upcoming)
+                self.row_tile(unit, tiles.begin(t), tiles.end(t) - tiles.begin(t), block, queue)
 
-    def row_tile(self, unit: Int, i: Int, rows: Int, block: Int, mut upcoming: Upcoming):
+    def row_tile(self, unit: Int, i: Int, rows: Int, block: Int, mut queue: PrefetchQueue):
         """Rows [i, i + rows) of a unit against one block of keys."""
         comptime A = Self.A
         ref p = self.p[]
@@ -269,9 +269,16 @@ struct Worker[T: DType, negative: Bool](ImplicitlyCopyable):
         var scores = RowTile(self.scratch.scores, width, rows)
         var outputs = RowTile(self.scratch.outputs.unsafe_offset(i * head_width), head_width, rows)
         var q = Matrix(self.query(unit).unsafe_offset(i * p.q.token), p.q.token, 1)
-        var left = prepare_a(1, q, rows, p.D, self.scratch.queries)
+        var operand_a = prepare_a(1, q, rows, p.D, self.scratch.queries)
         multiply[Self.T](
-            left.data, left.stride, self.keys_of(block), self.s.steps, Panels[Self.T](keys), False, scores, upcoming
+            operand_a.data,
+            operand_a.stride,
+            self.keys_of(block),
+            self.s.steps,
+            Panels[Self.T](keys),
+            False,
+            scores,
+            queue,
         )
         self.softmax(i, scores, outputs, keys, block == 0)
         multiply[Self.T](
@@ -282,7 +289,7 @@ struct Worker[T: DType, negative: Bool](ImplicitlyCopyable):
             self.s.head_panels,
             block > 0,
             outputs,
-            upcoming,
+            queue,
         )
         if block + 1 == self.s.key_units.count:
             self.store_rows(unit, i, outputs)

@@ -12,18 +12,29 @@ from std.sys.intrinsics import PrefetchOptions, prefetch
 
 from .contract import Elements
 from .gemm_direct import DIRECT_ROWS, gemm_direct
-from .pack import BLOCK_STEPS, Left, PackB, Right, panels_of
+from .pack import BLOCK_STEPS, OperandA, PackB, OperandB, panels_of
 from .simd import Accumulator, ceil_div, lanes, load, store
 from .threads import Task, parallel_for
-from .tile import TILE_ROWS, VECTOR_BYTES, Ahead, Bytes, Epilogue, Tile, tile_columns, tile_for, word_lanes, word_size
+from .tile import (
+    TILE_ROWS,
+    VECTOR_BYTES,
+    PrefetchStride,
+    Bytes,
+    Epilogue,
+    Tile,
+    tile_columns,
+    tile_for,
+    word_lanes,
+    word_size,
+)
 
 comptime BLOCK_ROWS = 104  # rows of A per pass over the panels, at least
 comptime BLOCK_BYTES = 800 * 1024  # or as many as these hold
-comptime COLUMN_BLOCK_ROWS = 192  # the same where columns of A are adjacent
+comptime COLUMN_BLOCK_ROWS = 192  # the same where A is M-major
 
 
 @always_inline
-def ask_rows[T: DType](start: Elements[T], stride: Int, rows: Int, columns: Int):
+def prefetch_rows[T: DType](start: Elements[T], stride: Int, rows: Int, columns: Int):
     """The lines of `columns` elements in each of `rows` rows."""
     comptime line = 64 // size_of[Scalar[T]]()
     for r in range(rows):
@@ -54,8 +65,8 @@ def row_threads[T: DType](threads: Int, M: Int, panels: Int) -> Int:
 struct Product[T: DType, P: DType, E: Epilogue](Task):
     """Units are the parts of a grid of row_parts x column_parts."""
 
-    var a: Left
-    var b: Right[Self.T, Self.P]
+    var a: OperandA
+    var b: OperandB[Self.T, Self.P]
     var M: Int
     var row_parts: Int
     var column_parts: Int
@@ -93,7 +104,7 @@ struct Product[T: DType, P: DType, E: Epilogue](Task):
             var r1 = row_begin + (row_end - row_begin) * (row_block + 1) // row_blocks
             var tiles = ceil_div(r1 - r0, TILE_ROWS)  # of nearly equal height: 7 and 8 rows, never 8, 8, 1
             var packs = b.packs and row_block == 0
-            # Rows adjacent in k: a tile runs through all blocks of steps. Else all tiles do one block, then the next,
+            # A K-major: a tile runs through all blocks of steps. Else all tiles do one block, then the next,
             # so that the strided part of A stays in L2.
             for outer in range(blocks if columns else 1):
                 var first_block = outer
@@ -109,10 +120,10 @@ struct Product[T: DType, P: DType, E: Epilogue](Task):
                         var i1 = r0 + (r1 - r0) * (t + 1) // tiles
                         var run = tile_for[Self.T, columns](i1 - i0, vectors)
                         var column = panel * tile_columns[Self.T]
-                        self.epilogue.ask(i0, i1 - i0, column, b.columns(panel))
-                        var ahead = Ahead(panel_b, 64)
+                        self.epilogue.prefetch(i0, i1 - i0, column, b.columns(panel))
+                        var lines = PrefetchStride(panel_b, 64)
                         if panel + 1 < panel_end and t * 64 < line:
-                            ahead = b.ahead(panel + 1, t, packs)
+                            lines = b.prefetch_lines(panel + 1, t, packs)
                         for block in range(first_block, end_block):
                             var s0 = block * BLOCK_STEPS
                             var at = s0 * a.stride + i0 * word if columns else i0 * a.stride + s0 * word
@@ -121,7 +132,7 @@ struct Product[T: DType, P: DType, E: Epilogue](Task):
                                 a.stride,
                                 panel_b.unsafe_offset(s0 * line),
                                 min(BLOCK_STEPS, steps - s0),
-                                Ahead(ahead.first.unsafe_offset(s0 * ahead.stride), ahead.stride),
+                                PrefetchStride(lines.first.unsafe_offset(s0 * lines.stride), lines.stride),
                                 block > first_block,
                                 sums,
                                 vectors * word_lanes[Self.T],
@@ -140,7 +151,7 @@ struct Product[T: DType, P: DType, E: Epilogue](Task):
                         )
 
 
-def gemm[T: DType, P: DType, E: Epilogue](threads: Int, a: Left, b: Right[T, P], M: Int, epilogue: E):
+def gemm[T: DType, P: DType, E: Epilogue](threads: Int, a: OperandA, b: OperandB[T, P], M: Int, epilogue: E):
     """C[M, N] = A B for a prepared A; hands each tile to the epilogue on the thread that computed it."""
     if M == 0 or b.N == 0:
         return
@@ -150,12 +161,14 @@ def gemm[T: DType, P: DType, E: Epilogue](threads: Int, a: Left, b: Right[T, P],
     var panels = panels_of[T](b.N)
     var row_parts = min(row_threads[T](threads, M, panels), M)
     var column_parts = min(max(threads // row_parts, 1), panels)
-    var right = b
+    var operand_b = b
     if b.packs and row_parts > 1:  # several threads read each panel: it must be there before
         var pack = PackB[T, P](b.matrix, b.K, b.N, b.packed)
         parallel_for(threads, pack.units(), pack)
-        right.packs = False
-    parallel_for(threads, row_parts * column_parts, Product[T, P, E](a, right, M, row_parts, column_parts, epilogue))
+        operand_b.packs = False
+    parallel_for(
+        threads, row_parts * column_parts, Product[T, P, E](a, operand_b, M, row_parts, column_parts, epilogue)
+    )
 
 
 @fieldwise_init
@@ -170,8 +183,8 @@ struct Store[T: DType, O: DType](Epilogue):
     var stride: Int
 
     @always_inline
-    def ask(self, row: Int, rows: Int, column: Int, columns: Int):
-        ask_rows(self.c.unsafe_offset(row * self.stride + column), self.stride, rows, columns)
+    def prefetch(self, row: Int, rows: Int, column: Int, columns: Int):
+        prefetch_rows(self.c.unsafe_offset(row * self.stride + column), self.stride, rows, columns)
 
     def store[A: DType](self, tile: Tile[A]):
         var partial = self.partial.unsafe_bitcast[Scalar[A]]()

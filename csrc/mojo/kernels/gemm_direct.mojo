@@ -1,4 +1,4 @@
-"""Products of few rows whose B has adjacent k, as a weight has: C[M, N] = A[M, K] B[K, N] without packing.
+"""Products of few rows whose B is K-major, as a weight is: C[M, N] = A[M, K] B[K, N] without packing.
 
 A packed panel pays when many rows read it. For a class token or a classification head it would be written and read back
 once: here each block of B is transposed in registers, as for packing, and multiplied at once. Every element of C is the
@@ -9,13 +9,13 @@ from std.memory import stack_allocation
 from std.sys.intrinsics import PrefetchOptions, prefetch
 
 from .contract import Elements
-from .pack import BLOCK_STEPS, Left, Matrix, Right, row_words, transpose
+from .pack import BLOCK_STEPS, OperandA, Matrix, OperandB, row_words, transpose
 from .simd import Accumulator, Vector, ceil_div, lanes
 from .threads import Task, parallel_for
 from .tile import TILE_ROWS, Bytes, Epilogue, Tile, Word, Words, depth, dot, steps_of, word_lanes, word_size
 
 comptime DIRECT_ROWS = TILE_ROWS  # as many as have an accumulator beside the words of a block
-comptime BLOCKS_AHEAD = 6  # blocks of B asked for in advance, on every one of its rows
+comptime BLOCKS_AHEAD = 6  # blocks of B prefetched in advance, on every one of its rows
 
 
 @always_inline
@@ -44,7 +44,7 @@ def direct_tile[
         var end = min(begin + BLOCK_STEPS, steps)
         var c = Array[V, R](fill=V(0))
         for s in range(begin, end, n):
-            # The block asked for is the one of these columns or, near their end, of the next ones.
+            # The block prefetched is the one of these columns or, near their end, of the next ones.
             var ahead = s + BLOCKS_AHEAD * n
             var at = ahead * depth[T] if ahead < steps else n * b.col + (ahead - steps) * depth[T]
             var block = Array[Words[T], n](fill=0)
@@ -52,14 +52,14 @@ def direct_tile[
                 block[i] = row_words[T](start.unsafe_offset(min(i, last) * b.col), s * depth[T], K)
                 prefetch[PrefetchOptions()](start.unsafe_offset(at + i * b.col).unsafe_bitcast[UInt8]())
             transpose(block)
-            var left = a.unsafe_offset(s * word_size[T])
+            var words_a = a.unsafe_offset(s * word_size[T])
             if end - s >= n:
                 comptime for i in range(n):
-                    multiply_step[T, R](left.unsafe_offset(i * word_size[T]), stride, block[i], c)
+                    multiply_step[T, R](words_a.unsafe_offset(i * word_size[T]), stride, block[i], c)
             else:
                 comptime for i in range(n):
                     if i < end - s:
-                        multiply_step[T, R](left.unsafe_offset(i * word_size[T]), stride, block[i], c)
+                        multiply_step[T, R](words_a.unsafe_offset(i * word_size[T]), stride, block[i], c)
         comptime for r in range(R):
             total[r] = total[r] + c[r] if begin > 0 else c[r]
     comptime for r in range(R):
@@ -84,8 +84,8 @@ def direct_tile_for[T: DType, P: DType](rows: Int) -> DirectTile[T, P]:
 struct DirectProduct[T: DType, P: DType, E: Epilogue](Task):
     """Units are vectors of columns."""
 
-    var a: Left
-    var b: Right[Self.T, Self.P]
+    var a: OperandA
+    var b: OperandB[Self.T, Self.P]
     var M: Int
     var epilogue: Self.E
 
@@ -100,6 +100,6 @@ struct DirectProduct[T: DType, P: DType, E: Epilogue](Task):
             self.epilogue.store(Tile[A](sums, n, 0, self.M, j, min(n, self.b.N - j), True, True))
 
 
-def gemm_direct[T: DType, P: DType, E: Epilogue](threads: Int, a: Left, b: Right[T, P], M: Int, epilogue: E):
+def gemm_direct[T: DType, P: DType, E: Epilogue](threads: Int, a: OperandA, b: OperandB[T, P], M: Int, epilogue: E):
     """C = A B for M <= DIRECT_ROWS rows; hands each tile to the epilogue on the thread that computed it."""
     parallel_for(threads, ceil_div(b.N, word_lanes[T]), DirectProduct[T, P, E](a, b, M, epilogue))

@@ -12,8 +12,8 @@ from std.sys import size_of
 
 from .activation import activate, activate_grad
 from .contract import NONE, RELU, Elements, LinearBwd, LinearFwd, elements, optional
-from .gemm import ask_rows, gemm, partial_bytes, store_to
-from .pack import COUNT_ONLY, Arena, Matrix, Right, packed_b_bytes, prepare_a, prepared_a_bytes, spread_bytes
+from .gemm import prefetch_rows, gemm, partial_bytes, store_to
+from .pack import COUNT_ONLY, Arena, Matrix, OperandB, packed_b_bytes, prepare_a, prepared_a_bytes, spread_bytes
 from .rows import add_blocks, cleared
 from .simd import Accumulator, ceil_div, fma, lanes, load, store
 from .threads import Task, parallel_for
@@ -36,13 +36,13 @@ struct Finish[T: DType, O: DType](Epilogue):
     var activation: Int
 
     @always_inline
-    def ask(self, row: Int, rows: Int, column: Int, columns: Int):
+    def prefetch(self, row: Int, rows: Int, column: Int, columns: Int):
         var at = row * self.stride + column
-        ask_rows(self.y.unsafe_offset(at), self.stride, rows, columns)
+        prefetch_rows(self.y.unsafe_offset(at), self.stride, rows, columns)
         if self.preact:
-            ask_rows(self.preact.unsafe_value().unsafe_offset(at), self.stride, rows, columns)
+            prefetch_rows(self.preact.unsafe_value().unsafe_offset(at), self.stride, rows, columns)
         if self.residual:
-            ask_rows(self.residual.unsafe_value().unsafe_offset(at), self.stride, rows, columns)
+            prefetch_rows(self.residual.unsafe_value().unsafe_offset(at), self.stride, rows, columns)
 
     @no_inline
     def store[A: DType](self, tile: Tile[A]):
@@ -96,8 +96,8 @@ def forward[T: DType, P: DType, O: DType](p: LinearFwd):
         for j in range(0, p.N, lanes[A]):
             store(copy.unsafe_offset(j), load[A](elements[P](p.bias).unsafe_offset(j), p.N - j), p.N - j)
         bias = copy
-    var right = Right[T, P](Matrix(elements[P](p.weight), 1, p.weight_stride), buffers.weight, p.K, p.N, True)
-    var left = prepare_a(threads, Matrix(elements[T](p.x), p.x_stride, 1), p.M, p.K, buffers.x)
+    var operand_b = OperandB[T, P](Matrix(elements[P](p.weight), 1, p.weight_stride), buffers.weight, p.K, p.N, True)
+    var operand_a = prepare_a(threads, Matrix(elements[T](p.x), p.x_stride, 1), p.M, p.K, buffers.x)
     var finish = Finish[T, O](
         bias,
         optional[A](p.scale),
@@ -107,7 +107,7 @@ def forward[T: DType, P: DType, O: DType](p: LinearFwd):
         p.N,
         Int(p.activation),
     )
-    gemm(threads, left, right, p.M, finish)
+    gemm(threads, operand_a, operand_b, p.M, finish)
 
 
 def forward_workspace[T: DType](p: LinearFwd) -> Int:
@@ -132,7 +132,7 @@ struct BackwardBuffers[T: DType, P: DType](TrivialRegisterPassable):
     var dz: Bytes
     var sums: Bytes
     var packed: Bytes
-    var left: Bytes
+    var copy_a: Bytes
     var partial: Bytes
     var bytes: Int
 
@@ -144,7 +144,7 @@ struct BackwardBuffers[T: DType, P: DType](TrivialRegisterPassable):
         self.dz = arena.take(p.M * stride * size_of[Scalar[Self.T]]())
         self.sums = arena.take(2 * ceil_div(p.M, block_rows(p.M)) * p.N * size)
         self.packed = arena.take(max(packed_b_bytes[Self.T](p.N, p.K), packed_b_bytes[Self.T](p.M, p.K)))
-        self.left = arena.take(
+        self.copy_a = arena.take(
             max(prepared_a_bytes(Matrix(dz, stride, 1), p.M, p.N), prepared_a_bytes(Matrix(dz, 1, stride), p.N, p.M))
         )
         self.partial = arena.take(partial_bytes[Self.T, Self.P](p.N, p.K))
@@ -238,13 +238,15 @@ def backward[T: DType, P: DType, O: DType](p: LinearBwd):
     add_blocks[A, P](threads, sums_of_bias, blocks, p.N, p.N, p.dbias)
     add_blocks[A, A](threads, sums_of_scale, blocks, p.N, p.N, p.dscale)
     if p.dx and p.M and p.K:
-        var right = Right[T, P](Matrix(elements[P](p.weight), p.weight_stride, 1), buffers.packed, p.N, p.K, True)
-        var left = prepare_a(threads, Matrix(dz, stride, 1), p.M, p.N, buffers.left)
-        gemm(threads, left, right, p.M, store_to[T](elements[T](p.dx), buffers.partial, p.K))
+        var operand_b = OperandB[T, P](
+            Matrix(elements[P](p.weight), p.weight_stride, 1), buffers.packed, p.N, p.K, True
+        )
+        var operand_a = prepare_a(threads, Matrix(dz, stride, 1), p.M, p.N, buffers.copy_a)
+        gemm(threads, operand_a, operand_b, p.M, store_to[T](elements[T](p.dx), buffers.partial, p.K))
     if p.dweight and p.N and p.K:
-        var right = Right[T, T](Matrix(elements[T](p.x), p.x_stride, 1), buffers.packed, p.M, p.K, True)
-        var left = prepare_a(threads, Matrix(dz, 1, stride), p.N, p.M, buffers.left)
-        gemm(threads, left, right, p.N, store_to[T](elements[P](p.dweight), buffers.partial, p.K))
+        var operand_b = OperandB[T, T](Matrix(elements[T](p.x), p.x_stride, 1), buffers.packed, p.M, p.K, True)
+        var operand_a = prepare_a(threads, Matrix(dz, 1, stride), p.N, p.M, buffers.copy_a)
+        gemm(threads, operand_a, operand_b, p.N, store_to[T](elements[P](p.dweight), buffers.partial, p.K))
 
 
 def backward_workspace[T: DType, P: DType](p: LinearBwd) -> Int:

@@ -11,8 +11,8 @@ from std.sys import size_of
 
 from .activation import activate
 from .contract import NONE, RELU, Elements, LinearInt8, elements, optional
-from .gemm import ask_rows, gemm
-from .pack import COUNT_ONLY, Arena, Left, Matrix, Right, packed_b_bytes, row_words
+from .gemm import prefetch_rows, gemm
+from .pack import COUNT_ONLY, Arena, OperandA, Matrix, OperandB, packed_b_bytes, row_words
 from .functions import Layout
 from .simd import VNNI, Accumulator, Vector, ceil_div, lanes, load, store
 from .threads import Task, parallel_for
@@ -121,11 +121,11 @@ struct Finish[O: DType](Epilogue):
     var activation: Int
 
     @always_inline
-    def ask(self, row: Int, rows: Int, column: Int, columns: Int):
+    def prefetch(self, row: Int, rows: Int, column: Int, columns: Int):
         var at = row * self.stride + column
-        ask_rows(self.y.unsafe_offset(at), self.stride, rows, columns)
+        prefetch_rows(self.y.unsafe_offset(at), self.stride, rows, columns)
         if self.residual:
-            ask_rows(self.residual.unsafe_value().unsafe_offset(at), self.stride, rows, columns)
+            prefetch_rows(self.residual.unsafe_value().unsafe_offset(at), self.stride, rows, columns)
 
     @no_inline
     def store[A: DType](self, tile: Tile[A]):
@@ -140,7 +140,7 @@ struct Finish[O: DType](Epilogue):
         var data = tile.data.unsafe_bitcast[Int32]()
         for r in range(tile.rows):
             var at = (tile.row + r) * self.stride + tile.column
-            var of_row = Vector[A](self.x_scale[unsafe_offset = tile.row + r].cast[A]())
+            var of_row = Vector[A](self.x_scale[unsafe_offset=tile.row + r].cast[A]())
             for j in range(0, tile.columns, n):
                 var count = tile.columns - j
                 var column = tile.column + j
@@ -168,8 +168,8 @@ def forward[X: DType, O: DType](p: LinearInt8):
     parallel_for(threads, p.M, QuantizeRows[X](elements[X](p.x), p.x_stride, p.K, buffers.x, buffers.x_scale))
     comptime if ZERO > 0:
         parallel_for(threads, p.N, SumRows(weight, p.weight_stride, p.K, buffers.sums))
-    var right = Right[BYTE, BYTE](Matrix(weight, 1, p.weight_stride), buffers.weight, p.K, p.N, True)
-    var left = Left(buffers.x, steps_of[BYTE](p.K) * word_size[BYTE], False)
+    var operand_b = OperandB[BYTE, BYTE](Matrix(weight, 1, p.weight_stride), buffers.weight, p.K, p.N, True)
+    var operand_a = OperandA(buffers.x, steps_of[BYTE](p.K) * word_size[BYTE], False)
     var finish = Finish[O](
         buffers.x_scale,
         elements[F32](p.weight_scale),
@@ -181,7 +181,7 @@ def forward[X: DType, O: DType](p: LinearInt8):
         p.N,
         Int(p.activation),
     )
-    gemm(threads, left, right, p.M, finish)
+    gemm(threads, operand_a, operand_b, p.M, finish)
 
 
 def workspace(p: LinearInt8) -> Int:

@@ -6,7 +6,7 @@ Nothing is saved beyond the operands. Threads take whole pairs where there are e
 
 from .contract import Context, Elements, MatmulBwd, MatmulFwd, Parameters, elements
 from .gemm import gemm, partial_bytes, store_to
-from .pack import COUNT_ONLY, Arena, Matrix, Right, packed_b_bytes, prepare_a, prepared_a_bytes
+from .pack import COUNT_ONLY, Arena, Matrix, OperandB, packed_b_bytes, prepare_a, prepared_a_bytes
 from .threads import Task, parallel_for
 from .tile import Bytes
 
@@ -16,14 +16,14 @@ struct Buffers[T: DType](TrivialRegisterPassable):
     """What one product [M, K] x [K, N] needs beside its operands and its result."""
 
     var packed_b: Bytes
-    var left: Bytes
+    var copy_a: Bytes
     var partial: Bytes
     var bytes: Int
 
     def __init__(out self, a: Matrix[Self.T], M: Int, N: Int, K: Int, base: Int):
         var arena = Arena(base, 0)
         self.packed_b = arena.take(packed_b_bytes[Self.T](K, N))
-        self.left = arena.take(prepared_a_bytes(a, M, K))
+        self.copy_a = arena.take(prepared_a_bytes(a, M, K))
         self.partial = arena.take(0 if a.col == 1 else partial_bytes[Self.T, Self.T](M, N))
         self.bytes = arena.used
 
@@ -34,11 +34,11 @@ def multiply[
     if M == 0 or N == 0:
         return
     var buffers = Buffers[T](a, M, N, K, workspace)
-    var left = prepare_a(threads, a, M, K, buffers.left)
+    var operand_a = prepare_a(threads, a, M, K, buffers.copy_a)
     gemm(
         threads,
-        left,
-        Right[T, T](b, buffers.packed_b, K, N, True),
+        operand_a,
+        OperandB[T, T](b, buffers.packed_b, K, N, True),
         M,
         store_to[T](c, buffers.partial, N),
     )

@@ -78,14 +78,16 @@ def dot_bytes(a: Vector[DType.uint32], b: Vector[DType.uint32], c: Vector[DType.
 
 
 @fieldwise_init
-struct Ahead(TrivialRegisterPassable):
+struct PrefetchStride(TrivialRegisterPassable):
     """Lines to be brought into L2 while a tile runs, one per step."""
 
     var first: Bytes
     var stride: Int
 
 
-comptime TileFunction[T: DType] = def(Bytes, Int, Bytes, Int, Ahead, Bool, Elements[Accumulator[T]], Int) thin -> None
+comptime TileFunction[T: DType] = def(
+    Bytes, Int, Bytes, Int, PrefetchStride, Bool, Elements[Accumulator[T]], Int
+) thin -> None
 
 
 @no_inline
@@ -96,7 +98,7 @@ def tile[
     stride: Int,
     b: Bytes,
     steps: Int,
-    ahead: Ahead,
+    lines: PrefetchStride,
     add: Bool,
     sums: Elements[Accumulator[T]],
     sums_stride: Int,
@@ -104,7 +106,7 @@ def tile[
     """sums[R][V lanes] = A B over `steps`, or with `add` sums += A B.
 
     Row r, step s of A is the word at a + r stride + s word_size, or with columns at a + s stride + r word_size. b is a
-    panel of V vectors per step. Each step asks for one line of what comes next. Rows of sums are sums_stride elements
+    panel of V vectors per step. Each step prefetches one line of `lines`. Rows of sums are sums_stride elements
     apart.
     """
     comptime A = Accumulator[T]
@@ -114,7 +116,7 @@ def tile[
         comptime if columns:
             prefetch[PrefetchOptions()](a.unsafe_offset((s + COLUMNS_AHEAD) * stride))
         else:
-            prefetch[PrefetchOptions().medium_locality()](ahead.first.unsafe_offset(s * ahead.stride))
+            prefetch[PrefetchOptions().medium_locality()](lines.first.unsafe_offset(s * lines.stride))
         var bs = Array[Words[T], V](fill=0)
         comptime for v in range(V):
             var at = b.unsafe_offset((s * V + v) * VECTOR_BYTES).unsafe_bitcast[Scalar[Word[T]]]()
@@ -132,7 +134,7 @@ def tile[
 
 @always_inline
 def tile_for[T: DType, columns: Bool](rows: Int, vectors: Int) -> TileFunction[T]:
-    """The tile of `rows` <= TILE_ROWS rows and `vectors` <= TILE_VECTORS vectors; the largest are asked for most."""
+    """The tile of `rows` <= TILE_ROWS rows and `vectors` <= TILE_VECTORS vectors; the largest are used most."""
     comptime for r in range(TILE_ROWS, 1, -1):
         if rows == r:
             return tile_of[T, r, columns](vectors)
@@ -170,6 +172,6 @@ trait Epilogue(Deinitable, ImplicitlyCopyable):
     def store[A: DType](self, tile: Tile[A]):
         ...
 
-    def ask(self, row: Int, rows: Int, column: Int, columns: Int):
-        """Asks for the memory that `store` will read and write, while the tile is computed."""
+    def prefetch(self, row: Int, rows: Int, column: Int, columns: Int):
+        """Prefetches the memory that `store` will read and write, while the tile is computed."""
         ...

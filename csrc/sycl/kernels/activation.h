@@ -10,7 +10,7 @@
 #pragma once
 
 #include "codes.h"
-#include "exp.h"
+#include "functions.h"
 
 using vit::Activation;
 

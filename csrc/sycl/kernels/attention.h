@@ -13,7 +13,7 @@
 // on devices with more sub-groups than heads they are divided further, the scores of dq computed on their own: 14.
 #pragma once
 
-#include "exp.h"
+#include "functions.h"
 #include "pack.h"
 
 // A head's columns in whole vectors.
@@ -111,11 +111,11 @@ VIT_INLINE void weighted_columns(const Product<A>& x, int column, int P, int lan
     const A* vectors = x.y + column;
     int64 at = 0;
     for (int j = 0; j < x.count; ++j, at += x.step, vectors += x.token) {
-      A right[V];
-      VIT_UNROLL for (int v = 0; v < V; ++v) right[v] = vectors[v * VIT_LANES + lane];
+      A b[V];
+      VIT_UNROLL for (int v = 0; v < V; ++v) b[v] = vectors[v * VIT_LANES + lane];
       VIT_UNROLL for (int i = 0; i < R; ++i) {
         const A value = row[i][at];
-        VIT_UNROLL for (int v = 0; v < V; ++v) sum[i][v] = sycl::fma(value, right[v], sum[i][v]);
+        VIT_UNROLL for (int v = 0; v < V; ++v) sum[i][v] = sycl::fma(value, b[v], sum[i][v]);
       }
     }
     VIT_UNROLL for (int i = 0; i < R; ++i) {

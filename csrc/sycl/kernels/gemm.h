@@ -1,6 +1,6 @@
-// The product of rows with a packed right operand (pack.h), tile by tile.
+// The product of rows of a with a packed b (pack.h), tile by tile.
 //
-// A sub-group takes one panel of the right operand and kTilesPerGroup row tiles of the left one; a tile of R x V
+// A sub-group takes one panel of b and kTilesPerGroup row tiles of a; a tile of R x V
 // vectors of results stays in registers while k runs once from 0 to K: every result is one sum in the order of k,
 // whatever M, N or the batch. Per k a tile costs V vector loads, R scalar loads (of rows that lie where the caller has
 // them, adjacent in k) and R V fused multiply-adds.
@@ -36,22 +36,22 @@ VIT_INLINE void multiply_tile(const A* const (&row)[vit::tiles::Tile<A>::rows], 
       local[e] = panel[int64(k0) * width + e];
     sycl::group_barrier(item.get_group());
     for (int k = 0; k < depth; ++k) {
-      A right[V];
-      VIT_UNROLL for (int j = 0; j < V; ++j) right[j] = local[k * width + j * VIT_LANES + lane];
+      A b[V];
+      VIT_UNROLL for (int j = 0; j < V; ++j) b[j] = local[k * width + j * VIT_LANES + lane];
       VIT_UNROLL for (int i = 0; i < R; ++i) {
         const A value = row[i][k0 + k];
-        VIT_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = sycl::fma(value, right[j], sum[i][j]);
+        VIT_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = sycl::fma(value, b[j], sum[i][j]);
       }
     }
   }
 #else
   for (int k = 0; k < K; ++k) {
     const A* vectors = panel + int64(k) * width;
-    A right[V];
-    VIT_UNROLL for (int j = 0; j < V; ++j) right[j] = vectors[j * VIT_LANES + lane];
+    A b[V];
+    VIT_UNROLL for (int j = 0; j < V; ++j) b[j] = vectors[j * VIT_LANES + lane];
     VIT_UNROLL for (int i = 0; i < R; ++i) {
       const A value = row[i][k];
-      VIT_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = sycl::fma(value, right[j], sum[i][j]);
+      VIT_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = sycl::fma(value, b[j], sum[i][j]);
     }
   }
 #endif
@@ -92,25 +92,25 @@ VIT_INLINE void multiply(const A* a, const A* packed, const Sizes& s, int64 unit
   const int64 group = at.unit / VIT_SUB_GROUPS, pair = group / inner / outer;
   const int in = int(group % inner), out = int(group / inner % outer), panel = same_rows ? in : out;
   const int row_block = (same_rows ? out : in) * VIT_SUB_GROUPS + int(at.unit % VIT_SUB_GROUPS);
-  const A* right = packed + pair * s.b_batch + int64(panel) * s.K * width;
-  const A* left = a + pair * s.a_batch;
+  const A* panel_b = packed + pair * s.b_batch + int64(panel) * s.K * width;
+  const A* matrix_a = a + pair * s.a_batch;
   for (int tile = 0; tile < vit::tiles::kTilesPerGroup; ++tile) {
     const int first = row_block * block + tile * R;
 #if !VIT_LOCAL  // whose barriers are for all sub-groups
     if (first >= s.M) return;
 #endif
     const A* row[R];  // those beyond the last one repeat it
-    VIT_UNROLL for (int i = 0; i < R; ++i) row[i] = left + (first + i < s.M ? first + i : s.M - 1) * s.a_row;
+    VIT_UNROLL for (int i = 0; i < R; ++i) row[i] = matrix_a + (first + i < s.M ? first + i : s.M - 1) * s.a_row;
     A sum[R][V];
     // Through an array of its own: `sum` is indexed by constants alone and stays in registers.
     typename ResultOf<A, kExact>::type results[R * V];
     if constexpr (kExact == 0) {
-      multiply_tile<A>(row, right, s.K, lane, sum);
+      multiply_tile<A>(row, panel_b, s.K, lane, sum);
       VIT_UNROLL for (int i = 0; i < R; ++i) VIT_UNROLL for (int j = 0; j < V; ++j) results[i * V + j] = sum[i][j];
     } else {
       VIT_UNROLL for (int i = 0; i < R * V; ++i) results[i] = 0;
       for (int k = 0; k < s.K; k += kExact) {
-        multiply_tile<A>(row, right + int64(k) * width, s.K - k < kExact ? s.K - k : kExact, lane, sum);
+        multiply_tile<A>(row, panel_b + int64(k) * width, s.K - k < kExact ? s.K - k : kExact, lane, sum);
         VIT_UNROLL for (int i = 0; i < R; ++i) row[i] += kExact;
         VIT_UNROLL for (int i = 0; i < R; ++i) VIT_UNROLL for (int j = 0; j < V; ++j) results[i * V + j] +=
             int(sum[i][j]);

@@ -9,7 +9,7 @@
 // dweight); column_sums adds the partial sums in order. Its two products are those of matmul.h.
 #pragma once
 
-#include "activation.h"
+#include "epilogue.h"
 #include "matmul.h"
 #include "reduce.h"
 
@@ -17,26 +17,7 @@ template <class T, class P, class O, class A>
 VIT_KERNEL linear_fwd(const A* x, const A* packed, const P* bias, const A* scale, const O* residual, O* y, T* preact,
                       int M, int N, int K, int64 x_row, Activation activation, int64 units) {
   multiply<A>(x, packed, {M, N, K, x_row, 0, 0}, units, [=](int64, int row, int column, int lane, A value) VIT_ALWAYS {
-    const int64 at = int64(row) * N + column;
-    if (bias) {
-      const P* b = bias + column;
-      value += load<A>(b + lane);
-    }
-    if (preact) {
-      T* p = preact + at;
-      store(p + lane, value);
-    }
-    value = activate(activation, value);
-    if (scale) {
-      const A* s = scale + column;
-      value *= s[lane];
-    }
-    if (residual) {
-      const O* r = residual + at;
-      value += load<A>(r + lane);
-    }
-    O* out = y + at;
-    store(out + lane, value);
+    epilogue(value, int64(row) * N + column, column, lane, bias, scale, residual, y, preact, activation);
   });
 }
 
@@ -68,7 +49,7 @@ VIT_KERNEL linear_dz(const O* dy, const T* preact, const Acc<T>* scale, Acc<T>* 
   }
 }
 
-// dz^T [N, M], the left operand of dweight, and the sums of linear_dz where that had nothing else to do (partial may be
+// dz^T [N, M], the a of dweight, and the sums of linear_dz where that had nothing else to do (partial may be
 // null): both see the same rows in the same order. A sub-group takes VIT_LANES columns and `chunks` times `rows` rows,
 // a multiple of VIT_LANES.
 template <class A>

@@ -7,7 +7,7 @@
 // integers and the addition behind it, and SYCL has no words for VNNI: as fast as linear in float32, no faster.
 #pragma once
 
-#include "activation.h"
+#include "epilogue.h"
 #include "gemm.h"
 #include "pack.h"
 
@@ -51,23 +51,8 @@ VIT_KERNEL linear_int8(const float* q, const float* packed, const float* x_scale
                        Activation activation, int64 units) {
   multiply<float, kExact>(q, packed, {M, N, K, K, 0, 0}, units,
                           [=](int64, int row, int column, int lane, int sum) VIT_ALWAYS {
-                            const int64 at = int64(row) * N + column;
                             const float* w = weight_scale + column;
-                            float value = float(sum) * (x_scale[row] * w[lane]);
-                            if (bias) {
-                              const float* b = bias + column;
-                              value += b[lane];
-                            }
-                            value = activate(activation, value);
-                            if (scale) {
-                              const float* s = scale + column;
-                              value *= s[lane];
-                            }
-                            if (residual) {
-                              const O* r = residual + at;
-                              value += load<float>(r + lane);
-                            }
-                            O* out = y + at;
-                            store(out + lane, value);
+                            epilogue(float(sum) * (x_scale[row] * w[lane]), int64(row) * N + column, column, lane, bias,
+                                     scale, residual, y, static_cast<O*>(nullptr), activation);
                           });
 }

@@ -1,7 +1,7 @@
 // Brings operands of a product into the layout gemm.h reads, in the accumulator type.
 //
-// Right operand b [K, N]: panels [N / W][K][W], W = tile vectors * VIT_LANES columns, zeros beyond N.
-// Left operand a [M, K]: rows [M][K], where they are not in the caller's memory already. Strides in elements; `batch`
+// b [K, N]: panels [N / W][K][W], W = tile vectors * VIT_LANES columns, zeros beyond N.
+// a [M, K]: rows [M][K], where they are not in the caller's memory already. Strides in elements; `batch`
 // strides may be 0.
 //
 // Where lanes would have to write far apart, squares of VIT_LANES x VIT_LANES values are transposed in registers.
@@ -57,11 +57,11 @@ VIT_INLINE void transpose_square(const T* from, int64 from_stride, int64 step, A
   }
 }
 
-// Panels of b; kRowsAdjacent: b_col is 1 and the lanes are columns, else they are rows. A sub-group packs `depth` rows
+// Panels of b; kMnMajor: b_col is 1 and the lanes are columns, else they are rows. A sub-group packs `depth` rows
 // of one panel; units = batch * panels * ceil(K / depth).
-template <class T, class A, bool kRowsAdjacent>
-VIT_KERNEL pack_right(const T* b, A* packed, int64 b_batch, int64 b_row, int64 b_col, int N, int K, int depth,
-                      int64 units) {
+template <class T, class A, bool kMnMajor>
+VIT_KERNEL pack_b(const T* b, A* packed, int64 b_batch, int64 b_row, int64 b_col, int N, int K, int depth,
+                  int64 units) {
   constexpr int vectors = vit::tiles::Tile<A>::vectors, width = vectors * VIT_LANES;
   const Place at = place();
   if (at.unit >= units) return;
@@ -71,7 +71,7 @@ VIT_KERNEL pack_right(const T* b, A* packed, int64 b_batch, int64 b_row, int64 b
   const int first = panel * width, begin = chunk * depth, end = begin + depth < K ? begin + depth : K;
   const T* in = b + pair * b_batch + first * b_col;
   A* out = packed + ((pair * panels + panel) * K + begin) * width;
-  if constexpr (kRowsAdjacent) {
+  if constexpr (kMnMajor) {
     const bool full = first + width <= N;
     for (int k = begin; k < end; ++k, out += width) {
       const T* row = in + k * b_row;
@@ -94,11 +94,11 @@ VIT_KERNEL pack_right(const T* b, A* packed, int64 b_batch, int64 b_row, int64 b
   }
 }
 
-// Rows of a; kRowsAdjacent: a_row is 1, and the matrix is transposed. A sub-group takes VIT_LANES rows and `depth`
+// Rows of a; kMnMajor: a_row is 1, and the matrix is transposed. A sub-group takes VIT_LANES rows and `depth`
 // columns; units = batch * ceil(M / VIT_LANES) * ceil(K / depth).
-template <class T, class A, bool kRowsAdjacent>
-VIT_KERNEL pack_left(const T* a, A* packed, int64 a_batch, int64 a_row, int64 a_col, int M, int K, int depth,
-                     int64 units) {
+template <class T, class A, bool kMnMajor>
+VIT_KERNEL pack_a(const T* a, A* packed, int64 a_batch, int64 a_row, int64 a_col, int M, int K, int depth,
+                  int64 units) {
   const Place at = place();
   if (at.unit >= units) return;
   const int lane = at.lane, blocks = (M + VIT_LANES - 1) / VIT_LANES, chunks = (K + depth - 1) / depth;
@@ -108,7 +108,7 @@ VIT_KERNEL pack_left(const T* a, A* packed, int64 a_batch, int64 a_row, int64 a_
   const T* in = a + pair * a_batch + first * a_row;
   A* out = packed + (pair * M + first) * K;
   const int rows = M - first < VIT_LANES ? M - first : VIT_LANES;
-  if constexpr (kRowsAdjacent) {
+  if constexpr (kMnMajor) {
     for (int k = begin; k < end; k += VIT_LANES)
       transpose_square<false>(in + k * a_col, a_col, a_row, out + k, K, end - k, rows, lane);
   } else {

@@ -19,7 +19,7 @@ struct Tile<double> {
   static constexpr int vectors = 1;
 };
 
-// Row tiles one sub-group computes against the same panel of the right-hand side, which stays in the L2 cache.
+// Row tiles one sub-group computes against the same panel of b, which stays in the L2 cache.
 inline constexpr int kTilesPerGroup = 12;
 
 // Rows of one sub-group of at most so many bytes are multiplied with all panels, one after the other, as they stay in

@@ -27,7 +27,7 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Spec:
-    """What will be asked of one op: enough to decide before the first call which backends can run it.
+    """The calls that will be made of one op: enough to decide before the first call which backends can run it.
 
     `shapes` maps argument names to sizes; "*" stands for a size that may be anything (the batch).
     `param_dtype` is the type of weights where it differs from `dtype`. `options` are the op's non-tensor

@@ -89,13 +89,13 @@ def _race(job: Job, specs: Sequence[Spec], setting: Setting, watch: Watch) -> di
     workers = [Worker(setting.threads) for _ in specs]  # fresh ones: their memory is measured
     try:
         for worker, spec in zip(workers, specs, strict=True):
-            worker.ask("call", libraries, spec.runtime, job.mode)
+            worker.request("call", libraries, spec.runtime, job.mode)
         outcomes = race(workers, make, [(spec, setting.device) for spec in specs], setting.rounds, told)
         for worker, spec, outcome in zip(workers, specs, outcomes, strict=True):
             if isinstance(outcome, Failure):
                 found["refused"].append(_refused(job, spec, outcome))
             else:
-                memory, result = worker.ask("peak_memory"), worker.ask("result")
+                memory, result = worker.request("peak_memory"), worker.request("result")
                 found["records"].append(_record(job, spec, outcome, memory, result, setting.peak))
     finally:
         for worker in workers:
@@ -130,15 +130,15 @@ def prepare(specs: Sequence[Spec], job: Job, watch: Watch) -> tuple[list[Spec], 
     try:
         if job.mode == "inference":
             watch(f"{job.text}: weights and images")
-            worker.ask("call", exports.export_base, job.model, job.arch, specs[0].folder, job.batch)
+            worker.request("call", exports.export_base, job.model, job.arch, specs[0].folder, job.batch)
         for spec in specs:
             try:
                 if spec.runtime in RUNTIMES:
-                    worker.ask("call", runtimes.imports, spec.runtime)
+                    worker.request("call", runtimes.imports, spec.runtime)
                 if spec.runtime in RUNTIMES and job.mode == "inference":
                     watch(f"{job.text}: exporting for {spec.runtime}")
                     runtimes.check(spec.runtime, spec.dtype)
-                    worker.ask("call", exports.export, spec)
+                    worker.request("call", exports.export, spec)
                 able.append(spec)
             except (Refusal, RuntimeError) as error:
                 found["refused"].append(_refused(job, spec, Failure(str(error), isinstance(error, Refusal))))

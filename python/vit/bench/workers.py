@@ -77,7 +77,7 @@ class Worker:
             raise RuntimeError(answer)
         return answer
 
-    def ask(self, command: str, *args: Any) -> Any:
+    def request(self, command: str, *args: Any) -> Any:
         self.send(command, *args)
         return self.receive()
 
@@ -118,21 +118,21 @@ def race(
     """
     outcomes: list[Timing | Failure] = [Timing([]) for _ in workers]
 
-    def ask(i: int, *command: Any) -> Any:
+    def request(i: int, *command: Any) -> Any:
         try:
-            return workers[i].ask(*command)
+            return workers[i].request(*command)
         except (Refusal, RuntimeError) as error:
             outcomes[i] = Failure(str(error), isinstance(error, Refusal))
 
     for i, job in enumerate(jobs):
         on_turn(i, "warm-up")
-        ask(i, "make", make, job)
+        request(i, "make", make, job)
     for turn in range(rounds):
         for i in ((turn + i) % len(workers) for i in range(len(workers))):
             outcome = outcomes[i]
             if isinstance(outcome, Timing):
                 on_turn(i, f"round {turn + 1} of {rounds}")
-                outcome.seconds += ask(i, "round") or []
+                outcome.seconds += request(i, "round") or []
     return outcomes
 
 

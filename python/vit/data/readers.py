@@ -90,7 +90,7 @@ class _Watch:
         self.readers, self.patience = readers, patience
         self.others = set(multiprocessing.active_children())
         self.started: set[BaseProcess] = set()
-        self.asked: float | None = None  # since when the program waits for a batch
+        self.waiting_since: float | None = None  # since when the program waits for a batch
         self.stopped: list[int] = []  # readers that were killed for being stopped
         self.stopped_seconds = min(STOPPED_SECONDS, patience)
         self.dead: list[BaseProcess] = []  # readers that were dead when the others were killed
@@ -119,7 +119,7 @@ class _Watch:
 
     def wait(self, step: Callable[[], Any]) -> Any:
         """What `step` gives; ReaderError in the place of what a dead reader makes PyTorch raise."""
-        self.asked = time.monotonic()
+        self.waiting_since = time.monotonic()
         try:
             with _unhandled_deaths():  # PyTorch sets its handler when it starts the first reader
                 return step()
@@ -128,7 +128,7 @@ class _Watch:
                 raise
             raise ReaderError(f"vit: {text}. {_ADVICE}") from error
         finally:
-            self.asked = None
+            self.waiting_since = None
 
     def _new(self) -> list[BaseProcess]:
         """Processes started since; those that have died meanwhile, too, which multiprocessing forgets."""
@@ -136,7 +136,7 @@ class _Watch:
         return sorted(self.started, key=lambda process: process.pid or 0)
 
     def _present(self) -> list[BaseProcess]:
-        return list(self.readers) if self.complete or self.asked is None else self._new()
+        return list(self.readers) if self.complete or self.waiting_since is None else self._new()
 
     def _look(self) -> None:
         since: dict[BaseProcess, float] = {}
@@ -151,8 +151,8 @@ class _Watch:
                 elif now - since.setdefault(reader, now) >= self.stopped_seconds:
                     self.stopped.append(reader.pid or 0)
                     reader.kill()
-            asked = self.asked
-            late = asked is not None and now - asked >= self.patience
+            waiting = self.waiting_since
+            late = waiting is not None and now - waiting >= self.patience
             if late and not (since or self.dead or self.stuck):
                 self.dead = [reader for reader in readers if reader.exitcode is not None]
                 self.stuck = not self.dead

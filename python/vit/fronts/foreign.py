@@ -27,8 +27,8 @@ from ..weights.layouts import model_types, of_model_type
 from . import timm_arguments
 from .trees import check_same, check_untouched, one_place
 
-#: What may be switched at any time, and is taken along.
-#: Also what the patches that fill up a batch attend to, of which there are none here, and where a grid came from.
+#: Attributes in which a live model may differ from a new one of its arguments: switches, which are taken along, and
+#: what concerns only the patches that fill up a batch, of which there are none here, or the size of a grid before.
 _RUNTIME = (
     *("fused_attn", "grad_checkpointing", "distilled_training", "weight_init_mode"),
     *("use_key_only_attn_mask", "default_img_size"),

@@ -179,7 +179,7 @@ class Eva(VisionTransformer):
         return tokens, rope.gather(-2, index.expand(*lead, batch, heads, count, rope.shape[-1]))
 
     def specs(self, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
-        """Everything the forward asks of the ops, fused or not."""
+        """Every kind of call that the forward makes, fused or not."""
         return eva_specs.specs_of(self, device, dtype, training)
 
     # ---- what timm's tools ask of a model ----

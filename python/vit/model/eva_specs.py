@@ -1,4 +1,4 @@
-"""What an Eva asks of the ops: the mirror of its forward, from which backends are chosen."""
+"""The calls of ops that an Eva makes: the mirror of its forward, from which backends are chosen."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 
 from ..backends import Spec
 from .eva_options import EvaOptions
-from .specs import Asking
+from .specs import ForwardSpecs
 
 Rows = tuple[int | str, ...]
 
 
 def specs_of(model: Any, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
     """Every kind of call that the forward makes, fused or not. B is "*": any number of images."""
-    return EvaAsking(model, device, dtype, training).everything()
+    return EvaSpecs(model, device, dtype, training).everything()
 
 
-class EvaAsking(Asking):
+class EvaSpecs(ForwardSpecs):
     """The calls of an Eva."""
 
     o: EvaOptions
@@ -37,7 +37,7 @@ class EvaAsking(Asking):
             self.linear(("*", self.tokens), C, o.mlp_hidden)
             self.activation(("*", self.tokens), o.mlp_hidden)
         self.head()
-        return self.asked
+        return self.specs
 
     def block(self, tokens: int, options: dict[str, Any] | None = None) -> None:
         """A block that computes the first `tokens` tokens."""
@@ -62,12 +62,12 @@ class EvaAsking(Asking):
             self.norm(o.norm_layer, ("*", H, self.tokens), C // H)
         if o.use_rot_pos_emb:
             pairing = "half" if o.rope_rotate_half else "interleaved"
-            self.ask("rotary", {"pairing": pairing}, x=heads)
+            self.add("rotary", {"pairing": pairing}, x=heads)
         packed = o.qkv_fused and not o.use_rot_pos_emb and not o.qk_norm
         options: dict[str, Any] = {"queries": tokens} if one and packed else {}
         if self.training and o.attn_drop_rate:
             options["dropout"] = o.attn_drop_rate
-        self.ask("attention", options, q=heads if packed else queries, k=heads, v=heads)
+        self.add("attention", options, q=heads if packed else queries, k=heads, v=heads)
 
     def head(self) -> None:
         o, model, C = self.o, self.model, self.o.embed_dim

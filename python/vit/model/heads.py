@@ -12,8 +12,8 @@ from . import checks
 from .options import POOLS
 from .torch_layers import call
 
-#: What forward_head pools by, beside a model's own way.
-ASKED = (*(kind for kind in POOLS if kind), "token_avg", "source")
+#: What forward_head takes as `pool`.
+POOLINGS = (*(kind for kind in POOLS if kind), "token_avg", "source")
 
 #: Names of models -> how their authors' programs pool, where it is not as timm does: the first that fits.
 #: "projection": the class token through the matrix that brings it beside texts.
@@ -40,7 +40,7 @@ class Heads:
         pooling by attention, MAE's mean, else the model's own. ValueError where a model does not have it.
         """
         if pool is not None:
-            checks.choice(pool=(pool, ASKED))
+            checks.choice(pool=(pool, POOLINGS))
             each = [image[None] for image in tokens] if isinstance(tokens, (list, tuple)) else [tokens]
             return torch.cat([self._pooled_by(one, pool) for one in each])
         if isinstance(tokens, (list, tuple)):

@@ -20,8 +20,8 @@ class CallsOps:
 
     ops: Any = ops
 
-    def asks(self, device: torch.device, dtype: torch.dtype, training: bool) -> Spec | None:
-        """What it asks of the ops beyond the `specs` of its model."""
+    def own_spec(self, device: torch.device, dtype: torch.dtype, training: bool) -> Spec | None:
+        """A call that it makes beyond the `specs` of its model."""
         return None
 
 
@@ -34,14 +34,14 @@ class HasBuffers:
 
 
 class Planned(nn.Module):
-    """Chooses a backend per op from what `specs` asks, never inside forward.
+    """Chooses a backend per op from `specs`, never inside forward.
 
-    A subclass says what it asks of the ops, and calls `bind(plan_for(...))` once its modules exist. A new
+    A subclass lists the calls of its forward, and calls `bind(plan_for(...))` once its modules exist. A new
     plan is made when the module changes device, dtype, or from forward-only to training. A refused one leaves
     the module as it was.
     """
 
-    #: What was asked for, "auto" or a backend's name, and the name used in error texts.
+    #: "auto" or the name of a backend, as given; and the name used in error texts.
     backend: str
     name: str
     _plan: Plan
@@ -73,7 +73,7 @@ class Planned(nn.Module):
         """The plan for a device, dtype and direction; BackendError when a named backend cannot run it."""
         specs = self.specs(device, dtype, training)
         for module in self.modules():
-            more = module.asks(device, dtype, training) if isinstance(module, CallsOps) else None
+            more = module.own_spec(device, dtype, training) if isinstance(module, CallsOps) else None
             if more is not None and more not in specs:
                 specs.append(more)
         return make_plan(self.backend, specs, self.name)

@@ -45,7 +45,7 @@ class QuantLinear(CallsOps, nn.Module):
                 bias += (weight.detach().float() - q.float() * scale) @ mean.to(bias)
         return cls(q, scale.flatten(), bias).eval()
 
-    def asks(self, device: torch.device, dtype: torch.dtype, training: bool) -> Spec:
+    def own_spec(self, device: torch.device, dtype: torch.dtype, training: bool) -> Spec:
         """Its product, for inference; BackendError for training."""
         if training:
             raise BackendError(

@@ -1,4 +1,4 @@
-"""What a Vision Transformer asks of the ops: the mirror of its forward, from which backends are chosen."""
+"""The calls of ops that a Vision Transformer makes: the mirror of its forward, from which backends are chosen."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ class Sizes(Protocol):
 
 def specs_of(model: Sizes, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
     """Every kind of call that the forward makes, fused or not. B is "*": any number of images."""
-    return Asking(model, device, dtype, training).everything()
+    return ForwardSpecs(model, device, dtype, training).everything()
 
 
-class Asking:
+class ForwardSpecs:
     """The calls of a VisionTransformer."""
 
     def __init__(self, model: Sizes, device: torch.device, dtype: torch.dtype, training: bool) -> None:
         self.model, self.o = model, model.options
         self.device, self.dtype, self.training = device, dtype, training
         self.tokens = model.num_prefix_tokens + model.patch_embed.num_patches
-        self.asked: list[Spec] = []
+        self.specs: list[Spec] = []
 
-    def ask(self, op: str, options: Mapping[str, Any] | None = None, **shapes: tuple[int | str, ...]) -> None:
+    def add(self, op: str, options: Mapping[str, Any] | None = None, **shapes: tuple[int | str, ...]) -> None:
         kind, index = self.device.type, self.device.index
-        self.asked.append(Spec(op, self.dtype, shapes, self.training, options or {}, kind, device_index=index))
+        self.specs.append(Spec(op, self.dtype, shapes, self.training, options or {}, kind, device_index=index))
 
     def linear(self, rows: tuple[int | str, ...], inputs: int, outputs: int, **options: Any) -> None:
-        self.ask("linear", options, x=(*rows, inputs), weight=(outputs, inputs))
+        self.add("linear", options, x=(*rows, inputs), weight=(outputs, inputs))
 
     def norm(self, kind: str, rows: tuple[int | str, ...], width: int) -> None:
-        self.ask("layer_norm" if kind == "layernorm" else "rms_norm", x=(*rows, width), weight=(width,))
+        self.add("layer_norm" if kind == "layernorm" else "rms_norm", x=(*rows, width), weight=(width,))
 
     def activation(self, rows: tuple[int | str, ...], width: int) -> None:
         if self.o.act_layer in APPROXIMATE:
-            self.ask("gelu", {"approximate": APPROXIMATE[self.o.act_layer]}, x=(*rows, width))
+            self.add("gelu", {"approximate": APPROXIMATE[self.o.act_layer]}, x=(*rows, width))
 
     def everything(self) -> list[Spec]:
         o, model, N, C = self.o, self.model, self.tokens, self.o.embed_dim
@@ -76,14 +76,14 @@ class Asking:
             self.linear(("*", N), C, o.mlp_hidden)
             self.activation(("*", N), o.mlp_hidden)
         self.head()
-        return self.asked
+        return self.specs
 
     def block(self, tokens: int, options: dict[str, Any]) -> None:
         """A block that computes the first `tokens` tokens."""
         o, C, H = self.o, self.o.embed_dim, self.o.num_heads
         rows, queries = ("*", tokens), ("*", tokens if o.qk_norm else self.tokens, H, C // H)
         heads = ("*", self.tokens, H, C // H)
-        self.ask("attention", options, q=queries, k=heads, v=heads)
+        self.add("attention", options, q=queries, k=heads, v=heads)
         if o.scale_attn_norm:
             self.norm(o.norm_layer, rows, C)
         self.linear(rows, C, C)
@@ -100,7 +100,7 @@ class Asking:
             hidden //= 2
         if o.mlp_layer != "mlp" and o.act_layer == "silu":
             packed = o.mlp_layer == "swiglu_packed"
-            self.ask("swiglu", x=(*rows, 2 * hidden if packed else hidden))
+            self.add("swiglu", x=(*rows, 2 * hidden if packed else hidden))
         elif o.mlp_layer != "mlp":
             self.activation(rows, hidden)
         if o.scale_mlp_norm and inner_norm:
@@ -136,7 +136,7 @@ class Asking:
         C, H, D = o.embed_dim, o.num_heads, o.embed_dim // o.num_heads
         self.linear(("*", 1), C, C)
         self.linear(("*", count), C, 2 * C)
-        self.ask("attention", q=("*", 1, H, D), k=("*", count, H, D), v=("*", count, H, D))
+        self.add("attention", q=("*", 1, H, D), k=("*", count, H, D), v=("*", count, H, D))
         self.norm(o.norm_layer, ("*", 1), C)
         self.linear(("*", 1), C, o.mlp_hidden, activation=o.act_layer)
         self.activation(("*", 1), o.mlp_hidden)

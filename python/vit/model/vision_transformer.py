@@ -335,7 +335,7 @@ class VisionTransformer(CallsOps, Planned, Heads, Packs, Intermediates, TimmTool
             )
 
     def specs(self, device: torch.device, dtype: torch.dtype, training: bool) -> list[Spec]:
-        """Everything the forward asks of the ops, fused or not."""
+        """Every kind of call that the forward makes, fused or not."""
         return specs_of(self, device, dtype, training)
 
     def extra_repr(self) -> str:

@@ -90,7 +90,7 @@ class NativeOp(BoundOp):
 
     @cached_property
     def repeats(self) -> tuple[Again, Learn]:
-        """The calls that were launched before."""
+        """How calls that were made before are repeated."""
         return repeats(self.record)
 
     def __reduce__(self) -> tuple[Any, ...]:

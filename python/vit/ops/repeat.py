@@ -1,10 +1,11 @@
-"""Calls that were made before: a small one on the CPU passes over its launcher.
+"""Small calls on the CPU that were made before: the compiled module repeats them without their launcher.
 
-What `arguments` and a launcher find out in Python follows from the dtypes, shapes and strides of the tensors and from
-the other arguments. The first call of a kind is launched, and the compiled module keeps what the kernel was given; the
-next one of that kind gets new pointers, threads and scratch memory, and a result as `torch.empty` makes it
-(csrc/repeat.h). Launched is whatever is not plainly the same: gradients, transforms, modes, autocast, subclasses, a
-launcher that copied or called more than one kernel, results as large as those of `vit.backends._host_memory`.
+What `arguments` and a launcher compute in Python follows from the dtypes, shapes and strides of the tensors and from
+the other arguments. The launcher runs for the first call of a kind, and the compiled module keeps the arguments of the
+kernel; for the next one it replaces pointers, threads and scratch memory and makes the result as `torch.empty` does
+(csrc/repeat.h). The launcher runs every time where a call may be another: with gradients, transforms, modes, autocast
+or subclasses, where it copied or called more than one kernel, and for results as large as those of
+`vit.backends._host_memory`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from torch.autograd import forward_ad
 
 from ..backends import NativeBackend
 
-#: (arguments, scratch memory) -> the result; None where such a call is new, False where it has to be launched.
+#: (arguments, scratch memory) -> the result; None where no such call is kept yet, False where the launcher has to run.
 Again = Callable[[tuple[Any, ...], tuple[int, int]], Any]
-#: (arguments, result, like) -> None: keeps the call that was launched since `listen`.
+#: (arguments, result, like) -> None: keeps the call of a kernel made since `listen`.
 Learn = Callable[[tuple[Any, ...], Tensor, Tensor | None], None]
 
 
 def repeats(record: NativeBackend) -> tuple[Again, Learn]:
-    """The two functions for the calls of an op, which know none yet."""
+    """The two functions for an op, with no call kept yet."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # of PyTorch 2.10 and newer
     made = None
     if exchange is not None and record.repeats_below and record.unavailable() is None:
@@ -38,7 +39,7 @@ def repeats(record: NativeBackend) -> tuple[Again, Learn]:
 
 
 def watchers() -> tuple[Callable[[], Any], ...]:
-    """Functions that say whether something looks on which has to see a launch."""
+    """Functions that say whether a mode, a transform, a trace or autocast is active, which have to see every call."""
     return (
         torch._C._len_torch_dispatch_stack,
         torch._C._are_functorch_transforms_active,

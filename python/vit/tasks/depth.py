@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..preprocess import Preprocess
-from .task import Answer, Evaluation, Figures, Task, as_map, stretched, whole
+from .task import Answer, Evaluation, Figures, Task, as_map, first_images, stretched, whole
 
 UNIT = 1000.0  # depths of this many units have the logit 0: 1 m in files that count millimetres
 LARGEST = 65535  # of a PNG with 16 bits
@@ -101,8 +101,7 @@ class Depth(Task):
         from ..viz.rows import rows
 
         found = []
-        for index in range(min(6, len(samples))):
-            image = model.preprocess.convert(samples.image(index))
+        for index, image in first_images(model, samples):
             truth, answer = np.asarray(samples.targets.picture(index)), predicted(model, image)
             known = truth[truth > 0]
             ends = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)

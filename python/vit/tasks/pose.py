@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..preprocess import Preprocess
-from .task import Answer, Evaluation, Figures, Task, as_map, check_loss
+from .task import Answer, Evaluation, Figures, Task, as_map, check_loss, first_images
 
 SIGMA = 1.5  # deviation of a target's Gaussian, in cells of the heat map
 NEAR = 0.1  # of the longer side of the box: so far from its label a point counts as found
@@ -124,8 +124,7 @@ class Pose(Task):
         from ..viz.rows import rows
 
         found = []
-        for index in range(min(6, len(samples))):
-            image = model.preprocess.convert(samples.image(index))
+        for index, image in first_images(model, samples):
             labels = samples.targets.points[index]
             points = predicted(model, image)[0]
             answers = [place if seen else None for place, seen in zip(points, labels[:, 2] > 0, strict=True)]

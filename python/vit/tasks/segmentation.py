@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.targets import VOID
 from ..preprocess import Preprocess
-from .task import Answer, Evaluation, Figures, Task, as_map, check_loss, stretched, whole
+from .task import Answer, Evaluation, Figures, Task, as_map, check_loss, first_images, stretched, whole
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,7 @@ class Segmentation(Task):
         from ..viz.rows import rows
 
         found = []
-        for index in range(min(6, len(samples))):
-            image = model.preprocess.convert(samples.image(index))
+        for index, image in first_images(model, samples):
             mask = samples.targets.picture(index)
             found.append((image, *map(painted, (mask, predicted_whole(model, image)))))
         for path in paths:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,6 +117,12 @@ class Task(Protocol):
 
     #: What `vit predict` says of a picture, (model, image) -> Answer; None: of a task whose answers are classes.
     answer: Callable[[Any, Image.Image], Answer] | None = None
+
+
+def first_images(model: Any, samples: Any) -> Iterator[tuple[int, Any]]:
+    """Number and picture of the first images, at most 6, which `picture` draws; in the mode that the model takes."""
+    for index in range(min(6, len(samples))):
+        yield index, model.preprocess.convert(samples.image(index))
 
 
 def as_map(outputs: Tensor, model: Any) -> Tensor:

@@ -23,13 +23,13 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     @property
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether a signal has come, or the launcher has died: it can start no rank again, nor stop one."""
         return bool(self.since) or self.launcher not in (None, os.getppid())
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._received) for number in (signal.SIGINT, signal.SIGTERM)}
             self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return self
 
@@ -38,7 +38,7 @@ class Signals:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _received(self, number: int, frame: object) -> None:
         now = time.monotonic()
         # A launcher passes on what the terminal has already sent: only a later Ctrl-C is a second one.
         if self.since and number == signal.SIGINT and now - self.since > 1.0:

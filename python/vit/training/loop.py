@@ -215,7 +215,7 @@ class Training:
         way_out = f"; go on with: vit train --resume {self.run.path}" if can_go_on else ""
         if isinstance(error, ReaderError):
             time.sleep(0.05)  # a signal to the whole process group comes to the readers and to this process
-            if self.signals.asked:
+            if self.signals.stop_requested:
                 self._interrupt(checkpoint=False)
             raise TrainError(f"{error}{way_out}") from error
         if self.accelerator.num_processes > 1 and is_lost_process(error):
@@ -355,12 +355,12 @@ class Training:
         """Interrupted, after a checkpoint, if any process got a signal."""
         accelerator = self.accelerator
         if accelerator.num_processes > 1:
-            if self.signals.asked:
+            if self.signals.stop_requested:
                 accelerator.set_trigger()
-            asked = accelerator.check_trigger()
+            stop = accelerator.check_trigger()
         else:
-            asked = self.signals.asked
-        if asked:
+            stop = self.signals.stop_requested
+        if stop:
             self._interrupt()
 
     def _interrupt(self, checkpoint: bool = True) -> None:

@@ -48,12 +48,12 @@ def attention_rows(
     are none of vit's.
     """
     _check(model)
-    asked = [queries] if isinstance(queries, (int, str)) else list(queries)
-    if asked == [POOL]:
+    chosen = [queries] if isinstance(queries, (int, str)) else list(queries)
+    if chosen == [POOL]:
         return [_pool_row(model, model.forward_features(images), images)]
     wanted = block_indices(layers, len(model.blocks))
     tokens, given = model.start(images)
-    index = torch.tensor(_tokens(model, asked, images, tokens), device=tokens.device)
+    index = torch.tensor(_tokens(model, chosen, images, tokens), device=tokens.device)
     rows: list[Tensor] = []
     for i, block in enumerate(model.blocks[: wanted[-1] + 1]):
         if i in wanted:
@@ -120,12 +120,13 @@ def _through(block: Any, x: Tensor, more: dict[str, Any], row: Tensor, fusion: s
 def _fused(
     block: Any, x: Tensor, more: dict[str, Any], fusion: str, row: Tensor, everything: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens, and their rows of the fused heads [B, Q, N]: a few at a time, and of those alone that `row` asks."""
-    asked = torch.arange(x.shape[1], device=x.device)
+    """Tokens, and their rows of the fused heads [B, Q, N], a few at a time; without `everything` of those alone whose
+    share in `row` is not 0."""
+    chosen = torch.arange(x.shape[1], device=x.device)
     if not everything:
-        asked = asked[(row != 0).any(dim=0)]
+        chosen = chosen[(row != 0).any(dim=0)]
     heads = getattr(block.attn, "num_heads", 1)
-    for index in asked.split(max(1, AT_ONCE // (x.shape[0] * heads * x.shape[1]))):
+    for index in chosen.split(max(1, AT_ONCE // (x.shape[0] * heads * x.shape[1]))):
         yield index, FUSIONS[fusion](_probabilities(block)(x, index, **more))
 
 

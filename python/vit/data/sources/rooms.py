@@ -1,6 +1,6 @@
 """Drawn scenes for depth: a floor up to a wall, and boxes of any colour that stand on it, 32 x 32.
 
-How far away a box is can be told from where it stands: the nearer to the lower border, the nearer. Its size and colour
+How far away a box is can be told from where it stands: one closer to the lower border is nearer. Its size and colour
 say nothing.
 """
 
@@ -32,7 +32,7 @@ def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
     picture = np.where((floor < wall)[..., None], colours[0], colours[1]) + noise
     near = EYE * SIDE / (SIDE - 1 - HORIZON)
     away = np.sort(rng.uniform(near, wall, 1 + int(rng.integers(0, 3, 1)[0])))[::-1]
-    for distance in away:  # nearer ones before farther ones
+    for distance in away:  # the nearest last: it hides the others
         (left, width, height), colour = rng.uniform(0.0, 1.0, 3), rng.uniform(0.0, 255.0, 3)
         bottom = round(HORIZON + EYE * SIDE / distance)
         wide, high = 4 + int(8 * width), 5 + int(12 * height)

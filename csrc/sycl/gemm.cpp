@@ -1,4 +1,4 @@
-#include "product.h"
+#include "gemm.h"
 
 #include <limits>
 
@@ -31,25 +31,25 @@ int64_t matrices(const Operand& x, const Shape& s) { return x.batch == 0 && s.ba
 
 }  // namespace
 
-int64_t packed_right_bytes(const Context& context, const Operand& b, const Shape& s) {
+int64_t packed_b_bytes(const Context& context, const Operand& b, const Shape& s) {
   const int64_t width = panel_width(s.acc, variant_of(context));
   return matrices(b, s) * ceil_div(s.N, width) * width * s.K * static_cast<int64_t>(size_of(s.acc));
 }
 
 bool in_place(const Operand& a, const Shape& s) { return a.dtype == s.acc && a.col == 1; }
 
-int64_t packed_left_bytes(const Operand& a, const Shape& s) {
+int64_t packed_a_bytes(const Operand& a, const Shape& s) {
   return in_place(a, s) ? 0 : matrices(a, s) * s.M * s.K * static_cast<int64_t>(size_of(s.acc));
 }
 
-Packed pack_right(Call& call, const Bundle& bundle, int kernel, const Operand& b, const Shape& s, void* to) {
+Packed pack_b(Call& call, const Bundle& bundle, int kernel, const Operand& b, const Shape& s, void* to) {
   const int64_t width = panel_width(s.acc, call.variant()), panels = ceil_div(s.N, width);
   const int64_t count = matrices(b, s), units = count * panels * ceil_div(s.K, kDepth);
   call.launch(bundle, kernel, units, b.data, to, b.batch, b.row, b.col, as_int(s.N), as_int(s.K), kDepth, units);
   return {to, 0, count == 1 ? 0 : panels * width * s.K};
 }
 
-Packed pack_left(Call& call, const Bundle& bundle, int kernel, const Operand& a, const Shape& s, void* to) {
+Packed pack_a(Call& call, const Bundle& bundle, int kernel, const Operand& a, const Shape& s, void* to) {
   if (in_place(a, s)) return {a.data, a.row, a.batch};
   const int64_t count = matrices(a, s), blocks = ceil_div(s.M, call.variant().lanes);
   const int64_t units = count * blocks * ceil_div(s.K, kDepth);
@@ -75,13 +75,12 @@ int64_t extent(int64_t n0, int64_t s0, int64_t n1, int64_t s1, int64_t n2, int64
   return (n0 - 1) * s0 + (n1 - 1) * s1 + (n2 - 1) * s2 + (n3 - 1) * s3 + 1;
 }
 
-std::string pack_right_name(DType from, DType acc, bool rows_adjacent) {
-  return std::string("pack_right<") + type_name(from) + ", " + type_name(acc) +
-         (rows_adjacent ? ", true>" : ", false>");
+std::string pack_b_name(DType from, DType acc, bool mn_major) {
+  return std::string("pack_b<") + type_name(from) + ", " + type_name(acc) + (mn_major ? ", true>" : ", false>");
 }
 
-std::string pack_left_name(DType from, DType acc, bool rows_adjacent) {
-  return std::string("pack_left<") + type_name(from) + ", " + type_name(acc) + (rows_adjacent ? ", true>" : ", false>");
+std::string pack_a_name(DType from, DType acc, bool mn_major) {
+  return std::string("pack_a<") + type_name(from) + ", " + type_name(acc) + (mn_major ? ", true>" : ", false>");
 }
 
 std::string product_name(DType to, DType acc) {

@@ -18,21 +18,21 @@ struct Shape {
   DType acc;
 };
 
-// An operand as product kernels read it; `row` is the distance between rows of a left one, `batch` between matrices.
+// An operand as product kernels read it; `row` is the distance between rows of an a, `batch` between matrices.
 struct Packed {
   const void* data;
   int64_t row, batch;
 };
 
-int64_t packed_left_bytes(const Operand& a, const Shape&);
-int64_t packed_right_bytes(const Context&, const Operand& b, const Shape&);
+int64_t packed_a_bytes(const Operand& a, const Shape&);
+int64_t packed_b_bytes(const Context&, const Operand& b, const Shape&);
 
-// Whether a left operand is read where it lies.
+// Whether an a is read where it lies.
 bool in_place(const Operand& a, const Shape&);
 
-// `kernel` is the index in the bundle of a pack_left or pack_right that fits the operand's strides.
-Packed pack_left(Call&, const Bundle&, int kernel, const Operand& a, const Shape&, void* to);
-Packed pack_right(Call&, const Bundle&, int kernel, const Operand& b, const Shape&, void* to);
+// `kernel` is the index in the bundle of the pack_a or pack_b that fits the operand's strides.
+Packed pack_a(Call&, const Bundle&, int kernel, const Operand& a, const Shape&, void* to);
+Packed pack_b(Call&, const Bundle&, int kernel, const Operand& b, const Shape&, void* to);
 
 // Sub-groups of a product kernel.
 int64_t product_units(const Call&, const Shape&);
@@ -44,8 +44,8 @@ int64_t extent(int64_t n0, int64_t s0, int64_t n1, int64_t s1, int64_t n2 = 1, i
                int64_t s3 = 0);
 
 // Names of the template instances of pack.h and matmul.h.
-std::string pack_right_name(DType from, DType acc, bool rows_adjacent);
-std::string pack_left_name(DType from, DType acc, bool rows_adjacent);
+std::string pack_b_name(DType from, DType acc, bool mn_major);
+std::string pack_a_name(DType from, DType acc, bool mn_major);
 std::string product_name(DType to, DType acc);
 
 }  // namespace vit::device
