@@ -61,5 +61,12 @@ def fill(model: nn.Module, std: float) -> nn.Module:
     return model
 
 
+def check_deviation(values: Tensor, std: float, what: str = "") -> None:
+    """Asserts that values may have been drawn from N(0, std^2): the deviation of n such numbers has itself a deviation
+    of std / sqrt(2 n), of which 4 are allowed (chance exceeds them once in 16,000)."""
+    apart = abs(values.detach().double().std().item() - std) / (std / (2 * values.numel()) ** 0.5)
+    assert apart < 4, f"{what or 'the values'}: {apart:.2g} deviations from a deviation of {std:g}"
+
+
 def _shape(size: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else tuple(size)

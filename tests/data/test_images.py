@@ -183,13 +183,13 @@ def test_an_image_stands_as_its_orientation_says(tmp_path: Path, orientation: in
     path = tmp_path / f"phone{suffix}"
     options = {".jpg": {"quality": 100, "subsampling": 0}, ".webp": {"lossless": True}}.get(suffix, {})
     stored.save(path, exif=exif, **options)
-    atol = 3 if suffix == ".jpg" else 0
+    atol = 3 if suffix == ".jpg" else 0  # of 255 levels: what JPEG of quality 100 takes from this picture
     assert np.abs(np.asarray(read_image(path)).astype(int) - np.asarray(upright)).max() <= atol
     transform = Preprocess((16, 16))
     with Image.open(path) as opened:
         direct = transform(opened)
     assert torch.equal(direct, transform(read_image(path))), "model.preprocess turns once, not twice"
-    assert (direct - transform(upright)).abs().max() <= atol * 2.1 / 255
+    assert (direct - transform(upright)).abs().max() <= atol * 2.0 / 255
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
@@ -264,7 +264,7 @@ def test_transparent_files_are_put_on_white(tmp_path: Path, suffix: str) -> None
 
 def test_half_transparent_is_half_white() -> None:
     found = Preprocess(4, 0.0, 1.0)(Image.new("RGBA", (4, 4), (0, 0, 0, 128)))
-    assert found.unique().tolist() == pytest.approx([127 / 255], abs=1 / 255)
+    assert torch.equal(found.unique(), torch.tensor([127 / 255]))
 
 
 def test_the_first_picture_of_several(tmp_path: Path) -> None:

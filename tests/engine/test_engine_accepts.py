@@ -10,6 +10,7 @@ import pytest
 import torch
 import vit
 from conftest import USABLE
+from rounding import close
 from torch import nn
 from torch.nn.modules import module as everywhere
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -36,10 +37,7 @@ def images() -> torch.Tensor:
 
 
 def same_logits(model: nn.Module) -> None:
-    """float32 within 1e-5 of the largest logit, as in the engine's parity test."""
-    got, expected = vit.Engine(model)(images()), model(images()).detach()
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max().item())
+    close(vit.Engine(model)(images()), model(images()))
 
 
 class Doubled(nn.Module):
@@ -189,7 +187,7 @@ def test_a_model_in_training_mode_keeps_its_state():
     assert model.training
     assert model.blocks[0].attn.qkv.parametrizations.weight[0].training
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert (engine(images()) - model.eval()(images())).abs().max() < 1e-5
+    close(engine(images()), model.eval()(images()))
 
 
 def hook(place: str, kind: str = "forward_hook") -> Callable[[Any], Any]:

@@ -11,7 +11,8 @@ import pytest
 import torch
 import vit
 from conftest import USABLE
-from test_engine import check_parity, cosine, error, images_for, smooth_images
+from rounding import close
+from test_engine import check_parity, cosine, images_for, smooth_images
 from test_engine_files import File, refused
 from vit.bench.weights import seeded_state
 from vit.engine import native
@@ -126,7 +127,7 @@ def test_every_option_gives_the_models_logits(case):
     width = model.blocks[0].mlp.fc2.in_features
     if width % 2:
         with torch.no_grad():
-            assert error(vit.Engine(model)(images), model(images).double()) < 1e-5
+            close(vit.Engine(model)(images), model(images))
         with pytest.raises(vit.BackendError, match=f"mlp_width is {width}; this precision needs a multiple of 2"):
             vit.Engine(model, "int8")
         return
@@ -178,7 +179,7 @@ def test_smoothing_changes_no_logits(family):
         before, after = tensors[f"{layer}.weight"], smoothed[f"{layer}.weight"]
         assert torch.equal(before, after) == (family == "siglip" and layer.endswith("fc2")), layer
     plain, other = built(model, tensors), built(model, smoothed)
-    assert error(other(images), plain(images).double()) < 1e-5
+    close(other(images), plain(images))
     assert set(inputs) == set(layers)
 
 
@@ -226,11 +227,11 @@ def test_tokens_and_attention_are_the_models():
             tokens, given = model.start(images)
             for i, (block, also) in enumerate(zip(model.blocks, given, strict=True)):
                 rows = block.probabilities(tokens, torch.tensor([0]), **also)[:, :, 0]
-                assert error(got[f"attention.{i}"], rows.double()) < 1e-5
+                close(got[f"attention.{i}"], rows)
                 tokens = block(tokens, **also)
-                assert error(got[f"tokens.{i}"], tokens.double()) < 1e-5
+                close(got[f"tokens.{i}"], tokens)
             pooled = model.forward_head(model.forward_features(images), pre_logits=True)
-        assert error(got["features"], pooled.double()) < 1e-5
+        close(got["features"], pooled)
         assert model.num_prefix_tokens == 5
 
 
@@ -330,7 +331,7 @@ def test_a_model_of_another_grid_is_what_images_of_its_size_give():
         with torch.no_grad():
             truth = model(images)
         engine = vit.Engine(model)
-        assert error(engine(images), truth.double()) < 1e-5
+        close(engine(images), truth)
         with pytest.raises(ValueError, match="64 x 64, the engine takes 48 x 80"):
             engine(draw.randn(1, 3, 64, 64))
 

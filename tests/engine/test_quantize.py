@@ -74,7 +74,8 @@ def test_excluded_layers_stay_exact(capsys, weights):
         f"blocks.{i}.{layer}" for i in range(4) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     )
     _, report = quantize(capsys, weights, "--exclude", everything)
-    assert report["figures"][2]["cosine"] == pytest.approx(report["figures"][1]["cosine"], abs=1e-4)
+    # Smoothing rounds differently: the cosine of vectors a rounding of bfloat16 apart, 2^-7, is within its square of 1.
+    assert report["figures"][2]["cosine"] == pytest.approx(report["figures"][1]["cosine"], abs=2**-14)
 
 
 def test_a_run_is_compared_on_its_own_test_split_and_calibrated_on_its_training_images(tmp_path):

@@ -11,6 +11,7 @@ import torch
 import vit
 from conftest import USABLE
 from PIL import Image
+from rounding import WIDE, close
 from test_plan import check
 from timm.data import create_transform
 from timm.data.naflex_dataset import NaFlexCollator
@@ -29,12 +30,6 @@ def pair(name: str, backend: str = "reference", **arch: Any) -> tuple[nn.Module,
     return theirs, ours
 
 
-def near(got: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
-    assert got.shape == expected.shape
-    error, largest = (got - expected).abs().max(), expected.abs().max()
-    assert error <= bound * largest, f"{error:.2g} of {largest:.2g}"
-
-
 @pytest.mark.parametrize("size", [(48, 80), (256, 256), (112, 16)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend_name", ["reference", *USABLE])
@@ -50,15 +45,13 @@ def test_logits_and_gradients_at_any_size(backend_name, name, size):
         logits = model(x)
         (logits * torch.linspace(0.5, 1, logits.numel()).view_as(logits)).sum().backward()
         found.append((logits, x.grad, model.embeds.pos_embed.grad, model.embeds.proj.weight.grad))
-    near(found[1][0], found[0][0])
-    for got, expected in zip(found[1][1:], found[0][1:], strict=True):
-        near(got, expected, 2e-4)
+    close(found[1], found[0], WIDE)
 
 
 def test_edges_are_padded_as_in_timm():
     theirs, ours = pair(NAMES[0], dynamic_img_pad=True)
     image = draw.randn(2, 3, 50, 70)
-    near(ours(image), theirs(image))
+    close(ours(image), theirs(image), WIDE)
     with pytest.raises(ValueError, match="50 x 70 is no multiple of the patch size 16 x 16"):
         pair(NAMES[0])[1](image)
 
@@ -70,8 +63,8 @@ def test_intermediates_are_grids_of_the_image():
     wanted = theirs.forward_intermediates(image, return_prefix_tokens=True, intermediates_only=True)
     for (patches, prefix), (their_patches, their_prefix) in zip(taken, wanted, strict=True):
         assert patches.shape == (1, 48, 2, 4)
-        near(patches, their_patches)
-        near(prefix, their_prefix)
+        close(patches, their_patches, WIDE)
+        close(prefix, their_prefix, WIDE)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +77,7 @@ def test_weights_come_from_files_of_timm(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "weights.pt")
     loaded = vit.create(NAMES[0], backend="reference", weights=tmp_path / "weights.pt", **SMALL).eval()
     image = draw.randn(1, 3, 48, 80)
-    near(loaded(image), theirs(image))
+    close(loaded(image), theirs(image), WIDE)
 
 
 def batch_of(images: list[Tensor], length: int) -> dict[str, Any]:
@@ -106,9 +99,9 @@ def test_a_pack_equals_timms_patches_coordinates_and_mask(backend_name, name):
     logits = ours(leaves)
     (logits * weights).sum().backward()
     for i, leaf in enumerate(leaves):
-        near(logits[i], expected[i])
+        close(logits[i], expected[i], WIDE)
         found = Patchify(16)(leaf.grad)["patches"]
-        near(found, patches.grad[i, : len(found)], 2e-4)
+        close(found, patches.grad[i, : len(found)], WIDE)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -117,14 +110,14 @@ def test_batches_of_timms_collator_are_taken(flat):
     images = [draw.randn(3, *size) for size in ((48, 80), (32, 16))]
     batch = batch_of(images, 20)
     given = batch if flat else batch | {"patches": batch["patches"].unflatten(2, (16, 16, 3))}
-    near(ours(given), theirs(batch))
+    close(ours(given), theirs(batch), WIDE)
     assert torch.equal(ours(given), ours(images))
     expected = theirs.forward_features(**{key: value for key, value in batch.items() if key != "seq_len"})
     tokens = ours.forward_features(given)
     for i, own in enumerate(tokens):
         assert len(own) == 4 + batch["patch_valid"][i].sum()
-        near(own, expected["patches"][i, : len(own)])
-    near(ours.forward_head(tokens), theirs(batch))
+        close(own, expected["patches"][i, : len(own)], WIDE)
+    close(ours.forward_head(tokens), theirs(batch), WIDE)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +180,7 @@ def test_live_models_become_vits_with_the_same_parameters(change):
     assert all(a is b for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert list(ours.state_dict()) == list(theirs.state_dict())
     image = draw.randn(2, 3, 48, 80)
-    near(ours(image), theirs(image))
+    close(ours(image), theirs(image), WIDE)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +207,7 @@ def test_folders_go_both_ways(name, tmp_path):
     timm.models.save_for_hf(theirs, tmp_path / "theirs", model_args=small | more, safe_serialization=True)
     ours = vit.create(weights=tmp_path / "theirs", training=False, max_num_patches=64)
     image = draw.randn(2, 3, 48, 80)
-    near(ours(image), theirs(image))
+    close(ours(image), theirs(image), WIDE)
     vit.weights.save(ours, tmp_path / "ours")
     assert torch.equal(
         timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()(image), theirs(image)

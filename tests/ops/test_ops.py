@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import vit
 from conftest import NATIVE, USABLE
+from rounding import close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -151,7 +152,7 @@ def test_gradient_reaches_a_packed_projection(backend, device):
     dy = draw.randn(2, 9, 2, 16, device=device)
     vit.ops.attention(*qkv.unbind(2), backend=backend).backward(dy)
     vit.ops.attention(*exact.unbind(2), backend="reference").backward(dy.cpu().double())
-    assert torch.allclose(qkv.grad.cpu().double(), exact.grad, rtol=1e-4, atol=1e-5)
+    close(qkv.grad, exact.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -180,7 +181,7 @@ def test_only_the_first_tokens_ask(backend, device, queries):
     dy = draw.randn_like(y)
     (grad,) = torch.autograd.grad(y, packed, dy)
     padded = F.pad(dy, (0, 0, 0, 0, 0, 9 - queries))
-    torch.testing.assert_close(grad, torch.autograd.grad(whole, packed, padded)[0])
+    close(grad, torch.autograd.grad(whole, packed, padded)[0])
     assert not grad[:, queries:, 0].any()
 
 
@@ -212,7 +213,7 @@ def test_self_attention_of_one_tensor(backend, device):
     exact = x.detach().cpu().double().requires_grad_()
     vit.ops.attention(x, x, x, backend=backend).sum().backward()
     vit.ops.attention(exact, exact, exact, backend="reference").sum().backward()
-    assert torch.allclose(x.grad.cpu().double(), exact.grad, rtol=1e-4, atol=1e-5)
+    close(x.grad, exact.grad)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -423,7 +424,7 @@ def test_autocast_follows_torch(backend, device, op):
     exact = {name: x.detach().cpu().double().requires_grad_() for name, x in tensors.items()}
     call(op, "reference", exact, options).sum().backward()
     for name, x in tensors.items():
-        assert torch.allclose(x.grad.cpu().double(), exact[name].grad, rtol=0.05, atol=0.05), name
+        close(x.grad, exact[name].grad, dtype=torch.bfloat16, what=name)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -435,8 +436,7 @@ def test_autocast_to_a_dtype_that_no_kernel_has(op):
         truth = call(op, "reference", tensors, options)
         assert y.dtype == truth.dtype
         # sycl has float16: it may differ from PyTorch by a few of its roundings, of products or of the result.
-        bound = 4 * torch.finfo(torch.float16).eps * truth.abs().max().item()
-        torch.testing.assert_close(y, truth, rtol=0, atol=bound)
+        close(y, truth, 4, dtype=torch.float16)
         if y.dtype == torch.float16 and "cpu" in USABLE:
             with pytest.raises(vit.BackendError, match="float16 is not one of float32, float64, bfloat16"):
                 call(op, "cpu", tensors, options)

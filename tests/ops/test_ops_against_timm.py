@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 import vit
 from conftest import NATIVE
+from rounding import close
 from torch import Tensor
-from torch.testing import assert_close
 from vit.backends import BackendError, Spec, _base, reasons
 
 timm_layers = pytest.importorskip("timm.layers")
@@ -26,15 +26,15 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def agree(ours, theirs, *tensors: Tensor, rtol: float = 1e-5) -> None:
-    """Results and the gradients of all tensors, to `rtol` of the largest."""
+def agree(ours, theirs, *tensors: Tensor) -> None:
+    """Results and the gradients of all tensors."""
     a, b = ([t.detach().clone().requires_grad_() for t in tensors] for _ in range(2))
     y, z = ours(*a), theirs(*b)
     dy = draw.randn_like(z)
     pairs = [(y, z), *zip(torch.autograd.grad(y, a, dy), torch.autograd.grad(z, b, dy), strict=True)]
     for got, want in pairs:
         assert got.dtype == want.dtype
-        assert_close(got, want, rtol=0, atol=rtol * want.abs().max().item())
+        close(got, want)
 
 
 def test_activations_are_those_of_pytorch(name):
@@ -96,7 +96,7 @@ def test_rotary_keeps_a_wide_table_beside_narrow_heads(name):
     x, table = draw.randn(2, 12, 2, 16).bfloat16(), draw.randn(12, 32)
     got = vit.ops.rotary(x, table, backend=name)
     assert got.dtype == torch.bfloat16
-    assert_close(got, apply(x, table, 0, False), rtol=2**-7, atol=1e-6)
+    close(got, apply(x, table, 0, False))
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])

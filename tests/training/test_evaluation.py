@@ -12,6 +12,7 @@ import pytest
 import torch
 import vit
 from PIL import Image
+from rounding import about, close
 from safetensors.torch import save_file
 from vit.cli import main
 from vit.data import open_source
@@ -99,10 +100,10 @@ def test_five_crops_are_the_corners_and_the_centre() -> None:
 
 def test_the_average_is_of_logits_or_of_probabilities() -> None:
     logits = draw.randn(3, 4, 5)
-    assert torch.allclose(averaged(logits, "logits"), logits.double().mean(dim=1))
+    close(averaged(logits, "logits"), logits.double().mean(dim=1))
     shares = averaged(logits, "probabilities").exp()
-    assert torch.allclose(shares, logits.double().softmax(dim=2).mean(dim=1))
-    assert torch.allclose(shares.sum(dim=1), torch.ones(3, dtype=torch.float64))
+    close(shares, logits.double().softmax(dim=2).mean(dim=1))
+    close(shares.sum(dim=1), torch.ones(3, dtype=torch.float64))
 
 
 def test_an_evaluation_with_views_is_the_average_of_its_views(model: torch.nn.Module) -> None:
@@ -112,7 +113,7 @@ def test_an_evaluation_with_views_is_the_average_of_its_views(model: torch.nn.Mo
     with torch.no_grad():
         outputs = torch.stack([model(views(samples.image(i))) for i in range(7)])
     want = of(averaged(outputs, "probabilities"), torch.from_numpy(samples.labels))
-    assert result.loss == pytest.approx(want.loss, rel=1e-5)
+    assert result.loss == about(want.loss)
     assert torch.equal(result.predictions, want.predictions)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import two_processes
+from rounding import about
 from training_helpers import figures, same_bits
 from vit.training import train
 
@@ -56,6 +57,7 @@ def test_two_processes_train_as_one_does(pair: Path, alone: Path, kind: str) -> 
     assert wanted[-2]["step"] == 54
     for line, want in zip(lines[:-1], wanted[:-1], strict=True):
         for name in ("train_loss", "train_cross_entropy", "val_loss", "grad_norm"):
+            # Each of up to 54 steps adds the roundings of gradients that are summed in another order.
             assert line[name] == pytest.approx(want[name], abs=1e-5, rel=1e-5), name
     assert lines[0]["train_loss"] > lines[5]["train_loss"]
 
@@ -78,7 +80,7 @@ def test_a_sharded_training_without_average_keeps_its_weights(pair: Path, tmp_pa
     for line, want in zip(figures(pair / "plain"), wanted, strict=True):
         assert line.keys() == want.keys()
         for name in want.keys() & {"val_loss", "test_loss"}:
-            assert line[name] == pytest.approx(want[name], rel=1e-5)
+            assert line[name] == about(want[name], 80)  # the roundings of 18 steps
             compared.add(name)
     assert compared == {"val_loss", "test_loss"}
 

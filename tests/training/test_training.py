@@ -26,6 +26,7 @@ import pytest
 import torch
 import vit
 from PIL import Image
+from rounding import about, close
 from safetensors.torch import load_file, save_file
 from torch import nn
 from training_helpers import STEPS, Hook, figures, same_bits, terminate
@@ -122,7 +123,7 @@ def test_the_batch_size_of_an_evaluation_does_not_matter(whole: TrainResult) -> 
     if whole.backend == "cpu":  # PyTorch's own matmul, under the reference, may differ in the last bits
         assert len({result.loss for result in results}) == 1
     for result in results[1:]:
-        assert result.loss == pytest.approx(results[0].loss, rel=1e-6)
+        assert result.loss == about(results[0].loss, 8)
         assert torch.equal(result.labels, results[0].labels)
 
 
@@ -477,7 +478,7 @@ def test_the_average_follows_its_formula() -> None:
         average.update(model, step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
-    assert torch.allclose(average.model.weight, expected, atol=1e-5)
+    close(average.model.weight, expected)
     assert not average.model.weight.requires_grad
 
 
@@ -495,9 +496,9 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path: Path) -> None:
     small = train(dataclasses.replace(plain, batch_size=32, accumulate=4), out=tmp_path / "small")
     ours, theirs = figures(small.run)[0], figures(large.run)[0]
     assert ours["step"] == theirs["step"] == STEPS
-    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
-    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
+    assert ours["train_loss"] == about(theirs["train_loss"], 16)
+    assert ours["grad_norm"] == about(theirs["grad_norm"], 16)
+    assert ours["val_loss"] == about(theirs["val_loss"], 16)
 
 
 def test_bfloat16_trains(tmp_path: Path) -> None:
@@ -695,9 +696,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     output = finish(two_processes("--config", str(recipe), "--out", str(pair)))
     assert len([line for line in output.splitlines() if line.startswith("{")]) == 1, "one process speaks"
     for ours, theirs in zip(figures(pair)[:-1], figures(single.run)[:-1], strict=True):
-        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
-        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
-        assert ours["val_accuracy"] == pytest.approx(theirs["val_accuracy"], abs=0.02)
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)  # 18 steps of sums in another order
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)  # 18 steps of sums in another order
+        assert abs(ours["val_accuracy"] - theirs["val_accuracy"]) <= 3 / 179  # images whose two best are close
 
 
 @pytest.mark.slow

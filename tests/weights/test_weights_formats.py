@@ -22,6 +22,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import vit
+from rounding import close
 from safetensors.torch import save_file
 from test_weights import google_arrays
 from vit.weights import WeightsError
@@ -75,9 +76,9 @@ def test_the_place_of_the_last_norm_is_timms(class_token, fc_norm, x):
         draw.normal_(parameter, std=0.2)
     given = arch if class_token and fc_norm is False else {}  # the tensors alone do not tell it from a class token's
     found = create(theirs.state_dict(), **given)
-    torch.testing.assert_close(found(x), theirs(x), rtol=1e-4, atol=1e-4)
+    close(found(x), theirs(x))
     engine = vit.Engine(found)
-    torch.testing.assert_close(engine(x), theirs(x), rtol=1e-3, atol=1e-3)
+    close(engine(x), theirs(x))
 
 
 def timm_folder(folder: Path, theirs, **config) -> Path:
@@ -98,14 +99,14 @@ def test_pooling_of_a_timm_config(place, name, tmp_path, x):
         "model_args": {"model_args": TIMM | {"global_pool": "avg"}},
     }[place]
     found = vit.create(name, weights=timm_folder(tmp_path / "m", theirs, **config), backend="reference").eval()
-    torch.testing.assert_close(found(x), theirs(x), rtol=1e-4, atol=1e-5)
+    close(found(x), theirs(x))
 
 
 def test_a_config_that_says_average_keeps_the_norm_before_it(tmp_path, x):
     theirs = timm.create_model(NAME, **TIMM, global_pool="avg", fc_norm=False).eval()
     draw.normal_(theirs.norm.weight)
     found = vit.create(weights=timm_folder(tmp_path / "m", theirs, global_pool="avg"), backend="reference").eval()
-    torch.testing.assert_close(found(x), theirs(x), rtol=1e-4, atol=1e-5)
+    close(found(x), theirs(x))
 
 
 def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path):
@@ -123,7 +124,7 @@ def test_everything_timm_exports_is_read(tmp_path, x):
     theirs = timm.create_model(NAME, **TIMM, global_pool="avg").eval()
     save_for_hf(theirs, tmp_path / "m", model_args=TIMM | {"global_pool": "avg"})
     found = vit.create(weights=tmp_path / "m", backend="reference").eval()
-    torch.testing.assert_close(found(x), theirs(x), rtol=1e-4, atol=1e-5)
+    close(found(x), theirs(x))
     assert found.preprocess.img_size == (32, 32)
 
 
@@ -241,8 +242,8 @@ def test_big_vision_averages_behind_the_norm(tmp_path, x):
     arrays = big_vision(**GAP)
     np.savez(tmp_path / "w.npz", **arrays)
     found = create(tmp_path / "w.npz")
-    torch.testing.assert_close(found(x), jax_forward(as_tensors(arrays), x), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(vit.Engine(found)(x), found(x), rtol=1e-3, atol=1e-3)
+    close(found(x), jax_forward(as_tensors(arrays), x))
+    close(vit.Engine(found)(x), found(x))
 
 
 def test_big_vision_has_positions_for_patches_alone(tmp_path, x):
@@ -250,7 +251,7 @@ def test_big_vision_has_positions_for_patches_alone(tmp_path, x):
     arrays["params/pos_embedding"] = arrays["params/pos_embedding"][:, 1:]
     np.savez(tmp_path / "w.npz", **arrays)
     found = create(tmp_path / "w.npz")
-    torch.testing.assert_close(found(x), jax_forward(as_tensors(arrays), x), rtol=1e-4, atol=1e-4)
+    close(found(x), jax_forward(as_tensors(arrays), x))
 
 
 def test_big_vision_without_positions_has_fixed_ones(tmp_path, x):
@@ -259,7 +260,7 @@ def test_big_vision_without_positions_has_fixed_ones(tmp_path, x):
     np.savez(tmp_path / "w.npz", **arrays)
     fixed = model(**GAP, pos_embed="sincos2d").pos_embed
     expected = jax_forward(as_tensors(arrays) | {"pos_embedding": fixed}, x)
-    torch.testing.assert_close(create(tmp_path / "w.npz")(x), expected, rtol=1e-4, atol=1e-4)
+    close(create(tmp_path / "w.npz")(x), expected)
 
 
 @pytest.mark.parametrize("zero", [True, False])
@@ -346,7 +347,7 @@ def test_transformers_folders(act, theirs, tmp_path, x):
     source.save_pretrained(tmp_path)
     for name in (None, NAME):
         found = vit.create(name, weights=tmp_path, backend="reference").eval()
-        torch.testing.assert_close(found(x), source(x).logits, rtol=1e-4, atol=1e-4)
+        close(found(x), source(x).logits)
     assert found.class_names == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
@@ -354,7 +355,7 @@ def test_transformers_folders(act, theirs, tmp_path, x):
 def test_transformers_names_of_both_kinds(original, theirs, tmp_path, x):
     source = hf(theirs)
     found = create(source.state_dict())
-    torch.testing.assert_close(found(x), source(x).logits, rtol=1e-4, atol=1e-4)
+    close(found(x), source(x).logits)
     assert found.norm.eps == 1e-12
     source.save_pretrained(tmp_path, save_original_format=original, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -365,7 +366,7 @@ def test_transformers_model_without_a_head(theirs, tmp_path, x, caplog):
     source = hf(theirs, "ViTModel")
     source.save_pretrained(tmp_path)
     found = vit.create(weights=tmp_path, backend="reference").eval()
-    torch.testing.assert_close(found(x), source(x).last_hidden_state[:, 0], rtol=1e-4, atol=1e-4)
+    close(found(x), source(x).last_hidden_state[:, 0])
     assert "pooler.dense.weight" in caplog.text
 
 
