@@ -226,8 +226,9 @@ PyObject* Repeats::again(PyObject* given, PyObject* scratch) const {
 // Which memory each pointer of a call is in; false unless it is the memory of exactly one tensor.
 bool locate(const Function& f, const Params& params, const Arguments& a, std::vector<Pointer>& found) {
   for (const Field& field : f.fields) {
+    if (field.kind != Kind::pointer) continue;  // codes are not aligned as pointers are
     char* const at = *reinterpret_cast<char* const*>(reinterpret_cast<const char*>(&params) + field.offset);
-    if (field.kind != Kind::pointer || !at) continue;
+    if (!at) continue;
     const Extent* const end = a.tensors.data() + a.count;
     const auto holds = [&](const Extent& t) { return t.holds(at); };
     if (std::count_if(a.tensors.data(), end, holds) != 1) return false;

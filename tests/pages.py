@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 #: What the blocks change, and what a build and `import vit` need.
 PARTS = ("CMakeLists.txt", "mkdocs.yml", "pyproject.toml", "build_backend", "csrc", "docs/kernels", "python/vit")
-TESTS = ("tests/conftest.py", "tests/draw.py", "tests/ops")
+TESTS = ("tests/conftest.py", "tests/draw.py", "tests/rounding.py", "tests/ops")
 STEP = re.compile(
     r"^(?:New file `(?P<new>[^`]+)`|In `(?P<path>[^`]+)`, (?P<how>before|after|in place of) `(?P<text>[^`]+)`):\n\n"
     r"```\w*\n(?P<code>.*?)^```$",

@@ -5,6 +5,7 @@ They differ in those numbers alone (`Format`) and in how their products are adde
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,90 +83,102 @@ FIELDS = (
 
 def routine_of(form: Format) -> Routine:
     """The record of a format's linear layer."""
+    checked = functools.partial(arguments, form)
 
-    def reference(
-        x: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None = None,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-        scale: Tensor | None = None,
-    ) -> Tensor:
+    def reference(*args: Any, **kwargs: Any) -> Tensor:
         """The formula in PyTorch."""
-        inputs, _ = arguments(x, weight, weight_scale, bias, activation, residual, scale)
-        x, weight, weight_scale, bias, scale, residual, name, out = inputs
-        q, x_scale = form.quantize_rows(x)
-        sums = q.double() @ weight.double().T  # exact: MOST_INPUTS
-        y = sums.float() * (x_scale * weight_scale)
-        if bias is not None:
-            y = y + bias
-        if name != "none":
-            y = _gelu.reference(y, _APPROXIMATE[name])
-        if scale is not None:
-            y = y * scale
-        return (y if residual is None else y + residual).to(out)
-
-    def limits(spec: Spec) -> list[str]:
-        """What no native kernel can run."""
-        reasons = ["it has no backward"] if spec.training else []
-        if spec.dtype == torch.float64:
-            reasons.append(f"dtype float64 is more than {form.words} can hold; allowed are float32, bfloat16, float16")
-        return reasons
-
-    def arguments(
-        x: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None = None,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-        scale: Tensor | None = None,
-    ) -> tuple[tuple[Any, ...], None]:
-        """The arguments of the kernel, in dtypes that go together."""
-        name = _activation_name(activation)
-        check(form, x, weight, residual, {"weight_scale": weight_scale, "bias": bias, "scale": scale})
-        out = _out_dtype(x.dtype, residual=residual, scale=scale)
-        residual = None if residual is None else residual.to(out)
-        bias = None if bias is None else bias.float()
-        scale = None if scale is None else scale.float()
-        return (x, weight, weight_scale.float(), bias, scale, residual, name, out), None
-
-    def launcher(
-        backend: NativeBackend,
-        x: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        residual: Tensor | None,
-        activation: str,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        """y [..., N]."""
-        shape, device, codes = x.shape, x.device, backend.codes
-        n, k = weight.shape
-        x, x_stride = rows(backend, x)
-        weight, weight_scale = weight.contiguous(), contiguous(backend, weight_scale)
-        bias, scale, residual = (None if t is None else contiguous(backend, t) for t in (bias, scale, residual))
-        y = backend.empty((*shape[:-1], n), out_dtype, device)
-        fields = (
-            ptr(x), ptr(weight), ptr(weight_scale), ptr(bias), ptr(scale), ptr(residual), ptr(y),
-            row_count(shape), n, k, x_stride, k, backend.activations[activation], codes[x.dtype], codes[out_dtype],
-        )  # fmt: skip
-        launch(backend, getattr(backend.lib, form.routine), fields, device)
-        return y
+        given, _ = checked(*args, **kwargs)
+        return formula(form, *given)
 
     return Routine(
         name=form.routine,
         reference=reference,
-        limits=limits,
-        arguments=arguments,
+        limits=functools.partial(limits, form),
+        arguments=checked,
         schema=SCHEMA,
         fake=fake,
-        launcher=launcher,
+        launcher=functools.partial(launcher, form),
         fields=FIELDS,
     )
+
+
+def arguments(
+    form: Format,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[tuple[Any, ...], None]:
+    """The arguments of the kernel, in dtypes that go together."""
+    name = _activation_name(activation)
+    check(form, x, weight, residual, {"weight_scale": weight_scale, "bias": bias, "scale": scale})
+    out = _out_dtype(x.dtype, residual=residual, scale=scale)
+    residual = None if residual is None else residual.to(out)
+    bias = None if bias is None else bias.float()
+    scale = None if scale is None else scale.float()
+    return (x, weight, weight_scale.float(), bias, scale, residual, name, out), None
+
+
+def limits(form: Format, spec: Spec) -> list[str]:
+    """What no native kernel can run."""
+    reasons = ["it has no backward"] if spec.training else []
+    if spec.dtype == torch.float64:
+        reasons.append(f"dtype float64 is more than {form.words} can hold; allowed are float32, bfloat16, float16")
+    return reasons
+
+
+def formula(
+    form: Format,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y [..., N] of the kernel's arguments."""
+    q, x_scale = form.quantize_rows(x)
+    sums = q.double() @ weight.double().T  # exact: MOST_INPUTS
+    y = sums.float() * (x_scale * weight_scale)
+    if bias is not None:
+        y = y + bias
+    if activation != "none":
+        y = _gelu.reference(y, _APPROXIMATE[activation])
+    if scale is not None:
+        y = y * scale
+    return (y if residual is None else y + residual).to(out_dtype)
+
+
+def launcher(
+    form: Format,
+    backend: NativeBackend,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The same of a compiled backend."""
+    shape, device, codes = x.shape, x.device, backend.codes
+    n, k = weight.shape
+    x, x_stride = rows(backend, x)
+    weight, weight_scale = weight.contiguous(), contiguous(backend, weight_scale)
+    bias, scale, residual = (None if t is None else contiguous(backend, t) for t in (bias, scale, residual))
+    y = backend.empty((*shape[:-1], n), out_dtype, device)
+    fields = (
+        ptr(x), ptr(weight), ptr(weight_scale), ptr(bias), ptr(scale), ptr(residual), ptr(y),
+        row_count(shape), n, k, x_stride, k, backend.activations[activation], codes[x.dtype], codes[out_dtype],
+    )  # fmt: skip
+    launch(backend, getattr(backend.lib, form.routine), fields, device)
+    return y
 
 
 def check(
