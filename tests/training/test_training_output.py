@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,17 @@ def test_a_recipe_says_what_its_model_and_schedule_are(name: str) -> None:
     assert None not in (config.epochs, config.batch_size, config.lr, config.warmup_epochs, config.augment)
     task = tasks.get(config.task)
     vit.create(config.model, device="meta", **(task.arch | task.head | {"num_classes": 10} | config.arch))
+
+
+def test_data_of_a_file_that_there_are_not_are_refused_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text("data: nowhere\n")
+    for words in (["train"], ["train", "--print-config"], ["sweep", "--vary", "lr=1e-4,1e-3"]):
+        assert main([*words, "--config", str(file)]) == 1
+        assert re.search(r"data 'nowhere' does not exist.*\(in .*all\.yaml\)", capsys.readouterr().err)
+    assert main(["train", "--print-config", "--config", str(file), "--data", "digits"]) == 0
 
 
 def test_the_printed_configuration_is_the_one_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import draw
@@ -733,3 +734,21 @@ def test_a_pointer_of_git_lfs_is_called_so(name, tmp_path):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(WeightsError, match=f"{name}.*pointer of Git LFS.*git lfs pull"):
         vit.create(NAME, backend="reference", weights=tmp_path / name, **A)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda state: state, lambda state: {"model": state, "epoch": 3}], ids=["state", "checkpoint"]
+)
+def test_a_storage_that_is_not_as_long_as_its_record_is_refused(wrap, tmp_path):
+    """A mapped file would lend the tensor bytes of the records behind it."""
+    whole, changed = tmp_path / "whole.pt", tmp_path / "changed.pt"
+    torch.save(wrap(noisy().state_dict()), whole)
+    with zipfile.ZipFile(whole) as given, zipfile.ZipFile(changed, "w") as made:
+        for member in given.infolist():
+            data = given.read(member)
+            if member.filename.endswith("/data/3"):
+                data = data[:-4]
+            made.writestr(member, data)
+    assert len(vit.weights.read(whole).state) == len(noisy().state_dict())
+    with pytest.raises(WeightsError, match=r"changed\.pt.*record data/3 has \d+ bytes, and the pickle says \d+"):
+        vit.weights.read(changed)

@@ -140,10 +140,22 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
     if args.config:
         for name, value in read_yaml(args.config).items():
             values[name] = convert(name, value, where) if name in FIELDS else value  # from_mapping names unknown ones
+        if "data" in values and not hasattr(args, "data"):
+            _check_data(values["data"], where)
     from_flags = {name: getattr(args, name) for name in FIELDS if name != "arch" and hasattr(args, name)}
     if args.arch:
         from_flags["arch"] = (values.get("arch") or {}) | parse_arch(args.arch)
     return values | from_flags
+
+
+def _check_data(data: str, where: str) -> None:
+    """What nobody can read is refused with the file that says so, which later steps do not know."""
+    from ..data import DataError, kind_of
+
+    try:
+        kind_of(data)
+    except DataError as error:
+        raise DataError(f"{error} (in {where})") from error
 
 
 def parse_arch(words: list[str]) -> dict[str, Any]:

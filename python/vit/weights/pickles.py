@@ -117,9 +117,60 @@ def _load(path: Path, zipped: bool) -> Any:
     except UnicodeEncodeError:  # a name that torch does not take
         zipped = False
     if zipped and not name.endswith(".safetensors"):  # of that name torch.load reads nothing else
-        return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
+        _check_storages(path)  # which torch.load does where it reads them, but not where it maps them
+        return found
     with path.open("rb") as file:
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+class _Noted(dict[Any, Any]):
+    """Stands for every name of a pickle: takes whatever is given to it, and does nothing."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        """As of a list."""
+
+    extend = add = append
+
+
+class _Storages(pickle.Unpickler):
+    """Notes the records that a pickle of torch.save calls storages, and how many bytes each has by it."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.bytes: dict[str, set[int]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        storage = getattr(torch, name, None) if module in ("torch", "torch.storage") and "Storage" in name else None
+        itemsize = getattr(getattr(storage, "dtype", None), "itemsize", 1)  # UntypedStorage counts bytes
+        return type(name, (_Noted,), {"itemsize": itemsize})
+
+    def persistent_load(self, given: Any) -> Any:
+        _, kind, key, _, count = given
+        self.bytes.setdefault(str(key), set()).add(count * kind.itemsize)
+        return _Noted()
+
+
+def _check_storages(path: Path) -> None:
+    """ValueError where a record has another size than the pickle says, and its tensors would hold other records."""
+    with zipfile.ZipFile(path) as archive:
+        sizes = {member.filename.partition("/")[2]: member.file_size for member in archive.infolist()}
+        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(pickled) as file:
+            found = _Storages(file)
+            found.load()
+    for key, said in found.bytes.items():
+        size = sizes.get(f"data/{key}")
+        if said != {size}:
+            raise ValueError(f"record data/{key} has {size} bytes, and the pickle says {max(said)}")
 
 
 def _would_run_code(path: Path, names: list[str]) -> str:
