@@ -15,7 +15,7 @@ import timm
 import torch
 import vit
 from conftest import USABLE
-from rounding import close
+from rounding import WIDE, close
 from timm.layers import SwiGLU, SwiGLUPacked
 from timm.models import deit, get_pretrained_cfg, vision_transformer
 from timm.models._registry import _deprecated_models, _module_to_models
@@ -321,7 +321,8 @@ def test_patches_are_resampled_as_timms(rule):
     mode, _, aa = rule.partition("-")
     for size in ((8, 8), (24, 20), (16, 16)):
         wanted = timm.layers.resample_patch_embed(weight, size, interpolation=mode, antialias=bool(aa))
-        close(resample_patches(weight, size, rule), wanted)
+        # Each pseudo-inverse of 256 pixels is up to 13 roundings away from the exact one.
+        close(resample_patches(weight, size, rule), wanted, WIDE)
 
 
 def test_weights_are_brought_to_another_size_as_by_timm():
