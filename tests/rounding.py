@@ -19,18 +19,22 @@ MODEL = 16
 #: The same of models whose products sum up thousands of terms, up to 15,360: the rounding of such a sum grows with the
 #: root of their number and is 3 times that of a few hundred. (Measured: up to 32.)
 WIDE = 48
+#: The same in 16 bits, where sums are float32 and only what is stored is rounded: a dozen roundings, by chance up or
+#: down, are about the root of 12.
+SHORT = 4
 
 
 def close(
     got: Any,
     want: Any,
-    roundings: float = MODEL,
+    roundings: float | None = None,
     *,
     dtype: torch.dtype | None = None,
     largest: float | None = None,
     what: str = "",
 ) -> None:
-    """Asserts that `got` is at most `roundings` away from `want`; tuples, lists and dictionaries part by part.
+    """Asserts that `got` is at most `roundings` (MODEL, in 16 bits SHORT) away from `want`; tuples, lists and
+    dictionaries part by part.
 
     `dtype` is what was computed in, where the results are wider. `largest` is the size that was rounded, where it is
     not that of `want`: of the terms of a sum that cancels, of all gradients where some are zero.
@@ -47,19 +51,16 @@ def close(
     elif want is None:
         assert got is None, what
     else:
-        found = roundings_apart(got, want, dtype, largest)
+        got, want = (x.detach().cpu() if isinstance(x, Tensor) else torch.as_tensor(x) for x in (got, want))
+        assert got.shape == want.shape, f"{what}: {list(got.shape)}, not {list(want.shape)}"
+        if got.equal(want):
+            return
+        eps = max(torch.finfo(t).eps for t in ((got.dtype, want.dtype) if dtype is None else (dtype,)))
+        if roundings is None:
+            roundings = MODEL if eps < 1e-6 else SHORT
+        size = want.double().abs().max().item() if largest is None else largest
+        found = ((got.double() - want.double()).abs().max() / (eps * size)).item()
         assert found <= roundings, f"{what or 'the results'}: {found:.3g} roundings apart, allowed {roundings}"
-
-
-def roundings_apart(got: Any, want: Any, dtype: torch.dtype | None = None, largest: float | None = None) -> float:
-    """The largest difference of two tensors, in roundings."""
-    got, want = (x.detach().cpu() if isinstance(x, Tensor) else torch.as_tensor(x) for x in (got, want))
-    assert got.shape == want.shape, f"{list(got.shape)}, not {list(want.shape)}"
-    if got.equal(want):
-        return 0.0
-    size = want.double().abs().max().item() if largest is None else largest
-    eps = max(torch.finfo(t).eps for t in ((got.dtype, want.dtype) if dtype is None else (dtype,)))
-    return ((got.double() - want.double()).abs().max() / (eps * size)).item()
 
 
 def about(number: float, roundings: float = 4) -> Any:

@@ -16,6 +16,10 @@ struct Blocks {
   int64_t largest() const { return count ? ceil_div(size, count) : 0; }
 };
 
+// Rows of a tile of products of elements T.
+template <class T>
+inline constexpr int kQueryRows = kTileRows<Operand<T>>;
+
 // The columns of an operand B of elements T in panels of at most kTileVectors vectors: 3, 2 rather than 3, 3, ..., 1.
 template <class T>
 struct Panels {
@@ -88,7 +92,7 @@ VIT_INLINE void multiply(const char* a, int64_t stride, const char* b, int64_t s
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t v0 = panels.begin(panel), v1 = panels.begin(panel + 1);
     const char* panel_b = b + v0 * steps * kVectorBytes;
-    const Prefetch ahead = kColumns ? Prefetch{} : upcoming.next(steps, panel_b);  // columns ask for themselves
+    const Prefetch ahead = kColumns ? Prefetch{} : upcoming.next(steps, panel_b);  // columns are prefetched by the tile
     tile_for<Operand<T>, kColumns>(out.rows, v1 - v0)(a, stride, panel_b, steps, ahead, add,
                                                       out.data + v0 * panels.lanes, out.stride);
   }

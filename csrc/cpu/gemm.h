@@ -4,8 +4,9 @@
 // to an epilogue. Three layers, three files: the tile in registers, the operands in memory, the loops around both. A
 // few rows take the short way of gemm_direct.h.
 //
-// An element of C is the sum of blocks of kBlockSteps steps, each block a sum over k in order, whatever the layout of A
-// and B and whatever tile the element falls into: neither M nor the number of threads can change it.
+// An element of C is the sum of blocks of kBlockSteps steps, each block a sum over k in order (in matrix registers one
+// chain, gemm_amx.h), whatever the layout of A and B and whatever tile the element falls into: neither M nor the number
+// of threads can change it.
 #pragma once
 
 #include "cpu/gemm_direct.h"
@@ -41,46 +42,6 @@ struct RowTiles {
   int64_t begin(int64_t t) const {
     return kMatrixTiles<T> ? min(first + t * kTileRows<T>, last) : first + (last - first) * t / count;
   }
-};
-
-// What becomes of finished tiles, seen through two pointers: the loops below are compiled once for each type of
-// operand, not for each of some fifty epilogues (which took two thirds of the build). `prefetch` may be missing.
-template <class A>
-class EpilogueView {
- public:
-  template <class E>
-  explicit EpilogueView(const E& epilogue) : epilogue_(&epilogue), run_(run<E>), prefetch_(prefetch_of(epilogue, 0)) {}
-
-  void operator()(const Tile<A>& tile) const { run_(epilogue_, tile); }
-
-  // The lines that a tile will be read from and written to, asked for while it is computed.
-  void prefetch(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
-    if (prefetch_) prefetch_(epilogue_, row, rows, column, columns);
-  }
-
- private:
-  using Prefetches = void (*)(const void*, int64_t, int64_t, int64_t, int64_t);
-
-  template <class E>
-  static void run(const void* epilogue, const Tile<A>& tile) {
-    (*static_cast<const E*>(epilogue))(tile);
-  }
-  template <class E>
-  static void call_prefetch(const void* epilogue, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-    static_cast<const E*>(epilogue)->prefetch(row, rows, column, columns);
-  }
-  template <class E>
-  static auto prefetch_of(const E& epilogue, int) -> decltype(epilogue.prefetch(0, 0, 0, 0), Prefetches{}) {
-    return call_prefetch<E>;
-  }
-  template <class E>
-  static Prefetches prefetch_of(const E&, ...) {
-    return nullptr;
-  }
-
-  const void* epilogue_;
-  void (*run_)(const void*, const Tile<A>&);
-  Prefetches prefetch_;
 };
 
 // The lines of `columns` elements in each of `rows` rows, to be written or only read.

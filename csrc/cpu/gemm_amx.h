@@ -1,6 +1,7 @@
 // The tile of gemm_tile.h in the matrix registers of AMX: up to 32 rows x 2 vectors of C in four of the eight
-// registers, two for rows of A, two for vectors of B. One instruction multiplies 16 rows of 16 words by 16 steps of a
-// vector: 16 cycles for 1,024 products in float32 or 2,048 in bytes, 16 times as many as a vector instruction.
+// registers, two for rows of A, two for vectors of B. One instruction multiplies 16 rows of 16 words of A by 16 steps
+// of a vector of B, 8,192 products of bfloat16 or 16,384 of bytes, in 16 cycles: 16 times as many a cycle as one vector
+// instruction has.
 //
 // An element of C is one chain over k in groups of 16 steps (within a group the products with even and odd k are added
 // apart), which goes on where `add` is given: the bits depend neither on blocks of steps nor on the height of a tile.
@@ -94,7 +95,7 @@ VIT_INLINE void copy_rows(const char* a, int64_t stride, int64_t rows, int64_t s
   memcpy(out, block, sizeof block);
 }
 
-// What `tile` does, for kRows > 16 (kTall) or up to 16 rows. The halves of a tall tile of fewer than 32 rows overlap:
+// What `tile` does, for more than 16 rows (kTall) or up to 16. The halves of a tall tile of fewer than 32 rows overlap:
 // both hold the same sums there.
 template <class T, bool kColumns, bool kTall, bool kWide>
 __attribute__((noinline)) void matrix_tile(int64_t rows, const char* a, int64_t stride, const char* b, int64_t steps,

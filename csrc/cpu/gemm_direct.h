@@ -89,8 +89,8 @@ void direct_matrix(const char* a, int64_t stride, const Matrix<P>& b, int64_t j,
 }
 
 // C = A B for M <= kDirectRows<T> rows; calls epilogue(Tile) on the thread that computed the tile.
-template <class T, class P, class V>
-void gemm_direct(int threads, const Lhs& a, const Rhs<T, P>& b, int64_t M, const V& epilogue) {
+template <class T, class P>
+void gemm_direct(int threads, const Lhs& a, const Rhs<T, P>& b, int64_t M, const EpilogueView<Acc<T>>& epilogue) {
   using A = Acc<T>;
   constexpr int64_t lanes = kWordLanes<T>;
   parallel_for(threads, ceil_div(b.N, lanes), [&](int64_t begin, int64_t end, int) {

@@ -96,7 +96,7 @@ def test_rotary_keeps_a_wide_table_beside_narrow_heads(name):
     x, table = draw.randn(2, 12, 2, 16).bfloat16(), draw.randn(12, 32)
     got = vit.ops.rotary(x, table, backend=name)
     assert got.dtype == torch.bfloat16
-    close(got, apply(x, table, 0, False))
+    close(got, apply(x, table, 0, False), 1)  # both are rounded once
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])

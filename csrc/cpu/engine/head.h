@@ -14,9 +14,9 @@ void classify(const Pass<T>& p, const float* features, int64_t rows, float* logi
               int64_t panel_end) {
   const Shape& s = p.s;
   const int64_t K = s.pooled();
-  const Lhs left{reinterpret_cast<const char*>(features), K * static_cast<int64_t>(sizeof(float)), false};
+  const Lhs lhs{reinterpret_cast<const char*>(features), K * static_cast<int64_t>(sizeof(float)), false};
   gemm_range<float, false>(
-      left, p.net.head.weight, s.classes, K, 0, rows, panel_begin, panel_end,
+      lhs, p.net.head.weight, s.classes, K, 0, rows, panel_begin, panel_end,
       Epilogue<float, float, Activation::none>{p.net.head.bias, nullptr, logits, nullptr, s.classes});
 }
 
