@@ -7,5 +7,5 @@
 #elif defined(VIT_VECTOR_LEVELS_ONLY)
 #define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512bf16)
 #else
-#define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512bf16) F(amx)
+#define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512vnni) F(avx512bf16) F(amx)
 #endif
