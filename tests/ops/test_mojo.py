@@ -85,3 +85,29 @@ def test_results_are_those_of_the_cpu_backend(level):
     done = subprocess.run([sys.executable, "-c", COMPARE], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[level, level], len(cases("cpu", groups=["odd", "corner"])), []]
+
+
+TRAIN = """
+import json, sys, torch, vit
+from pathlib import Path
+from vit.training import TrainConfig, train
+
+torch.set_num_threads(1)
+arch = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+for name in ("mojo", "cpu"):
+    config = TrainConfig(arch=arch, backend=name, epochs=8, batch_size=64, warmup_epochs=1.0, checkpoint_seconds=1e9)
+    test = train(config, out=Path(sys.argv[1], name)).test
+    print(json.dumps([test.accuracy, test.loss]), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(get("cpu").unavailable() is not None, reason="the cpu backend is not built")
+def test_a_training_is_that_of_the_cpu_backend(tmp_path):
+    """To the bit, after 160 steps of forward, backward and optimizer."""
+    environment = os.environ | {"VIT_CPU_ISA": vit.backends()["mojo"]["isa"], "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", TRAIN, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    mojo, cpu = (json.loads(line) for line in done.stderr.splitlines() if line.startswith("["))
+    assert mojo == cpu
+    assert mojo[0] > 0.25  # of ten classes
