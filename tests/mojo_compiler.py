@@ -9,5 +9,5 @@ from pathlib import Path
 
 
 def mojo() -> str | None:
-    """The compiler beside this Python or on PATH."""
-    return shutil.which("mojo", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    """The compiler on PATH or beside this Python."""
+    return shutil.which("mojo", path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)]))
