@@ -13,6 +13,7 @@ import draw
 import pytest
 import torch
 from vit.backends import NativeBackend, records
+from vit.backends._host import HostBackend
 
 NATIVE = {name: record for name, record in records().items() if isinstance(record, NativeBackend)}
 USABLE = [name for name, record in NATIVE.items() if record.unavailable() is None]
@@ -33,15 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend` runs over every native backend; one that cannot run here is a skip with its own reason."""
-    if "backend" not in metafunc.fixturenames:
-        return
-    names = [
-        pytest.param(name, id=name, marks=[] if why is None else [pytest.mark.skip(reason=why)])
-        for name, record in NATIVE.items()
-        for why in (record.unavailable(),)
-    ]
-    metafunc.parametrize("backend", names)
+    """`backend` runs over every native backend, `host` over those on the threads of the process; one that cannot run
+    here is a skip with its own reason."""
+    for fixture, kind in (("backend", NativeBackend), ("host", HostBackend)):
+        names = [
+            pytest.param(name, id=name, marks=[] if why is None else [pytest.mark.skip(reason=why)])
+            for name, record in NATIVE.items()
+            if isinstance(record, kind)
+            for why in (record.unavailable(),)
+        ]
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, names)
 
 
 @pytest.fixture

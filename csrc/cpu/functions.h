@@ -172,15 +172,11 @@ VIT_INLINE Vec<Acc<T>> quotient(Vec<Acc<T>> a, Vec<Acc<T>> b) {
   return a / b;
 }
 
-// a b - product, the rounding error of product = a b (0 on levels without FMA).
+// a b - product, the rounding error of product = a b (0 on levels without FMA). Not opaque, the compiler would take
+// that product and find 0.
 template <class V>
 VIT_INLINE V product_error(V a, V b, V product) {
-#if defined(__x86_64__)
-  asm("" : "+v"(a));  // hides that a b was computed before: the compiler would take that product and find 0
-#elif defined(__aarch64__)
-  asm("" : "+w"(a));
-#endif
-  return fma(a, b, -product);
+  return fma(opaque(a), b, -product);
 }
 
 }  // namespace vit::VIT_ISA

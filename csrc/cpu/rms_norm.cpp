@@ -69,7 +69,9 @@ VIT_INLINE void backward_rows(const RmsNormBwd& p, int64_t row, Acc<T>* dw) {
     for (int r = 0; r < rows; ++r) {
       const V d = load<A>(dy[r] + j, n), xhat = load<A>(x[r] + j, n) * rstd[r];
       dw_j = fma(d, xhat, dw_j);
-      if (dx) store<A>(dx + r * p.C + j, rstd[r] * (d * w - xhat * mean_gx[r]), n);
+      // Of two products GCC would round one or the other, and without a weight not the same one in every loop: a row's
+      // gradient followed from the number of rows.
+      if (dx) store<A>(dx + r * p.C + j, rstd[r] * fma(d, w, -opaque(xhat * mean_gx[r])), n);
     }
     if (dw) store<A>(dw + j, dw_j, n);
   });

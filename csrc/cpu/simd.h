@@ -57,6 +57,17 @@ VIT_INLINE V fma(V a, V b, V c) {
   return a * b + c;
 }
 
+// x, of whose computation the compiler knows nothing: a product in it is rounded, and becomes no part of an FMA.
+template <class V>
+VIT_INLINE V opaque(V x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // Bit patterns of one type read as another of the same size.
 template <class To, class From>
 VIT_INLINE To bit_cast(From from) {

@@ -39,8 +39,8 @@ def test_attention_of_a_pack_is_that_of_each_image_to_the_bit(dtype, queries):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_each_image_equals_its_lone_run_to_the_bit(name, training):
-    model = draw.fill(vit.create(name, depth=2, num_classes=5, backend="cpu", **MODELS[name]), 0.05).train(training)
+def test_each_image_equals_its_lone_run_to_the_bit(host, name, training):
+    model = draw.fill(vit.create(name, depth=2, num_classes=5, backend=host, **MODELS[name]), 0.05).train(training)
     images = [draw.randn(3, *size, requires_grad=True) for size in SIZES]
     logits = model(images)
     dy = draw.randn_like(logits)

@@ -80,6 +80,34 @@ def test_a_row_of_norms_activations_and_matmul_does_not_depend_on_the_batch(back
             assert f(x[-m:]).equal(whole[-m:]), f"last {m} rows"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_row_does_not_depend_on_the_batch(backend, device, dtype):
+    """With and without parameters, for which a compiler makes loops of their own."""
+    if dtype not in NATIVE[backend].dtypes:
+        pytest.skip("not of its types")
+    x, dy = draw.randn(2, 60, 96, device=device).to(dtype)
+    w = draw.randn(96, device=device).to(dtype)
+    for f in (
+        lambda x: vit.ops.layer_norm(x, backend=backend),
+        lambda x: vit.ops.layer_norm(x, w, w, backend=backend),
+        lambda x: vit.ops.rms_norm(x, backend=backend),
+        lambda x: vit.ops.rms_norm(x, w, backend=backend),
+        lambda x: vit.ops.swiglu(x.repeat(1, 2), backend=backend),
+        lambda x: vit.ops.rotary(x[:, None, None], w.repeat(2)[None], pairing="half", backend=backend),
+        lambda x: vit.ops.gelu(x, backend=backend),
+        lambda x: vit.ops.gelu(x, "silu", backend=backend),
+    ):
+
+        def gradient(part: slice) -> Tensor:
+            rows = x[part].clone().requires_grad_()
+            return torch.autograd.grad(f(rows), rows, dy[part].view_as(f(rows)))[0]  # noqa: B023
+
+        whole = gradient(slice(0, 60))
+        for m in (1, 2, 3, 8, 13, 50):
+            assert gradient(slice(0, m)).equal(whole[:m]), f"first {m} rows"
+            assert gradient(slice(60 - m, 60)).equal(whole[-m:]), f"last {m} rows"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(197, 3, 64), (50, 12, 64), (17, 8, 8), (130, 2, 80)])
 def test_attention_of_an_image_does_not_depend_on_the_batch(backend, device, tokens, heads, dim, dtype):

@@ -14,7 +14,7 @@ import pytest
 import quantized_helpers as helpers
 import torch
 import vit
-from conftest import NATIVE
+from conftest import NATIVE, USABLE
 from quantized_helpers import FORMS, layer
 from torch import Tensor
 from vit.backends import BackendError
@@ -175,19 +175,23 @@ found = []
 for n, k in ((50, 64), (100, 131)):
     x, (weight, scale) = draw.randn(20, k), layer(n, k)
     weight[:, ::2] = 127
-    y = vit.ops.linear_int8(x, weight, scale, backend="cpu")
+    y = vit.ops.linear_int8(x, weight, scale, backend=sys.argv[1])
     found.append(torch.equal(y, vit.ops.linear_int8(x, weight, scale, backend="reference")))
-print(json.dumps([vit.backends()["cpu"]["isa"], found]))
+print(json.dumps([vit.backends()[sys.argv[1]]["isa"], found]))
 """
 
 
-@pytest.mark.parametrize("level", vit.backends()["cpu"].get("isa available", "").split(", "))
-def test_every_instruction_set_level(level, form):
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [(name, level) for name in USABLE for level in NATIVE[name].info().get("isa available", "").split(", ") if level],
+)
+def test_every_instruction_set_level(name, level, form):
     """Sums are exact also where products are not added in 32 bits at once."""
-    if not level or not has("cpu", form):
-        pytest.skip(f"the cpu backend has no {form.routine} here")
+    if not has(name, form):
+        pytest.skip(f"{name} has no {form.routine}")
     environment = os.environ | {"VIT_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", LEVEL], env=environment, capture_output=True, text=True, timeout=100)
+    command = [sys.executable, "-c", LEVEL, name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [level, [True, True]]
 
@@ -209,11 +213,11 @@ def check_compiled(form: Format, backend: str, device: torch.device) -> None:
     assert torch.equal(compiled(x), call(form, backend, x, weight, scale))
 
 
-@pytest.mark.parametrize("where", ["reference", "cpu"])
+@pytest.mark.parametrize("where", ["reference", "cpu", "mojo"])
 def test_refusals(where, form):
     x, (weight, scale) = draw.randn(4, 8), layer(6, 8, form)
-    if where == "cpu" and not has("cpu", form):
-        pytest.skip(f"the cpu backend has no {form.routine}")
+    if where != "reference" and not has(where, form):
+        pytest.skip(f"{where} has no {form.routine}")
 
     def run(x=x, weight=weight, scale=scale, **more):
         return call(form, where, x, weight, scale, **more)

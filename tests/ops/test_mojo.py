@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,7 @@ import pytest
 import torch
 import vit
 from vit.backends import get, records
-from vit.ops import OPS
-from vit.parity import backend_ops, cases
-from vit.parity.problems import DEFINITIONS, build
-from vit.parity.runner import call
+from vit.parity import cases
 
 BACKEND = get("mojo")
 pytestmark = [
@@ -59,28 +57,57 @@ def test_few_rows_are_the_same_chain_of_sums(n, k, dtype, threads):
         assert vit.ops.linear(x[:rows], w, residual=residual[:rows], **given).equal(whole[:rows]), f"{rows} rows"
 
 
-def _results(case, name):
-    ops = backend_ops(name)
-    return call(build(case, "cpu"), lambda tensors: DEFINITIONS[case.op].call(ops, case, tensors))
+COMPARE = """
+import json, torch, vit
+from vit.parity import backend_ops, cases
+from vit.parity.problems import DEFINITIONS, build
+from vit.parity.runner import call
+
+torch.set_num_threads(1)
+chosen, different = cases("cpu", groups=["odd", "corner"]), []
+for case in chosen:
+    got, wanted = (
+        call(build(case, "cpu"), lambda tensors: DEFINITIONS[case.op].call(backend_ops(name), case, tensors))
+        for name in ("mojo", "cpu")
+    )
+    for name, x in wanted.items():
+        if not torch.allclose(got[name], x, rtol=0, atol=0, equal_nan=True):
+            different.append(f"{case.id} {name}")
+print(json.dumps([[vit.backends()[name]["isa"] for name in ("mojo", "cpu")], len(chosen), different]))
+"""
 
 
 @pytest.mark.skipif(get("cpu").unavailable() is not None, reason="the cpu backend is not built")
-@pytest.mark.parametrize("op", OPS)
-def test_results_are_those_of_the_cpu_backend(op):
-    """The same bits: the order of sums is the same. The backward of attention in float64 has not been compared since
-    both took the softmax from its maximum and sum."""
-    level = vit.backends()["mojo"]["isa"]
-    if vit.backends()["cpu"]["isa"] != level:  # amx, which has other sums and which Mojo has not
-        again = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_results_are_those_of_the_cpu_backend[{op}]"]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        done = subprocess.run(again, env=environment | {"VIT_CPU_ISA": level}, capture_output=True, text=True)
-        assert "1 passed" in done.stdout, done.stdout
-        return
-    torch.set_num_threads(1)
-    # 7 meets every dtype and direction, of which there are 6.
-    for case in cases("cpu", ops=[op], groups=["odd", "corner"])[::7]:
-        if (case.op, case.dtype, case.direction) == ("attention", "float64", "bwd"):
-            continue
-        got, wanted = _results(case, "mojo"), _results(case, "cpu")
-        for name, tensor in wanted.items():
-            assert torch.allclose(got[name], tensor, rtol=0, atol=0, equal_nan=True), (case.id, name)
+@pytest.mark.parametrize("level", vit.backends()["mojo"].get("isa available", "").split(", "))
+def test_results_are_those_of_the_cpu_backend(level):
+    """The same bits in every output and gradient, because the order of sums is the same."""
+    environment = os.environ | {"VIT_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", COMPARE], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[level, level], len(cases("cpu", groups=["odd", "corner"])), []]
+
+
+TRAIN = """
+import json, sys, torch, vit
+from pathlib import Path
+from vit.training import TrainConfig, train
+
+torch.set_num_threads(1)
+arch = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+for name in ("mojo", "cpu"):
+    config = TrainConfig(arch=arch, backend=name, epochs=8, batch_size=64, warmup_epochs=1.0, checkpoint_seconds=1e9)
+    test = train(config, out=Path(sys.argv[1], name)).test
+    print(json.dumps([test.accuracy, test.loss]), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(get("cpu").unavailable() is not None, reason="the cpu backend is not built")
+def test_a_training_is_that_of_the_cpu_backend(tmp_path):
+    """To the bit, after 160 steps of forward, backward and optimizer."""
+    environment = os.environ | {"VIT_CPU_ISA": vit.backends()["mojo"]["isa"], "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", TRAIN, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    mojo, cpu = (json.loads(line) for line in done.stderr.splitlines() if line.startswith("["))
+    assert mojo == cpu
+    assert mojo[0] > 0.25  # of ten classes
