@@ -1,0 +1,99 @@
+"""What torch.cuda.CUDAGraph does on a GPU, done on the emulators of the CUDA kernels, whose tensors lie on the CPU.
+
+In a capture the emulated runtime keeps our launches and runs none; what PyTorch computes between them runs, on whatever
+their results hold, and is kept as well. A replay does all of it again, in order, in the same memory: a result that was
+not made by the replay, or a number that was read meanwhile, is wrong afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from cuda_emulator import Emulated
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+#: What asks a GPU for a number, and so waits for it.
+READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"}
+#: What takes memory and writes nothing.
+ROOM = ("aten::empty", "aten::new_empty")
+
+
+class CaptureError(RuntimeError):
+    """What a capture does not allow, by name."""
+
+
+class Graph(TorchDispatchMode):
+    """A capture and its replay.
+
+        graph = Graph(emulated)
+        with graph.capture():
+            y = f(x)
+        x.copy_(...)
+        graph.replay()        # y is f of the new x
+
+    Its memory lives as long as the graph, as the pool of one does on a GPU.
+    """
+
+    def __init__(self, emulated: Emulated) -> None:
+        super().__init__()
+        self.emulated = emulated
+        self.steps: list[Callable[[], Any]] = []
+        self.alive: list[Any] = []
+        self.kept = 0
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """CaptureError for what is not allowed."""
+        # Our ops take pointers from ordinary tensors alone, and these are: nothing but this mode looks on.
+        length, torch._C._len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack, lambda: 0
+        self.kept = self.emulated.kept()
+        self.emulated.capture(True)
+        try:
+            with self:
+                yield
+        finally:
+            self.emulated.capture(False)
+            torch._C._len_torch_dispatch_stack = length
+        self.take_launches()
+        if refused := self.emulated.refused():
+            raise CaptureError(f"calls of the runtime that a capture does not allow: {refused}")
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for step in self.steps:
+                step()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name in READS:
+            raise CaptureError(f"{name} reads a number of the GPU")
+        self.take_launches()
+        inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        results = func(*args, **kwargs)
+        made = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
+        self.alive.append((args, kwargs, made))
+        if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
+            self.steps.append(lambda: func(*args, **kwargs))
+        elif not name.startswith(ROOM) and not all(t.untyped_storage().data_ptr() in inputs for t in made):
+            self.steps.append(lambda: self.again(func, args, kwargs, made))
+        return results
+
+    @staticmethod
+    def again(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> None:
+        """Computes a result once more, where it lay."""
+        results = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
+        for old, new in zip(made, results, strict=True):
+            old.copy_(new)
+
+    def take_launches(self) -> None:
+        """Launches since the last step become the next one."""
+        first, last = self.kept, self.emulated.kept()
+        if first < last:
+            self.steps.append(lambda: self.emulated.replay(first, last))
+        self.kept = last
