@@ -53,15 +53,20 @@ class Graph(TorchDispatchMode):
         length, torch._C._len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack, lambda: 0
         self.kept = self.emulated.kept()
         self.emulated.capture(True)
+        failure: RuntimeError | None = None
         try:
             with self:
                 yield
+        except RuntimeError as error:
+            failure = error
         finally:
             self.emulated.capture(False)
             torch._C._len_torch_dispatch_stack = length
-        self.take_launches()
         if refused := self.emulated.refused():
-            raise CaptureError(f"calls of the runtime that a capture does not allow: {refused}")
+            raise CaptureError(f"calls of the runtime that a capture does not allow: {refused}") from failure
+        if failure is not None:
+            raise failure
+        self.take_launches()
 
     def replay(self) -> None:
         with torch.no_grad():

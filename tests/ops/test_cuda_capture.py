@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import cuda_emulator
 import draw
@@ -96,7 +95,15 @@ MODELS = {
 
 
 def small(emulated: Emulated, name: str, dtype: torch.dtype, training: bool = False, **options) -> torch.nn.Module:
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2, "num_classes": 5, "mlp_ratio": 4}
+    sizes = {
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 64,
+        "depth": 1,
+        "num_heads": 2,
+        "num_classes": 5,
+        "mlp_ratio": 4,
+    }
     model = vit.create(name, **(sizes | options), backend=emulated.name, training=training)
     with torch.no_grad():
         for parameter in model.parameters():
