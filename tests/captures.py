@@ -1,8 +1,9 @@
 """What torch.cuda.CUDAGraph does on a GPU, done on the emulators of the CUDA kernels, whose tensors lie on the CPU.
 
 In a capture the emulated runtime keeps our launches and runs none; what PyTorch computes between them runs, on whatever
-their results hold, and is kept as well. A replay does all of it again, in order, in the same memory: a result that was
-not made by the replay, or a number that was read meanwhile, is wrong afterwards.
+their results hold, and is kept as well; what it writes to is as before afterwards, as on a GPU, where nothing runs. A
+replay does all of it again, in order, in the same memory: a result that the replay did not make, or a number that was
+read in the capture, is wrong afterwards.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Graph(TorchDispatchMode):
         self.emulated = emulated
         self.steps: list[Callable[[], Any]] = []
         self.alive: list[Any] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # address -> what was written to, and its content
         self.kept = 0
 
     @contextmanager
@@ -67,6 +69,9 @@ class Graph(TorchDispatchMode):
         if failure is not None:
             raise failure
         self.take_launches()
+        for written, content in self.before.values():
+            written.data.copy_(content)
+        self.before.clear()
 
     def replay(self) -> None:
         with torch.no_grad():
@@ -80,10 +85,15 @@ class Graph(TorchDispatchMode):
             raise CaptureError(f"{name} reads a number of the GPU")
         self.take_launches()
         inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        writes = [a for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        for i, argument in enumerate(func._schema.arguments):
+            if argument in writes:
+                for t in tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name)):
+                    self.before.setdefault(t.data_ptr(), (t, t.detach().clone()))
         results = func(*args, **kwargs)
         made = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
         self.alive.append((args, kwargs, made))
-        if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
+        if writes:
             self.steps.append(lambda: func(*args, **kwargs))
         elif not name.startswith(ROOM) and not all(t.untyped_storage().data_ptr() in inputs for t in made):
             self.steps.append(lambda: self.again(func, args, kwargs, made))

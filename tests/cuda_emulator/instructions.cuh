@@ -90,8 +90,8 @@ inline cudaError_t emulated_failure(cudaError_t error) { return emulated_error =
 
 // A stream capture, which a test begins and ends: launches are kept with copies of their parameters, and not run. What
 // asks the runtime for anything else fails and is kept by name: it would end a capture (memory, synchronisation), or
-// has an answer that does not change and should have been known (attributes), since a GPU's capture is made after a call
-// that warmed up.
+// has an answer that does not change and should have been known (attributes), since a GPU's capture is made after a
+// call that warmed up.
 struct EmulatedCapture {
   bool on = false;
   std::string refused;

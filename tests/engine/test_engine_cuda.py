@@ -15,12 +15,15 @@ import draw
 import pytest
 import torch
 import vit
-from captures import Graph
+from captures import READS, Graph
 from conftest import USABLE
 from cuda_emulator import Emulated
 from rounding import WIDE, close
 from torch import Tensor, nn
-from vit.engine.cuda import CudaEngine
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from vit.engine.cuda import CudaEngine, outputs_of
 from vit.engine.graphs import WARM_UP, Cache, Captured, CudaGpu
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++ compiler")
@@ -221,6 +224,42 @@ def test_the_engine_goes_on_after_an_error(engine_of):
         with pytest.raises(ValueError, match=text):
             engine(given, **options)
     assert torch.equal(engine(images), logits)
+
+
+class Traffic(TorchDispatchMode):
+    """Operations between the CPU and a GPU, and those that read a number of one: a capture allows none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        places = {t.device.type for t in tree_leaves((args, kwargs, results)) if isinstance(t, Tensor)}
+        if len(places) > 1 or func._schema.name in READS:
+            self.seen.append(func._schema.name)
+        return results
+
+
+#: One of each kind of positions, tokens, MLPs and pooling.
+NAMES = ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "flexivit_small", "vit_small_patch14_reg4_dinov2"]
+NAMES += ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "eva_giant_patch14_224", "vit_base_patch16_siglip_224"]
+NAMES += ["vit_base_patch16_clip_224", "naflexvit_base_patch16_gap", "naflexvit_base_patch16_par_gap"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_between_kernels_a_forward_asks_nothing_of_a_gpu(name):
+    """With PyTorch's fake tensors of a GPU, which have no values."""
+    with FakeTensorMode():
+        model = vit.create(name, depth=1, backend="reference", training=False, device="cuda")
+        images = torch.empty(2, model.patch_embed.in_chans, *model.patch_embed.img_size, device="cuda")
+        with torch.no_grad(), Traffic() as traffic:
+            model(images)
+            outputs_of(model, images, ("logits", "features", "tokens.0", "attention.0"))
+        with Traffic() as copied:
+            torch.ones(2, device="cpu").to("cuda")
+    assert not traffic.seen
+    assert copied.seen
 
 
 def test_later_changes_of_the_model_have_no_effect(engine_of):

@@ -3,6 +3,7 @@ gives the bits of a call."""
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -13,8 +14,10 @@ import torch
 import vit
 from captures import CaptureError, Graph
 from cuda_emulator import PATHS, Emulated
+from optim_helpers import KINDS, SETTINGS
 from quantized_helpers import FORMS, layer
 from torch import Tensor
+from vit.optim import AdamW
 from vit.parity import Case, backend_ops, cases
 from vit.parity.problems import DEFINITIONS, build
 from vit.parity.runner import _allow_tf32, call
@@ -141,7 +144,11 @@ def test_what_was_not_known_before_a_capture_is_refused_in_it(emulated):
     with pytest.raises(CaptureError, match="cudaSetDevice"), Graph(emulated).capture():
         vit.ops.gelu(q, backend=emulated.name)
     emulated.exported.vit_emulator_reset(0b11)
-    with pytest.raises(CaptureError, match=r"cudaDeviceGetAttribute.* cudaFuncSetAttribute"), Graph(emulated).capture():
+    with pytest.raises(CaptureError, match="cudaDeviceGetAttribute"), Graph(emulated).capture():
+        vit.ops.attention(q, q, q, backend=emulated.name)
+    for x in (q[:, :20], q[:, :20].float()):  # which ask for all that is known of a device
+        vit.ops.attention(x, x, x, backend=emulated.name)
+    with pytest.raises(CaptureError, match=r"allow: cudaFuncSetAttribute$"), Graph(emulated).capture():
         vit.ops.attention(q, q, q, backend=emulated.name)
     with pytest.raises(CaptureError, match="reads a number"), Graph(emulated).capture():
         float(q.sum())
@@ -164,7 +171,117 @@ def test_an_attribute_asked_for_in_every_launch_is_noticed(tmp_path):
     whole = "  check_launch(cudaLaunchKernelEx("
     text = launch.read_text()
     assert whole in text
-    question = "  cudaFuncAttributes found;\n  cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));\n"
-    launch.write_text(text.replace(whole, question + whole))
+    question = "  cudaFuncAttributes found;\n"
+    question += "  went_well(cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel)));\n"
+    launch.write_text(
+        text.replace(whole, question + whole).replace('#include "vit.h"', '#include "vit.h"\n#include "driver.cuh"')
+    )
     cuda_emulator.run(command)
     assert cuda_emulator.run([str(program)]) == "refused: cudaFuncGetAttributes\n"
+
+
+@pytest.mark.parametrize(("dtype", "state"), [*KINDS, (torch.float16, "8bit")])
+def test_a_step_of_adamw_that_can_be_captured(emulated, dtype, state):
+    """As one that cannot, to the roundings of a step."""
+
+    def stepped(**options) -> list[Tensor]:
+        draw.restart("steps")
+        parameters = [torch.nn.Parameter(draw.randn(size).to(dtype)) for size in (5000, 7)]
+        optimizer = AdamW(parameters, **SETTINGS, state=state, max_norm=30.0, ema_decay=0.9, **options)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = draw.randn(*parameter.shape).to(dtype)
+            optimizer.step()
+        return [p.detach() for p in parameters] + [t for p in parameters for t in optimizer.state[p].values()]
+
+    names = {"backend": emulated.name}
+    for found, wanted in zip(stepped(**names, capturable=True), stepped(**names), strict=True):
+        if wanted.dtype == torch.uint8:
+            assert (found.int() - wanted.int()).abs().max() <= 1
+        else:
+            bound = 8 * torch.finfo(wanted.dtype).eps
+            torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
+
+
+@pytest.mark.slow
+def test_training_steps(emulated):
+    """Forward, backward and AdamW as one graph: each replay is the next step, with the learning rate of that moment."""
+    batches, rates = draw.randn(3, 2, 3, 16, 16), (3e-3, 1e-3, 5e-4)
+    labels = torch.tensor([1, 0])
+
+    def trained(capture: bool) -> list[Tensor]:
+        draw.restart("training")
+        model = small(emulated, "vit_tiny_patch16_224", torch.float32, training=True, embed_dim=32)
+        images = batches[0].clone()
+        options = {"max_norm": 1.0, "ema_decay": 0.9, "capturable": True, "backend": emulated.name}
+        optimizer = AdamW(model.parameters(), **(SETTINGS | options))
+
+        def step() -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        graph, losses = Graph(emulated), []
+        for i, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
+            images.copy_(batch)
+            optimizer.param_groups[0]["lr"].fill_(rate)
+            if i == 1 and capture:
+                with graph.capture():
+                    loss = step()
+            if i and capture:
+                graph.replay()
+            else:
+                loss = step()
+            losses.append(loss.clone())
+        states = [t for p in model.parameters() for t in optimizer.state[p].values()]
+        return [*losses, *(p.detach() for p in model.parameters()), *states]
+
+    for found, wanted in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_step_whose_replays_would_repeat_the_first_is_refused(emulated, monkeypatch):
+    parameter = torch.nn.Parameter(draw.randn(10))
+    parameter.grad = draw.randn(10)
+    before = parameter.detach().clone()
+    monkeypatch.setattr(importlib.import_module("vit.optim.adamw"), "_capturing", lambda device: True)
+    plain, capturable = (AdamW([parameter], max_norm=1.0, capturable=c, backend=emulated.name) for c in (False, True))
+    with pytest.raises(RuntimeError, match=r"number of the step would stay what they are now; use .*capturable=True"):
+        plain.step()
+    with pytest.raises(RuntimeError, match="take one step before the capture"):
+        capturable.step()
+    capturable.param_groups[0]["lr"] = 1e-3
+    with pytest.raises(RuntimeError, match=r"lr is a number of the CPU .* group\['lr'\]\.fill_"):
+        capturable.step()
+    assert torch.equal(parameter, before)
+    assert not plain.state[parameter]
+    assert not capturable.state[parameter]
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_who_asks_whether_a_capture_is_under_way(monkeypatch, answer):
+    asked = importlib.import_module("vit.optim.adamw")._capturing
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: answer)
+    assert asked(torch.device("cuda", 1)) is answer
+    assert not asked(torch.device("cpu"))
+
+
+def test_a_capturable_state_is_saved_and_loaded(emulated):
+    def made() -> tuple[torch.nn.Parameter, AdamW]:
+        draw.restart("state")
+        parameter = torch.nn.Parameter(draw.randn(10))
+        parameter.grad = draw.randn(10)
+        return parameter, AdamW([parameter], capturable=True, backend=emulated.name)
+
+    (one, first), (two, second) = made(), made()
+    first.step()
+    with torch.no_grad():
+        two.copy_(one)
+    second.load_state_dict(first.state_dict())
+    for optimizer in (first, second):
+        optimizer.step()
+    assert torch.equal(one, two)
+    assert isinstance(second.param_groups[0]["lr"], Tensor)
+    assert second.param_groups[0]["lr"] is not first.param_groups[0]["lr"]

@@ -31,8 +31,8 @@ int multiprocessors = 4;
 cudaError_t failed(cudaError_t error) { return last = error; }
 
 // A stream capture, which a test begins and ends: Python keeps the launches. What asks the runtime for anything else
-// fails and is kept by name: in a capture, made after a call that warmed up, its answer should be known. Calls that have
-// to do with memory or synchronise are none that this runtime has: a module with one does not load.
+// fails and is kept by name: in a capture, made after a call that warmed up, its answer should be known. Calls that
+// have to do with memory or synchronise are none that this runtime has: a module with one does not load.
 bool capturing = false;
 std::string refused;
 bool refused_in_capture(const char* what) {

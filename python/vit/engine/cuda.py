@@ -189,30 +189,33 @@ class CudaEngine(Engine, device="cuda"):
         return self._cache.get((batch, names, pixels, tf32_allowed()), make)
 
     def _compute(self, images: Tensor, names: tuple[str, ...]) -> Results:
-        """The forward, as far as the outputs need it."""
-        model: Any = self._model
+        """The forward of images as the engine is given them."""
+        x = images
+        if x.dtype == torch.uint8:
+            mean, std = self._statistics
+            x = (x.float() / 255 - mean) / std
         with torch.autocast(self.device.type, enabled=False):
-            x = images
-            if x.dtype == torch.uint8:
-                mean, std = self._statistics
-                x = (x.float() / 255 - mean) / std
-            x = x.to(DTYPES[self._dtype])
-            if names == ("logits",):
-                return {"logits": model(x)}
-            results: Results = {}
-            tokens, given = model.start(x)
-            first = torch.zeros(1, dtype=torch.long, device=self.device)
-            for i, (block, more) in enumerate(zip(model.blocks, given, strict=True)):
-                if f"attention.{i}" in names:
-                    results[f"attention.{i}"] = block.probabilities(tokens, first, **more).squeeze(2)
-                tokens = model._run(block, tokens, **{**model.NO_MASKS, **more})
-                if f"tokens.{i}" in names:
-                    results[f"tokens.{i}"] = tokens
-            if "logits" in names or "features" in names:
-                tokens = call(model.ops, model.norm, tokens)
-                for name in {"logits", "features"}.intersection(names):
-                    results[name] = model.forward_head(tokens, pre_logits=name == "features")
-            return results
+            return outputs_of(self._model, x.to(DTYPES[self._dtype]), names)
+
+
+def outputs_of(model: Any, images: Tensor, names: tuple[str, ...]) -> Results:
+    """The forward of a model, as far as the outputs need it."""
+    if names == ("logits",):
+        return {"logits": model(images)}
+    results: Results = {}
+    tokens, given = model.start(images)
+    first = torch.zeros(1, dtype=torch.long, device=tokens.device)
+    for i, (block, more) in enumerate(zip(model.blocks, given, strict=True)):
+        if f"attention.{i}" in names:
+            results[f"attention.{i}"] = block.probabilities(tokens, first, **more).squeeze(2)
+        tokens = model._run(block, tokens, **{**model.NO_MASKS, **more})
+        if f"tokens.{i}" in names:
+            results[f"tokens.{i}"] = tokens
+    if "logits" in names or "features" in names:
+        tokens = call(model.ops, model.norm, tokens)
+        for name in {"logits", "features"}.intersection(names):
+            results[name] = model.forward_head(tokens, pre_logits=name == "features")
+    return results
 
 
 def _check_options(dtype: str, **others: Any) -> None:
