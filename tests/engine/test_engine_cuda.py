@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -382,6 +383,10 @@ def test_what_is_asked_of_pytorch(monkeypatch):
     """The order of CUDA calls: warm-up on the engine's stream, then a capture there into the shared pool; a call waits
     for the caller's stream, and the caller's stream for the call, after an error too."""
     log: list[Any] = []
+    real = inspect.signature(torch.cuda.graph.__init__).parameters
+    assert list(real)[:5] == ["self", "cuda_graph", "pool", "stream", "capture_error_mode"]
+    assert {"replay", "pool"} <= set(dir(torch.cuda.CUDAGraph))
+    assert hasattr(torch.cuda.Stream, "wait_stream")
 
     class Stream:
         def __init__(self, name: Any) -> None:

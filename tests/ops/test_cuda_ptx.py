@@ -159,6 +159,31 @@ def replayed(emulated: tuple[Emulated, Launches], f: Callable[[], list[Tensor]],
     assert not emulated[1].errors
 
 
+@pytest.mark.parametrize(
+    ("device", "path", "cases"),
+    [("9.0", "automatic", CASES[::3]), ("9.0", "portable", CASES[1::7]), ("8.0", "automatic", CASES[2::7])],
+    ids=lambda value: str(value) if isinstance(value, str) else f"{len(value)}",
+)
+def test_nothing_but_launches_in_a_capture(emulated, device, path, cases):
+    """The host code of the list, whose kernels need not run for that. (All of it takes a minute.)"""
+    record, launches = emulated
+    name, _ = on(emulated, device)
+    record.use(path)
+    ops = backend_ops(name)
+    found = []
+    for case in cases:
+        problem = build_problem(case)
+        for capture in (False, True):  # the first warms up
+            record.capture(capture)
+            launches.capturing = True
+            call(problem, lambda t, case=case: DEFINITIONS[case.op].call(ops, case, t))
+            record.capture(False)
+        found += [f"{case.id}: {record.refused()}"] if record.refused() else []
+        assert launches.kept or case.group == "corner"
+        launches.kept.clear()
+    assert not found
+
+
 #: Of each op one case of either direction in bfloat16.
 CAPTURED = {(case.op, case.direction): case for case in CASES if case.dtype == "bfloat16" and not case.values}
 

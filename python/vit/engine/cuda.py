@@ -52,7 +52,8 @@ class CudaEngine(Engine, device="cuda"):
         self.max_batch, self.num_threads = max_batch, None
         self._gpu = self._place(torch.device(device))
         self.device = self._gpu.device
-        self._model = _frozen(model, self.backend, self.device, DTYPES[self._dtype])
+        with self._gpu.turn(self._gpu.here()):  # memory of this stream, given back to it after its last work
+            self._model = _frozen(model, self.backend, self.device, DTYPES[self._dtype])
         self._name, self._isa, self._weights = self._model.name, self._gpu.architecture, None
         self._preprocess, self._class_names = self._model.preprocess, self._model.class_names
         self._executors: dict[int, ThreadPoolExecutor] = {}
