@@ -440,3 +440,59 @@ def test_what_is_asked_of_pytorch(monkeypatch):
     fake.is_current_stream_capturing = lambda: True
     with pytest.raises(RuntimeError, match="cannot become part of another one; capture the model's own forward"):
         gpu.here()
+
+
+#: What the tests above cannot see: PyTorch's own streams, pools and captures.
+on_a_gpu = pytest.mark.skipif("cuda" not in USABLE, reason="the cuda backend is not usable here")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_gpu_replays_the_bits_of_the_model(dtype):
+    model = vit.create("vit_tiny_patch16_224", backend="cuda", training=False, device="cuda")
+    engine, side = vit.Engine(model, dtype=dtype, device="cuda"), torch.cuda.Stream()
+    model = model.to(getattr(torch, dtype))
+    batches = [draw.randn(count, 3, 224, 224) for count in (1, 5, 1, 2, 5)]
+    with torch.no_grad():
+        expected = [model(batch.to("cuda", getattr(torch, dtype))).float() for batch in batches]
+    found = [engine(batch) for batch in batches]
+    with torch.cuda.stream(side):
+        found += [engine(batch.cuda()) for batch in batches]
+    found += [future.result() for future in [engine.submit(batch) for batch in batches]]
+    torch.cuda.synchronize()
+    for got, wanted in zip(found, expected * 3, strict=True):
+        assert torch.equal(got, wanted)
+    assert engine.memory["intermediate"] > 0
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_a_gpu_replays_training_steps():
+    def trained(capture: bool) -> list[Tensor]:
+        draw.restart("training")
+        model = draw.fill(vit.create("vit_tiny_patch16_224", depth=2, backend="cuda", device="cuda"), 0.1)
+        images, labels = torch.zeros(4, 3, 224, 224, device="cuda"), torch.arange(4, device="cuda")
+        optimizer = vit.optim.AdamW(model.parameters(), max_norm=1.0, capturable=True, backend="cuda")
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        if capture:
+            with torch.cuda.graph(graph):
+                step()
+        for rate in (1e-3, 5e-4, 1e-4):
+            images.copy_(draw.randn(4, 3, 224, 224))
+            optimizer.param_groups[0]["lr"].fill_(rate)
+            (graph.replay if capture else step)()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    for got, wanted in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(got, wanted)
