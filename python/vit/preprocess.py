@@ -158,7 +158,7 @@ class Preprocess:
     def _on_tensors(self, image: Image.Image) -> Tensor:
         """An opaque image of 0 .. 255 -> float32 [C, H, W], resized and normalised as transformers does."""
         pixels = torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1).contiguous()
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
         if self.resizer == "scaled":
             pixels = pixels * (1 / 255)
         else:

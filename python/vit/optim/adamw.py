@@ -148,7 +148,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def initial_state(parameter: Tensor, state: str, averaged: bool = False) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
-    step = torch.zeros((), dtype=torch.float32)
+    step = torch.zeros((), dtype=torch.float32, device="cpu")
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     ema = {"ema": parameter.detach().to(dtype, copy=True)} if averaged else {}
     if state == "8bit" and parameter.numel() >= MIN_8BIT:
