@@ -21,7 +21,7 @@ from vit.data.readers import WatchedLoader, leave_signals
 from vit.support.cores import available_cores, cgroup_quota, free_cores
 from vit.support.files import append_line, replacing, write_text
 from vit.support.lock import FolderInUse, FolderLock
-from vit.training import Interrupted, ReaderError, TrainError, train
+from vit.training import Interrupted, ReaderError, TrainError, state, train
 from vit.training.interrupt import Signals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -320,7 +320,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     victim.write_text("precious")
     link.symlink_to(victim)
     for write in (lambda: write_text(link, "x"), lambda: append_line(link, "x", 0), lambda: append_line(link, "x", 8)):
-        with pytest.raises(OSError, match=rf"{link} is a link to .*victim.*writes to no link"):
+        with pytest.raises(OSError, match=rf"^vit: {link} is a link to .*victim.*writes to no link"):
             write()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OSError, match="is a link"):
@@ -338,6 +338,15 @@ def test_another_name_of_a_file_keeps_its_content(tmp_path: Path) -> None:
     assert (backup.read_text(), path.read_text()) == ("one\n", "one\ntwo\n")
 
 
+def test_a_header_reaches_no_terminal_as_it_is(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"\\u001b[2J","shape":[1],"data_offsets":[0,4]}}'
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=r"\\x1b\[2J") as caught:
+        state.load(path)
+    assert str(caught.value).isprintable()
+
+
 def test_a_foreign_run_folder_cannot_destroy_a_file(tmp_path: Path) -> None:
     """Archives carry links: at a temporary name, and in the place of a file that grows."""
     run, victim = tmp_path / "run", tmp_path / "victim"
@@ -351,7 +360,7 @@ def test_a_foreign_run_folder_cannot_destroy_a_file(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "best.safetensors", ".lock", "curves.png"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(victim)
-        with pytest.raises(OSError, match=rf"{name} is a link to"):
+        with pytest.raises(OSError, match=rf"^vit: .*{name} is a link to"):
             train(resume=run)
         (run / name).unlink()
     assert victim.read_text() == "precious"

@@ -129,6 +129,15 @@ def test_everything_timm_exports_is_read(tmp_path, x):
     assert found.preprocess.img_size == (32, 32)
 
 
+@pytest.mark.parametrize("size", [[3, 224, 224], [3, 32, 31], [3, 32, 32]], ids=str)
+def test_an_input_size_beside_other_arguments_is_said(size, tmp_path, caplog):
+    """timm keeps the size of before when a model is trained at another; its transform makes what the model refuses."""
+    folder = timm_folder(tmp_path / "m", model(), pretrained_cfg={"input_size": size, "fixed_input_size": True})
+    assert vit.create(weights=folder).preprocess.img_size == (32, 32)
+    said = [line for line in caplog.messages if "input_size says images of" in line]
+    assert len(said) == (size != [3, 32, 32])
+
+
 def test_sizes_come_from_pretrained_cfg_as_in_timm(tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, in_chans=1, num_classes=5)
     cfg = {"input_size": [1, 64, 64], "fixed_input_size": True, "num_classes": 5, "mean": [0.5], "std": [0.25]}
@@ -159,6 +168,8 @@ def test_sizes_come_from_pretrained_cfg_as_in_timm(tmp_path):
         ({"pretrained_cfg": {"crop_mode": "pad"}}, "crop_mode"),
         ({"pretrained_cfg": {"std": [0, 1, 1]}}, "std"),
         ({"pretrained_cfg": {"mean": "x"}}, "mean"),
+        ({"pretrained_cfg": {"mean": []}}, "mean"),
+        ({"pretrained_cfg": {"std": [0.5, 0.6]}}, "std"),
         ({"pretrained_cfg": {"classifier": "head.fc"}}, "classifier"),
         ({"pretrained_cfg": {"first_conv": "stem"}}, "first_conv"),
         ({"pretrained_cfg": {"gamma_correction": 2.2}}, "gamma_correction"),

@@ -217,7 +217,7 @@ def _kind(group: dict[str, Any]) -> dict[str, Any]:
 
 def initial_state(parameter: Tensor, state: str, averaged: bool = False, capturable: bool = False) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
-    step = torch.zeros((), dtype=torch.float32, device=parameter.device if capturable else None)
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device if capturable else "cpu")
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     ema = {"ema": parameter.detach().to(dtype, copy=True)} if averaged else {}
     if state == "8bit" and parameter.numel() >= MIN_8BIT:

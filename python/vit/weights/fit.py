@@ -49,6 +49,11 @@ def check_fit(
         if given:
             raise
         raise WeightsError(f"vit: {checkpoint.source}: {str(error).removeprefix('vit: ')}") from error
+    except (RuntimeError, TypeError) as error:  # PyTorch counts bytes in 63 bits, also of tensors without memory
+        if "overflow" not in str(error).lower():
+            raise
+        sizes = ", ".join(f"{key} {settings[key]}" for key in ("embed_dim", "mlp_ratio", "in_chans", "patch_size"))
+        raise WeightsError(f"vit: {checkpoint.source}: no memory holds a model of {sizes}") from error
     check_pooling(checkpoint.state, "fc_norm.weight" in wanted, settings, checkpoint.source)
     width = (settings.get("representation_size") or settings["embed_dim"], *(settings.get("decoder") or ()))[-1]
     check_head(checkpoint, settings["num_classes"], width, "num_classes" in given)
