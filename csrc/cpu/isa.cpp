@@ -18,11 +18,9 @@ bool has_baseline() { return true; }
 #if defined(__x86_64__) && !defined(VIT_CPU_BASELINE_ONLY)
 bool has_v3() { return __builtin_cpu_supports("x86-64-v3") != 0; }
 bool has_v4() { return __builtin_cpu_supports("x86-64-v4") != 0; }
-bool has_avx512bf16() {
-  return has_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-}
-#if !defined(VIT_VECTOR_LEVELS_ONLY)
 bool has_avx512vnni() { return has_v4() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+#if !defined(VIT_VECTOR_LEVELS_ONLY)
 // The kernel keeps the matrix registers from a process until it asks (Linux 5.16; refused where an alternative signal
 // stack is too small for them). Threads and forked children inherit the permission.
 bool has_amx() {
