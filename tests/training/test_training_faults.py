@@ -234,10 +234,20 @@ def test_no_variable_changes_a_result(
     assert option is None or option in told[0]
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
-def test_another_way_to_compute_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ACCELERATE_USE_FSDP", "vit train has as --parallel fsdp"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "--parallel fsdp"),
+        ("ACCELERATE_USE_DEEPSPEED", "vit train does not have"),
+        ("ACCELERATE_USE_MEGATRON_LM", "vit train does not have"),
+    ],
+)
+def test_another_way_to_compute_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
     monkeypatch.setenv(name, "true")
-    with pytest.raises(ValueError, match=f"vit: {name}=true asks for .*; unset it"):
+    with pytest.raises(ValueError, match=f"vit: {name}=true asks for .*{words}; unset it"):
         train(SMALL, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv(name, "false")

@@ -747,6 +747,43 @@ def test_a_pointer_of_git_lfs_is_called_so(name, tmp_path):
         vit.create(NAME, backend="reference", weights=tmp_path / name, **A)
 
 
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.npz"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"\n<!DOCTYPE html><html>404</html>", "it is a web page"),
+        (b'{"message": "Not Found"}', "it is JSON"),
+        (b"\x1f\x8b\x08\0\0\0\0\0", "compressed by gzip; unpack it"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(64), "it is an HDF5 file"),
+        (b"junk of no kind at all", ""),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_accidents_of_downloads_are_called_so(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=rf"{name}.*{words}") as caught:
+        vit.create(NAME, backend="reference", weights=tmp_path / name, **A)
+    assert "weights_only" not in str(caught.value)  # as in PyTorch's advice to trust the file
+
+
+@pytest.mark.parametrize(
+    ("names", "way_out"),
+    [
+        (["head.base_layer.weight", "head.lora_A.default.weight"], "merge_and_unload"),
+        (["head.parametrizations.weight.original"], "remove_parametrizations"),
+        (["head.weight_v", "head.weight_g"], "remove_weight_norm"),
+        (["head.weight_orig", "head.weight_mask"], "prune.remove"),
+        (["norm.base_layer.weight"], "merge_and_unload"),
+    ],
+)
+def test_layers_that_were_wrapped_when_they_were_saved_are_called_so(names, way_out):
+    state = model().state_dict()
+    weight = state.pop(f"{names[0].partition('.')[0]}.weight")
+    with pytest.raises(WeightsError, match=rf"(?s){names[0]}.*{way_out}"):
+        vit.create(NAME, backend="reference", weights=state | {name: weight.clone() for name in names}, **A)
+
+
 @pytest.mark.parametrize(
     "wrap", [lambda state: state, lambda state: {"model": state, "epoch": 3}], ids=["state", "checkpoint"]
 )
