@@ -320,8 +320,10 @@ void check(const Move& p) {
   check_pointers(op, {{"out", p.out, count > 0}});
 }
 
-void check(const AdamW& p) {
-  const char* op = "adamw";
+namespace {
+
+template <class Params>
+void check_adamw(const char* op, const Params& p) {
   check_dtype(op, p.dtype);
   check_context(op, p.context);
   check_sizes(op, {{"n", p.n}});
@@ -335,6 +337,15 @@ void check(const AdamW& p) {
                       {"exp_avg_scale", p.exp_avg_scale, packed && p.n > 0},
                       {"exp_avg_sq_scale", p.exp_avg_sq_scale, packed && p.n > 0},
                       {"code", p.code, packed && p.n > 0}});
+}
+
+}  // namespace
+
+void check(const AdamW& p) { check_adamw("adamw", p); }
+
+void check(const AdamWCaptured& p) {
+  check_adamw("adamw_captured", p);
+  check_pointers("adamw_captured", {{"numbers", p.numbers, p.n > 0}});
 }
 
 }  // namespace vit

@@ -357,6 +357,24 @@ struct AdamW {
 };
 inline constexpr int64_t kAdamWBlock = 256;  // numbers of 8 bits that share a scale
 
+// The same step with what differs from one to the next in memory of the device, read when the step runs: a graph of it
+// would repeat the numbers of an AdamW for ever.
+struct AdamWCaptured {
+  void* param;  // as in AdamW, down to `code`
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* exp_avg_scale;
+  void* exp_avg_sq_scale;
+  void* ema;
+  const void* code;
+  const void* numbers;  // [4] acc: 1 - lr weight_decay, lr / correction1, sqrt(correction2), grad_scale
+  int64_t n;
+  double beta1, beta2, eps, ema_decay;
+  DType dtype;
+  Context context;
+};
+
 #define VIT_OP(name, Params, ...) void name(const Params&);
 #define VIT_ROUTINE(name, Params, ...) __attribute__((weak)) void name(const Params&);
 #define VIT_WORKSPACE(name, Params) std::size_t name##_workspace(const Params&);

@@ -41,7 +41,7 @@ const char* const kTakes = "the cpu backend takes float32, float64 and bfloat16"
 #define VIT_OP(name, Params, ...) \
   void name(const Params& p) { run(&Kernels::name, p); }
 #define VIT_ROUTINE VIT_OP
-#define VIT_FP8(...)
+#define VIT_GPU(...)
 #define VIT_WORKSPACE(name, Params) \
   std::size_t name##_workspace(const Params& p) { return (active_kernels().name##_workspace)(with_a_thread(p)); }
 #include "ops.def"

@@ -6,7 +6,7 @@
 
 namespace vit {
 
-// The highest level this CPU has, or the lower one that VIT_CPU_ISA names: its place in VIT_CPU_LEVELS. Chosen at the
+// The fastest level of this CPU, or the one that VIT_CPU_ISA names: its place in VIT_CPU_LEVELS. Chosen at the
 // first call; throws vit::Error when VIT_CPU_ISA names none that this machine and build have.
 std::size_t active_isa();
 

@@ -13,7 +13,7 @@ namespace vit {
 struct Kernels {
 #define VIT_OP(name, Params, ...) void (*name)(const Params&);
 #define VIT_ROUTINE VIT_OP
-#define VIT_FP8(...)
+#define VIT_GPU(...)
 #define VIT_WORKSPACE(name, Params) std::size_t (*name##_workspace)(const Params&);
 #include "ops.def"
 };
@@ -26,7 +26,7 @@ namespace VIT_ISA {
 
 #define VIT_OP(name, Params, ...) void name(const Params&);
 #define VIT_ROUTINE VIT_OP
-#define VIT_FP8(...)
+#define VIT_GPU(...)
 #define VIT_WORKSPACE(name, Params) std::size_t name##_workspace(const Params&);
 #include "ops.def"
 

@@ -5,7 +5,7 @@
 #if !defined(__x86_64__) || defined(VIT_CPU_BASELINE_ONLY)
 #define VIT_CPU_LEVELS(F) F(baseline)
 #elif defined(VIT_VECTOR_LEVELS_ONLY)
-#define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512bf16)
+#define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512vnni) F(avx512bf16)
 #else
-#define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512bf16) F(amx)
+#define VIT_CPU_LEVELS(F) F(baseline) F(v3) F(v4) F(avx512vnni) F(avx512bf16) F(amx)
 #endif

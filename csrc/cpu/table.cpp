@@ -6,7 +6,7 @@ namespace vit::VIT_ISA {
 const Kernels kernels = {
 #define VIT_OP(name, Params, ...) name,
 #define VIT_ROUTINE VIT_OP
-#define VIT_FP8(...)
+#define VIT_GPU(...)
 #define VIT_WORKSPACE(name, Params) name##_workspace,
 #include "ops.def"
 };

@@ -3,6 +3,9 @@
 //   g = grad_scale grad,  m += (1 - beta1) (g - m),  v = beta2 v + (1 - beta2) g^2
 //   param = decay param - rate m / (sqrt(v) / root_correction + eps),  ema += (1 - ema_decay) (param - ema)
 //
+// What differs from step to step (rate, root_correction, ...) comes with the launch, or, where the step is part of a
+// graph, from the device.
+//
 // A thread takes a number; where the averages have 8 bits a warp takes a block of 256, which share a scale, 32 at a
 // time, so that accesses are adjacent. Memory bound: 28 bytes per float32 parameter, 16 with averages of 8 bits.
 #include <cmath>
@@ -31,6 +34,15 @@ struct Settings {
         root_correction(static_cast<A>(std::sqrt(p.correction2))),
         grad_scale(static_cast<A>(p.grad_scale)),
         one_minus_ema_decay(static_cast<A>(1 - p.ema_decay)) {}
+
+  // AdamWCaptured::numbers, where there are any, instead of those of the launch.
+  __device__ void take(const A* numbers) {
+    if (!numbers) return;
+    decay = numbers[0];
+    rate = numbers[1];
+    root_correction = numbers[2];
+    grad_scale = numbers[3];
+  }
 };
 
 // One parameter; m and v are moved along.
@@ -46,8 +58,10 @@ __device__ inline A step(const Settings<A>& s, A param, A grad, A& m, A& v, A& r
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     adamw(T* __restrict__ param, const T* __restrict__ grad, Acc<T>* __restrict__ exp_avg,
-          Acc<T>* __restrict__ exp_avg_sq, Acc<T>* __restrict__ ema, int64_t n, Settings<Acc<T>> s) {
+          Acc<T>* __restrict__ exp_avg_sq, Acc<T>* __restrict__ ema, int64_t n, Settings<Acc<T>> s,
+          const Acc<T>* __restrict__ numbers) {
   using A = Acc<T>;
+  s.take(numbers);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
   if (i >= n) return;
   A m = exp_avg[i], v = exp_avg_sq[i], root;
@@ -87,7 +101,9 @@ __device__ inline float block_scale(const float (&own)[kOwn]) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps * 32) adamw_8bit(AdamW p, Settings<float> s) {
+__global__ void __launch_bounds__(kWarps * 32)
+    adamw_8bit(AdamW p, Settings<float> s, const float* __restrict__ numbers) {
+  s.take(numbers);
   const int lane = threadIdx.x % 32;
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, first = block * kBlock;
   if (first >= p.n) return;
@@ -127,17 +143,23 @@ __global__ void __launch_bounds__(kWarps * 32) adamw_8bit(AdamW p, Settings<floa
 }
 
 template <class T>
-void run(const AdamW& p) {
+void run(const AdamW& p, const void* numbers) {
   using A = Acc<T>;
   const Shape shape({{"n", p.n}});
   const int64_t blocks = divide_up(p.n, kBlock);
   if constexpr (sizeof(A) == 4)
     if (p.exp_avg_scale)
       return launch<adamw_8bit<T>>({"adamw", shape, p.context, divide_up(blocks, kWarps), kWarps * 32}, p,
-                                   Settings<float>(p));
+                                   Settings<float>(p), static_cast<const float*>(numbers));
   launch<adamw<T>>({"adamw", shape, p.context, blocks, kBlock}, static_cast<T*>(p.param), static_cast<const T*>(p.grad),
                    static_cast<A*>(p.exp_avg), static_cast<A*>(p.exp_avg_sq), static_cast<A*>(p.ema), p.n,
-                   Settings<A>(p));
+                   Settings<A>(p), static_cast<const A*>(numbers));
+}
+
+void launch_step(const AdamW& p, const void* numbers) {
+  if (!p.n) return;
+  const DeviceGuard guard("adamw", p.context);
+  dispatch(p.dtype, [&](auto element) { run<decltype(element)>(p, numbers); });
 }
 
 }  // namespace
@@ -147,9 +169,29 @@ namespace vit {
 
 void adamw(const AdamW& p) {
   check(p);
-  if (!p.n) return;
-  const cuda::DeviceGuard guard("adamw", p.context);
-  cuda::dispatch(p.dtype, [&](auto element) { cuda::run<decltype(element)>(p); });
+  cuda::launch_step(p, nullptr);
+}
+
+void adamw_captured(const AdamWCaptured& p) {
+  check(p);
+  AdamW same = {};  // lr and the corrections are in `numbers`
+  same.param = p.param;
+  same.grad = p.grad;
+  same.exp_avg = p.exp_avg;
+  same.exp_avg_sq = p.exp_avg_sq;
+  same.exp_avg_scale = p.exp_avg_scale;
+  same.exp_avg_sq_scale = p.exp_avg_sq_scale;
+  same.ema = p.ema;
+  same.code = p.code;
+  same.n = p.n;
+  same.beta1 = p.beta1;
+  same.beta2 = p.beta2;
+  same.eps = p.eps;
+  same.correction1 = 1;
+  same.ema_decay = p.ema_decay;
+  same.dtype = p.dtype;
+  same.context = p.context;
+  cuda::launch_step(same, p.numbers);
 }
 
 }  // namespace vit

@@ -52,7 +52,7 @@ const char* const kTakes = "the mojo backend takes float32, float64 and bfloat16
 #define VIT_OP(name, Params, ...) \
   void name(const Params& p) { run(&MojoKernels::name, p); }
 #define VIT_ROUTINE VIT_OP
-#define VIT_FP8(...)
+#define VIT_GPU(...)
 #define VIT_WORKSPACE(name, Params) \
   std::size_t name##_workspace(const Params& p) { return workspace(&MojoKernels::name##_workspace, p); }
 #include "ops.def"

@@ -9,7 +9,7 @@ namespace vit {
 struct MojoKernels {
 #define VIT_OP(name, Params, ...) void (*name)(const Params*);
 #define VIT_ROUTINE VIT_OP
-#define VIT_FP8(...)
+#define VIT_GPU(...)
 #define VIT_WORKSPACE(name, Params) int64_t (*name##_workspace)(const Params*);
 #include "ops.def"
 };

@@ -9,7 +9,7 @@ namespace vit {
 extern "C" {
 #define VIT_OP(name, Params, ...) void VIT_NAME(VIT_LEVEL, name)(const Params*);
 #define VIT_ROUTINE VIT_OP
-#define VIT_FP8(...)
+#define VIT_GPU(...)
 #define VIT_WORKSPACE(name, Params) int64_t VIT_NAME(VIT_LEVEL, name##_workspace)(const Params*);
 #include "ops.def"
 }
@@ -20,7 +20,7 @@ extern const MojoKernels kernels;
 const MojoKernels kernels = {
 #define VIT_OP(name, Params, ...) VIT_NAME(VIT_LEVEL, name),
 #define VIT_ROUTINE VIT_OP
-#define VIT_FP8(...)
+#define VIT_GPU(...)
 #define VIT_WORKSPACE(name, Params) VIT_NAME(VIT_LEVEL, name##_workspace),
 #include "ops.def"
 };

@@ -155,7 +155,8 @@ def _preprocess(
     values = dict(named)
     if checkpoint and checkpoint.preprocess:
         values |= checkpoint.preprocess
-        made, taken = tuple(values.get("img_size", model.patch_embed.img_size)), model.patch_embed.img_size
+        taken = model.patch_embed.img_size
+        made = _pair(values.get("img_size", taken))
         if made != taken and not sized:
             raise WeightsError(
                 f"vit: {checkpoint.source}: the transform beside it makes images of {list(made)} pixels, and the model "
@@ -167,6 +168,10 @@ def _preprocess(
         if not (checkpoint and checkpoint.preprocess):
             raise
         raise WeightsError(f"vit: {checkpoint.source}: {str(error).removeprefix('vit: ')}") from None
+
+
+def _pair(size: Any) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def preprocess_for(arguments: Mapping[str, Any], model: VisionTransformer) -> Preprocess:

@@ -38,6 +38,9 @@ INTERPOLATIONS = {
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
+#: The largest number of channels, patches and pixels of a side that a record may say; each has memory of its own.
+MOST = 1 << 20
+
 #: Pixels of an enlarged image that are computed although only its centre is kept: 64 MiB.
 WHOLE = 1 << 24
 
@@ -158,7 +161,7 @@ class Preprocess:
     def _on_tensors(self, image: Image.Image) -> Tensor:
         """An opaque image of 0 .. 255 -> float32 [C, H, W], resized and normalised as transformers does."""
         pixels = torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1).contiguous()
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
         if self.resizer == "scaled":
             pixels = pixels * (1 / 255)
         else:
@@ -246,16 +249,16 @@ def arguments(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in record.values.items():
         if key in ("in_chans", "patch_size"):
-            found[key] = record.integer(key, low=1)
+            found[key] = record.integer(key, low=1, high=MOST)
         elif key == "max_num_patches":
-            found[key] = None if value is None else record.integer(key, low=1)
+            found[key] = None if value is None else record.integer(key, low=1, high=MOST)
         elif key == "crop_pct":
             found[key] = record.number(key)
         elif key in ("interpolation", "crop_mode", "resizer"):
             found[key] = record.text(key)
         elif not isinstance(value, list):
-            found[key] = record.integer(key) if key == "img_size" else (record.number(key),)
-        elif key == "img_size" and (len(value) != 2 or not all(type(side) is int for side in value)):
+            found[key] = record.integer(key, low=1, high=MOST) if key == "img_size" else (record.number(key),)
+        elif key == "img_size" and (len(value) != 2 or not all(type(side) is int and side <= MOST for side in value)):
             record.refuse(key, "a whole number or [height, width]")
         else:
             found[key] = tuple(value) if key == "img_size" else record.numbers(key)

@@ -76,6 +76,7 @@ def test_models(gpu, tmp_path, monkeypatch):
     assert not report.failed
     assert set(found) == {"inference B batch 2", "latency B batch 1", "training B batch 2"}
     assert found["inference B batch 2"]["ours_images_s"] == 0.002
+    assert {"ours_ms", "eager_ms", "compiled_ms", "engine_ms"} <= set(found["latency B batch 1"])
 
 
 def test_parity(gpu, tmp_path):

@@ -112,9 +112,9 @@ def load(path: Path) -> ModuleType:
 
 
 @contextmanager
-def registered(path: Path, name: str = "cuda_emulator") -> Iterator[Emulated]:
+def registered(path: Path, name: str = "cuda_emulator", kind: type[Emulated] | None = None) -> Iterator[Emulated]:
     """A backend from a compiled module, known to vit while the context lasts; a name serves once in a process."""
-    record = Emulated(path, name)
+    record = (kind or Emulated)(path, name)
     backends = importlib.import_module("vit.backends")
     backends._RECORDS[record.name] = record
     bound = {op.name: glue.NativeOp(op, record.name) for op in OPS.values()}
@@ -150,6 +150,25 @@ class Emulated(NativeBackend):
 
     def workspace(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.full((nbytes,), 255, dtype=torch.uint8)  # NaN: nothing may be read that was not written
+
+    def capture(self, on: bool) -> None:
+        """Begins or ends a capture: launches are kept, and not run."""
+        self.exported.vit_emulator_capture(on)
+
+    def refused(self) -> str:
+        """What the last capture refused: names of functions of the runtime."""
+        self.exported.vit_emulator_refused.restype = ctypes.c_char_p
+        return self.exported.vit_emulator_refused().decode()
+
+    def kept(self) -> int:
+        """How many launches are kept, of all captures."""
+        return self.exported.vit_emulator_kept()
+
+    def replay(self, first: int, last: int) -> None:
+        """Runs some of them."""
+        self.exported.vit_emulator_replay.restype = ctypes.c_char_p
+        if wrong := self.exported.vit_emulator_replay(first, last):
+            raise RuntimeError(wrong.decode())
 
     def use(self, path: str) -> None:
         """Which kernels may run, a name of PATHS."""

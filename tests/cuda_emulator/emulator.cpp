@@ -287,6 +287,27 @@ __attribute__((visibility("default"))) int vit_emulator_contexts() {
   return bits;
 }
 __attribute__((visibility("default"))) int vit_emulator_error() { return emulated_error; }
+
+// A capture: begins (1) or ends (0); the names of the calls it refused; how many launches are kept, of all captures;
+// runs some of them, and says what is wrong, null when nothing is.
+__attribute__((visibility("default"))) void vit_emulator_capture(int on) {
+  emulated_capture.on = on;
+  if (on) emulated_capture.refused.clear();
+}
+__attribute__((visibility("default"))) const char* vit_emulator_refused() { return emulated_capture.refused.c_str(); }
+__attribute__((visibility("default"))) int vit_emulator_kept() {
+  return static_cast<int>(emulated_capture.launches.size());
+}
+__attribute__((visibility("default"))) const char* vit_emulator_replay(int first, int last) {
+  static std::string text;
+  try {
+    for (int i = first; i < last; ++i) emulated_capture.launches[i]();
+  } catch (const std::exception& e) {
+    text = e.what();
+    return text.c_str();
+  }
+  return nullptr;
+}
 }
 
 namespace vit::cuda {

@@ -42,7 +42,8 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
-  cudaErrorInvalidDevice = 101
+  cudaErrorInvalidDevice = 101,
+  cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
@@ -87,6 +88,23 @@ inline thread_local cudaError_t emulated_error = cudaSuccess;               // o
 inline std::map<std::pair<int, const void*>, std::size_t> emulated_limits;  // of a kernel on a device
 inline cudaError_t emulated_failure(cudaError_t error) { return emulated_error = error; }
 
+// A stream capture, which a test begins and ends: launches are kept with copies of their parameters, and not run. What
+// asks the runtime for anything else fails and is kept by name: it would end a capture (memory, synchronisation), or
+// has an answer that does not change and should have been known (attributes), since a GPU's capture is made after a
+// call that warmed up.
+struct EmulatedCapture {
+  bool on = false;
+  std::string refused;
+  std::vector<std::function<void()>> launches;  // of all captures
+};
+inline EmulatedCapture emulated_capture;
+inline bool refused_in_capture(const char* what) {
+  if (emulated_capture.on) emulated_capture.refused += std::string(emulated_capture.refused.empty() ? "" : " ") + what;
+  return emulated_capture.on;
+}
+#define VIT_REFUSED_IN_CAPTURE \
+  if (refused_in_capture(__func__)) return emulated_failure(cudaErrorStreamCaptureUnsupported)
+
 inline cudaError_t cudaGetLastError() {
   const cudaError_t error = emulated_error;
   emulated_error = cudaSuccess;
@@ -95,13 +113,21 @@ inline cudaError_t cudaGetLastError() {
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulated_device, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= kEmulatedDevices) return emulated_failure(cudaErrorInvalidDevice);
+  if (!emulated_contexts[device]) VIT_REFUSED_IN_CAPTURE;
   emulated_contexts[device] = true;
   return emulated_device = device, cudaSuccess;
 }
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  VIT_REFUSED_IN_CAPTURE;
+  return *version = 13000, cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  VIT_REFUSED_IN_CAPTURE;
+  return *count = 0, cudaSuccess;
+}
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) { return emulated_failure(cudaErrorInvalidValue); }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
+  VIT_REFUSED_IN_CAPTURE;
   const int shared[kEmulatedDevices] = {227, 227, 99, 48};
   if (device < 0 || device >= kEmulatedDevices) return emulated_failure(cudaErrorInvalidDevice);
   *value = 0;
@@ -112,11 +138,19 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int 
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  VIT_REFUSED_IN_CAPTURE;
   int most = 0;
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, emulated_device);
   if (bytes > most) return emulated_failure(cudaErrorInvalidValue);
   emulated_limits[{emulated_device, kernel}] = static_cast<std::size_t>(bytes);
   return cudaSuccess;
+}
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock = 1024;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  VIT_REFUSED_IN_CAPTURE;
+  return *attributes = {}, cudaSuccess;
 }
 
 inline int emulated_context_state(int device, unsigned* flags, int* active) {  // cuDevicePrimaryCtxGetState
@@ -126,6 +160,7 @@ enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEn
 inline constexpr int cudaEnableDefault = 0;
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, int,
                                                     cudaDriverEntryPointQueryResult* result) {
+  VIT_REFUSED_IN_CAPTURE;
   const bool known = std::strcmp(name, "cuDevicePrimaryCtxGetState") == 0;
   *function = known ? reinterpret_cast<void*>(&emulated_context_state) : nullptr;
   *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
@@ -135,14 +170,19 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fun
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 template <class T>
 cudaError_t cudaMalloc(T** data, std::size_t bytes) {
+  VIT_REFUSED_IN_CAPTURE;
   *data = static_cast<T*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
   return *data ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 inline void cudaFree(void* data) { std::free(data); }
 inline cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind) {
+  VIT_REFUSED_IN_CAPTURE;
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() {
+  VIT_REFUSED_IN_CAPTURE;
+  return cudaSuccess;
+}
 
 namespace vit::emulator {
 
@@ -248,7 +288,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
   const auto limit = emulated_limits.find({emulated_device, reinterpret_cast<const void*>(kernel)});
   if (config->dynamicSmemBytes > (limit == emulated_limits.end() ? 48 * 1024 : limit->second))
     return emulated_error = cudaErrorInvalidValue;
-  vit::emulator::run(*config, [&] { kernel(args...); });
+  if (!emulated_capture.on) {
+    vit::emulator::run(*config, [&] { kernel(args...); });
+    return cudaSuccess;
+  }
+  cudaLaunchAttribute cluster = {};
+  if (config->numAttrs) cluster = config->attrs[0];
+  emulated_capture.launches.push_back([how = *config, cluster, kernel, args...]() mutable {
+    how.attrs = &cluster;
+    vit::emulator::run(how, [&] { kernel(args...); });
+  });
   return cudaSuccess;
 }
 

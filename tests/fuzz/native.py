@@ -51,6 +51,8 @@ def fuzz(work: Path, out: Path, seed: int, minutes: float | None = None) -> tupl
             lines += [line for line in done.stdout.splitlines() if line.startswith("wrong")]
             first += BATCH
             continue
+        if not (work / "case").exists():
+            raise RuntimeError(f"engine_fuzz did not begin: {done.stdout}{done.stderr}")
         case = int((work / "case").read_text())
         kind = "hang" if done.returncode == -signal.SIGPROF else "blow-up" if _BLOW_UP in done.stderr else "died"
         total[kind] += 1
@@ -70,5 +72,6 @@ def fuzz(work: Path, out: Path, seed: int, minutes: float | None = None) -> tupl
 def run(program: Path, work: Path, seed: int, first: int, count: int) -> subprocess.CompletedProcess[str]:
     options = f"hard_rss_limit_mb={MOST_MIB}:detect_stack_use_after_return=0"
     environment = os.environ | {"ASAN_OPTIONS": options, "OMP_NUM_THREADS": "2"}
+    environment.pop("VIT_CPU_ISA", None)  # of the module under test; this program is built for one level
     words = [str(program), str(work), str(seed), str(first), str(count)]
     return subprocess.run(words, capture_output=True, text=True, errors="replace", env=environment, timeout=1800)

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import struct
@@ -162,7 +163,8 @@ def pickle(path: Path) -> str:
     def read() -> dict[str, np.ndarray]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, weights_only=True, map_location="cpu")
-        found = found.get("state_dict", found)
+        tables = [value for value in found.values() if isinstance(value, Mapping)]
+        found = found.get("state_dict", tables[0] if len(tables) == 1 else found)  # whatever its name is
         return {
             _unwrapped(key): value.float().numpy() if value.is_floating_point() else value.numpy()
             for key, value in found.items()
@@ -176,12 +178,20 @@ def pickle(path: Path) -> str:
 
 
 def folder(path: Path) -> str:
-    """A model from a folder with its records: everything they can say is part of the digest."""
-    model = vit.create(weights=path, backend="reference")
+    """A model from a folder with its records: everything they can say is part of the digest, as is what is said of
+    them."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage().replace(str(path), ""))  # type: ignore[method-assign]
+    logging.getLogger("vit").addHandler(handler)
+    try:
+        model = vit.create(weights=path, backend="reference")
+    finally:
+        logging.getLogger("vit").removeHandler(handler)
     image = _ramp(model.patch_embed.in_chans, *model.patch_embed.img_size)
     with torch.inference_mode():
         output = model(image)
-    return digest_of(repr(model), repr(model.preprocess), model.class_names, model.state_dict(), output)
+    return digest_of(repr(model), repr(model.preprocess), model.class_names, model.state_dict(), output, said)
 
 
 def _ramp(*size: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import draw
@@ -11,9 +13,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import vit
+from PIL import Image
 from rounding import close
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+from vit.optim import blockwise
 
 NAME = "vit_tiny_patch16_224"
 ARCH: dict[str, Any] = {
@@ -94,3 +99,43 @@ def test_flops_are_counted_as_in_timm(pair):
 def test_a_trace_of_torch_fx_leaves_the_masks_out(pair):
     _, ours, x = pair
     close(torch.fx.symbolic_trace(ours)(x), ours(x))
+
+
+def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Logits and gradients of a step, and what 8-bit states made of a parameter."""
+    y = model.train()(x)
+    y.square().sum().backward()
+    vit.optim.AdamW(model.parameters(), lr=1e-3, state="8bit").step()
+    return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None), model.pos_embed.detach()]
+
+
+USES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "logits": lambda model, x: model(x),
+    "a training step": trained,
+    "features": lambda model, x: model.forward_intermediates(x)[1],
+    "given weights": lambda model, x: vit.create(NAME, backend=model.backend, weights=model.state_dict(), **ARCH)(x),
+    "an image": lambda model, x: model.preprocess(Image.new("RGB", (40, 50), (10, 200, 30))),
+    "int8": lambda model, x: vit.quantize(model, "int8", calibrate=x)(x),
+    "engine": lambda model, x: vit.Engine(model)(x),
+    "engine bfloat16": lambda model, x: vit.Engine(model, dtype="bfloat16")(x),
+    "engine int8": lambda model, x: vit.Engine(model, dtype="int8", calibrate=x)(x),
+}
+
+
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+@pytest.mark.parametrize("use", USES)
+def test_another_default_device_changes_nothing(pair, use):
+    """torch.set_default_device("cuda") is a habit; what belongs to tensors on the CPU stays there."""
+    _, ours, x = pair
+    expected = USES[use](copy.deepcopy(ours), x)
+    with torch.device("meta"):
+        got = USES[use](copy.deepcopy(ours), x)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_another_default_device_changes_no_code_of_8_bit_states():
+    expected = blockwise.code(True)
+    blockwise.code.cache_clear()
+    with torch.device("meta"):
+        got = blockwise.code(True)
+    assert torch.equal(got, expected)

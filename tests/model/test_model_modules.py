@@ -505,6 +505,52 @@ def test_reparameterized_weights(name, place, how):
     close(ours, theirs, what=place)
 
 
+class Counted(nn.Module):
+    looks = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.looks += 1
+        return weight
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    ("model", "arch"),
+    [
+        (NAME, {}),
+        (NAME, {"dynamic_img_size": True}),
+        (NAME, {"reg_tokens": 2, "init_values": 0.1, "qk_norm": True}),
+        (NAME, {"global_pool": "map", "class_token": False}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("eva02_tiny_patch14_224", {"embed_dim": 64}),
+        ("vit_base_patch16_rope_reg1_gap_256", {"embed_dim": 64}),
+        ("vit_small_patch16_dinov3", {"embed_dim": 64}),
+    ],
+)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_parametrizations_are_computed_no_oftener_than_in_timm(name, model, arch, training):
+    """Spectral norm takes a step of its iteration at each look; what draws random numbers draws others."""
+
+    def looks(model: nn.Module) -> dict[str, int]:
+        counted = {}
+        for path, module in list(model.named_modules()):
+            for own, _ in list(module.named_parameters(recurse=False)):
+                counted[f"{path}.{own}"] = Counted()
+                parametrize.register_parametrization(module, own, counted[f"{path}.{own}"])
+        for parametrization in counted.values():
+            parametrization.looks = 0
+        model.train(training)(images())
+        return {path: parametrization.looks for path, parametrization in counted.items()}
+
+    sizes = SMALL | arch
+    theirs, ours = (
+        looks(timm.create_model(model, **sizes)),
+        looks(vit.create(model, backend=name, device="cpu", **sizes)),
+    )
+    assert theirs.keys() == ours.keys()
+    assert {path for path in ours if ours[path] > theirs[path]} == set()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BACKENDS)
 def test_dynamic_quantization_finds_every_linear_layer(name):

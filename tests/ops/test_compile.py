@@ -209,6 +209,14 @@ class TestTrace:
         sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
         return vit.create("vit_tiny_patch16_224", backend=backend, device=device, **sizes)
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_what_scripting_needs_instead_is_said(self, model, inside):
+        given = torch.nn.Sequential(model, torch.nn.ReLU()) if inside else model
+        with pytest.raises(NotImplementedError, match=r"vit_tiny.*torch\.jit\.trace\(model, images\)"):
+            torch.jit.script(given)
+
     @pytest.mark.parametrize("train", [False, True])
     @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
     def test_a_model(self, model, device, mode, train):

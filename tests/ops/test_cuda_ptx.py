@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import draw
 import pytest
 import torch
 import vit
+from captures import Graph
 from cuda_emulator import Emulated
 from optim_helpers import KINDS, check_step
 from ptx_emulator import DEVICES, Launches, backend, build, nvcc
@@ -31,8 +32,12 @@ from quantized_helpers import (
     layer,
 )
 from rounding import close
+from torch import Tensor
 from vit.ops.quantized import FP8, INT8
-from vit.parity import Case, cases
+from vit.parity import Case, backend_ops, cases
+from vit.parity.problems import DEFINITIONS
+from vit.parity.problems import build as build_problem
+from vit.parity.runner import call
 
 pytestmark = [pytest.mark.ptx, pytest.mark.slow, pytest.mark.skipif(nvcc() is None, reason="no nvcc")]
 
@@ -137,6 +142,113 @@ def test_adamw(emulated, dtype, state):
     launches.fresh()
     record.device = DEVICES["9.0"]
     check_step(record.name, torch.device("cpu"), dtype, state)
+
+
+def replayed(emulated: tuple[Emulated, Launches], f: Callable[[], list[Tensor]], *inputs: Tensor) -> None:
+    """A call that warms up, a capture, other contents in the same memory, and a replay: as without a graph."""
+    f()
+    graph = Graph(emulated[0])
+    with graph.capture():
+        results = f()
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(x.flip(0).clone())
+    graph.replay()
+    for found, expected in zip(results, f(), strict=True):
+        assert torch.equal(found, expected)
+    assert not emulated[1].errors
+
+
+@pytest.mark.parametrize(
+    ("device", "path", "cases"),
+    [("9.0", "automatic", CASES[::3]), ("9.0", "portable", CASES[1::7]), ("8.0", "automatic", CASES[2::7])],
+    ids=lambda value: str(value) if isinstance(value, str) else f"{len(value)}",
+)
+def test_nothing_but_launches_in_a_capture(emulated, device, path, cases):
+    """The host code of the list, whose kernels need not run for that. (All of it takes a minute.)"""
+    record, launches = emulated
+    name, _ = on(emulated, device)
+    record.use(path)
+    ops = backend_ops(name)
+    found = []
+    for case in cases:
+        problem = build_problem(case)
+        for capture in (False, True):  # the first warms up
+            record.capture(capture)
+            launches.capturing = True
+            call(problem, lambda t, case=case: DEFINITIONS[case.op].call(ops, case, t))
+            record.capture(False)
+        found += [f"{case.id}: {record.refused()}"] if record.refused() else []
+        assert launches.kept or case.group == "corner"
+        launches.kept.clear()
+    assert not found
+
+
+#: Of each op one case of either direction in bfloat16.
+CAPTURED = {(case.op, case.direction): case for case in CASES if case.dtype == "bfloat16" and not case.values}
+
+
+@pytest.mark.parametrize("device", ["9.0", "8.6"])
+@pytest.mark.parametrize("case", CAPTURED.values(), ids=lambda case: case.id)
+def test_ops_in_a_graph(emulated, case, device):
+    """With the host code as nvcc compiles it: nothing but launches in a capture, and the bits of a call."""
+    name, _ = on(emulated, device)
+    problem, ops = build_problem(case), backend_ops(name)
+    results = lambda: list(call(problem, lambda t: DEFINITIONS[case.op].call(ops, case, t)).values())  # noqa: E731
+    replayed(emulated, results, *problem.tensors.values())
+
+
+@pytest.mark.parametrize("device", ["9.0", "8.0"])
+def test_larger_products_in_a_graph(emulated, device):
+    """Among them those whose tensor maps are parameters of a launch."""
+    name, _ = on(emulated, device)
+    a, b = draw.randn(130, 200, dtype=torch.bfloat16), draw.randn(128, 200, dtype=torch.bfloat16)
+    q = draw.randn(1, 70, 1, 64, dtype=torch.bfloat16)
+    ops = backend_ops(name)
+    emulated[1].done.clear()
+    replayed(emulated, lambda: [ops.matmul(a, b.mT), ops.attention(q, q, q)], a, b, q)
+    files = {emulated[1].files[kernel] for kernel in emulated[1].done}
+    hopper, others = {"gemm_hopper", "attention_fwd_hopper"}, {"gemm_mma", "attention_fwd_short"}
+    assert files >= (hopper if device == "9.0" else others)
+
+
+@pytest.mark.parametrize("form", **FORMS)
+def test_products_of_8_bits_in_a_graph(emulated, form):
+    name, _ = on(emulated, "8.9")
+    x, (weight, scale) = draw.randn(33, 40, dtype=torch.bfloat16), layer(24, 40, form)
+    replayed(emulated, lambda: [getattr(vit.ops, form.routine)(x, weight, scale, backend=name)], x)
+
+
+@pytest.mark.parametrize(("dtype", "state"), [(torch.float32, "float32"), (torch.bfloat16, "8bit")], ids=str)
+def test_training_steps_in_a_graph(emulated, dtype, state):
+    """Forward, backward and AdamW of a small model; parameters go on from where the step before left them."""
+    name, _ = on(emulated, "9.0")
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1, "num_classes": 5}
+
+    def trained(capture: bool) -> list[Tensor]:
+        draw.restart("training")
+        model = draw.fill(vit.create("vit_tiny_patch16_224", **sizes, backend=name, dtype=dtype), 0.1)
+        images, labels = draw.randn(2, 3, 16, 16).to(dtype), torch.tensor([1, 0])
+        optimizer = vit.optim.AdamW(model.parameters(), state=state, capturable=True, backend=name)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(model(images).float(), labels).backward()
+            optimizer.step()
+
+        step()
+        graph = Graph(emulated[0])
+        if capture:
+            with graph.capture():
+                step()
+        for _ in range(2):
+            (graph.replay if capture else step)()
+        states = [t for p in model.parameters() for t in optimizer.state[p].values()]
+        return [*(p.detach() for p in model.parameters()), *states]
+
+    for found, expected in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(found, expected)
+    assert not emulated[1].errors
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import NATIVE, USABLE
@@ -36,6 +37,15 @@ def test_every_level_passes_parity(tmp_path, backend_name, level):
     assert report["info"]["isa"] == level
     assert (report["failed"], report["skipped"]) == (0, 0)
     assert report["passed"] == len(cases("cpu", groups=GROUPS))
+
+
+@pytest.mark.skipif("VIT_CPU_ISA" in os.environ, reason="VIT_CPU_ISA names a level")
+@pytest.mark.parametrize("backend_name", INFO)
+def test_the_last_level_is_chosen_but_for_a_slow_dot_product(backend_name):
+    """Intel's avx512bf16 multiplies bfloat16 at half the speed of float32."""
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    levels = [level for level in LEVELS[backend_name] if not (intel and level == "avx512bf16")]
+    assert INFO[backend_name]["isa"] == levels[-1]
 
 
 @pytest.mark.parametrize("backend_name", INFO)

@@ -113,6 +113,8 @@ class Launches:
     programs: dict[str, Program] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     done: dict[str, list[float]] = field(default_factory=dict)  # kernel -> launches, seconds, instructions
+    capturing: bool = False  # launches are kept, and not run
+    kept: list[tuple[str, int, int, int, int, bytes]] = field(default_factory=list)  # as `execute` takes them
 
     def __post_init__(self) -> None:
         for path in sorted(self.folder.glob("*.ptx")):
@@ -135,16 +137,24 @@ class Launches:
             for i, (param, size, _) in enumerate(program.entry.params):
                 at = program.param_offsets[param]
                 params[at : at + size] = ctypes.string_at(arguments[i], size)
-            machine, start = Machine(program, self.memory, self.seed), time.monotonic()
-            machine.launch(grid, threads, shared, cluster, bytes(params), self.lanes)
-            row = self.done.setdefault(kernel, [0, 0.0, 0])
-            row[0], row[1], row[2] = row[0] + 1, row[1] + time.monotonic() - start, row[2] + machine.executed
+            how = (kernel, grid, threads, shared, cluster, bytes(params))
+            if self.capturing:
+                self.kept.append(how)
+            else:
+                self.execute(*how)
             return 0
         except PtxError as error:
             self.errors.append(f"{kernel}\n{error}")
         except Exception:  # Python would only print it: the caller is C
             self.errors.append(traceback.format_exc())
         return 1
+
+    def execute(self, kernel: str, grid: int, threads: int, shared: int, cluster: int, params: bytes) -> None:
+        """Runs a kernel."""
+        machine, start = Machine(self.program(kernel), self.memory, self.seed), time.monotonic()
+        machine.launch(grid, threads, shared, cluster, params, self.lanes)
+        row = self.done.setdefault(kernel, [0, 0.0, 0])
+        row[0], row[1], row[2] = row[0] + 1, row[1] + time.monotonic() - start, row[2] + machine.executed
 
     def fresh(self) -> None:
         """Forgets the tensors and errors of the call before."""
@@ -159,6 +169,23 @@ class Launches:
 
 
 _data_ptr = torch.Tensor.data_ptr
+
+
+class Interpreted(Emulated):
+    """The backend, with captures that keep launches here."""
+
+    launches: Launches
+
+    def capture(self, on: bool) -> None:
+        super().capture(on)
+        self.launches.capturing = on
+
+    def kept(self) -> int:
+        return len(self.launches.kept)
+
+    def replay(self, first: int, last: int) -> None:
+        for how in self.launches.kept[first:last]:
+            self.launches.execute(*how)
 
 
 @contextmanager
@@ -178,7 +205,8 @@ def backend(folder: Path, **options: Any) -> Iterator[tuple[Emulated, Launches]]
         ctypes.POINTER(ctypes.c_void_p),
     )  # fmt: skip
     callback = kind(launches.launch)
-    with cuda_emulator.registered(folder / f"{NAME}.so", "ptx_emulator") as record:
+    with cuda_emulator.registered(folder / f"{NAME}.so", "ptx_emulator", Interpreted) as record:
+        record.launches = launches
         record.exported.vit_stub_set(callback, MULTIPROCESSORS)
         torch.Tensor.data_ptr = data_ptr
         try:

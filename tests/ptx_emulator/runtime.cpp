@@ -30,6 +30,18 @@ int multiprocessors = 4;
 
 cudaError_t failed(cudaError_t error) { return last = error; }
 
+// A stream capture, which a test begins and ends: Python keeps the launches. What asks the runtime for anything else
+// fails and is kept by name: in a capture, made after a call that warmed up, its answer should be known. Calls that
+// have to do with memory or synchronise are none that this runtime has: a module with one does not load.
+bool capturing = false;
+std::string refused;
+bool refused_in_capture(const char* what) {
+  if (capturing) refused += std::string(refused.empty() ? "" : " ") + what;
+  return capturing;
+}
+#define VIT_REFUSED_IN_CAPTURE \
+  if (refused_in_capture(__func__)) return failed(cudaErrorStreamCaptureUnsupported)
+
 CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* dims,
                 const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave,
                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
@@ -74,6 +86,12 @@ __attribute__((visibility("default"))) void vit_stub_set(Callback f, int count) 
   callback = f;
   multiprocessors = count;
 }
+// A capture: begins (1) or ends (0); the names of the calls it refused.
+__attribute__((visibility("default"))) void vit_emulator_capture(int on) {
+  capturing = on;
+  if (on) refused.clear();
+}
+__attribute__((visibility("default"))) const char* vit_emulator_refused() { return refused.c_str(); }
 
 void** __cudaRegisterFatBinary(void*) { return reinterpret_cast<void**>(1); }
 void __cudaRegisterFatBinaryEnd(void**) {}
@@ -91,6 +109,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
 
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= kDevices) return failed(cudaErrorInvalidDevice);
+  if (!contexts[device]) VIT_REFUSED_IN_CAPTURE;
   contexts[device] = true;
   current = device;
   return cudaSuccess;
@@ -108,15 +127,21 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? "the emulated kernel failed" : "CUDA error";
 }
 cudaError_t cudaGetDeviceCount(int* count) {
+  VIT_REFUSED_IN_CAPTURE;
   *count = 0;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
+  VIT_REFUSED_IN_CAPTURE;
   *version = 13000;
   return cudaSuccess;
 }
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) { return failed(cudaErrorInvalidValue); }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) {
+  VIT_REFUSED_IN_CAPTURE;
+  return failed(cudaErrorInvalidValue);
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
+  VIT_REFUSED_IN_CAPTURE;
   if (device < 0 || device >= kDevices) return failed(cudaErrorInvalidDevice);
   switch (which) {
     case cudaDevAttrComputeCapabilityMajor:
@@ -136,6 +161,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device)
   }
 }
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute which, int value) {
+  VIT_REFUSED_IN_CAPTURE;
   if (which != cudaFuncAttributeMaxDynamicSharedMemorySize || value > kShared[current] * 1024)
     return failed(cudaErrorInvalidValue);
   permitted[{current, kernel}] = value;
@@ -143,6 +169,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute which, in
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
+  VIT_REFUSED_IN_CAPTURE;
   *function = std::strcmp(name, "cuTensorMapEncodeTiled") == 0       ? reinterpret_cast<void*>(&encode)
               : std::strcmp(name, "cuDevicePrimaryCtxGetState") == 0 ? reinterpret_cast<void*>(&context_state)
                                                                      : nullptr;

@@ -56,6 +56,16 @@ def test_groups_and_absent_gradients() -> None:
     assert optimizer.step(lambda: 3.5) == 3.5
 
 
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_without_a_kernel_a_capturable_step_is_refused(name: str) -> None:
+    parameter = nn.Parameter(draw.randn(10))
+    parameter.grad = draw.randn(10)
+    optimizer = AdamW([parameter], capturable=True, backend=name)
+    with pytest.raises(BackendError, match=r"for float32 on cpu .* there is none: move the parameters to a GPU"):
+        optimizer.step()
+    assert optimizer.state[parameter]["step"] == 0  # nothing was counted
+
+
 def test_the_code_is_the_papers() -> None:
     for signed in (True, False):
         values = code(signed)

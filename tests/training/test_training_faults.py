@@ -21,7 +21,7 @@ from vit.data.readers import WatchedLoader, leave_signals
 from vit.support.cores import available_cores, cgroup_quota, free_cores
 from vit.support.files import append_line, replacing, write_text
 from vit.support.lock import FolderInUse, FolderLock
-from vit.training import Interrupted, ReaderError, TrainError, train
+from vit.training import Interrupted, ReaderError, TrainError, state, train
 from vit.training.interrupt import Signals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -234,10 +234,20 @@ def test_no_variable_changes_a_result(
     assert option is None or option in told[0]
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
-def test_another_way_to_compute_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ACCELERATE_USE_FSDP", "vit train has as --parallel fsdp"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "--parallel fsdp"),
+        ("ACCELERATE_USE_DEEPSPEED", "vit train does not have"),
+        ("ACCELERATE_USE_MEGATRON_LM", "vit train does not have"),
+    ],
+)
+def test_another_way_to_compute_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
     monkeypatch.setenv(name, "true")
-    with pytest.raises(ValueError, match=f"vit: {name}=true asks for .*; unset it"):
+    with pytest.raises(ValueError, match=f"vit: {name}=true asks for .*{words}; unset it"):
         train(SMALL, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv(name, "false")
@@ -320,7 +330,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     victim.write_text("precious")
     link.symlink_to(victim)
     for write in (lambda: write_text(link, "x"), lambda: append_line(link, "x", 0), lambda: append_line(link, "x", 8)):
-        with pytest.raises(OSError, match=rf"{link} is a link to .*victim.*writes to no link"):
+        with pytest.raises(OSError, match=rf"^vit: {link} is a link to .*victim.*writes to no link"):
             write()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OSError, match="is a link"):
@@ -338,6 +348,15 @@ def test_another_name_of_a_file_keeps_its_content(tmp_path: Path) -> None:
     assert (backup.read_text(), path.read_text()) == ("one\n", "one\ntwo\n")
 
 
+def test_a_header_reaches_no_terminal_as_it_is(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"\\u001b[2J","shape":[1],"data_offsets":[0,4]}}'
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=r"\\x1b\[2J") as caught:
+        state.load(path)
+    assert str(caught.value).isprintable()
+
+
 def test_a_foreign_run_folder_cannot_destroy_a_file(tmp_path: Path) -> None:
     """Archives carry links: at a temporary name, and in the place of a file that grows."""
     run, victim = tmp_path / "run", tmp_path / "victim"
@@ -351,7 +370,7 @@ def test_a_foreign_run_folder_cannot_destroy_a_file(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "best.safetensors", ".lock", "curves.png"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(victim)
-        with pytest.raises(OSError, match=rf"{name} is a link to"):
+        with pytest.raises(OSError, match=rf"^vit: .*{name} is a link to"):
             train(resume=run)
         (run / name).unlink()
     assert victim.read_text() == "precious"

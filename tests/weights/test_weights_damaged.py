@@ -253,6 +253,7 @@ SIZES = [
     ({"depth": 100_000}, "does not fit the model"),
     ({"depth": 2**62}, "does not fit the model"),
     ({"embed_dim": 16_777_216}, "does not fit the model"),
+    ({"embed_dim": 2**32}, "no memory holds a model of embed_dim 4294967296"),
     ({"mlp_ratio": 1e6}, "does not fit the model"),
     ({"in_chans": 10_000_000}, "in_chans 10000000, and patch_embed"),
     ({"num_classes": 10**12}, "num_classes 1000000000000, and head.weight has 7"),
@@ -332,8 +333,12 @@ def test_damaged_json_is_named(file, text, tmp_path):
         {"preprocess": {"interpolation": "x"}},
         {"preprocess": {"crop_mode": "x"}},
         {"preprocess": {"in_chans": "3"}},
+        {"preprocess": {"in_chans": 2**53, "mean": [0.5], "std": [0.5]}},
+        {"preprocess": {"patch_size": 2**40}},
         {"preprocess": {"mean": []}},
         {"preprocess": {"img_size": 1.5}},
+        {"preprocess": {"img_size": 2**31}},
+        {"preprocess": {"img_size": [32, 2**31]}},
         {"preprocess": {"surprise": 1}},
         {"class_names": ["a", 3]},
         {"class_names": "abc"},
@@ -348,6 +353,18 @@ def test_values_of_another_kind_are_named(change, tmp_path):
     (tmp_path / "run" / "model.json").write_text(json.dumps(record))
     key = next(iter(values), part) if isinstance(values, dict) else part
     with pytest.raises(WeightsError, match=rf"model\.json.*{key}"):
+        vit.create(weights=tmp_path / "run")
+
+
+def test_one_side_is_a_size(tmp_path):
+    make_run(tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "model.json").read_text())
+    record["preprocess"]["img_size"] = 32
+    (tmp_path / "run" / "model.json").write_text(json.dumps(record))
+    assert vit.create(weights=tmp_path / "run").preprocess.img_size == (32, 32)
+    record["preprocess"]["img_size"] = 31
+    (tmp_path / "run" / "model.json").write_text(json.dumps(record))
+    with pytest.raises(WeightsError, match=r"makes images of \[31, 31\] pixels"):
         vit.create(weights=tmp_path / "run")
 
 

@@ -129,6 +129,15 @@ def test_everything_timm_exports_is_read(tmp_path, x):
     assert found.preprocess.img_size == (32, 32)
 
 
+@pytest.mark.parametrize("size", [[3, 224, 224], [3, 32, 31], [3, 32, 32]], ids=str)
+def test_an_input_size_beside_other_arguments_is_said(size, tmp_path, caplog):
+    """timm keeps the size of before when a model is trained at another; its transform makes what the model refuses."""
+    folder = timm_folder(tmp_path / "m", model(), pretrained_cfg={"input_size": size, "fixed_input_size": True})
+    assert vit.create(weights=folder).preprocess.img_size == (32, 32)
+    said = [line for line in caplog.messages if "input_size says images of" in line]
+    assert len(said) == (size != [3, 32, 32])
+
+
 def test_sizes_come_from_pretrained_cfg_as_in_timm(tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, in_chans=1, num_classes=5)
     cfg = {"input_size": [1, 64, 64], "fixed_input_size": True, "num_classes": 5, "mean": [0.5], "std": [0.25]}
@@ -159,6 +168,8 @@ def test_sizes_come_from_pretrained_cfg_as_in_timm(tmp_path):
         ({"pretrained_cfg": {"crop_mode": "pad"}}, "crop_mode"),
         ({"pretrained_cfg": {"std": [0, 1, 1]}}, "std"),
         ({"pretrained_cfg": {"mean": "x"}}, "mean"),
+        ({"pretrained_cfg": {"mean": []}}, "mean"),
+        ({"pretrained_cfg": {"std": [0.5, 0.6]}}, "std"),
         ({"pretrained_cfg": {"classifier": "head.fc"}}, "classifier"),
         ({"pretrained_cfg": {"first_conv": "stem"}}, "first_conv"),
         ({"pretrained_cfg": {"gamma_correction": 2.2}}, "gamma_correction"),
@@ -734,6 +745,43 @@ def test_a_pointer_of_git_lfs_is_called_so(name, tmp_path):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(WeightsError, match=f"{name}.*pointer of Git LFS.*git lfs pull"):
         vit.create(NAME, backend="reference", weights=tmp_path / name, **A)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.npz"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"\n<!DOCTYPE html><html>404</html>", "it is a web page"),
+        (b'{"message": "Not Found"}', "it is JSON"),
+        (b"\x1f\x8b\x08\0\0\0\0\0", "compressed by gzip; unpack it"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(64), "it is an HDF5 file"),
+        (b"junk of no kind at all", ""),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_accidents_of_downloads_are_called_so(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=rf"{name}.*{words}") as caught:
+        vit.create(NAME, backend="reference", weights=tmp_path / name, **A)
+    assert "weights_only" not in str(caught.value)  # as in PyTorch's advice to trust the file
+
+
+@pytest.mark.parametrize(
+    ("names", "way_out"),
+    [
+        (["head.base_layer.weight", "head.lora_A.default.weight"], "merge_and_unload"),
+        (["head.parametrizations.weight.original"], "remove_parametrizations"),
+        (["head.weight_v", "head.weight_g"], "remove_weight_norm"),
+        (["head.weight_orig", "head.weight_mask"], "prune.remove"),
+        (["norm.base_layer.weight"], "merge_and_unload"),
+    ],
+)
+def test_layers_that_were_wrapped_when_they_were_saved_are_called_so(names, way_out):
+    state = model().state_dict()
+    weight = state.pop(f"{names[0].partition('.')[0]}.weight")
+    with pytest.raises(WeightsError, match=rf"(?s){names[0]}.*{way_out}"):
+        vit.create(NAME, backend="reference", weights=state | {name: weight.clone() for name in names}, **A)
 
 
 @pytest.mark.parametrize(

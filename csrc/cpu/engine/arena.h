@@ -19,14 +19,15 @@ int64_t padded(int64_t K) {
   return round_up(K, Step<T>::kDepth);
 }
 
-inline AttentionFwd attention_of(const Shape& s, int64_t images) {
+template <class T>
+AttentionFwd attention_of(const Shape& s, int64_t images) {
   AttentionFwd p{};
   p.B = images, p.N = p.L = s.N(), p.H = s.H, p.D = s.D();
   p.q.batch = p.k.batch = p.v.batch = s.N() * 3 * s.C;
   p.q.token = p.k.token = p.v.token = 3 * s.C;
   p.q.head = p.k.head = p.v.head = s.D();
   p.scale = 1.0 / ::sqrt(static_cast<double>(s.D()));
-  p.dtype = s.precision == Precision::float32 ? DType::float32 : DType::bfloat16;
+  p.dtype = same<T, float> ? DType::float32 : DType::bfloat16;
   return p;
 }
 
@@ -58,7 +59,7 @@ struct Buffers {
     T* hidden;            // [kRows, what fc1 makes]
     T* inner;             // [kRows, hidden], where that is not what fc2 reads
     T* patches;           // [kRows, padded patch_values]
-    char* panel;          // of a compressed weight, unpacked
+    char* panel;          // of a weight, unpacked
     float* row;           // [the wider of C and hidden]
     float* pool;          // of pooling: largest values [C], or scores [pool_heads, N] and means [pool_heads, C]
     T* means;             // [pool_heads, C]
@@ -92,7 +93,9 @@ struct Buffers {
     own.hidden = take<T>(arena, kRows * max(s.made_by_fc1(), s.pool_hidden));
     own.inner = take<T>(arena, s.gated || s.mlp_norm ? kRows * s.hidden : 0);
     own.patches = take<T>(arena, kRows * padded<T>(s.patch_values()));
-    own.panel = arena.take(s.unpacks ? packed_b_bytes<bf16>(max(s.C, s.hidden), kTileColumns<bf16>) : 0);
+    const bool unpacks = s.unpacks || (s.precision == Precision::bfloat16 && !same<T, bf16>);
+    const int64_t deepest = round_up(max(max(s.C, s.hidden), max(s.pool_hidden, s.patch_values())), Step<bf16>::kDepth);
+    own.panel = arena.take(unpacks ? packed_b_bytes<T>(deepest, kTileColumns<T>) : 0);
     own.row = take<float>(arena, max(s.C, s.hidden));
     const int64_t largest = s.pool == Pool::max || s.pool == Pool::average_max ? s.C : 0;
     own.pool = take<float>(arena, max(largest, s.pool_heads * (s.N() + s.C)));
@@ -100,7 +103,7 @@ struct Buffers {
     const int64_t quantized_rows = s.precision == Precision::int8 ? kRows : 0;
     const int64_t widest = quantized_stride(max(s.C, s.hidden));
     own.quantized = {take<uint8_t>(arena, quantized_rows * widest), take<float>(arena, quantized_rows)};
-    own.scratch = arena.take(attention_fwd_scratch(attention_of(s, 1)));
+    own.scratch = arena.take(attention_fwd_scratch(attention_of<T>(s, 1)));
     return own;
   }
 

@@ -69,7 +69,7 @@ template <class T>
 void attend(Pass<T>& p, int64_t l, int64_t b, int64_t count, bool of_token) {
   const Shape& s = p.s;
   const Team& team = p.team;
-  AttentionFwd a = attention_of(s, count);
+  AttentionFwd a = attention_of<T>(s, count);
   a.q.data = p.qkv, a.k.data = p.qkv + s.C, a.v.data = p.qkv + 2 * s.C, a.out = p.attended;
   if (of_token) a.N = 1, a.out = p.attended + b * s.C;
   const int64_t units = attention_fwd_units(a);

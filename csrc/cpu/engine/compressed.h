@@ -1,10 +1,11 @@
-// Weights stored in 8 or 4 bits for their size alone; their products are those of bfloat16.
+// Weights whose panels are made just before their product: those of bfloat16 where its operands are float (Operand),
+// and those stored in 8 or 4 bits for their size alone, whose products are those of bfloat16.
 //
 //   weight[n, k] = scale[n, k / 32] q[n, k],   q in [-128, 127] or [-8, 7]
 //
-// A panel is unpacked into memory of the thread just before its product, where it stays in L2: about 14 instructions
-// for each of its vectors, which then meets some hundred rows. Unpacking at load would cost nothing there, but the
-// process would hold bfloat16 weights. Scales are bfloat16: 8.5 or 4.5 bits per weight in all.
+// A panel is unpacked into memory of the thread, where it stays in L2: about 14 instructions for each of its vectors (3
+// for one of bfloat16), which then meets some hundred rows. Unpacking at load would cost nothing there, but the process
+// would hold larger weights. Scales are bfloat16: 8.5 or 4.5 bits per weight in all.
 //
 // Panels as pack_b lays them out, one after the other: for each group its scales by column, then its steps, of each
 // column one code: two signed bytes or two signed halves of a byte, the first k in the lower one.
@@ -53,7 +54,28 @@ struct Codes {
   }
 };
 
-// Panel number `panel` of a compressed weight as `tile` of gemm_tile.h reads it.
+// Words of step s of bfloat16, vector v of a panel of `vectors` vectors, as `tile` of gemm_tile.h reads them: as they
+// are, or the two values of each as steps of float.
+VIT_INLINE void store_steps(u32v words, int64_t s, int64_t v, int64_t vectors, char* out) {
+  if constexpr (same<Operand<bf16>, bf16>) {
+    memcpy(out + (s * vectors + v) * kVectorBytes, &words, sizeof words);
+  } else {
+    const u32v first = words << 16, second = words & 0xffff0000u;
+    memcpy(out + (2 * s * vectors + v) * kVectorBytes, &first, sizeof first);
+    memcpy(out + ((2 * s + 1) * vectors + v) * kVectorBytes, &second, sizeof second);
+  }
+}
+
+// Panel number `panel` of a weight of bfloat16, widened to float.
+inline void widen_panel(const engine::Linear& w, int64_t panel, char* out) {
+  const int64_t steps = steps_of<bf16>(w.K), first = panel * kTileColumns<bf16>;
+  const int64_t vectors = ceil_div(min<int64_t>(w.N - first, kTileColumns<bf16>), kWordLanes<bf16>);
+  const char* from = w.weight + first * steps * static_cast<int64_t>(sizeof(Word<bf16>));
+  for (int64_t s = 0; s < steps; ++s)
+    for (int64_t v = 0; v < vectors; ++v, from += kVectorBytes) store_steps(load_raw<u32v>(from), s, v, vectors, out);
+}
+
+// Panel number `panel` of a compressed weight.
 template <class Code>
 void unpack_panel(const engine::Linear& w, int64_t panel, char* out) {
   constexpr int64_t lanes = kWordLanes<bf16>;
@@ -69,7 +91,7 @@ void unpack_panel(const engine::Linear& w, int64_t panel, char* out) {
       for (int64_t s = begin; s < end; ++s) {
         const Codes<Code> codes(from + ((s - begin) * vectors + v) * lanes * static_cast<int64_t>(sizeof(Code)));
         const u32v words = widen(to_bf16(scale * codes.values(0))) | widen(to_bf16(scale * codes.values(1))) << 16;
-        memcpy(out + (s * vectors + v) * kVectorBytes, &words, sizeof words);
+        store_steps(words, s, v, vectors, out);
       }
     }
     from += (end - begin) * vectors * lanes * static_cast<int64_t>(sizeof(Code));

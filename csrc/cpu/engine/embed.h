@@ -32,9 +32,7 @@ void embed_images(Pass<T>& p, const Images<X>& given) {
     float* x = p.tokens + (b * s.N() + s.prefix + patch) * s.C;
     const float* positions = p.net.positions + patch * s.C;
     const Epilogue<T, float, Activation::none> epilogue{w.bias, s.embed_norm ? nullptr : positions, x, nullptr, s.C};
-    const Lhs rows_of_patches{reinterpret_cast<const char*>(p.own.patches), stride * static_cast<int64_t>(sizeof(T)),
-                              false};
-    gemm_range<T, false>(rows_of_patches, w.weight, s.C, steps_of<T>(w.K), 0, rows, 0, panels_of<T>(s.C), epilogue);
+    product(p, lhs_of(p.own.patches, stride), Area{0, rows, 0, panels_of<T>(s.C)}, w, epilogue);
     for (float* row = x; row < x + rows * s.C; row += s.C, positions += s.C) {
       if (s.embed_norm) {
         norm_one(s, p.net.embed_norm, row, row, s.C);

@@ -65,16 +65,29 @@ void forward(const Forward& f) {
       &region);
 }
 
+// The type between the products. Where a level multiplies bfloat16 in float, what it multiplies stays float: only the
+// weights are bfloat16.
+template <class F>
+auto with_type(Precision precision, const F& f) {
+  switch (precision) {
+    case Precision::float32:
+      return f(float{});
+    case Precision::bfloat16:
+      return f(Operand<bf16>{});
+    default:
+      return f(bf16{});
+  }
+}
+
 }  // namespace
 
 int64_t engine_arena_bytes(const Network& network, int64_t B, int threads) {
-  const Shape& s = network.shape;
-  return s.precision == Precision::float32 ? Buffers<float>(s, B, threads, nullptr).bytes
-                                           : Buffers<bf16>(s, B, threads, nullptr).bytes;
+  return with_type(network.shape.precision,
+                   [&](auto t) { return Buffers<decltype(t)>(network.shape, B, threads, nullptr).bytes; });
 }
 
 void engine_forward(const Forward& f) {
-  f.network->shape.precision == Precision::float32 ? forward<float>(f) : forward<bf16>(f);
+  with_type(f.network->shape.precision, [&](auto t) { forward<decltype(t)>(f); });
 }
 
 }  // namespace vit::VIT_ISA

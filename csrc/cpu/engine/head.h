@@ -14,10 +14,8 @@ void classify(const Pass<T>& p, const float* features, int64_t rows, float* logi
               int64_t panel_end) {
   const Shape& s = p.s;
   const int64_t K = s.pooled();
-  const Lhs lhs{reinterpret_cast<const char*>(features), K * static_cast<int64_t>(sizeof(float)), false};
-  gemm_range<float, false>(
-      lhs, p.net.head.weight, s.classes, K, 0, rows, panel_begin, panel_end,
-      Epilogue<float, float, Activation::none>{p.net.head.bias, nullptr, logits, nullptr, s.classes});
+  packed_product<float>(lhs_of(features, K), Area{0, rows, panel_begin, panel_end}, p.net.head,
+                        Epilogue<float, float, Activation::none>{p.net.head.bias, nullptr, logits, nullptr, s.classes});
 }
 
 // Without pooling every token has its logits.

@@ -20,28 +20,70 @@ Area share_of(const Pass<T>& p, int64_t row_begin, int64_t row_end, int64_t begi
           begin + part(end - begin, team.column + 1, team.columns)};
 }
 
-// An area of a weight^T, a [rows, K], for an epilogue.
+// An area of a weight^T, a [rows, K] of S, for an epilogue.
 template <class S, class E>
-void product(const void* a, const Area& area, const Linear& w, const E& epilogue) {
-  const int64_t stride = same<S, q8> ? quantized_stride(w.K) : w.K * static_cast<int64_t>(sizeof(S));
-  const Lhs lhs{static_cast<const char*>(a), stride, false};
-  gemm_range<S, false>(lhs, w.weight, w.N, steps_of<S>(w.K), area.row_begin, area.row_end, area.panel_begin,
+void packed_product(const Lhs& a, const Area& area, const Linear& w, const E& epilogue) {
+  gemm_range<S, false>(a, w.weight, w.N, steps_of<S>(w.K), area.row_begin, area.row_end, area.panel_begin,
                        area.panel_end, epilogue);
 }
 
-// The same for a compressed weight, unpacked panel by panel to `room`.
+// Of one panel of a product: moves its tiles to their columns, and for every tile asks for as much of the next panel's
+// `bytes` as the tile has of the rows.
 template <class E>
-void compressed_product(const void* a, const Area& area, const Linear& w, char* room, const E& epilogue) {
-  const int64_t steps = steps_of<bf16>(w.K);
-  const Lhs lhs{static_cast<const char*>(a), w.K * static_cast<int64_t>(sizeof(bf16)), false};
-  for (int64_t panel = area.panel_begin; panel < area.panel_end; ++panel) {
-    with_code(w.precision, [&](auto code) { unpack_panel<decltype(code)>(w, panel, room); });
-    const int64_t first = panel * kTileColumns<bf16>, columns = min<int64_t>(w.N - first, kTileColumns<bf16>);
-    gemm_range<bf16, false>(lhs, room, columns, steps, area.row_begin, area.row_end, 0, 1, [&](Tile<float> tile) {
-      tile.column += first;
-      epilogue(tile);
-    });
+struct PanelEpilogue {
+  const E& epilogue;
+  const Area& area;
+  int64_t column;
+  const char* next;
+  int64_t bytes;
+
+  void prefetch(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    epilogue.prefetch(row, rows, this->column + column, columns);
+    const int64_t count = area.row_end - area.row_begin, begin = row - area.row_begin;
+    for (int64_t at = bytes * begin / count; at < bytes * (begin + rows) / count; at += 64)
+      __builtin_prefetch(next + at, 0, 2);
   }
+  void operator()(Tile<float> tile) const {
+    tile.column += column;
+    epilogue(tile);
+  }
+};
+
+// The same as packed_product for a weight of which unpack(w, panel, room) makes the operand; `column_bytes` of each.
+template <class S, class U, class E>
+void unpacked_product(const Lhs& a, const Area& area, const Linear& w, int64_t column_bytes, char* room,
+                      const U& unpack, const E& epilogue) {
+  for (int64_t panel = area.panel_begin; panel < area.panel_end; ++panel) {
+    unpack(w, panel, room);
+    const int64_t first = panel * kTileColumns<S>, end = min<int64_t>(first + kTileColumns<S>, w.N);
+    const int64_t next = panel + 1 < area.panel_end ? min<int64_t>(w.N - end, kTileColumns<S>) : 0;
+    gemm_range<S, false>(a, room, end - first, steps_of<S>(w.K), area.row_begin, area.row_end, 0, 1,
+                         PanelEpilogue<E>{epilogue, area, first, w.weight + end * column_bytes, next * column_bytes});
+  }
+}
+
+// The product in the precision of the weight, where that is a type of floats.
+template <class T, class E>
+void product(const Pass<T>& p, const Lhs& a, const Area& area, const Linear& w, const E& epilogue) {
+  if constexpr (same<T, Operand<bf16>>) {
+    if (stored(w.precision))
+      return with_code(w.precision, [&](auto code) {
+        using Code = decltype(code);
+        unpacked_product<T>(a, area, w, compressed_column<Code>(w.K), p.own.panel, unpack_panel<Code>, epilogue);
+      });
+    if constexpr (!same<T, bf16>) {
+      if (w.precision == Precision::bfloat16)
+        return unpacked_product<T>(a, area, w, packed_b_bytes<bf16>(w.K, 1) / kWordLanes<bf16>, p.own.panel,
+                                   widen_panel, epilogue);
+    }
+  }
+  packed_product<T>(a, area, w, epilogue);
+}
+
+// Rows of `stride` elements, one after the other.
+template <class T>
+VIT_INLINE Lhs lhs_of(const T* a, int64_t stride) {
+  return {reinterpret_cast<const char*>(a), stride * static_cast<int64_t>(sizeof(T)), false};
 }
 
 // An area of y = activation(a weight^T + bias) + residual. Where the layer is quantized, a is in p.own.quantized.
@@ -50,14 +92,10 @@ void linear(const Pass<T>& p, const T* a, const Area& area, const Linear& w, con
   if constexpr (same<T, bf16>) {
     const Quantized& q = p.own.quantized;
     if (w.precision == Precision::int8)
-      return product<q8>(q.bytes, area, w,
-                         QuantizedEpilogue<O, kActivation>{q.scales, w.scale, w.sums, w.bias, residual, y, w.N});
+      return packed_product<q8>({reinterpret_cast<const char*>(q.bytes), quantized_stride(w.K), false}, area, w,
+                                QuantizedEpilogue<O, kActivation>{q.scales, w.scale, w.sums, w.bias, residual, y, w.N});
   }
-  const Epilogue<T, O, kActivation, same<T, bf16>> epilogue{w.bias, residual, y, nullptr, w.N};
-  if constexpr (same<T, bf16>) {
-    if (stored(w.precision)) return compressed_product(a, area, w, p.own.panel, epilogue);
-  }
-  product<T>(a, area, w, epilogue);
+  product(p, lhs_of(a, w.K), area, w, Epilogue<T, O, kActivation, same<T, bf16>>{w.bias, residual, y, nullptr, w.N});
 }
 
 // This thread's columns of all of it.

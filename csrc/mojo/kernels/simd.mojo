@@ -19,8 +19,7 @@ comptime AVX512 = CompilationTarget.has_avx512f()
 comptime AVX512_BF16 = is_defined["VIT_AVX512_BF16"]()
 """From the build: a feature test by name is private to the standard library."""
 
-comptime VNNI = AVX512_BF16
-"""The one level that has either of them has both."""
+comptime VNNI = is_defined["VIT_AVX512_VNNI"]()
 
 comptime Accumulator[T: DType] = DType.float64 if T == DType.float64 else (
     DType.int32 if T == DType.int8 else DType.float32

@@ -254,7 +254,7 @@ class HostWorkspace(threading.local):
     """One growing scratch buffer per Python thread: a fresh 10 MB block would be page-faulted in at every call."""
 
     def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.held = 0, 0  # address and bytes
 
     def take(self, nbytes: int) -> torch.Tensor:

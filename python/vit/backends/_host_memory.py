@@ -93,7 +93,7 @@ class HostMemory:
         nbytes = count * dtype.itemsize
         # In a forked child the lock may be held by a thread that is not there.
         if nbytes < LEAST_BYTES or not _LINUX or not self.lock.acquire(blocking=False):
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch.set_default_device says
         try:
             block = self._take(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
         finally:

@@ -70,6 +70,9 @@ class Native(Protocol):
     def linear_int8(
         self, x: int, weight: int, weight_scale: int, bias: int, scale: int, residual: int, y: int, M: int, N: int, K: int, x_stride: int, weight_stride: int, activation: int, dtype: int, out_dtype: int, workspace: int, workspace_bytes: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
     ) -> int | None: ...  # fmt: skip
+    def adamw_captured(
+        self, param: int, grad: int, exp_avg: int, exp_avg_sq: int, exp_avg_scale: int, exp_avg_sq_scale: int, ema: int, code: int, numbers: int, n: int, beta1: float, beta2: float, eps: float, ema_decay: float, dtype: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
+    ) -> None: ...  # fmt: skip
     def linear_fp8(
         self, x: int, weight: int, weight_scale: int, bias: int, scale: int, residual: int, y: int, M: int, N: int, K: int, x_stride: int, weight_stride: int, activation: int, dtype: int, out_dtype: int, workspace: int, workspace_bytes: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
     ) -> int | None: ...  # fmt: skip

@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NoReturn, overload
+from typing import Any, ClassVar, NoReturn, overload
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ..support.records import Record, RecordError, parse_json
 from ..support.text import printable
 from . import native
 from .freeze import Frozen, freeze
-from .images import as_tensor, check_out, dense, room
+from .images import CPU, as_tensor, check_layout, check_out, check_sizes, dense, room
 from .profile import Phase, flops, patches_of, phases, timed
 from .shutdown import calls as running
 
@@ -46,13 +46,33 @@ class Engine:
     exclude      int8, weights: layers that stay bfloat16, such as ("blocks.0.mlp.fc2",)
     weights      bfloat16: "int8" or "int4" stores the weights of the blocks in 8 or 4 bits, with a scale for each 32,
                  for the memory; products stay bfloat16
+    device       "cpu"; or "cuda", "cuda:1", ...: the model's forward on the CUDA kernels, one graph for each size of
+                 batch, in "float32", "bfloat16" or "float16" as a whole. max_batch is a limit there, whose graph is
+                 made now; the other options are the CPU's. docs/engine.md
 
     Results do not depend on the threads or on what else is in the batch. Any number of engines and Python threads may
     run at once; calls of one engine run one after the other. A forked child may go on using it, with one thread. The
     model is copied: later changes to it have no effect.
 
-    Raises BackendError when there is no native CPU backend or the engine cannot run the model.
+    Raises BackendError when there is no native backend for the device or the engine cannot run the model.
     """
+
+    #: The classes of other devices than the CPU, by their type.
+    _kinds: ClassVar[dict[str, type[Engine]]] = {}
+    #: Where results are.
+    device = CPU
+
+    def __init_subclass__(cls, device: str = "", **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if device:
+            Engine._kinds[device] = cls
+
+    def __new__(cls, *arguments: Any, device: str | torch.device = "cpu", **options: Any) -> Engine:
+        """The engine of that device."""
+        kind = torch.device(device).type
+        if cls is Engine and kind not in ("cpu", *cls._kinds):
+            raise ValueError(f"vit.Engine: device {str(device)!r} is not one of cpu, {', '.join(cls._kinds)}")
+        return object.__new__(cls._kinds.get(kind, cls) if cls is Engine else cls)
 
     def __init__(
         self,
@@ -63,6 +83,8 @@ class Engine:
         calibrate: Tensor | None = None,
         exclude: Collection[str] = (),
         weights: str | None = None,
+        *,
+        device: str | torch.device = "cpu",
     ) -> None:
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in native.PRECISIONS:
@@ -258,7 +280,7 @@ class Engine:
         Raises ValueError for images or tensors that do not fit and for images with NaN or infinity; the engine can be
         used again after any error.
         """
-        return self._forward(images, out, outputs, layout, self._threads())
+        return self._forward(images, out, outputs, layout, self._here())
 
     def submit(
         self,
@@ -274,9 +296,10 @@ class Engine:
         if executor is None:  # one of two that come here at once keeps its executor, which has no thread yet
             new = ThreadPoolExecutor(1, thread_name_prefix=f"vit-{self.name}")
             executor = self._executors.setdefault(process, new)
-        return running.submit(executor, self._forward, images, out, outputs, layout, self._threads())
+        return running.submit(executor, self._forward, images, out, outputs, layout, self._here())
 
-    def _threads(self) -> int:
+    def _here(self) -> Any:
+        """What a call takes from the thread it is made in: how many threads it may use."""
         return self.num_threads or min(torch.get_num_threads(), self._library.default_threads())
 
     def _forward(
@@ -285,7 +308,7 @@ class Engine:
         out: Tensor | Mapping[str, Tensor] | None,
         outputs: str | tuple[str, ...] | list[str],
         layout: str,
-        threads: int,
+        here: Any,
     ) -> Result:
         with running:
             given, keep = self._images(images, layout)
@@ -295,20 +318,15 @@ class Engine:
             wanted = (native.Output * len(names))(
                 *[native.Output(*self._kind(name), t.data_ptr(), t.numel()) for name, t in places.items()]
             )
-            self._library.check(self._library.forward(self._handle, given, wanted, len(wanted), threads))
+            self._library.check(self._library.forward(self._handle, given, wanted, len(wanted), here))
             del keep  # alive until here: `given` holds its address
             return places[names[0]] if single else places
 
     def _images(self, images: Images, layout: str) -> tuple[native.Images, Tensor]:
-        if layout not in native.LAYOUTS:
-            raise ValueError(f"vit.Engine: layout {layout!r} is not one of {', '.join(native.LAYOUTS)}")
+        check_layout(layout)
         images = as_tensor(images)
         c = self._config
-        order = "[B, {0}, {1}, {2}]" if layout == "NCHW" else "[B, {1}, {2}, {0}]"
-        if images.ndim != 4:
-            hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
-            wanted = order.format(c.channels, c.image_height, c.image_width)
-            raise ValueError(f"vit.Engine: images must be {wanted}, got {list(images.shape)}{hint}")
+        check_sizes(images, layout, (c.channels, c.image_height, c.image_width))
         if layout == "NCHW":
             batch, channels, height, width = images.shape
             # A tensor in channels_last memory is read where it lies.
@@ -319,26 +337,14 @@ class Engine:
         else:
             batch, height, width, channels = images.shape
             images = dense(images)
-        if channels != c.channels:
-            other = "NHWC" if layout == "NCHW" else "NCHW"
-            swapped = height if layout == "NHWC" else width
-            hint = f'; the images may be {other}: pass layout="{other}"' if swapped == c.channels else ""
-            raise ValueError(f"vit.Engine: images have {channels} channels, the engine takes {c.channels}{hint}")
         pixels = native.PIXELS[str(images.dtype).removeprefix("torch.")]
         given = native.Images(images.data_ptr(), pixels, native.LAYOUTS[layout], batch, channels, height, width)
         return given, images
 
     def _kind(self, name: str) -> tuple[int, int]:
         """The kind and block of an output; ValueError for an unknown name."""
-        if name in ("logits", "features"):
-            return native.OUTPUTS[name], 0
-        kind, _, block = name.partition(".")
-        if kind in ("tokens", "attention") and block.isdigit() and int(block) < self._config.depth:
-            return native.OUTPUTS[kind], int(block)
-        raise ValueError(
-            f"vit.Engine: unknown output {name!r}; there are logits, features, and tokens.I and attention.I for I from "
-            f"0 to {self._config.depth - 1}"
-        )
+        kind, block = kind_of(name, self._config.depth)
+        return native.OUTPUTS[kind], block
 
     def shape(self, output: str, batch: int) -> tuple[int, ...]:
         """The shape of an output for a batch of that size."""
@@ -359,14 +365,14 @@ class Engine:
         if not names or len(set(names)) != len(names):
             raise ValueError(f"vit.Engine: outputs must be different names, at least one; got {names}")
         if out is None:
-            return {name: room(self.shape(name, batch)) for name in names}
+            return {name: room(self.shape(name, batch), self.device) for name in names}
         if isinstance(out, Tensor) and not single:
             raise ValueError("vit.Engine: with several outputs `out` must be a dict of a tensor for each name")
         given = {names[0]: out} if isinstance(out, Tensor) else dict(out)
         if set(given) != set(names):
             raise ValueError(f"vit.Engine: out has {', '.join(given)}; wanted are {', '.join(names)}")
         for name, tensor in given.items():
-            check_out(name, tensor, self.shape(name, batch))
+            check_out(name, tensor, self.shape(name, batch), self.device)
         return {name: given[name] for name in names}
 
     # ---- time ----
@@ -378,3 +384,16 @@ class Engine:
             for _ in range(calls):
                 self(images, layout=layout)
         return phases(seconds, calls, flops(self._config, len(images)))
+
+
+def kind_of(output: str, depth: int) -> tuple[str, int]:
+    """What an output is and of which block, 0 where it is of none; ValueError for an unknown name."""
+    kind, _, block = output.partition(".")
+    if output in ("logits", "features"):
+        return kind, 0
+    if kind in ("tokens", "attention") and block.isdigit() and int(block) < depth:
+        return kind, int(block)
+    raise ValueError(
+        f"vit.Engine: unknown output {output!r}; there are logits, features, and tokens.I and attention.I for I from "
+        f"0 to {depth - 1}"
+    )

@@ -11,8 +11,12 @@ from torch import Tensor
 ALLOWED = "allowed are float32 (normalised; images.{}) and uint8 (0 .. 255)"
 
 
-def as_tensor(images: Any) -> Tensor:
-    """A dense tensor on the CPU, float32 or uint8, for a tensor or NumPy array; TypeError or ValueError for others.
+CPU = torch.device("cpu")
+
+
+def as_tensor(images: Any, device: torch.device = CPU) -> Tensor:
+    """A dense tensor on the CPU or the engine's device, float32 or uint8, for a tensor or NumPy array; TypeError or
+    ValueError for others.
 
     An array is copied where PyTorch has no tensor for it: with negative strides (`bgr[..., ::-1]`), in the other byte
     order, or read-only.
@@ -21,8 +25,9 @@ def as_tensor(images: Any) -> Tensor:
         images = _of_array(images)
     if not isinstance(images, Tensor):
         raise TypeError(f"vit.Engine: images must be a tensor or a NumPy array, got {type(images).__name__}")
-    if images.device.type != "cpu":
-        raise ValueError(f"vit.Engine: images are on {images.device}, the engine runs on the CPU; use images.cpu()")
+    if images.device.type != "cpu" and images.device != device:
+        place = "on the CPU; use images.cpu()" if device == CPU else f"on {device}; use images.to({str(device)!r})"
+        raise ValueError(f"vit.Engine: images are on {images.device}, the engine runs {place}")
     if images.dtype not in (torch.uint8, torch.float32):
         kind = str(images.dtype).removeprefix("torch.")
         raise ValueError(f"vit.Engine: images are {kind}; {ALLOWED.format('float()')}")
@@ -36,10 +41,32 @@ def dense(images: Tensor) -> Tensor:
     return images if images.is_contiguous() else images.detach().contiguous()
 
 
-def room(shape: tuple[int, ...]) -> Tensor:
+def check_layout(layout: str) -> None:
+    """ValueError for an unknown one."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"vit.Engine: layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+
+
+LAYOUTS = ("NCHW", "NHWC")
+
+
+def check_sizes(images: Tensor, layout: str, size: tuple[int, int, int]) -> None:
+    """ValueError unless images [B, C, H, W], or as `layout` says, have these channels, and four dimensions."""
+    channels, height, width = size
+    if images.ndim != 4:
+        hint = "; add the batch dimension: images[None]" if images.ndim == 3 else ""
+        order = f"[B, {channels}, {height}, {width}]" if layout == "NCHW" else f"[B, {height}, {width}, {channels}]"
+        raise ValueError(f"vit.Engine: images must be {order}, got {list(images.shape)}{hint}")
+    axis, other = (1, "NHWC") if layout == "NCHW" else (3, "NCHW")
+    if images.shape[axis] != channels:
+        hint = f'; the images may be {other}: pass layout="{other}"' if images.shape[4 - axis] == channels else ""
+        raise ValueError(f"vit.Engine: images have {images.shape[axis]} channels, the engine takes {channels}{hint}")
+
+
+def room(shape: tuple[int, ...], device: torch.device = CPU) -> Tensor:
     """A float32 tensor for an output. PyTorch's own memory: freeing that of a NumPy array asks for the GIL inside a
     C++ destructor, and a daemon thread that does so when the program ends makes the process abort."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def _negated(tensor: Tensor) -> bool:
@@ -47,16 +74,17 @@ def _negated(tensor: Tensor) -> bool:
     return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Negative)
 
 
-def check_out(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
-    """TypeError or ValueError unless native code may write an output of that shape to the tensor."""
+def check_out(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device = CPU) -> None:
+    """TypeError or ValueError unless an engine on the device may write an output of that shape to the tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"vit.Engine: out for {name!r} must be a tensor, got {type(tensor).__name__}")
     dense = tensor.layout == torch.strided and not tensor.is_nested and not _negated(tensor)
-    good = dense and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    good = dense and tensor.device == device and tensor.dtype == torch.float32 and tensor.is_contiguous()
     if not good or tuple(tensor.shape) != shape:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(
-            f"vit.Engine: out for {name!r} must be contiguous float32 {list(shape)} on the CPU, got {kind} "
+            f"vit.Engine: out for {name!r} must be contiguous float32 {list(shape)} on "
+            f"{'the CPU' if device == CPU else device}, got {kind} "
             f"{_sizes(tensor)} on {tensor.device}" + ("" if dense else f", a tensor of {_layout(tensor)}")
         )
 

@@ -73,7 +73,7 @@ def _steps(weight: Tensor, pairs: bool) -> Tensor:
     largest = weight.abs().amax(1)
     if pairs:
         largest = torch.maximum(largest, (weight[:, ::2] + weight[:, 1::2]).abs().amax(1))
-    return torch.where(largest > 0, largest / 127, torch.ones(()))
+    return torch.where(largest > 0, largest / 127, largest.new_ones(()))
 
 
 def codes_of(weight: Tensor, inputs: Inputs, nearest: Callable[[Tensor], Tensor], pairs: bool = False) -> Tensor:
@@ -90,17 +90,17 @@ def codes_of(weight: Tensor, inputs: Inputs, nearest: Callable[[Tensor], Tensor]
     y = (rows.double() / (DAMPING * power.mean()).clamp(min=1e-20).sqrt())[:, order]  # now the damping is 1
     weight = weight[:, order]
     starts = range(0, weight.shape[1], BLOCK)
-    behind = torch.eye(len(y), dtype=y.dtype)  # 1 + sum of y y^T of the columns behind a block
+    behind = torch.eye(len(y), dtype=y.dtype, device=y.device)  # 1 + sum of y y^T of the columns behind a block
     solved = {}
     for i in reversed(starts):
         block = y[:, i : i + BLOCK]
         solved[i] = torch.cholesky_solve(block, torch.linalg.cholesky(behind))
         behind = behind + block @ block.T
-    moved = torch.zeros(len(weight), len(y))  # (weight - codes) y^T of the columns before a block
+    moved = weight.new_zeros(len(weight), len(y))  # (weight - codes) y^T of the columns before a block
     codes = torch.empty_like(weight)
     for i in starts:
         block, exact = y[:, i : i + BLOCK], weight[:, i : i + BLOCK]
-        inverse = torch.linalg.inv(torch.eye(block.shape[1], dtype=y.dtype) + block.T @ solved[i])
+        inverse = torch.linalg.inv(torch.eye(block.shape[1], dtype=y.dtype, device=y.device) + block.T @ solved[i])
         factor = torch.linalg.cholesky(inverse).T
         shifted = exact + moved @ (solved[i] @ inverse).float()
         found = _block(shifted.T.contiguous(), (factor / factor.diagonal()[:, None]).float(), nearest, pairs).T

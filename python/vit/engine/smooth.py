@@ -79,7 +79,7 @@ def smooth(
             if rest == 0:
                 continue  # an activation stands between them
             scale = _balance(smoothed, layer, inputs[layer].largest)
-            _divide(smoothed, maker, torch.cat([torch.ones(rest), scale]))
+            _divide(smoothed, maker, torch.cat([scale.new_ones(rest), scale]))
             after[layer] = inputs[layer].divided(scale)
     return smoothed, after
 
@@ -161,9 +161,9 @@ class _Seen:
     def add(self, x: Tensor) -> None:
         x = x.detach().float().cpu()
         images, tokens = x.shape[:2]
-        self.weights = torch.full((tokens,), 1 / tokens)
+        self.weights = x.new_full((tokens,), 1 / tokens)
         if self.share is not None and tokens > 1:
-            self.weights = torch.full((tokens,), (1 - self.share) / (tokens - 1))
+            self.weights = x.new_full((tokens,), (1 - self.share) / (tokens - 1))
             self.weights[0] = self.share
         # The first token of each chosen image, and others at equal distances that begin elsewhere in each.
         others = max(ROWS // -(-self.images // self.every) - 1, 1)
@@ -177,9 +177,9 @@ class _Seen:
         self.count += images
 
     def inputs(self) -> Inputs:
-        first = torch.cat([torch.arange(len(rows)) == 0 for rows in self.kept])
+        first = torch.cat([torch.arange(len(rows), device="cpu") == 0 for rows in self.kept])
         share = torch.where(first, self.weights[0], 1 - self.weights[0]).double()
         weights = (share / torch.where(first, first.sum(), (~first).sum()).clamp(min=1)).sqrt().float()
-        mean = (sum(self.total, torch.zeros(())) / self.count).float()
+        mean = (sum(self.total[1:], self.total[0]) / self.count).float()
         largest = torch.stack(self.largest).amax(0)
         return Inputs(largest, mean, torch.cat(self.kept) * weights[:, None], weights)

@@ -28,7 +28,7 @@ from .known import NORMS
 
 def tensors_of(model: Any, modules: dict[str, Any]) -> dict[str, Tensor]:
     """name -> tensor in float32 on the CPU, all that the engine reads."""
-    tensors = {"mean": torch.tensor(model.preprocess.mean), "std": torch.tensor(model.preprocess.std)}
+    tensors = {name: torch.tensor(getattr(model.preprocess, name), device="cpu") for name in ("mean", "std")}
     tensors |= _tokens(model) | _norm("norm_pre", model.norm_pre) | _norm("patch_embed.norm", model.patch_embed.norm)
     for i, name in enumerate(modules["blocks"]._modules):
         tensors |= _block(f"blocks.{i}", modules[f"blocks.{name}"])
@@ -48,7 +48,7 @@ def _layer(module: Any) -> tuple[Tensor, Tensor]:
     """Weight [outputs, inputs] and bias of a linear layer or a convolution of patches."""
     weight, bias = _value(module, "weight"), _value(module, "bias")
     assert weight is not None  # accepts.py has looked
-    return weight.flatten(1), torch.zeros(len(weight)) if bias is None else bias
+    return weight.flatten(1), weight.new_zeros(len(weight)) if bias is None else bias
 
 
 def _named(name: str, layer: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -188,7 +188,7 @@ def _attention_function(module: nn.Module) -> str | None:
 
 def _backend_for(module: nn.Module, model: nn.Module, backend: str, ops: tuple[str, ...]) -> tuple[str] | str:
     """The backend that runs all of a module's ops, as (name,); or why none does."""
-    like: torch.Tensor = next(module.parameters(), next(model.parameters(), torch.empty(0)))
+    like: torch.Tensor = next(module.parameters(), next(model.parameters(), torch.empty(0, device="cpu")))
     if backend == "reference":
         return ("reference",)
     width = _head_dim(module)

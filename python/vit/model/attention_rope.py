@@ -192,9 +192,10 @@ class EvaAttention(HasBuffers, AttentionRope):
         return self
 
     def _packed(self, x: Tensor, layer: Callable[..., Tensor]) -> Tensor:
-        if self.q_bias is None or self.k_bias is None or self.v_bias is None:
+        q, k, v = self.q_bias, self.k_bias, self.v_bias  # each looked at once: a parametrization computes at each look
+        if q is None or k is None or v is None:
             return layer(self.ops, self.qkv, x)
-        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        bias = torch.cat([q, k, v])
         if type(self.qkv) is not nn.Linear:
             return call(self.ops, self.qkv, x) + bias
         weight = self.qkv.weight

@@ -62,7 +62,7 @@ def _grid(coordinates: Tensor, valid: Tensor, i: int) -> tuple[int, int]:
     if not valid.all():
         raise ValueError(f"vit: patch_valid[{i}] has valid patches behind others; those that fill up come last")
     rows, columns = (int(side) + 1 for side in coordinates.amax(dim=0))
-    places = torch.arange(count)
+    places = torch.arange(count, device=coordinates.device)
     whole = torch.stack([places // columns, places % columns], dim=1)
     if rows * columns != count or not torch.equal(whole, coordinates.long()):
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -51,6 +51,13 @@ class TimmTools:
 
     #: timm's older name of the same.
     default_cfg = pretrained_cfg
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for, of a module or of one that holds it."""
+        raise NotImplementedError(
+            f"vit: {self.name}: torch.jit.script compiles Python code, and this model chooses its kernels in Python; "
+            "torch.jit.trace(model, images) and torch.export.export(model, (images,)) make a graph of it"
+        )
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:

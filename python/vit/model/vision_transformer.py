@@ -314,7 +314,9 @@ class VisionTransformer(CallsOps, Planned, Heads, Packs, Intermediates, TimmTool
                 f"vit: images must be a tensor, got {type(images).__name__}; model.preprocess makes one from a PIL "
                 "image, torch.from_numpy from an array"
             )
-        weight = getattr(self.patch_embed.proj, "weight", None)
+        # A parametrization (weight norm, spectral norm) computes at each look: not here, only when its layer runs.
+        held = self.patch_embed.proj.__dict__
+        weight = held["_parameters"]["weight"] if "weight" in held["_parameters"] else held.get("weight")
         if not isinstance(weight, Tensor):
             return
         if images.device != weight.device:

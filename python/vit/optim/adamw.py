@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import get
+from ..backends import BackendError, NativeBackend, get
 from .blockwise import blocks_of
-from .launch import kernel_for, launch, reference
+from .launch import kernel_for, launch, launch_captured, numbers_of, reference
 
 STATES = ("float32", "8bit")
 
@@ -38,9 +38,12 @@ class AdamW(torch.optim.Optimizer):
     max_norm: gradients are scaled down, in that pass, to at most this norm of all of them together
     ema_decay: an average of the parameters, a <- decay a + (1 - decay) p, is kept in `optimizer.state[p]["ema"]`
     backend: whose kernel steps: "auto", a backend's name, or "reference" for PyTorch's operations
+    capturable: steps may become part of a CUDA graph: the number of the step and lr, a tensor that schedulers write to,
+    lie on the GPU and are read at each replay. Parameters on a GPU; take one step before the capture
 
-    Raises ValueError for settings out of range, RuntimeError for sparse gradients, TypeError for complex parameters,
-    BackendError when the named backend cannot step a parameter.
+    Raises ValueError for settings out of range, RuntimeError for sparse gradients and for a step in a capture that its
+    replays would repeat with the numbers of the first, TypeError for complex parameters, BackendError when the named
+    backend cannot step a parameter.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class AdamW(torch.optim.Optimizer):
         max_norm: float | None = None,
         ema_decay: float | None = None,
         backend: str = "auto",
+        capturable: bool = False,
     ) -> None:
         self.max_norm, self.backend = max_norm, backend
         if max_norm is not None and not 0 < max_norm < math.inf:
@@ -61,7 +65,7 @@ class AdamW(torch.optim.Optimizer):
         if backend != "auto":
             get(backend)
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state": state}
-        super().__init__(params, {**settings, "ema_decay": ema_decay})
+        super().__init__(params, {**settings, "ema_decay": ema_decay, "capturable": capturable})
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds."""
@@ -70,11 +74,14 @@ class AdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes further parameters, with settings of their own."""
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            _check(self.param_groups[-1])
+            _check(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        if group["capturable"] and not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=group["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -83,17 +90,23 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale = self._grad_scale()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, group, grad_scale)
+        moved = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for group, parameters in moved:
+            self._check_capture(parameters, group)
+        scale = self._grad_scale()
+        for group, parameters in moved:
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter].update(initial_state(parameter, **_kind(group)))
+            if not group["capturable"]:
+                for parameter in parameters:
+                    self._step(parameter, group, float(scale))
+            elif parameters:
+                self._step_captured(parameters, group, scale)
         return loss
 
     def _step(self, parameter: Tensor, group: dict[str, Any], grad_scale: float) -> None:
         state = self.state[parameter]
-        if not state:
-            state.update(initial_state(parameter, group["state"], group["ema_decay"] is not None))
         state["step"] += 1
         backend = kernel_for(self.backend, _local(parameter), "exp_avg_root" in state)
         if backend is None:
@@ -102,15 +115,61 @@ class AdamW(torch.optim.Optimizer):
             local = {name: _local(value) for name, value in state.items()}
             launch(backend, _local(parameter), _local(parameter.grad), local, group, grad_scale)  # type: ignore[arg-type]
 
-    def _grad_scale(self) -> float:
-        """What brings the gradients, which must be dense, to max_norm."""
+    def _step_captured(self, parameters: list[Tensor], group: dict[str, Any], grad_scale: Tensor | float) -> None:
+        """Steps that read nothing from the GPU: a dozen small operations for all parameters, then a kernel for each."""
+        states = [{n: _local(value) for n, value in self.state[parameter].items()} for parameter in parameters]
+        backends = [self._capturable(p, "exp_avg_root" in state) for p, state in zip(parameters, states, strict=True)]
+        steps = [self.state[parameter]["step"] for parameter in parameters]
+        torch._foreach_add_(steps, 1)
+        scale = grad_scale if isinstance(grad_scale, Tensor) else steps[0].new_ones(())
+        exact = numbers_of(torch.stack(steps), group, scale)
+        rows = {torch.float64: exact, torch.float32: exact.float()}
+        for i, (parameter, state, backend) in enumerate(zip(parameters, states, backends, strict=True)):
+            numbers = rows[torch.float64 if parameter.dtype == torch.float64 else torch.float32][i]
+            launch_captured(backend, _local(parameter), _local(parameter.grad), state, group, numbers)  # type: ignore[arg-type]
+
+    def _capturable(self, parameter: Tensor, packed: bool) -> NativeBackend:
+        """The backend whose kernel steps the parameter with numbers that lie on the device."""
+        backend = kernel_for(self.backend, _local(parameter), packed, "adamw_captured")
+        if backend is None:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise BackendError(
+                f"vit: AdamW(capturable=True) steps by a kernel of the cuda backend, and for {dtype} on "
+                f"{parameter.device} with backend={self.backend!r} there is none: move the parameters to a GPU, or "
+                "leave capturable away"
+            )
+        return backend
+
+    def _check_capture(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """RuntimeError for a step inside a capture whose replays would repeat what is true of the first alone."""
+        if not (parameters and _capturing(parameters[0].device)):
+            return
+        if not group["capturable"]:
+            why = "lr and the number of the step would stay what they are now; use AdamW(..., capturable=True)"
+        elif not isinstance(group["lr"], Tensor) or group["lr"].device != parameters[0].device:
+            why = (
+                "lr is a number of the CPU and would stay what it is now; write to the tensor: group['lr'].fill_(value)"
+            )
+        elif not all(self.state[parameter] for parameter in parameters):
+            why = "the averages would be made, and so be zero, in each; take one step before the capture"
+        else:
+            return
+        raise RuntimeError(f"vit: a step of AdamW is captured into a CUDA graph, in whose replays {why}")
+
+    def _grad_scale(self) -> Tensor | float:
+        """What brings the gradients, which must be dense, to max_norm; a tensor where nothing may be read from a
+        GPU."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
             raise RuntimeError("vit: AdamW takes no sparse gradients")
         if self.max_norm is None or not gradients:
             return 1.0
         norm = nn.utils.get_total_norm(gradients)
-        return min(1.0, self.max_norm / (float(getattr(norm, "full_tensor", lambda: norm)()) + 1e-6))
+        norm = getattr(norm, "full_tensor", lambda: norm)()
+        if any(group["capturable"] for group in self.param_groups):
+            scale = self.max_norm / (norm.double() + 1e-6)
+            return torch.where(scale < 1, scale, 1.0)
+        return min(1.0, self.max_norm / (float(norm) + 1e-6))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of another optimizer over the same parameters; ValueError when one does not fit.
@@ -122,21 +181,20 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group in self.param_groups:  # of a version without it
             group.setdefault("ema_decay", None)
+            group.setdefault("capturable", False)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        kinds = [
-            (group["state"], group["ema_decay"] is not None) for group in self.param_groups for _ in group["params"]
-        ]
+        kinds = [_kind(group) for group in self.param_groups for _ in group["params"]]
         for index, parameter in enumerate(parameters):
             if index not in given:
                 continue
-            expected = initial_state(parameter, *kinds[index])
+            expected = initial_state(parameter, **kinds[index])
             for name, like in expected.items():
                 value = given[index].get(name)
                 if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
                     found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else value
                     raise ValueError(
-                        f"vit: the state of parameter {index} does not fit AdamW(state={kinds[index][0]!r}): {name} is "
-                        f"{found}, not {like.dtype} {list(like.shape)}"
+                        f"vit: the state of parameter {index} does not fit AdamW(state={kinds[index]['state']!r}): "
+                        f"{name} is {found}, not {like.dtype} {list(like.shape)}"
                     )
             self.state[parameter] = {name: given[index][name].to(expected[name].device, copy=True) for name in expected}
 
@@ -146,9 +204,20 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def initial_state(parameter: Tensor, state: str, averaged: bool = False) -> dict[str, Tensor]:
+def _capturing(device: torch.device) -> bool:
+    """Whether what is asked of the device becomes part of a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _kind(group: dict[str, Any]) -> dict[str, Any]:
+    """What the form of a state follows from."""
+    averaged = group["ema_decay"] is not None
+    return {"state": group["state"], "averaged": averaged, "capturable": group["capturable"]}
+
+
+def initial_state(parameter: Tensor, state: str, averaged: bool = False, capturable: bool = False) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
-    step = torch.zeros((), dtype=torch.float32)
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device if capturable else "cpu")
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     ema = {"ema": parameter.detach().to(dtype, copy=True)} if averaged else {}
     if state == "8bit" and parameter.numel() >= MIN_8BIT:

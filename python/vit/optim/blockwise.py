@@ -22,10 +22,10 @@ def code(signed: bool) -> Tensor:
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1.0, 2 ** (exponent + (not signed)) + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1.0, 2 ** (exponent + (not signed)) + 1, dtype=torch.float64, device="cpu")
         middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist()
         values += middles + [-value for value in middles if signed]
-    return torch.tensor(sorted(values), dtype=torch.float64).float()
+    return torch.tensor(sorted(values), dtype=torch.float64, device="cpu").float()
 
 
 @cache

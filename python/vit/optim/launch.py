@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,16 @@ expect(
     "param grad exp_avg exp_avg_sq exp_avg_scale exp_avg_sq_scale ema code n lr beta1 beta2 eps weight_decay "
     "correction1 correction2 grad_scale ema_decay dtype context",
 )
+#: The same of vit::AdamWCaptured.
+expect(
+    "adamw_captured",
+    "param grad exp_avg exp_avg_sq exp_avg_scale exp_avg_sq_scale ema code numbers n beta1 beta2 eps ema_decay dtype "
+    "context",
+)
 
 
-def kernel_for(name: str, parameter: Tensor, packed: bool) -> NativeBackend | None:
-    """The backend whose kernel steps a parameter; None stands for PyTorch's operations.
+def kernel_for(name: str, parameter: Tensor, packed: bool, routine: str = "adamw") -> NativeBackend | None:
+    """The backend whose kernel, a routine of this name, steps a parameter; None stands for PyTorch's operations.
 
     name: "auto", "reference" or a backend; BackendError with the reason when that one cannot.
     """
@@ -28,22 +35,22 @@ def kernel_for(name: str, parameter: Tensor, packed: bool) -> NativeBackend | No
         backend = get(name)
         if not isinstance(backend, NativeBackend):
             return None
-        if why := _refusal(backend, parameter, packed):
+        if why := _refusal(backend, parameter, packed, routine):
             hint = 'Use backend="auto" or "reference".'
-            raise BackendError(f"vit: backend '{name}' cannot run 'adamw': {why}. {hint}")
+            raise BackendError(f"vit: backend '{name}' cannot run '{routine}': {why}. {hint}")
         return backend
     for backend in records().values():
-        if isinstance(backend, NativeBackend) and _refusal(backend, parameter, packed) is None:
+        if isinstance(backend, NativeBackend) and _refusal(backend, parameter, packed, routine) is None:
             return backend
     return None
 
 
-def _refusal(backend: NativeBackend, parameter: Tensor, packed: bool) -> str | None:
+def _refusal(backend: NativeBackend, parameter: Tensor, packed: bool, routine: str) -> str | None:
     if parameter.device.type not in backend.device_types:
         return f"needs tensors on {' or '.join(backend.device_types)}, got {parameter.device.type}"
     if why := backend.unavailable():
         return why
-    if "adamw" not in backend.lib.fields:
+    if routine not in backend.lib.fields:
         return "its compiled module has none"
     dtype = str(parameter.dtype).removeprefix("torch.")
     if parameter.dtype not in backend.dtypes:
@@ -69,21 +76,59 @@ def launch(
     grad_scale: float,
 ) -> None:
     """One step by the backend's kernel, whose pass also scales the gradient and moves the state's `ema`."""
-    packed = "exp_avg_root" in state
-    if gradient.dtype != parameter.dtype or gradient.stride() != parameter.stride():
-        gradient = torch.empty_like(parameter).copy_(gradient)
-    ema = state.get("ema")
-    scale, root_scale = (state["exp_avg_scale"], state["exp_avg_root_scale"]) if packed else (None, None)
-    table = codes(parameter.device) if packed else None
+    gradient = _laid_out(gradient, parameter)
     (beta1, beta2), (correction1, correction2) = group["betas"], corrections(state, group)
-    backend.lib.adamw(
-        parameter.data_ptr(), gradient.data_ptr(),
-        state["exp_avg"].data_ptr(), state["exp_avg_root" if packed else "exp_avg_sq"].data_ptr(),
-        _address(scale), _address(root_scale), _address(ema), _address(table), parameter.numel(),
+    step: Callable[..., None] = backend.lib.adamw  # mypy does not know how many numbers `_tensors` gives
+    step(
+        *_tensors(parameter, gradient, state), parameter.numel(),
         float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"],
         correction1, correction2, grad_scale, group["ema_decay"] or 0.0,
         backend.codes[parameter.dtype], *backend.context(parameter.device),
     )  # fmt: skip
+
+
+def launch_captured(
+    backend: NativeBackend,
+    parameter: Tensor,
+    gradient: Tensor,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    numbers: Tensor,
+) -> None:
+    """The same with `numbers` [4] on the device, a row of what `numbers_of` gives in the dtype of the averages."""
+    gradient, (beta1, beta2) = _laid_out(gradient, parameter), group["betas"]
+    step: Callable[..., None] = backend.lib.adamw_captured
+    step(
+        *_tensors(parameter, gradient, state), numbers.data_ptr(), parameter.numel(),
+        float(beta1), float(beta2), group["eps"], group["ema_decay"] or 0.0,
+        backend.codes[parameter.dtype], *backend.context(parameter.device),
+    )  # fmt: skip
+
+
+def numbers_of(steps: Tensor, group: dict[str, Any], grad_scale: Tensor) -> Tensor:
+    """What differs from step to step, computed where the steps [P] are: float64 [P, 4], rows as vit::AdamWCaptured
+    takes them."""
+    beta1, beta2 = group["betas"]
+    lr, t = group["lr"].double(), steps.double()
+    rows = [1 - lr * group["weight_decay"], lr / (1 - beta1**t), (1 - beta2**t).sqrt(), grad_scale.double()]
+    return torch.stack([row.expand_as(t) for row in rows], dim=1)
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the dtype and with the strides of its parameter."""
+    if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def _tensors(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> tuple[int, ...]:
+    """The addresses with which both structs begin."""
+    packed = "exp_avg_root" in state
+    scale, root_scale = (state["exp_avg_scale"], state["exp_avg_root_scale"]) if packed else (None, None)
+    table = codes(parameter.device) if packed else None
+    averages = (state["exp_avg"], state["exp_avg_root" if packed else "exp_avg_sq"])
+    tensors = (parameter, gradient, *averages, scale, root_scale, state.get("ema"), table)
+    return tuple(map(_address, tensors))
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -20,6 +20,13 @@ from .records import read_regular
 log = logging.getLogger("vit")
 
 
+class Refused(OSError):
+    """A file that vit does not write to; the text is a sentence, without the system's number before it."""
+
+    def __str__(self) -> str:
+        return self.strerror or ""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to; on success its content is on the disk and takes the place of
@@ -31,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     refuse_link(path)
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, f"vit: {path} is no regular file, and a file is not put in its place; name another")
+        raise Refused(errno.EINVAL, f"vit: {path} is no regular file, and a file is not put in its place; name another")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
     descriptor = os.open(temporary, flags, 0o666)
@@ -64,7 +71,7 @@ def remove_leftovers(folder: Path) -> None:
 def refuse_link(path: Path) -> None:
     """OSError where `path` is a symbolic link: what it points to may belong to somebody else."""
     if path.is_symlink():
-        raise OSError(
+        raise Refused(
             errno.ELOOP,
             f"vit: {path} is a link to {os.readlink(path)!r}, and vit writes to no link; remove it or name the file "
             "itself",

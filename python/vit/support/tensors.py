@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .files import replacing, to_json
 from .records import Record, parse_json
+from .text import printable
 
 KEY = "vit"
 
@@ -57,7 +58,7 @@ def read_tensors(path: Path, required: bool = False) -> tuple[dict[str, Any], di
             text = (file.metadata() or {}).get(KEY, "{")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: a size that no memory can have
-        raise DamagedFile(f"vit: {path} is no safetensors file, or damaged: {error}") from error
+        raise DamagedFile(f"vit: {path} is no safetensors file, or damaged: {printable(str(error))}") from error
     if not text.startswith("{"):  # as those of files without checksums do
         return _verified(path, text, tensors), tensors
     if required:

@@ -50,7 +50,8 @@ class Classification(Task):
         logits = outputs.double().cpu()
         own = logits.gather(1, targets[:, None])
         # Of equal logits the first class is the prediction, so that a model without an opinion is no five times lucky.
-        before = (logits > own) | ((logits == own) & (torch.arange(logits.shape[1]) < targets[:, None]))
+        places = torch.arange(logits.shape[1], device=logits.device)
+        before = (logits > own) | ((logits == own) & (places < targets[:, None]))
         fifth = (before.sum(dim=1) < 5) & own[:, 0].isfinite()
         confidence = logits.softmax(dim=1).amax(dim=1)
         return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=1), targets, fifth, confidence

@@ -73,7 +73,7 @@ class Depth(Task):
         """The means over the images with a known pixel, by exact sums."""
         *figures, count = columns
         known = count > 0
-        total, nothing = max(1, int(known.sum())), torch.zeros(len(count), dtype=torch.int64)
+        total, nothing = max(1, int(known.sum())), count.new_zeros(len(count), dtype=torch.int64)
         loss, absrel, delta1 = (math.fsum(figure[known].tolist()) / total for figure in figures)
         return Measured(
             accuracy=delta1,

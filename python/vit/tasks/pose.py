@@ -85,7 +85,7 @@ class Pose(Task):
         loss, similarity, labelled, near = columns
         known = similarity[~similarity.isnan()].tolist()
         of_point, of_found = labelled.sum(dim=0).tolist(), near.sum(dim=0).tolist()
-        total, nothing = max(1, sum(of_point)), torch.zeros(len(loss), dtype=torch.int64)
+        total, nothing = max(1, sum(of_point)), loss.new_zeros(len(loss), dtype=torch.int64)
         share = sum(of_found) / total
         return Posed(
             accuracy=share,

@@ -85,7 +85,7 @@ class Segmentation(Task):
         union = answered + labelled - right
         iou = [int(r) / int(u) if u else math.nan for r, u in zip(right, union, strict=True)]
         there = [value for value in iou if not math.isnan(value)]
-        total, nothing = max(1, int(pixels.sum())), torch.zeros(len(loss), dtype=torch.int64)
+        total, nothing = max(1, int(pixels.sum())), loss.new_zeros(len(loss), dtype=torch.int64)
         return Segmented(
             accuracy=int(right.sum()) / total,
             loss=math.fsum(loss.tolist()) / total,

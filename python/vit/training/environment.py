@@ -30,14 +30,15 @@ _OPTIONS = (
     "DEEPSPEED_",
 )
 
-#: Those that ask for another way to compute than this loop has: going on without it would be a surprise.
+#: Those that ask for another way to compute than this loop has, or has as an option: going on without it would be a
+#: surprise.
 _REFUSED = {
-    "ACCELERATE_USE_FSDP": "sharded parameters",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "sharded parameters",
-    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
-    "ACCELERATE_USE_TP": "tensor parallelism",
+    "ACCELERATE_USE_FSDP": "sharded parameters, which vit train has as --parallel fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which vit train does not have",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM, which vit train does not have",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a mesh of processes; vit train shards parameters by --parallel fsdp",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker, which vit train does not have",
+    "ACCELERATE_USE_TP": "tensor parallelism, which vit train does not have",
 }
 
 #: Those with an option of vit train in their place, and the value that says the same as the default.
@@ -98,7 +99,7 @@ def without_options(report: Callable[[str], None] = lambda text: None) -> Iterat
     hidden = {name: value for name, value in os.environ.items() if name.startswith(_OPTIONS)}
     for name, what in _REFUSED.items():
         if hidden.get(name, "").strip().lower() not in _OFF:
-            raise ValueError(f"vit: {name}={hidden[name]} asks for {what}, which vit train does not have; unset it")
+            raise ValueError(f"vit: {name}={hidden[name]} asks for {what}; unset it")
     for name, (option, default) in _OURS.items():
         value = hidden.get(name, "").strip().lower()
         if name in hidden and value != default and not (value in _OFF and default in _OFF):

@@ -57,7 +57,7 @@ def expected_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[
     """The tensors, by name, that the optimizer keeps of a parameter once it has moved."""
     if isinstance(optimizer, AdamW):
         return initial_state(parameter, "8bit")
-    return {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
+    return {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros((), device="cpu")}
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float, low: float) -> float:

@@ -34,9 +34,12 @@ def loader_profile(
     """
     size = min(batch_size, len(samples))
     order = EpochBatches(len(samples), size, seed=0)
-    sums, squares, count = torch.zeros(preprocess.in_chans).double(), torch.zeros(preprocess.in_chans).double(), 0
+    (sums, squares), count = torch.zeros(2, preprocess.in_chans, dtype=torch.float64, device="cpu"), 0
     low, high = torch.full_like(sums, math.inf), torch.full_like(sums, -math.inf)
-    mean, std = (torch.tensor(value).double().view(1, -1, 1, 1) for value in (preprocess.mean, preprocess.std))
+    mean, std = (
+        torch.tensor(value, dtype=torch.float32, device="cpu").double().view(1, -1, 1, 1)
+        for value in (preprocess.mean, preprocess.std)
+    )
     waited = computed = 0.0
     timed = done = 0
     with closing(loader(Images(samples, preprocess, augment), order, workers)) as batch_loader:

@@ -76,7 +76,7 @@ def token_colours(
         tokens = call(model.ops, model.norm, tokens) if norm else tokens
         found.append((tokens[0, model.num_prefix_tokens :].cpu(), placed_grid(model, batch, tokens)))
     scores, _, _ = principal(torch.cat([tokens for tokens, _ in found]), 3)
-    colours = torch.zeros(len(scores), 3)
+    colours = torch.zeros(len(scores), 3, device="cpu")
     for i, values in enumerate(scores.t()):
         low, high = values.quantile(0.01), values.quantile(0.99)
         colours[:, i] = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)

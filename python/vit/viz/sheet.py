@@ -77,7 +77,9 @@ def seen(model: Any, image: Any) -> tuple[Tensor, np.ndarray]:
     """A PIL image as the model takes it [in_chans, height, width], and as it is looked at: [height, width, 3], 0 to
     1."""
     x = model.preprocess(image)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (model.preprocess.mean, model.preprocess.std))
+    mean, std = (
+        torch.tensor(values, device="cpu")[:, None, None] for values in (model.preprocess.mean, model.preprocess.std)
+    )
     pixels = (x * std + mean).clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3)
     return x.to(model.device, model.dtype), pixels.numpy()
 

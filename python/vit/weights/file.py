@@ -42,10 +42,28 @@ def read_file(path: Path) -> Mapping[str, Any]:
     except (WeightsError, PermissionError):
         raise
     except Exception as error:  # a broken file makes each reader stumble in half a dozen ways
-        why = printable(next(iter(str(error).splitlines()), type(error).__name__))
+        why = _instead(path) or printable(next(iter(str(error).splitlines()), type(error).__name__))
+        if "weights_only" in why:  # PyTorch's advice to trust the file
+            why = "no archive and no pickle that torch.save wrote"
         raise WeightsError(
             f"vit: weights {str(path)!r} ({path.stat().st_size} bytes) are truncated or not a {suffix} file: {why}"
         ) from error
+
+
+def _instead(path: Path) -> str | None:
+    """What a file is that is none of weights, for the usual accidents of downloads."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        return "the file is empty"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, such as an error or a login in the place of the download"
+    if text.startswith((b"{", b"[")) and text.isascii() and b"\0" not in text:
+        return "it is JSON, such as a server's answer in the place of the download"
+    if start.startswith(b"\x1f\x8b"):
+        return "it is compressed by gzip; unpack it"
+    return "it is an HDF5 file, as Keras writes" if start.startswith(b"\x89HDF") else None
 
 
 def _kind(path: Path, suffix: str) -> str:

@@ -30,6 +30,34 @@ def check_fit(
 
     Raises WeightsError naming what does not, ValueError for arguments that no model can have.
     """
+    try:
+        _check_fit(checkpoint, settings, given, kind)
+    except WeightsError as error:
+        if (hint := _wrapped_layers(checkpoint.state)) is None:
+            raise
+        raise WeightsError(f"{error}\n{hint}") from error
+
+
+#: Parts of names that say a layer was wrapped when it was saved -> by what, and what takes the wrapper off.
+_WRAPPERS = (
+    (("base_layer", "lora_A", "lora_B", "modules_to_save"), "an adapter of peft", "model.merge_and_unload()"),
+    (("parametrizations",), "torch.nn.utils.parametrize", "parametrize.remove_parametrizations(layer, name)"),
+    (("weight_g", "weight_v"), "weight norm", "torch.nn.utils.remove_weight_norm(layer)"),
+    (("weight_orig", "weight_mask"), "pruning or spectral norm", "torch.nn.utils.prune.remove(layer, name)"),
+)
+
+
+def _wrapped_layers(state: Collection[str]) -> str | None:
+    for parts, wrapper, way_out in _WRAPPERS:
+        if (key := next((key for key in state if not set(parts).isdisjoint(key.split("."))), None)) is not None:
+            return f"{printable(key[:200])} was saved under {wrapper}; {way_out} before saving gives plain weights"
+    return None
+
+
+def _check_fit(
+    checkpoint: Checkpoint, settings: Mapping[str, Any], given: Collection[str], kind: type[nn.Module]
+) -> None:
+    """What check_fit does, without its advice."""
     checks.classes(settings["num_classes"])
     if settings["num_heads"] is None:
         raise WeightsError(
@@ -49,6 +77,11 @@ def check_fit(
         if given:
             raise
         raise WeightsError(f"vit: {checkpoint.source}: {str(error).removeprefix('vit: ')}") from error
+    except (RuntimeError, TypeError) as error:  # PyTorch counts bytes in 63 bits, also of tensors without memory
+        if "overflow" not in str(error).lower():
+            raise
+        sizes = ", ".join(f"{key} {settings[key]}" for key in ("embed_dim", "mlp_ratio", "in_chans", "patch_size"))
+        raise WeightsError(f"vit: {checkpoint.source}: no memory holds a model of {sizes}") from error
     check_pooling(checkpoint.state, "fc_norm.weight" in wanted, settings, checkpoint.source)
     width = (settings.get("representation_size") or settings["embed_dim"], *(settings.get("decoder") or ()))[-1]
     check_head(checkpoint, settings["num_classes"], width, "num_classes" in given)

@@ -5,6 +5,7 @@ As timm reads it: top level over pretrained_cfg, model_args over both.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -13,6 +14,8 @@ from ..preprocess import CROP_MODES, INTERPOLATIONS
 from ..support.records import Record
 from .records import arguments, class_of, known_arguments
 from .records import transform as transform_of
+
+log = logging.getLogger("vit")
 
 #: Where the weights come from, texts about them, and sizes that only other models or other evaluations use.
 _IRRELEVANT = (
@@ -81,8 +84,9 @@ def about(record: Record) -> dict[str, Any]:
     args = record.record("model_args", None)
     if args is not None:
         arch |= _arguments(args, None if name is None else name.partition(".")[0])
+        _compare_sizes(cfg, arch)
     names = _labels(record, cfg)
-    transform = _transform(cfg)
+    transform = _transform(cfg, arch.get("in_chans", 3))
     own = record.record("vit", None)
     if own is not None:  # of a config that vit wrote
         if (values := own.record("arch", None)) is not None:
@@ -132,6 +136,19 @@ def _defaults(record: Record, cfg: Record, first: str) -> dict[str, Any]:
     return arch
 
 
+def _compare_sizes(cfg: Record, arch: dict[str, Any]) -> None:
+    """timm leaves input_size as it was when a model is trained at another size: its transform then does not fit it."""
+    size, made = cfg.raw("input_size", None), arch.get("img_size")
+    if size is None or made is None:
+        return
+    made = [made, made] if isinstance(made, int) else list(made)
+    if made != size[1:]:
+        log.warning(
+            "%s: input_size says images of %d x %d, model_args of %d x %d, as they are made here",
+            *(cfg.source, size[1], size[2], made[0], made[1]),
+        )
+
+
 def _arguments(args: Record, name: str | None) -> dict[str, Any]:
     """model_args -> arguments of the named model's class."""
     kind, known = class_of(name), known_arguments(name)
@@ -170,12 +187,14 @@ def _labels(record: Record, cfg: Record) -> tuple[str, ...] | None:
     return None
 
 
-def _transform(cfg: Record) -> dict[str, Any]:
+def _transform(cfg: Record, channels: int) -> dict[str, Any]:
     """The evaluation transform in a pretrained_cfg, as arguments of Preprocess."""
     found: dict[str, Any] = {}
     for key in ("mean", "std"):
         if cfg.raw(key, None) is not None:
             found[key] = cfg.numbers(key)
+            if len(found[key]) not in (1, 3, channels):  # of RGB images beside a model of other channels: their mean
+                cfg.refuse(key, f"one number for each of {channels} channels")
     if min(found.get("std", (1.0,)), default=0.0) <= 0.0:
         cfg.refuse("std", "numbers above 0")
     if cfg.raw("interpolation", None) is not None:
