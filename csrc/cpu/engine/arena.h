@@ -93,7 +93,7 @@ struct Buffers {
     own.hidden = take<T>(arena, kRows * max(s.made_by_fc1(), s.pool_hidden));
     own.inner = take<T>(arena, s.gated || s.mlp_norm ? kRows * s.hidden : 0);
     own.patches = take<T>(arena, kRows * padded<T>(s.patch_values()));
-    const bool unpacks = s.unpacks || (s.precision == Precision::bfloat16 && !same<T, bf16>);
+    const bool unpacks = s.unpacks || (s.precision != Precision::float32 && !same<T, bf16>);
     const int64_t deepest = round_up(max(max(s.C, s.hidden), max(s.pool_hidden, s.patch_values())), Step<bf16>::kDepth);
     own.panel = arena.take(unpacks ? packed_b_bytes<T>(deepest, kTileColumns<T>) : 0);
     own.row = take<float>(arena, max(s.C, s.hidden));

@@ -69,14 +69,7 @@ void forward(const Forward& f) {
 // weights are bfloat16.
 template <class F>
 auto with_type(Precision precision, const F& f) {
-  switch (precision) {
-    case Precision::float32:
-      return f(float{});
-    case Precision::bfloat16:
-      return f(Operand<bf16>{});
-    default:
-      return f(bf16{});
-  }
+  return precision == Precision::float32 ? f(float{}) : f(Operand<bf16>{});
 }
 
 }  // namespace

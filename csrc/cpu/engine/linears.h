@@ -89,7 +89,7 @@ VIT_INLINE Lhs lhs_of(const T* a, int64_t stride) {
 // An area of y = activation(a weight^T + bias) + residual. Where the layer is quantized, a is in p.own.quantized.
 template <Activation kActivation, class T, class O>
 void linear(const Pass<T>& p, const T* a, const Area& area, const Linear& w, const O* residual, O* y) {
-  if constexpr (same<T, bf16>) {
+  if constexpr (same<T, Operand<bf16>>) {
     const Quantized& q = p.own.quantized;
     if (w.precision == Precision::int8)
       return packed_product<q8>({reinterpret_cast<const char*>(q.bytes), quantized_stride(w.K), false}, area, w,
