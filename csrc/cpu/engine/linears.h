@@ -90,6 +90,7 @@ VIT_INLINE Lhs lhs_of(const T* a, int64_t stride) {
 template <Activation kActivation, class T, class O>
 void linear(const Pass<T>& p, const T* a, const Area& area, const Linear& w, const O* residual, O* y) {
   if constexpr (same<T, Operand<bf16>>) {
+    static_assert(kTileColumns<q8> == kTileColumns<T>);  // an area is panels of either
     const Quantized& q = p.own.quantized;
     if (w.precision == Precision::int8)
       return packed_product<q8>({reinterpret_cast<const char*>(q.bytes), quantized_stride(w.K), false}, area, w,
