@@ -61,7 +61,7 @@ struct Scratch {
   char *key_rows, *value_rows;    // row tiles, where their words cannot be read in place
   A *largest, *inverse, *delta;   // of each query: m, 1 / l and delta
   A *scores, *dscores;            // row tiles
-  Operand<T>*probabilities, *ds;  // [kQueryRows<T>, query_panels.width()]
+  Operand<T>*probabilities, *ds;  // [kScoreRows<T>, query_panels.width()]
   Word<Operand<T>>* ds_words;     // [steps of keys, query_panels.width()]
   A *dkeys, *dvalues;             // row tiles of a part, or a single one where there is one block of queries
   A* dqueries;                    // [groups] row tiles of a block of queries, where a head is one part
@@ -75,17 +75,17 @@ struct Scratch {
     queries = take(packed_bytes<T>(rows, D), 1);
     douts = take(packed_bytes<T>(rows, D), 1);
     keys = take(packed_bytes<T>(s.keys, D), 1);
-    key_rows = take(kQueryRows<T> * s.steps, sizeof(Word<S>));
-    value_rows = take(kQueryRows<T> * s.steps, sizeof(Word<S>));
+    key_rows = take(kScoreRows<T> * s.steps, sizeof(Word<S>));
+    value_rows = take(kScoreRows<T> * s.steps, sizeof(Word<S>));
     largest = reinterpret_cast<A*>(take(width, sizeof(A)));
     inverse = reinterpret_cast<A*>(take(width, sizeof(A)));
     delta = reinterpret_cast<A*>(take(width, sizeof(A)));
-    scores = reinterpret_cast<A*>(take(kQueryRows<T> * width, sizeof(A)));
-    dscores = reinterpret_cast<A*>(take(kQueryRows<T> * width, sizeof(A)));
-    probabilities = reinterpret_cast<S*>(take(kQueryRows<T> * width, sizeof(S)));
-    ds = reinterpret_cast<S*>(take(kQueryRows<T> * width, sizeof(S)));
+    scores = reinterpret_cast<A*>(take(kScoreRows<T> * width, sizeof(A)));
+    dscores = reinterpret_cast<A*>(take(kScoreRows<T> * width, sizeof(A)));
+    probabilities = reinterpret_cast<S*>(take(kScoreRows<T> * width, sizeof(S)));
+    ds = reinterpret_cast<S*>(take(kScoreRows<T> * width, sizeof(S)));
     ds_words = reinterpret_cast<Word<S>*>(take(steps_of<S>(s.keys) * width, sizeof(Word<S>)));
-    const int64_t kept = (s.queries.count == 1 ? kQueryRows<T> : s.groups.size) * s.head_panels.width();
+    const int64_t kept = (s.queries.count == 1 ? kScoreRows<T> : s.groups.size) * s.head_panels.width();
     dkeys = reinterpret_cast<A*>(take(kept, sizeof(A)));
     dvalues = reinterpret_cast<A*>(take(kept, sizeof(A)));
     dqueries = reinterpret_cast<A*>(take(s.parts > 1 ? 0 : s.groups.count * rows * s.head_panels.width(), sizeof(A)));
@@ -225,7 +225,7 @@ struct Head {
     const int64_t width = s.query_panels.width(), head_width = s.head_panels.width();
     const Panels<T> panels(n);
     pack(Matrix<T>{k + j * p.k.token, p.k.token, 1}, keys, p.D, scratch.keys);
-    const Blocks tiles{steps_of<S>(keys), ceil_div(keys, kQueryRows<T>)};  // whole steps: pairs of keys share a word
+    const Blocks tiles{steps_of<S>(keys), ceil_div(keys, kScoreRows<T>)};  // whole steps: pairs of keys share a word
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t row = tiles.begin(t) * depth, rows = min(tiles.end(t) * depth, keys) - row;
       const RowTile<A> scores{scratch.scores, width, rows}, dscores{scratch.dscores, width, rows};
@@ -249,7 +249,7 @@ struct Head {
         store_row(dkeys, r, static_cast<A>(p.scale), p.D, dk + (j + row + r) * p.dk.token);
       }
     }
-    const Blocks query_tiles = Blocks::of(n, kQueryRows<T>);
+    const Blocks query_tiles = Blocks::of(n, kScoreRows<T>);
     for (int64_t t = 0; t < query_tiles.count; ++t) {
       const int64_t row = query_tiles.begin(t);
       const RowTile<A> dqueries_tile{dqueries + row * head_width, head_width, query_tiles.end(t) - row};

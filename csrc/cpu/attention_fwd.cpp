@@ -61,7 +61,7 @@ struct Scratch {
   using A = Acc<T>;
   char *keys, *values;        // packed
   char* queries;              // a row tile, where its words cannot be read in place
-  A* scores;                  // [kQueryRows<T>, key_panels.width()]
+  A* scores;                  // [kScoreRows<T>, key_panels.width()]
   Operand<T>* probabilities;  // the same, in place of the scores where the type is theirs
   A* outputs;                 // [queries, head_panels.width()], not yet divided by their totals
   A *largest, *totals;        // of each query of the block
@@ -70,12 +70,12 @@ struct Scratch {
     const auto take = [&](int64_t count, int64_t size) { return arena.take(count * size); };
     keys = take(s.packed_blocks(), s.keys_bytes);
     values = take(s.packed_blocks(), s.values_bytes);
-    queries = take(kQueryRows<T> * s.steps, sizeof(Word<Operand<T>>));
-    scores = reinterpret_cast<A*>(take(kQueryRows<T> * s.key_panels.width(), sizeof(A)));
+    queries = take(kScoreRows<T> * s.steps, sizeof(Word<Operand<T>>));
+    scores = reinterpret_cast<A*>(take(kScoreRows<T> * s.key_panels.width(), sizeof(A)));
     if constexpr (same<Operand<T>, A>)
       probabilities = scores;
     else
-      probabilities = reinterpret_cast<Operand<T>*>(take(kQueryRows<T> * s.key_panels.width(), sizeof(Operand<T>)));
+      probabilities = reinterpret_cast<Operand<T>*>(take(kScoreRows<T> * s.key_panels.width(), sizeof(Operand<T>)));
     outputs = reinterpret_cast<A*>(take(s.queries.largest() * s.head_panels.width(), sizeof(A)));
     largest = reinterpret_cast<A*>(take(s.queries.largest(), sizeof(A)));
     totals = reinterpret_cast<A*>(take(s.queries.largest(), sizeof(A)));
@@ -141,7 +141,7 @@ VIT_INLINE void softmax(const RowTile<Acc<T>>& scores, int64_t keys, Acc<T> scal
                         Acc<T>* largest, Acc<T>* totals, const F& rescale) {
   using A = Acc<T>;
   constexpr A least = kLeast<A, kNegative>;
-  A now[kQueryRows<T>];
+  A now[kScoreRows<T>];
   for (int64_t r = 0; r < scores.rows; ++r) now[r] = largest_of<A, kNegative>(scores.data + r * scores.stride, keys);
   for (int64_t r = 0; r < scores.rows; ++r) {
     A total = A(0);
@@ -225,7 +225,7 @@ struct Worker {
 
   void run(int64_t unit) {
     const int64_t head = unit / s.queries.count;
-    const Blocks tiles = Blocks::of(queries(unit), kQueryRows<T>);
+    const Blocks tiles = Blocks::of(queries(unit), kScoreRows<T>);
     for (int64_t block = 0; block < s.key_blocks(); ++block) {
       pack_keys(head, block);
       PrefetchQueue upcoming = after(unit, block);

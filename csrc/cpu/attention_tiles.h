@@ -16,9 +16,9 @@ struct Blocks {
   int64_t largest() const { return count ? ceil_div(size, count) : 0; }
 };
 
-// Rows of a tile of products of elements T.
+// Rows of a tile of scores of elements T: queries in the forward, keys in the backward.
 template <class T>
-inline constexpr int kQueryRows = kTileRows<Operand<T>>;
+inline constexpr int kScoreRows = kTileRows<Operand<T>>;
 
 // The columns of an operand B of elements T in panels of at most kTileVectors vectors: 3, 2 rather than 3, 3, ..., 1.
 template <class T>

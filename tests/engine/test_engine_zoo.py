@@ -166,6 +166,16 @@ def test_int8_keeps_the_direction_of_the_logits(family):
     assert cosine(stored, truth) > 0.999
 
 
+@pytest.mark.parametrize(("pool", "kept"), [("token", "bfloat16"), ("avg", "int8")])
+def test_gated_layers_are_int8_where_the_mean_over_tokens_is_read(pool, kept):
+    """DEEP has the logits of both: DINOv2-g by its class token, EVA-02 by the mean."""
+    model, _ = make("eva02_tiny_patch14_224", **tiny("eva02_tiny_patch14_224"), global_pool=pool)
+    precisions = freeze(model, "int8").precisions
+    for layer in LAYERS:
+        wanted = kept if layer.startswith("mlp") else "int8"
+        assert precisions[f"blocks.0.{layer}.weight"] == native.PRECISIONS[wanted], layer
+
+
 @pytest.mark.parametrize("family", ["siglip", "eva02-normed", "dinov3-plus"])
 def test_smoothing_changes_no_logits(family):
     """Norms inside attention and MLP and the values of gated MLPs take what is divided out of their readers' inputs."""
