@@ -8,7 +8,7 @@ read in the capture, is wrong afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,20 @@ ROOM = ("aten::empty", "aten::new_empty")
 
 class CaptureError(RuntimeError):
     """What a capture does not allow, by name."""
+
+
+def replayed(emulated: Emulated, f: Callable[[], list[Tensor]], inputs: Iterable[Tensor]) -> None:
+    """A call that warms up, a capture, other contents in the same memory, and a replay: the bytes of a call."""
+    f()
+    graph = Graph(emulated)
+    with graph.capture():
+        results = f()
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(x.flip(0).clone())
+    graph.replay()
+    for found, expected in zip(results, f(), strict=True):
+        assert torch.equal(found.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))
 
 
 class Graph(TorchDispatchMode):

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pybind11
+import pytest
 import torch
 from vit.backends import NativeBackend
 from vit.backends.cuda import tf32_allowed
@@ -109,6 +110,12 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tests compile the emulator: kept between runs, unless pytest is to keep nothing (-p no:cacheprovider)."""
+    cache = getattr(request.config, "cache", None)
+    return cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
 
 
 @contextmanager

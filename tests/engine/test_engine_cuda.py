@@ -74,9 +74,8 @@ class EmulatedGpu:
 
 @pytest.fixture(scope="module")
 def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulated]:
-    cache = getattr(request.config, "cache", None)
-    built = cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
-    with cuda_emulator.registered(cuda_emulator.build(built), "cuda_engine") as record:
+    built = cuda_emulator.build(cuda_emulator.kept(request, tmp_path_factory))
+    with cuda_emulator.registered(built, "cuda_engine") as record:
         yield record
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import cuda_emulator
 import draw
 import pytest
 import torch
 import vit
-from captures import CaptureError, Graph
+from captures import CaptureError, Graph, replayed
 from cuda_emulator import PATHS, Emulated
 from optim_helpers import KINDS, SETTINGS
 from quantized_helpers import FORMS, layer
@@ -30,9 +30,8 @@ CASES = [case for case in cases("cuda") if case.group != "large"]
 @pytest.fixture(scope="module")
 def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulated]:
     """The module of test_cuda_host.py."""
-    cache = getattr(request.config, "cache", None)
-    built = cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
-    with cuda_emulator.registered(cuda_emulator.build(built), "cuda_captured") as record:
+    built = cuda_emulator.build(cuda_emulator.kept(request, tmp_path_factory))
+    with cuda_emulator.registered(built, "cuda_captured") as record:
         yield record
 
 
@@ -43,20 +42,6 @@ def _first_device(request: pytest.FixtureRequest) -> Iterator[None]:
         emulated = request.getfixturevalue("emulated")
         emulated.use("automatic")
         emulated.device = 0
-
-
-def replayed(emulated: Emulated, f: Callable[[], list[Tensor]], inputs: list[Tensor]) -> None:
-    """A call that warms up, a capture, other contents in the same memory, and a replay: as without a graph."""
-    f()
-    graph = Graph(emulated)
-    with graph.capture():
-        results = f()
-    with torch.no_grad():
-        for x in inputs:
-            x.copy_(x.flip(0).clone())
-    graph.replay()
-    for found, expected in zip(results, f(), strict=True):
-        assert torch.equal(found.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))
 
 
 def check(emulated: Emulated, case: Case) -> None:

@@ -44,9 +44,7 @@ PRODUCTS = [case for case in EMULATED if case.op in ("matmul", "linear") and cas
 
 @pytest.fixture(scope="module")
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the emulator is compiled: kept between runs, unless pytest is to keep nothing (-p no:cacheprovider)."""
-    cache = getattr(request.config, "cache", None)
-    return cache.mkdir("cuda_emulator") if cache else tmp_path_factory.mktemp("cuda_emulator")
+    return cuda_emulator.kept(request, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
+import captures
 import draw
 import pytest
 import torch
@@ -145,17 +146,7 @@ def test_adamw(emulated, dtype, state):
 
 
 def replayed(emulated: tuple[Emulated, Launches], f: Callable[[], list[Tensor]], *inputs: Tensor) -> None:
-    """A call that warms up, a capture, other contents in the same memory, and a replay: as without a graph."""
-    f()
-    graph = Graph(emulated[0])
-    with graph.capture():
-        results = f()
-    with torch.no_grad():
-        for x in inputs:
-            x.copy_(x.flip(0).clone())
-    graph.replay()
-    for found, expected in zip(results, f(), strict=True):
-        assert torch.equal(found, expected)
+    captures.replayed(emulated[0], f, inputs)
     assert not emulated[1].errors
 
 
