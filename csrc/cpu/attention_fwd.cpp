@@ -286,18 +286,18 @@ int64_t scratch_bytes(const AttentionFwd& p) {
 
 int64_t attention_fwd_units(const AttentionFwd& p) {
   int64_t units = 0;
-  with_dtype(p.dtype, [&](auto t) { units = p.B * p.H * Sizes<decltype(t)>(p).queries.count; });
+  with_any_dtype(p.dtype, [&](auto t) { units = p.B * p.H * Sizes<decltype(t)>(p).queries.count; });
   return units;
 }
 
 int64_t attention_fwd_scratch(const AttentionFwd& p) {
   int64_t bytes = 0;
-  with_dtype(p.dtype, [&](auto t) { bytes = scratch_bytes<decltype(t)>(p); });
+  with_any_dtype(p.dtype, [&](auto t) { bytes = scratch_bytes<decltype(t)>(p); });
   return bytes;
 }
 
 void attention_fwd_range(const AttentionFwd& p, char* scratch, int64_t begin, int64_t end) {
-  with_dtype(p.dtype, [&](auto t) {
+  with_any_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
     p.scale < 0 ? run_units<T, true>(p, scratch, begin, end) : run_units<T, false>(p, scratch, begin, end);
   });

@@ -81,7 +81,7 @@ inline constexpr int64_t acc_size(DType dtype) { return dtype == DType::float64 
 
 // Calls f(T{}) with the element type of dtype; arguments were checked in check.cpp.
 template <class F>
-VIT_INLINE void with_dtype(DType dtype, const F& f) {
+VIT_INLINE void with_any_dtype(DType dtype, const F& f) {
   switch (dtype) {
     case DType::float32:
       return f(float{});
@@ -92,6 +92,16 @@ VIT_INLINE void with_dtype(DType dtype, const F& f) {
     case DType::float16:  // refused by check.cpp
       return;
   }
+}
+
+// The same in the functions of a level's table: those of a partial level are called with bfloat16 alone (dispatch.cpp).
+template <class F>
+VIT_INLINE void with_dtype(DType dtype, const F& f) {
+#ifdef VIT_ISA_PARTIAL
+  if (dtype == DType::bfloat16) f(bf16{});
+#else
+  with_any_dtype(dtype, f);
+#endif
 }
 
 // Calls f(P{}) where P is T or float: the type of parameters or outputs beside activations of type T.

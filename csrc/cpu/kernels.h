@@ -11,15 +11,13 @@
 namespace vit {
 
 struct Kernels {
+  bool partial;  // has what its instructions change, for bfloat16 and int8 alone; the rest is that of the level before
 #define VIT_OP(name, Params, ...) void (*name)(const Params&);
 #define VIT_ROUTINE VIT_OP
 #define VIT_GPU(...)
 #define VIT_WORKSPACE(name, Params) std::size_t (*name##_workspace)(const Params&);
 #include "ops.def"
 };
-
-// The kernels in use on this machine.
-const Kernels& active_kernels();
 
 #ifdef VIT_ISA
 namespace VIT_ISA {
