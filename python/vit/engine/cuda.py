@@ -15,6 +15,7 @@ from torch.nn.modules import module as everywhere
 
 from ..backends import BackendError, get
 from ..backends.cuda import tf32_allowed
+from ..model.rows import attention_rows_of
 from ..model.torch_layers import call
 from ..model.vision_transformer import VisionTransformer
 from ..support.text import printable
@@ -205,10 +206,10 @@ def outputs_of(model: Any, images: Tensor, names: tuple[str, ...]) -> Results:
         return {"logits": model(images)}
     results: Results = {}
     tokens, given = model.start(images)
-    first = torch.zeros(1, dtype=torch.long, device=tokens.device)
     for i, (block, more) in enumerate(zip(model.blocks, given, strict=True)):
         if f"attention.{i}" in names:
-            results[f"attention.{i}"] = block.probabilities(tokens, first, **more).squeeze(2)
+            rows = attention_rows_of(model, block.attn.head_dim)
+            results[f"attention.{i}"] = block.probabilities(tokens, [0], rows, **more).squeeze(2)
         tokens = model._run(block, tokens, **{**model.NO_MASKS, **more})
         if f"tokens.{i}" in names:
             results[f"tokens.{i}"] = tokens
