@@ -140,5 +140,8 @@ def read_hub(repository: str) -> Checkpoint:
                 folder = fetch(name)
     except Exception as error:  # the hub has a dozen kinds: no network, no such repository, no permission
         at = f"@{revision}" if revision else ""
-        raise WeightsError(f"vit: weights '{HUB}{repository}{at}' cannot be fetched: {error}") from error
+        raise WeightsError(
+            f"vit: weights '{HUB}{repository}{at}' cannot be fetched: {error}\nWithout a network, pass a folder with "
+            "model.safetensors and config.json of that repository, or the file alone"
+        ) from error
     return read_folder(folder)

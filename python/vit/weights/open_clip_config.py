@@ -1,5 +1,5 @@
-"""The open_clip_config.json beside open_clip's weights: what it says of the image tower and its pictures, each key used,
-known to mean nothing here, or refused by name.
+"""The open_clip_config.json beside open_clip's weights: what it says of the image tower and its pictures. Each key is
+used, known to mean nothing here, or refused by name.
 
 The tower is open_clip's own (`layers`, `width`, ...) or one of timm's (`timm_model_name`).
 """
