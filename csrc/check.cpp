@@ -7,6 +7,7 @@ namespace vit {
 // Weak, as in bindings.cpp: a backend without attention has no check called that asks for them.
 __attribute__((weak)) std::size_t attention_fwd_workspace(const AttentionFwd&);
 __attribute__((weak)) std::size_t attention_bwd_workspace(const AttentionBwd&);
+__attribute__((weak)) std::size_t attention_rows_workspace(const AttentionRows&);
 
 namespace {
 
@@ -300,6 +301,20 @@ void check(const AttentionBwd& p) {
                       {"dk", p.dk.data, keys},
                       {"dv", p.dv.data, keys},
                       {"workspace", p.workspace, (rows || columns) && !p.workspace && attention_bwd_workspace(p) > 0}});
+}
+
+void check(const AttentionRows& p) {
+  const char* op = "attention_rows";
+  check_dtype(op, p.dtype);
+  check_context(op, p.context);
+  check_sizes(op, {{"B", p.B}, {"N", p.N}, {"R", p.R}, {"L", p.L}, {"H", p.H}, {"D", p.D}});
+  if (!p.queries && p.R > p.N)
+    fail(op, "R is " + std::to_string(p.R) + "; without queries it is at most N, " + std::to_string(p.N));
+  const bool work = p.B && p.R && p.L && p.H;
+  check_pointers(op, {{"q", p.q.data, work && p.D},
+                      {"k", p.k.data, work && p.D},
+                      {"rows", p.rows.data, work},
+                      {"workspace", p.workspace, work && !p.workspace && attention_rows_workspace(p) > 0}});
 }
 
 void check(const LinearInt8& p) { check_8_bit("linear_int8", p, "bytes fit 32 bits"); }

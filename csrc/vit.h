@@ -287,6 +287,20 @@ struct AttentionBwd {
   Context context;
 };
 
+// attention_rows: rows = softmax(scale q k^T) of R chosen queries of every head, what attention multiplies v with, for
+// those who look at it. A routine.
+struct AttentionRows {
+  Heads q;              // [B, N, H, D]
+  Heads k;              // [B, L, H, D]
+  const void* queries;  // [R] int64: tokens of q, 0 to N - 1 in any order; may be null: 0 to R - 1
+  MutableHeads rows;    // [B, R, H, L] acc: element j of a row is the probability of key j
+  void* workspace;      // attention_rows_workspace bytes
+  int64_t B, N, R, L, H, D;
+  double scale;
+  DType dtype;
+  Context context;
+};
+
 // move: out = [lead; a] along dimension 1, plus b: views made contiguous, tokens put together, gradients added up.
 // A routine: backends whose threads are those of PyTorch's own copies need none.
 struct Move {

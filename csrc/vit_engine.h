@@ -80,6 +80,15 @@ typedef struct vit_images {
   int64_t batch, channels, height, width;
 } vit_images;
 
+/* What depends on the size of the images: of another than the engine's own, positions of the grid of their patches. */
+typedef struct vit_grid {
+  int64_t height, width;  /* of the images */
+  const float* positions; /* [patches, embed_dim], zeros where there are none */
+  int64_t num_positions;  /* floats at positions */
+  const float* rotary;    /* as the tensor "rotary"; null where the network has no rotary positions */
+  int64_t num_rotary;
+} vit_grid;
+
 typedef enum vit_output_kind {
   VIT_OUTPUT_LOGITS = 0,   /* [batch, classes]; [batch, tokens, classes] without pooling; features without a head */
   VIT_OUTPUT_FEATURES = 1, /* [batch, dim] after pooling and the last norm; [batch, tokens, dim] without pooling */
@@ -158,6 +167,10 @@ VIT_API int vit_engine_save(const vit_engine* engine, const char* path);
  * what else is in the batch. Memory is taken at the first call and when the batch or the threads grow, else never. */
 VIT_API int vit_engine_forward(vit_engine* engine, const vit_images* images, const vit_output* outputs,
                                int64_t num_outputs, int32_t num_threads);
+
+/* The same for images of the size that `grid` says. Its arrays are read until the call returns. */
+VIT_API int vit_engine_forward_grid(vit_engine* engine, const vit_images* images, const vit_grid* grid,
+                                    const vit_output* outputs, int64_t num_outputs, int32_t num_threads);
 
 /* No call of this engine may be running. Null does nothing. */
 VIT_API void vit_engine_destroy(vit_engine* engine);

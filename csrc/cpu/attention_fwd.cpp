@@ -84,22 +84,6 @@ struct Scratch {
 
 // --- softmax --------------------------------------------------------------------------------------------------------
 
-// The larger of two scores, or the smaller one where scale is negative.
-template <bool kNegative>
-struct Larger {
-  template <class V>
-  VIT_INLINE V operator()(V a, V b) const {
-    if constexpr (sizeof(V) == kVectorBytes)
-      return kNegative ? vmin(a, b) : vmax(a, b);
-    else
-      return (kNegative ? a < b : a > b) ? a : b;
-  }
-};
-
-// What the largest of no scores is.
-template <class A, bool kNegative>
-inline constexpr A kLeast = kNegative ? A(INFINITY) : -A(INFINITY);
-
 // The largest of a row of scores.
 template <class A, bool kNegative>
 VIT_INLINE A largest_of(const A* row, int64_t keys) {

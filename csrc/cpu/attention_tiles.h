@@ -1,4 +1,5 @@
-// What both directions of attention share: blocks, packed operands, and the product of one row tile with all columns.
+// What both directions of attention and attention_rows share: blocks, packed operands, the product of one row tile with
+// all columns, and which score is larger.
 #pragma once
 
 #include "cpu/functions.h"
@@ -97,6 +98,22 @@ VIT_INLINE void multiply(const char* a, int64_t stride, const char* b, int64_t s
                                                       out.data + v0 * panels.lanes, out.stride);
   }
 }
+
+// The larger of two scores, or the smaller one where scale is negative.
+template <bool kNegative>
+struct Larger {
+  template <class V>
+  VIT_INLINE V operator()(V a, V b) const {
+    if constexpr (sizeof(V) == kVectorBytes)
+      return kNegative ? vmin(a, b) : vmax(a, b);
+    else
+      return (kNegative ? a < b : a > b) ? a : b;
+  }
+};
+
+// What the largest of no scores is.
+template <class A, bool kNegative>
+inline constexpr A kLeast = kNegative ? A(INFINITY) : -A(INFINITY);
 
 // scale times row r, D elements, to out.
 template <class T>

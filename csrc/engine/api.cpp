@@ -105,7 +105,18 @@ int vit_engine_forward(vit_engine* engine, const vit_images* images, const vit_o
     require(engine, "engine");
     require(images, "images");
     require_array(outputs, num_outputs, "outputs");
-    engine->engine->forward(*images, outputs, num_outputs, num_threads);
+    engine->engine->forward(*images, nullptr, outputs, num_outputs, num_threads);
+  });
+}
+
+int vit_engine_forward_grid(vit_engine* engine, const vit_images* images, const vit_grid* grid,
+                            const vit_output* outputs, int64_t num_outputs, int32_t num_threads) {
+  return guarded([&] {
+    require(engine, "engine");
+    require(images, "images");
+    require(grid, "grid");
+    require_array(outputs, num_outputs, "outputs");
+    engine->engine->forward(*images, grid, outputs, num_outputs, num_threads);
   });
 }
 

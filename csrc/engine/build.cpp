@@ -131,7 +131,7 @@ std::unique_ptr<Engine> Engine::build(const vit_engine_config& config, const vit
   if (!can_normalize(n)) invalid("mean and std of pixels must be finite, std above 0");
   header = write_header(written, records, checksums_of(records, data));
   std::memcpy(engine->image_.data(), header.data(), header.size());
-  if (max_batch) engine->reserve(max_batch, available_threads());
+  if (max_batch) engine->reserve(engine->network_, max_batch, available_threads());
   return engine;
 }
 

@@ -78,16 +78,36 @@ const char* Engine::text(const std::string& key) const {
   return found == texts_.end() ? nullptr : found->second.c_str();
 }
 
-void Engine::reserve(int64_t batch, int threads) {
-  const auto bytes = static_cast<std::size_t>(engine::arena_bytes(network_, batch, threads));
+void Engine::reserve(const Network& network, int64_t batch, int threads) {
+  const auto bytes = static_cast<std::size_t>(engine::arena_bytes(network, batch, threads));
   if (bytes > arena_.size()) {
     arena_ = Mapping();  // first, so that never both are there
     arena_ = Mapping::anonymous(bytes, "intermediate results");
   }
 }
 
-void Engine::check(const vit_images& images) const {
-  const Shape& s = network_.shape;
+// The network for images of another size: the weights are the same.
+Network Engine::of_grid(const vit_grid& grid) const {
+  vit_engine_config config = config_;
+  config.image_height = grid.height, config.image_width = grid.width;
+  check_config(config);
+  Network n = network_;
+  Shape& s = n.shape;
+  s.height = grid.height, s.width = grid.width;
+  const auto check = [](const char* name, const float* given, int64_t count, int64_t wanted) {
+    if (count != wanted || (wanted && !given))
+      invalid("grid." + std::string(name) + " has " + std::to_string(given ? count : 0) +
+              " values; images of that size " + "take " + std::to_string(wanted));
+  };
+  check("positions", grid.positions, grid.num_positions, s.patches() * s.C);
+  const bool turns = s.rotary != Rotary::none;
+  check("rotary", grid.rotary, grid.num_rotary, turns ? s.rotary_tables() * s.patches() * 2 * s.D() : 0);
+  n.positions = const_cast<float*>(grid.positions);  // no kernel writes to it
+  n.rotary = const_cast<float*>(grid.rotary);
+  return n;
+}
+
+void Engine::check(const vit_images& images, const Shape& s) const {
   if (images.pixels != VIT_PIXELS_UINT8 && images.pixels != VIT_PIXELS_FLOAT32)
     invalid("images.pixels is " + std::to_string(images.pixels) + "; allowed are uint8 (0) and float32 (1)");
   if (images.layout != VIT_LAYOUT_NCHW && images.layout != VIT_LAYOUT_NHWC)
@@ -118,7 +138,7 @@ void Engine::check(const vit_images& images) const {
 
 // Checks one output and puts its address where the kernels look for it.
 void Engine::place(const vit_output& output, int64_t batch, Forward& f) {
-  const Shape& s = network_.shape;
+  const Shape& s = f.network->shape;
   const int64_t tokens = s.pool == Pool::none ? s.N() : 1;
   const auto write_to = [&](float*& at, int64_t count) {
     int64_t wanted = 0;
@@ -151,18 +171,20 @@ void Engine::place(const vit_output& output, int64_t batch, Forward& f) {
   }
 }
 
-void Engine::forward(const vit_images& images, const vit_output* outputs, int64_t num_outputs, int threads) {
+void Engine::forward(const vit_images& images, const vit_grid* grid, const vit_output* outputs, int64_t num_outputs,
+                     int threads) {
   if (threads < 0) invalid("num_threads is " + std::to_string(threads) + "; 0 means as many as allowed");
   threads = std::min(threads ? threads : default_threads(), kMaxThreads);
   if (num_outputs < 0) invalid("num_outputs is " + std::to_string(num_outputs));
-  check(images);
+  const Network network = grid ? of_grid(*grid) : network_;
+  check(images, network.shape);
   const std::lock_guard<std::mutex> lock(mutex_);
   const Flag changing(changing_);
   std::fill(tokens_.begin(), tokens_.end(), nullptr);
   std::fill(attention_.begin(), attention_.end(), nullptr);
   int64_t not_finite = images.batch;
   Forward f{};
-  f.network = &network_;
+  f.network = &network;
   f.images = images.data;
   f.pixels = static_cast<Pixels>(images.pixels);
   f.channels_last = images.layout == VIT_LAYOUT_NHWC;
@@ -173,7 +195,7 @@ void Engine::forward(const vit_images& images, const vit_output* outputs, int64_
   f.threads = threads;
   for (int64_t i = 0; i < num_outputs; ++i) place(outputs[i], images.batch, f);
   if (images.batch == 0) return;
-  reserve(images.batch, threads);
+  reserve(network, images.batch, threads);
   f.arena = arena_.data();
 #ifdef VIT_FILL_ARENA
   // Of the fuzzing: what an earlier forward left behind, here NaN or zeros in turn, must not reach a result.

@@ -28,7 +28,9 @@ class Engine {
   ~Engine();
 
   void save(const std::string& path) const;
-  void forward(const vit_images& images, const vit_output* outputs, int64_t num_outputs, int threads);
+  // grid: null for images of the engine's own size.
+  void forward(const vit_images& images, const vit_grid* grid, const vit_output* outputs, int64_t num_outputs,
+               int threads);
 
   const vit_engine_config& config() const { return config_; }
   const char* text(const std::string& key) const;
@@ -44,8 +46,9 @@ class Engine {
  private:
   Engine(const vit_engine_config& config, int64_t max_batch);
 
-  void reserve(int64_t batch, int threads);
-  void check(const vit_images& images) const;
+  void reserve(const Network& network, int64_t batch, int threads);
+  Network of_grid(const vit_grid& grid) const;
+  void check(const vit_images& images, const Shape& shape) const;
   void place(const vit_output& output, int64_t batch, Forward& forward);
 
   vit_engine_config config_;

@@ -98,7 +98,7 @@ std::unique_ptr<Engine> Engine::open(const std::string& path, int64_t max_batch,
   if (!can_normalize(n)) refuse("is damaged: mean and std of pixels are not finite, or std is not above 0");
   engine->texts_ = std::move(header.texts);
   engine->image_ = std::move(image);
-  if (max_batch) engine->reserve(max_batch, available_threads());
+  if (max_batch) engine->reserve(engine->network_, max_batch, available_threads());
   return engine;
 }
 

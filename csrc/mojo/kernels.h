@@ -32,6 +32,7 @@ static_assert(sizeof(RotaryFwd) == 176);
 static_assert(sizeof(RotaryBwd) == 232);
 static_assert(sizeof(AttentionFwd) == 200);
 static_assert(sizeof(AttentionBwd) == 304);
+static_assert(sizeof(AttentionRows) == 200);
 static_assert(sizeof(Move) == 288);
 static_assert(sizeof(LinearInt8) == 144);
 static_assert(sizeof(AdamW) == 176);

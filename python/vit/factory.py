@@ -14,6 +14,7 @@ from .backends import BackendError, default_device, get, records
 from .model.configs import get_config, model_class, nearest, resolve
 from .model.options import ALIASES
 from .model.vision_transformer import VisionTransformer
+from .model.zoo import where_weights_are
 from .preprocess import Preprocess
 from .weights import Checkpoint, WeightsError, check_fit, load_into, read
 
@@ -59,6 +60,9 @@ def create(
     that cannot be used, BackendError as above.
     """
     _check_backend(backend)
+    if "pretrained" in arch or isinstance(weights, bool):
+        what = "has no argument 'pretrained'" if "pretrained" in arch else f"takes no weights={weights}"
+        raise ValueError(f"vit: create {what}; {where_weights_are(name or DEFAULT_NAME)}")
     checkpoint = None if weights is None else read(weights, allow=allow)
     given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     given = arch | {k: v for k, v in given.items() if v is not None}

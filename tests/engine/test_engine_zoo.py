@@ -21,6 +21,7 @@ from vit.engine.freeze import freeze
 from vit.engine.smooth import LAYERS, observe, smooth
 from vit.engine.tensors import tensors_of
 from vit.model import zoo
+from vit.model.rows import attention_rows_of
 
 pytestmark = pytest.mark.skipif("cpu" not in USABLE, reason="the cpu backend is not usable here")
 
@@ -236,7 +237,7 @@ def test_tokens_and_attention_are_the_models():
         with torch.no_grad():
             tokens, given = model.start(images)
             for i, (block, also) in enumerate(zip(model.blocks, given, strict=True)):
-                rows = block.probabilities(tokens, torch.tensor([0]), **also)[:, :, 0]
+                rows = block.probabilities(tokens, [0], attention_rows_of(model, block.attn.head_dim), **also)[:, :, 0]
                 close(got[f"attention.{i}"], rows)
                 tokens = block(tokens, **also)
                 close(got[f"tokens.{i}"], tokens)

@@ -409,6 +409,8 @@ void null_calls(vit_engine* engine, const std::string& folder) {
   none(vit_engine_map(pipe.c_str(), 0));
   refused(vit_engine_save(nullptr, "x"));
   refused(vit_engine_forward(nullptr, &images, &output, 1, 0));
+  const vit_grid grid{16, 16, nullptr, 0, nullptr, 0};
+  refused(vit_engine_forward_grid(nullptr, &images, &grid, &output, 1, 0));
   refused(vit_engine_get_config(nullptr, &config));
   refused(vit_engine_memory(nullptr, &bytes, nullptr));
   refused(vit_engine_profile(nullptr, 1));
@@ -426,6 +428,8 @@ void null_calls(vit_engine* engine, const std::string& folder) {
   refused(vit_engine_save(engine, (folder + "/none/x").c_str()));
   refused(vit_engine_forward(engine, nullptr, &output, 1, 0));
   refused(vit_engine_forward(engine, &images, nullptr, 1, 0));
+  refused(vit_engine_forward_grid(engine, &images, nullptr, &output, 1, 0));
+  refused(vit_engine_forward_grid(engine, &images, &grid, &output, 1, 0));  // of which no position is given
   refused(vit_engine_get_config(engine, nullptr));
   refused(vit_engine_profile_read(engine, nullptr));
   vit_engine_memory(engine, nullptr, nullptr);

@@ -395,9 +395,15 @@ void attention(const Case& c, int64_t B, int64_t N, int64_t H, int64_t D) {
                  N,           H,           D,           scale,    c.dtype,    c.context};
   const auto more = workspace(attention_bwd_workspace, q);
   attention_bwd(q);
+  const int64_t chosen[] = {N - 1, 0}, R = 2;
+  Array rows(accumulator(c.dtype), B * H * R * N);
+  AttentionRows r{given(0), given(1), chosen,   {rows.data(), H * R * N, N, R * N}, nullptr, B, N, R, N, H, D,
+                  scale,    c.dtype,  c.context};
+  const auto room = workspace(attention_rows_workspace, r);
+  attention_rows(r);
 
   const Values xs = qkv.values(), dos = dout.values();
-  Values tout(B * N * H * D), tstats(B * H * 2 * N), tgrad(B * batch);
+  Values tout(B * N * H * D), tstats(B * H * 2 * N), tgrad(B * batch), trows(B * H * R * N);
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
       for (int64_t n = 0; n < N; ++n) {
@@ -414,6 +420,8 @@ void attention(const Case& c, int64_t B, int64_t N, int64_t H, int64_t D) {
         tstats[(b * H + h) * 2 * N + n] = top;
         tstats[(b * H + h) * 2 * N + N + n] = std::exp(scale * top) / sum;
         for (double& value : weight) value /= sum;
+        for (int64_t i = 0; i < R; ++i)
+          if (chosen[i] == n) std::copy(weight.begin(), weight.end(), &trows[((b * H + h) * R + i) * N]);
         for (int64_t l = 0; l < N; ++l)
           for (int64_t d = 0; d < D; ++d) tout[row + d] += weight[l] * xs[at(l, 2) + d];
         for (int64_t d = 0; d < D; ++d) delta += dos[row + d] * tout[row + d];
@@ -435,6 +443,7 @@ void attention(const Case& c, int64_t B, int64_t N, int64_t H, int64_t D) {
   // so is the inverse of their sum, which is at most 1.
   expect(id + " stats", stats, tstats, c.dtype, 1, c.dtype == DType::bfloat16 ? epsilon(DType::bfloat16) / 64 : 0);
   expect(id + " gradients", dqkv, tgrad, c.dtype);
+  expect(id + " rows", rows, trows, c.dtype);
 }
 
 void bad_arguments_throw() {

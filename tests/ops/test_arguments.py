@@ -13,9 +13,10 @@ STRIDED = {
     "matmul": dict.fromkeys(("a", "b"), 3),
     "rotary": dict.fromkeys(("x", "y", "dy", "dx", "table"), 3),
     "attention": dict.fromkeys(("q", "k", "v", "dq", "dk", "dv"), 3),
+    "attention_rows": dict.fromkeys(("q", "k", "rows"), 3),
     "move": dict.fromkeys(("a", "lead", "b"), 6),
 }
-SIZES = ("M", "N", "K", "L", "C", "B", "H", "D", "n", "batch", "prefix", "leads", "terms", "table_B", "table_H")
+SIZES = ("M", "N", "K", "L", "R", "C", "B", "H", "D", "n", "batch", "prefix", "leads", "terms", "table_B", "table_H")
 CODES = ("dtype", "param_dtype", "out_dtype", "activation", "pairing")
 PLENTY = 2**62  # bytes of a workspace, which is nowhere
 
@@ -33,7 +34,7 @@ def numbers(module: Any, function: str, **given: int) -> list[Any]:
             values += [0, PLENTY]
         elif field == "sizes":
             values += [value] * 6
-        elif field in ("eps", "divisor") or (field == "scale" and op == "attention"):
+        elif field in ("eps", "divisor") or (field == "scale" and op in ("attention", "attention_rows")):
             values.append(float(given.get(field, 1)))
         elif field == "activation":
             values.append(given.get(field, 1))
@@ -101,6 +102,9 @@ def test_what_does_not_fit_together_is_refused(module):
         call(module, "rotary_bwd", H=2, table_B=1, table_H=5)
     with pytest.raises(RuntimeError, match=r"^move: leads is 4; dimension 1 has 3"):
         call(module, "move", sizes=3, leads=4)
+    if "attention_rows" in module.fields:
+        with pytest.raises(RuntimeError, match=r"^attention_rows: R is 3; without queries it is at most N, 2"):
+            call(module, "attention_rows", N=2, R=3)
     if "linear_int8" in module.fields:
         with pytest.raises(RuntimeError, match=r"^linear_int8: K is 131073; at most 131072 products of bytes fit"):
             call(module, "linear_int8", K=131073)

@@ -46,7 +46,7 @@ CASES = [case for case in cases("cuda") if case.group != "large"]
 #: A tenth of it, the one with the fewest products: a third of the others' time.
 TENTH = CASES[5::10]
 #: Kernels that the interpreter has seen least; their cases are small.
-NEW = [case for case in CASES if case.op in ("rms_norm", "swiglu", "rotary")]
+NEW = [case for case in CASES if case.op in ("rms_norm", "swiglu", "rotary", "attention_rows")]
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,13 @@ def test_the_reference(size, form):
         helpers.check_long_sums("reference", cpu)
 
 
+def test_auto_chooses_for_each_call(form):
+    x, (weight, scale) = draw.randn(4, 8), layer(6, 8, form)
+    found = call(form, "auto", x, weight, scale)
+    best = next((name for name in ("cpu", "mojo") if has(name, form)), "reference")
+    assert torch.equal(found, call(form, best, x, weight, scale))
+
+
 def test_conversion(backend, device, form):
     helpers.check_conversion(form, backend, device)
 

@@ -93,7 +93,7 @@ def guards(record, shift: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guar
 
 
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DEFINITIONS)
 def test_nothing_is_written_outside_and_everything_inside(backend, device, op, shift, monkeypatch):
     """Outputs, statistics and workspace between guard bytes; results bit-equal to those in ordinary memory."""
     record = NATIVE[backend]

@@ -445,7 +445,8 @@ def test_autocast_to_a_dtype_that_no_kernel_has(op):
 
 
 def test_the_definitions_of_the_case_list_cover_all_ops():
-    assert set(DEFINITIONS) == set(OPS) == set(SMALL)
+    assert set(DEFINITIONS) == {*OPS, "attention_rows"}
+    assert set(SMALL) == set(OPS)
 
 
 def test_empty_results_have_the_right_shape(backend, device):

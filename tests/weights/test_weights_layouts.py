@@ -61,6 +61,12 @@ CLASSES = {
     "CLIPVisionModelWithProjection": ("CLIPVisionConfig", C | {"projection_dim": 6}, "image_embeds"),
     "CLIPModel": ("CLIPConfig", {"vision_config": C, "text_config": TEXT, "projection_dim": 6}, "image_features"),
     "CLIPForImageClassification": ("CLIPConfig", {"vision_config": C, "text_config": TEXT, "num_labels": 5}, "logits"),
+    "MetaClip2VisionModelWithProjection": ("MetaClip2VisionConfig", C | {"projection_dim": 6}, "image_embeds"),
+    "MetaClip2Model": (
+        "MetaClip2Config",
+        {"vision_config": C, "text_config": TEXT, "projection_dim": 6},
+        "image_features",
+    ),
     "SiglipVisionModel": ("SiglipVisionConfig", C | {"image_size": 20}, "pooler_output"),
     "SiglipModel": ("SiglipConfig", {"vision_config": C, "text_config": TEXT}, "image_features"),
     "SiglipForImageClassification": (
@@ -70,6 +76,7 @@ CLASSES = {
     ),
     "Siglip2VisionModel": ("Siglip2VisionConfig", S | {"patch_size": 8, "num_patches": 9}, "pooler_output"),
     "Aimv2VisionModel": ("Aimv2VisionConfig", C, "last_hidden_state"),
+    "Aimv2Model": ("Aimv2Config", {"vision_config": C, "text_config": TEXT, "projection_dim": 6}, "vision_model"),
 }
 #: Sizes of the images other than 16 x 16: pixels that fill no patch, and a grid that is not the stored one.
 SIDES = {"SiglipVisionModel": (20, 20), "Siglip2VisionModel": (24, 40)}
@@ -84,6 +91,8 @@ def output(model: torch.nn.Module, what: str, x: Tensor) -> Tensor:
     if what == "image_features":
         found = model.get_image_features(x)
         return getattr(found, "pooler_output", found)
+    if what == "vision_model":
+        return model.vision_model(x).last_hidden_state
     if "Siglip2" in type(model).__name__:
         rows, columns = x.shape[2] // 8, x.shape[3] // 8
         patches = (
@@ -105,7 +114,7 @@ def test_transformers_models_give_their_own_output(name, hf, tmp_path):
     )
     with torch.no_grad():
         expected = output(theirs, what, x)
-        found = ours.forward_features(x) if what == "last_hidden_state" else ours(x)
+        found = ours.forward_features(x) if what in ("last_hidden_state", "vision_model") else ours(x)
     close(found, expected)
     # The names of models in memory are those of transformers 5: the same tensors.
     files, memory = vit.weights.read(tmp_path / "files"), vit.weights.read(theirs.state_dict())
@@ -393,6 +402,25 @@ def test_two_layouts_at_once_are_refused(clip):
 def test_weights_of_another_family_name_what_is_too_much(clip):
     with pytest.raises(WeightsError, match=r"unexpected .*pre_layrnorm\.weight \(norm_pre\.weight\)"):
         vit.create("vit_base_patch16_224", weights=clip, backend="reference", pre_norm=False)
+
+
+def test_weights_of_another_family_without_a_head_name_what_is_too_much_first():
+    """ "It has no head; pass num_classes" would be no way out."""
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "backend": "reference"}
+    dinov3 = vit.create("vit_small_patch16_dinov3", **size).state_dict()
+    with pytest.raises(WeightsError, match=r"(?s)missing     blocks\.0\.attn\.qkv\.bias.*unexpected  reg_token"):
+        vit.create("vit_tiny_patch16_224", weights=dinov3, **size)
+    swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=8, num_classes=2)
+    with pytest.raises(WeightsError, match=r"(?s)missing .*unexpected .*layers\.0\.blocks"):
+        vit.create("vit_tiny_patch16_224", weights=swin.state_dict(), **size)
+
+
+def test_weights_that_are_not_there_say_where_they_are():
+    for given in ({"pretrained": True}, {"weights": True}):
+        with pytest.raises(ValueError, match=r"weights='hf-hub:timm/vit_tiny_patch16_224\.augreg_in21k' fetches them"):
+            vit.create("vit_tiny_patch16_224.augreg_in21k", **given)
+    with pytest.raises(ValueError, match=r"without a network pass a folder with model\.safetensors and config\.json"):
+        vit.create("vit_base_patch14_dinov2", pretrained=True)
 
 
 def test_a_file_without_heads_asks_for_them(clip):

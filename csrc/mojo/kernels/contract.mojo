@@ -335,6 +335,23 @@ struct AttentionBwd:
     var context: Context
 
 
+struct AttentionRows:
+    var q: Heads
+    var k: Heads
+    var queries: Address
+    var rows: Heads
+    var workspace: Address
+    var B: Int
+    var N: Int
+    var R: Int
+    var L: Int
+    var H: Int
+    var D: Int
+    var scale: Float64
+    var dtype: Int32
+    var context: Context
+
+
 struct Move:
     var a: View
     var lead: View
@@ -411,6 +428,7 @@ def check_layout():
     comptime assert size_of[RotaryBwd]() == 232
     comptime assert size_of[AttentionFwd]() == 200
     comptime assert size_of[AttentionBwd]() == 304
+    comptime assert size_of[AttentionRows]() == 200
     comptime assert size_of[Move]() == 288
     comptime assert size_of[LinearInt8]() == 144
     comptime assert size_of[AdamW]() == 176

@@ -67,6 +67,9 @@ class Native(Protocol):
     def move(
         self, a: int, a_0: int, a_1: int, a_2: int, a_3: int, a_4: int, a_5: int, lead: int, lead_0: int, lead_1: int, lead_2: int, lead_3: int, lead_4: int, lead_5: int, b: int, b_0: int, b_1: int, b_2: int, b_3: int, b_4: int, b_5: int, out: int, sizes_0: int, sizes_1: int, sizes_2: int, sizes_3: int, sizes_4: int, sizes_5: int, leads: int, terms: int, term: int, divisor: float, dtype: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
     ) -> None: ...  # fmt: skip
+    def attention_rows(
+        self, q: int, q_batch: int, q_token: int, q_head: int, k: int, k_batch: int, k_token: int, k_head: int, queries: int, rows: int, rows_batch: int, rows_token: int, rows_head: int, B: int, N: int, R: int, L: int, H: int, D: int, scale: float, dtype: int, workspace: int, workspace_bytes: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
+    ) -> int | None: ...  # fmt: skip
     def linear_int8(
         self, x: int, weight: int, weight_scale: int, bias: int, scale: int, residual: int, y: int, M: int, N: int, K: int, x_stride: int, weight_stride: int, activation: int, dtype: int, out_dtype: int, workspace: int, workspace_bytes: int, stream: int, device: int, num_threads: int, allow_tf32: bool, /
     ) -> int | None: ...  # fmt: skip

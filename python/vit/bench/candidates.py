@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from ..parity.case_list import Case
+from ..parity.case import Case
 from ..parity.problems import DEFINITIONS, build, torch_dtype
 from ..parity.runner import backend_ops
 from ..support.random import Stream, normal

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..parity.case_list import Case
+from ..parity.case import Case
 from . import exports, runtimes
 from .machine import machine, public, versions
 from .runtimes import RUNTIMES, Arch, Refusal, Spec

@@ -36,7 +36,7 @@ COMPUTED = frozenset(
     | {"use_post_transformer_norm", "attn_pool_num_heads", "attn_pool_mlp_ratio", "head_init_scale"}
     | {"pos_embed", "pos_resize", "pos_embed_grid_size", "pos_embed_ar_preserving"}
     | {"pos_embed_interp_mode", "pos_embed_antialias", "pos_embed_align_corners"}
-    | {"dynamic_img_size", "dynamic_img_pad", "drop_edge", "weight_init", "fix_init"}
+    | {"dynamic_img_size", "dynamic_img_pad", "drop_edge", "weight_init", "fix_init", "max_num_patches"}
     | {"use_rot_pos_emb", "rope_type", "rope_temperature", "rope_grid_indexing", "rope_grid_offset", "rope_rotate_half"}
     | {"ref_feat_shape", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"}
     | {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
@@ -65,6 +65,9 @@ def _options(model: Any) -> Iterator[str]:
         name, value = option.name, getattr(model.options, option.name)
         if name not in COMPUTED and value != option.default:
             yield f"{name}={value!r}: the engine computes {option.default!r}"
+    most, own = getattr(model.options, "max_num_patches", None), model.patch_embed.num_patches
+    if most is not None and own > most:
+        yield f"max_num_patches={most}: images of its own size have {own} patches; model.set_input_size chooses another"
     if model.global_pool not in POOLS:
         computed = ", ".join(map(repr, POOLS))
         yield f"global_pool {model.global_pool!r} does not go with this model: the engine computes {computed}"

@@ -15,13 +15,15 @@ from torch.nn.modules import module as everywhere
 
 from ..backends import BackendError, get
 from ..backends.cuda import tf32_allowed
+from ..model.rows import attention_rows_of
 from ..model.torch_layers import call
 from ..model.vision_transformer import VisionTransformer
 from ..support.text import printable
 from . import native
-from .engine import Engine, Images, Result, kind_of
+from .engine import Engine, Images, Result
 from .graphs import Cache, Captured, CudaGpu, Gpu, Results
 from .images import as_tensor, check_layout, check_sizes
+from .outputs import kind_of, places
 from .profile import Phase
 from .shutdown import calls as running
 
@@ -148,15 +150,20 @@ class CudaEngine(Engine, device="cuda"):
             given, single = self._given(images, layout), isinstance(outputs, str)
             names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
             with self._gpu.at(here):
-                places = self._places(names, len(given), out, single)
+                placed = places(names, out, single, lambda name: self.shape(name, len(given)), self.device)
             if len(given):
                 with self._lock, self._gpu.turn(here):
-                    self._run(given, names, places)
-            return places[names[0]] if single else places
+                    self._run(given, names, placed)
+            return placed[names[0]] if single else placed
 
     def _given(self, images: Images, layout: str) -> Tensor:
         """The images, checked, as a view [B, C, H, W]."""
         check_layout(layout)
+        if isinstance(images, (list, tuple)):
+            raise TypeError(
+                "vit.Engine: images of several sizes in a list are for device='cpu', or the model itself; a graph has "
+                "one size"
+            )
         images = as_tensor(images, self.device)
         check_sizes(images, layout, self._size)
         if layout == "NHWC":
@@ -205,10 +212,10 @@ def outputs_of(model: Any, images: Tensor, names: tuple[str, ...]) -> Results:
         return {"logits": model(images)}
     results: Results = {}
     tokens, given = model.start(images)
-    first = torch.zeros(1, dtype=torch.long, device=tokens.device)
     for i, (block, more) in enumerate(zip(model.blocks, given, strict=True)):
         if f"attention.{i}" in names:
-            results[f"attention.{i}"] = block.probabilities(tokens, first, **more).squeeze(2)
+            rows = attention_rows_of(model, block.attn.head_dim)
+            results[f"attention.{i}"] = block.probabilities(tokens, [0], rows, **more).squeeze(2)
         tokens = model._run(block, tokens, **{**model.NO_MASKS, **more})
         if f"tokens.{i}" in names:
             results[f"tokens.{i}"] = tokens

@@ -18,11 +18,13 @@ from ..support.records import Record, RecordError, parse_json
 from ..support.text import printable
 from . import native
 from .freeze import Frozen, freeze
-from .images import CPU, as_tensor, check_layout, check_out, check_sizes, dense, room
+from .grids import Grids, by_size, of_each, takes_any_size
+from .images import CPU, as_tensor, check_layout, check_sizes, native_images
+from .outputs import kind_of, places, shape_of
 from .profile import Phase, flops, patches_of, phases, timed
 from .shutdown import calls as running
 
-Images = Tensor | np.ndarray
+Images = Tensor | np.ndarray | list[Any] | tuple[Any, ...]
 Result = Tensor | dict[str, Tensor]
 
 
@@ -61,6 +63,8 @@ class Engine:
     _kinds: ClassVar[dict[str, type[Engine]]] = {}
     #: Where results are.
     device = CPU
+    #: Positions of images of other sizes; None where there is one size.
+    _grids: Grids | None = None
 
     def __init_subclass__(cls, device: str = "", **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -94,6 +98,7 @@ class Engine:
         with running:  # for its tensors, as a call
             handle = self._build(freeze(model, dtype, calibrate, exclude, weights), limit)
         self._adopt(native.library(), handle, max_batch, num_threads, "the model")
+        self._grids = Grids(model) if takes_any_size(model) else None
 
     @staticmethod
     def _build(frozen: Frozen, limit: int) -> int:
@@ -271,10 +276,13 @@ class Engine:
 
         images   [B, channels, height, width] on the CPU, contiguous or channels_last; with layout="NHWC"
                  [B, height, width, channels]. float32: normalised, as the model takes them; uint8: 0 .. 255,
-                 normalised here with the mean and std of the model's preprocessing
+                 normalised here with the mean and std of the model's preprocessing. Of the size of the engine's
+                 images, of any where the model computes positions for each (dynamic_img_size, NaFlexVit), and then
+                 also a list of images [channels, height, width] of several sizes
         outputs  "logits" (features where the model has no head), "features" [B, C] after pooling and the last norm,
                  "tokens.I" [B, N, C] after block I, "attention.I" [B, H, N], the class token's attention to all tokens
-                 in block I. Without pooling logits and features are those of every token: [B, N, ...]
+                 in block I. Without pooling logits and features are those of every token: [B, N, ...]. Of a list
+                 of images what has N is a list, of an entry for each image
         out      contiguous float32 tensors to write to, so that nothing is allocated: one, or a dict by name
 
         Raises ValueError for images or tensors that do not fit and for images with NaN or infinity; the engine can be
@@ -311,35 +319,60 @@ class Engine:
         here: Any,
     ) -> Result:
         with running:
-            given, keep = self._images(images, layout)
-            names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-            single = isinstance(outputs, str)
-            places = self._places(names, given.batch, out, single)
-            wanted = (native.Output * len(names))(
-                *[native.Output(*self._kind(name), t.data_ptr(), t.numel()) for name, t in places.items()]
-            )
-            self._library.check(self._library.forward(self._handle, given, wanted, len(wanted), here))
-            del keep  # alive until here: `given` holds its address
-            return places[names[0]] if single else places
-
-    def _images(self, images: Images, layout: str) -> tuple[native.Images, Tensor]:
-        check_layout(layout)
-        images = as_tensor(images)
-        c = self._config
-        check_sizes(images, layout, (c.channels, c.image_height, c.image_width))
-        if layout == "NCHW":
-            batch, channels, height, width = images.shape
-            # A tensor in channels_last memory is read where it lies.
-            if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
-                layout = "NHWC"
+            check_layout(layout)
+            names, single = (outputs,) if isinstance(outputs, str) else tuple(outputs), isinstance(outputs, str)
+            if isinstance(images, (list, tuple)):
+                found = self._each(images, out, names, layout, here)
             else:
-                images = dense(images)
+                found = self._batch(images, out, names, single, layout, here)
+            return found[names[0]] if single else found
+
+    def _batch(
+        self,
+        images: Tensor | np.ndarray,
+        out: Tensor | Mapping[str, Tensor] | None,
+        names: tuple[str, ...],
+        single: bool,
+        layout: str,
+        here: Any,
+    ) -> dict[str, Tensor]:
+        """The outputs of a batch of images of one size."""
+        c, images = self._config, as_tensor(images)
+        check_sizes(images, layout, (c.channels, c.image_height, c.image_width))
+        given, images = native_images(images, layout)
+        own = (given.height, given.width) == (c.image_height, c.image_width)
+        grid = None if own or self._grids is None else self._grids.of(given.height, given.width)
+        tokens = self._tokens if grid is None else c.prefix_tokens + grid[0].num_positions // c.embed_dim
+        placed = places(names, out, single, lambda name: shape_of(c, name, given.batch, tokens), self.device)
+        wanted = (native.Output * len(names))(
+            *[native.Output(*self._kind(name), t.data_ptr(), t.numel()) for name, t in placed.items()]
+        )
+        if grid is None:
+            status = self._library.forward(self._handle, given, wanted, len(wanted), here)
         else:
-            batch, height, width, channels = images.shape
-            images = dense(images)
-        pixels = native.PIXELS[str(images.dtype).removeprefix("torch.")]
-        given = native.Images(images.data_ptr(), pixels, native.LAYOUTS[layout], batch, channels, height, width)
-        return given, images
+            status = self._library.forward_grid(self._handle, given, grid[0], wanted, len(wanted), here)
+        self._library.check(status)
+        del images, grid  # alive until here: the native call reads their memory
+        return placed
+
+    def _each(self, images: Any, out: Any, names: tuple[str, ...], layout: str, here: Any) -> dict[str, Any]:
+        """The outputs of a list of images, those of one size as a batch."""
+        c = self._config
+        if out is not None:
+            raise ValueError("vit.Engine: out goes with a batch of images, not with a list")
+        groups = by_size(images)
+        for (_, *size), (which, _) in groups.items():
+            height, width = size[1:] if layout == "NCHW" else size[:2]
+            if self._grids is None and (height, width) != (c.image_height, c.image_width):
+                raise ValueError(
+                    f"vit.Engine: images[{which[0]}] is {height} x {width}, the engine takes {c.image_height} x "
+                    f"{c.image_width}; one that vit.Engine makes of a model with dynamic_img_size=True, or of a "
+                    "NaFlexVit, takes any size"
+                )
+        results = [self._batch(batch, None, names, False, layout, here) for _, batch in groups.values()]
+        pooled = c.pool != native.POOLS[""]
+        whole = {name: pooled and name in ("logits", "features") for name in names}
+        return of_each([which for which, _ in groups.values()], results, whole)
 
     def _kind(self, name: str) -> tuple[int, int]:
         """The kind and block of an output; ValueError for an unknown name."""
@@ -347,53 +380,19 @@ class Engine:
         return native.OUTPUTS[kind], block
 
     def shape(self, output: str, batch: int) -> tuple[int, ...]:
-        """The shape of an output for a batch of that size."""
-        c = self._config
-        self._kind(output)
-        if output.startswith("tokens."):
-            return batch, self._tokens, c.embed_dim
-        if output.startswith("attention."):
-            return batch, c.num_heads, self._tokens
-        tokens = (self._tokens,) if c.pool == native.POOLS[""] else ()
-        last = c.num_classes if output == "logits" and c.num_classes else c.embed_dim
-        return batch, *tokens, last
-
-    def _places(
-        self, names: tuple[str, ...], batch: int, out: Tensor | Mapping[str, Tensor] | None, single: bool
-    ) -> dict[str, Tensor]:
-        """Where each output goes: the caller's tensors, checked, or new ones."""
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"vit.Engine: outputs must be different names, at least one; got {names}")
-        if out is None:
-            return {name: room(self.shape(name, batch), self.device) for name in names}
-        if isinstance(out, Tensor) and not single:
-            raise ValueError("vit.Engine: with several outputs `out` must be a dict of a tensor for each name")
-        given = {names[0]: out} if isinstance(out, Tensor) else dict(out)
-        if set(given) != set(names):
-            raise ValueError(f"vit.Engine: out has {', '.join(given)}; wanted are {', '.join(names)}")
-        for name, tensor in given.items():
-            check_out(name, tensor, self.shape(name, batch), self.device)
-        return {name: given[name] for name in names}
+        """The shape of an output for a batch of that size, of images of the engine's own size."""
+        return shape_of(self._config, output, batch, self._tokens)
 
     # ---- time ----
 
     def profile(self, images: Images, calls: int = 5, layout: str = "NCHW") -> list[Phase]:
         """Where the time of a call goes: its phases in order, averaged over `calls` calls after one that warms up."""
+        if isinstance(images, (list, tuple)):
+            raise ValueError("vit.Engine: profile takes a batch of images of one size, not a list")
+        c = native.Config.from_buffer_copy(self._config)
         self(images, layout=layout)
+        c.image_height, c.image_width = images.shape[2:] if layout == "NCHW" else images.shape[1:3]
         with timed(self._library, self._handle) as seconds:
             for _ in range(calls):
                 self(images, layout=layout)
-        return phases(seconds, calls, flops(self._config, len(images)))
-
-
-def kind_of(output: str, depth: int) -> tuple[str, int]:
-    """What an output is and of which block, 0 where it is of none; ValueError for an unknown name."""
-    kind, _, block = output.partition(".")
-    if output in ("logits", "features"):
-        return kind, 0
-    if kind in ("tokens", "attention") and block.isdigit() and int(block) < depth:
-        return kind, int(block)
-    raise ValueError(
-        f"vit.Engine: unknown output {output!r}; there are logits, features, and tokens.I and attention.I for I from "
-        f"0 to {depth - 1}"
-    )
+        return phases(seconds, calls, flops(c, len(images)))

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import native
+
 ALLOWED = "allowed are float32 (normalised; images.{}) and uint8 (0 .. 255)"
 
 
@@ -39,6 +41,22 @@ def as_tensor(images: Any, device: torch.device = CPU) -> Tensor:
 def dense(images: Tensor) -> Tensor:
     """The images, contiguous."""
     return images if images.is_contiguous() else images.detach().contiguous()
+
+
+def native_images(images: Tensor, layout: str) -> tuple[native.Images, Tensor]:
+    """What the native call takes of a batch, and the tensor whose memory it reads."""
+    if layout == "NCHW":
+        batch, channels, height, width = images.shape
+        # A tensor in channels_last memory is read where it lies.
+        if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
+            layout = "NHWC"
+        else:
+            images = dense(images)
+    else:
+        batch, height, width, channels = images.shape
+        images = dense(images)
+    pixels = native.PIXELS[str(images.dtype).removeprefix("torch.")]
+    return native.Images(images.data_ptr(), pixels, native.LAYOUTS[layout], batch, channels, height, width), images
 
 
 def check_layout(layout: str) -> None:

@@ -99,6 +99,17 @@ class Images(Structure):
     )
 
 
+@_struct("vit_grid")
+class Grid(Structure):
+    _fields_ = (
+        *[(name, c_int64) for name in ("height", "width")],
+        ("positions", c_void_p),
+        ("num_positions", c_int64),
+        ("rotary", c_void_p),
+        ("num_rotary", c_int64),
+    )
+
+
 @_struct("vit_output")
 class Output(Structure):
     _fields_ = (("kind", c_int32), ("block", c_int32), ("data", c_void_p), ("count", c_int64))
@@ -124,6 +135,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "build": (c_void_p, (POINTER(Config), POINTER(Weight), c_int64, POINTER(Text), c_int64, c_int64)),
     "save": (c_int, (c_void_p, c_char_p)),
     "forward": (c_int, (c_void_p, POINTER(Images), POINTER(Output), c_int64, c_int32)),
+    "forward_grid": (c_int, (c_void_p, POINTER(Images), POINTER(Grid), POINTER(Output), c_int64, c_int32)),
     "destroy": (None, (c_void_p,)),
     "last_error": (c_char_p, ()),
     "last_status": (c_int, ()),

@@ -68,28 +68,32 @@ def _tokens(model: Any) -> dict[str, Tensor]:
     weight, bias = _layer(embed.proj)
     tokens = [_value(embed if isinstance(model, NaFlexVit) else model, name) for name in _PREFIX]
     given = [t[0] for t in tokens if t is not None]
-    table = _value(embed if isinstance(model, NaFlexVit) else model, "pos_embed")  # pruned ones are made anew
-    grid = grid_of(model)
-    found: dict[str, Tensor] = {}
-    rows = 0
     if isinstance(model, NaFlexVit):
         high, wide = embed.patch_size  # of a patch [P, P, in_chans], where the engine reads [in_chans, P, P]
         weight = weight.reshape(len(weight), high, wide, embed.in_chans).permute(0, 3, 1, 2).flatten(1)
-        positions = None if table is None else embed.positions(grid)
-    else:
-        rows = 0 if model.no_embed_class else model.num_prefix_tokens
-        positions = None if table is None else model._positions(grid)
-    if positions is not None:
-        positions = positions[0].detach().to("cpu", torch.float32)
-        found["positions"] = positions[rows:]
+    found = positions_of(model, grid_of(model))
+    of_prefix = found.pop("of prefix", None)
     if given:
         prefix = torch.cat(given)
-        if positions is not None and rows:
-            prefix = prefix + positions[:rows]
-        found["prefix"] = _normed(model.norm_pre, prefix)
+        found["prefix"] = _normed(model.norm_pre, prefix if of_prefix is None else prefix + of_prefix)
+    return found | _named("patch_embed.proj", (weight, bias))
+
+
+def positions_of(model: Any, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """What of the tensors depends on the grid of patches: positions and rotary, where the model has them; and the
+    positions "of prefix", of the tokens before the patches, which are the same for every grid."""
+    naflex = isinstance(model, NaFlexVit)
+    found: dict[str, Tensor] = {}
+    if _value(model.patch_embed if naflex else model, "pos_embed") is not None:  # pruned ones are made anew
+        table = model.patch_embed.positions(grid) if naflex else model._positions(grid)
+        table, rows = table[0].detach().to("cpu", torch.float32), 0
+        if not naflex and not model.no_embed_class:
+            rows = model.num_prefix_tokens
+            found["of prefix"] = table[:rows]
+        found["positions"] = table[rows:]
     if getattr(model, "rope", None) is not None:
         found["rotary"] = _rotary(model, grid)
-    return found | _named("patch_embed.proj", (weight, bias))
+    return found
 
 
 _PREFIX = ("cls_token", "dist_token", "reg_token")

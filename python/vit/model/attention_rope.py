@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import masked_scores, softmax_rows
+from .blocks import masked_scores
 from .eva_options import EvaOptions
 from .parts import make_norm
 from .planned import CallsOps, HasBuffers
+from .rows import Rows
 from .torch_layers import call, know, plain, untouched
 
 
@@ -119,13 +120,15 @@ class AttentionRope(CallsOps, nn.Module):
     def _norms_are_identities(self) -> bool:
         return untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)
 
-    def probabilities(self, x: Tensor, queries: Tensor, rope: Tensor | None = None) -> Tensor:
-        """What the tokens `queries` [Q] give each token: x [B, N, C] -> softmax(scale q k^T) [B, H, Q, N]."""
+    def probabilities(self, x: Tensor, queries: Sequence[int], rows: Rows, rope: Tensor | None = None) -> Tensor:
+        """What the tokens `queries` give each token: x [B, N, C] -> softmax(scale q k^T) [B, H, Q, N]."""
         packed, q, k, _ = self._project(x, call, None)
+        if packed is not None and rope is None and self._norms_are_identities():
+            return rows(packed, None, queries, self.scale)
         if packed is not None:
             q, k, _ = packed.unbind(2)
         q, k = self._placed(q, k, rope)
-        return softmax_rows(q[:, queries].transpose(1, 2), k.transpose(1, 2), self.scale)
+        return rows(q, k, queries, self.scale)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """q, k, v [B, N, H, D] -> [B, N, H, D]."""

@@ -23,6 +23,7 @@ from .options import Options
 from .parts import ACTIVATION_KINDS, NORM_KINDS, activation_of, make_norm, norm
 from .planned import CallsOps
 from .quant_linear import QuantLinear
+from .rows import Rows
 from .torch_layers import (
     as_known,
     call,
@@ -131,12 +132,15 @@ class Attention(CallsOps, nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate, is_causal=is_causal)
         return y.transpose(1, 2)
 
-    def probabilities(self, x: Tensor, queries: Tensor) -> Tensor:
-        """What the tokens `queries` [Q] give each token: x [B, N, C] -> softmax(scale q k^T) [B, H, Q, N]."""
+    def probabilities(self, x: Tensor, queries: Sequence[int], rows: Rows) -> Tensor:
+        """What the tokens `queries` give each token: x [B, N, C] -> softmax(scale q k^T) [B, H, Q, N]."""
         ops = self.ops
-        q, k, _ = call(ops, self.qkv, x).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, N, H, D]
-        q, k = call(ops, self.q_norm, q[:, queries].transpose(1, 2)), call(ops, self.k_norm, k.transpose(1, 2))
-        return softmax_rows(q, k, self.scale)
+        qkv = call(ops, self.qkv, x).unflatten(2, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
+        if self._norms_are_identities():
+            return rows(qkv, None, queries, self.scale)
+        q, k, _ = qkv.transpose(1, 3).unbind(2)  # [B, H, N, D]
+        q, k = call(ops, self.q_norm, q), call(ops, self.k_norm, k)
+        return rows(q.transpose(1, 2), k.transpose(1, 2), queries, self.scale)
 
     def _norms_are_identities(self) -> bool:
         return untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)
@@ -151,12 +155,6 @@ def masked_scores(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> 
     if attn_mask.dtype == torch.bool:
         return scores.masked_fill(~attn_mask, float("-inf"))
     return scores + attn_mask
-
-
-def softmax_rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T): q [B, H, Q, D], k [B, H, N, D] -> [B, H, Q, N], of half precision in float32."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return (q.to(dtype) * scale @ k.to(dtype).transpose(-2, -1)).softmax(dim=-1)
 
 
 class Block(CallsOps, nn.Module):
@@ -199,9 +197,9 @@ class Block(CallsOps, nn.Module):
         x = x + drop_path(ops, self.drop_path1, call(ops, self.ls1, y), lengths)
         return x + drop_path(ops, self.drop_path2, call(ops, self.ls2, self.mlp(call(ops, self.norm2, x))), lengths)
 
-    def probabilities(self, x: Tensor, queries: Tensor) -> Tensor:
-        """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
-        return self.attn.probabilities(call(self.ops, self.norm1, x), queries)
+    def probabilities(self, x: Tensor, queries: Sequence[int], rows: Rows) -> Tensor:
+        """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]. rows: of `attention_rows_of`."""
+        return self.attn.probabilities(call(self.ops, self.norm1, x), queries, rows)
 
     def keep_classes(self) -> None:
         """Takes the classes of the modules below as its own: a block of others calls them one by one."""

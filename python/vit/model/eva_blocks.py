@@ -18,6 +18,7 @@ from .eva_options import EvaOptions
 from .layers import DropPath
 from .parts import activation_name, make_norm, norm
 from .planned import CallsOps
+from .rows import Rows
 from .torch_layers import as_known, call, know, linear, plain, unwatched, watched_everywhere
 
 
@@ -62,10 +63,10 @@ class EvaBlock(CallsOps, nn.Module):
         branch = self.mlp(call(ops, self.norm2, x))
         return x + drop_path(ops, self.drop_path2, branch if self.gamma_2 is None else self.gamma_2 * branch, lengths)
 
-    def probabilities(self, x: Tensor, queries: Tensor, rope: Tensor | None = None) -> Tensor:
+    def probabilities(self, x: Tensor, queries: Sequence[int], rows: Rows, rope: Tensor | None = None) -> Tensor:
         """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
         attn: Any = self.attn
-        return attn.probabilities(call(self.ops, self.norm1, x), queries, rope)
+        return attn.probabilities(call(self.ops, self.norm1, x), queries, rows, rope)
 
     def _below(self) -> list[nn.Module]:
         """The modules of the block in order."""
@@ -146,10 +147,10 @@ class EvaBlockPostNorm(CallsOps, nn.Module):
         x = x + drop_path(ops, self.drop_path1, call(ops, self.norm1, y), lengths)
         return x + drop_path(ops, self.drop_path2, call(ops, self.norm2, self.mlp(x)), lengths)
 
-    def probabilities(self, x: Tensor, queries: Tensor, rope: Tensor | None = None) -> Tensor:
+    def probabilities(self, x: Tensor, queries: Sequence[int], rows: Rows, rope: Tensor | None = None) -> Tensor:
         """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]."""
         attn: Any = self.attn
-        return attn.probabilities(x, queries, rope)
+        return attn.probabilities(x, queries, rows, rope)
 
 
 def _add(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import softmax_rows
 from .mlp import Mlp
 from .options import Options
 from .parts import make_norm
 from .planned import CallsOps
+from .rows import Rows
 from .torch_layers import call, know, untouched
 
 
@@ -40,10 +40,10 @@ class AttentionPoolLatent(CallsOps, nn.Module):
         y = call(ops, self.proj_drop, call(ops, self.proj, y))
         return (y + self.mlp(call(ops, self.norm, y)))[:, 0]
 
-    def probabilities(self, x: Tensor) -> Tensor:
+    def probabilities(self, x: Tensor, rows: Rows) -> Tensor:
         """What the learned query gives each token: x [B, N, C] -> softmax(scale q k^T) [B, H, 1, N]."""
         q, k, _ = self._project(x)
-        return softmax_rows(q.transpose(1, 2), k.transpose(1, 2), self.head_dim**-0.5)
+        return rows(q, k, [0], self.head_dim**-0.5)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, 1, H, D], k and v [B, N, H, D]."""

@@ -91,6 +91,16 @@ def tags() -> dict[str, Tag]:
     return found
 
 
+def where_weights_are(name: str) -> str:
+    """How the weights of a name, or name.tag, come to a machine, with a network and without: for error texts."""
+    tag = tags().get(name) or defaults().get(name.partition(".")[0])
+    repository = (tag.hub if tag else None) or "organisation/name"
+    return (
+        f"nothing is downloaded unasked: weights='hf-hub:{repository}' fetches them; without a network pass a folder "
+        "with model.safetensors and config.json of that repository, or the file alone"
+    )
+
+
 @cache
 def defaults() -> dict[str, Tag]:
     """name -> the tag that a name alone stands for."""

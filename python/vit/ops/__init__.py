@@ -16,6 +16,7 @@ import pkgutil
 from ..backends import Spec
 from . import bound, routine
 from ._attention import attention
+from ._attention_rows import attention_rows
 from ._gelu import gelu, quick_gelu, relu, silu
 from ._layer_norm import layer_norm
 from ._linear import linear
@@ -38,6 +39,7 @@ __all__ = [
     "Routine",
     "Spec",
     "attention",
+    "attention_rows",
     "bind",
     "gelu",
     "layer_norm",
@@ -57,7 +59,7 @@ __all__ = [
 _MODULES = [m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith("_")]
 _RECORDS = [importlib.import_module(f"{__name__}.{name}").OP for name in _MODULES]
 OPS: dict[str, Op] = {record.name: record for record in _RECORDS if isinstance(record, Op)}
-#: What has a forward alone, for inference.
+#: What has a forward alone.
 ROUTINES: dict[str, Routine] = {record.name: record for record in _RECORDS if isinstance(record, Routine)}
 
 for _record in OPS.values():

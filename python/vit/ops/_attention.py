@@ -133,7 +133,9 @@ def _check(
         )
 
 
-def _check_lengths(q: Tensor, k: Tensor | None, v: Tensor | None, lengths: Sequence[int]) -> None:
+def _check_lengths(
+    q: Tensor, k: Tensor | None, v: Tensor | None, lengths: Sequence[int], op: str = "vit.ops.attention"
+) -> None:
     """ValueError or TypeError unless they say of every token to which image it belongs."""
     if not isinstance(lengths, (list, tuple)) or any(
         isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in lengths
@@ -141,19 +143,17 @@ def _check_lengths(q: Tensor, k: Tensor | None, v: Tensor | None, lengths: Seque
         kind = type(lengths).__name__
         hint = "; use lengths.tolist()" if hasattr(lengths, "tolist") else ""
         given = repr(lengths) if isinstance(lengths, (list, tuple, str)) else f"a {kind}"
-        raise TypeError(f"vit.ops.attention: lengths must be a list or tuple of integers, got {given}{hint}")
+        raise TypeError(f"{op}: lengths must be a list or tuple of integers, got {given}{hint}")
     if q.shape[0] != 1 or (k is not None and k.shape[1] != q.shape[1]):
         raise ValueError(
-            "vit.ops.attention: with lengths q, k and v are [1, N, H, D], the tokens of all images one behind another, "
+            f"{op}: with lengths q, k and v are [1, N, H, D], the tokens of all images one behind another, "
             f"got {_shapes(q, k, v)}"
         )
     for i, n in enumerate(lengths):
         if n < 1:
-            raise ValueError(f"vit.ops.attention: lengths must be positive, got {n} at position {i}")
+            raise ValueError(f"{op}: lengths must be positive, got {n} at position {i}")
     if sum(lengths) != q.shape[1] or not lengths:
-        raise ValueError(
-            f"vit.ops.attention: lengths {list(lengths)} sum up to {sum(lengths)}, and q has {q.shape[1]} tokens"
-        )
+        raise ValueError(f"{op}: lengths {list(lengths)} sum up to {sum(lengths)}, and q has {q.shape[1]} tokens")
 
 
 def _shapes(q: Tensor, k: Tensor | None, v: Tensor | None) -> str:

@@ -63,6 +63,10 @@ def attention_bwd(
     return 5 * _attention(dout, q, k, lengths)
 
 
+def attention_rows(q: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * math.prod(out_shape) * q[-1]
+
+
 def _attention(out: Shape, q: Shape, k: Shape | None, lengths: Shape | None) -> int:
     """One product of queries and keys: out [B, N, H, D], keys [B, L, H, D] or packed in q [B, L, 3, H, D]; with lengths
     those of each image with its own."""
@@ -74,7 +78,8 @@ def _attention(out: Shape, q: Shape, k: Shape | None, lengths: Shape | None) -> 
 
 
 FORMULAS: dict[str, Callable[..., int]] = {
-    f.__name__: f for f in (linear_fwd, linear_bwd, matmul_fwd, matmul_bwd, attention_fwd, attention_bwd)
+    f.__name__: f
+    for f in (linear_fwd, linear_bwd, matmul_fwd, matmul_bwd, attention_fwd, attention_bwd, attention_rows)
 } | dict.fromkeys(("linear_int8", "linear_fp8"), linear_fwd)
 _OPS: dict[Any, Callable[..., int]] = {}
 

@@ -99,6 +99,7 @@ def routine_of(form: Format) -> Routine:
         fake=fake,
         launcher=functools.partial(launcher, form),
         fields=FIELDS,
+        differentiable="train the model before it is quantized",
     )
 
 

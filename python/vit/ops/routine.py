@@ -28,6 +28,10 @@ class Routine:
     fake: Callable[..., Tensor]
     launcher: Callable[..., Tensor]
     fields: str
+    #: What to do where a gradient is wanted, after "Use torch.no_grad(), or".
+    differentiable: str
+    #: Its tensors keep their dtypes under autocast.
+    autocasts = False
 
     #: Names of the kernel's arguments; the tensors among them -> what is allowed for each.
     inputs: tuple[str, ...] = field(init=False)
@@ -42,7 +46,9 @@ class Routine:
 
 
 class ReferenceRoutine(ReferenceOp):
-    """The PyTorch formula, which has a gradient of no use: rounding is flat."""
+    """The PyTorch formula, as forward only as the kernels: that of rounded numbers has a gradient of no use."""
+
+    op: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         refuse_gradient(self, (*args, *kwargs.values()))
@@ -77,12 +83,12 @@ class NativeRoutine(NativeOp):
         return bound.dispatched(self.registered, *inputs)
 
 
-def refuse_gradient(routine: bound.BoundOp, inputs: tuple[Any, ...]) -> None:
+def refuse_gradient(routine: ReferenceRoutine | NativeRoutine, inputs: tuple[Any, ...]) -> None:
     """BackendError where autograd would want a backward."""
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
         raise backends.BackendError(
             f"vit: '{routine.op.name}' on backend '{routine.backend}' has no backward, and one of its tensors requires "
-            "a gradient. Use torch.no_grad(), or train the model before it is quantized."
+            f"a gradient. Use torch.no_grad(), or {routine.op.differentiable}."
         )
 
 

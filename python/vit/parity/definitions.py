@@ -7,22 +7,16 @@ magnitude times the curve's derivative. Times the accumulator's eps it is the si
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case_list import Case
+from .attention import Attention, AttentionRows
+from .case import Case, Ops, Tensors
 from .curves import activated, curve
-
-Tensors = dict[str, Tensor]
-
-
-#: What is tested: the public ops without `backend`, e.g. `plan.ops` or `backend_ops(name)`.
-Ops = Any
 
 
 class LayerNorm:
@@ -286,65 +280,6 @@ class Linear:
         return 2.0 * math.prod(leading(case, "bm")) * case["n"] * case["k"], "GFLOP/s"
 
 
-class Attention:
-    backward_work = 2.5
-
-    def shapes(self, case: Case) -> dict[str, tuple[int, ...]]:
-        b, n, h, d = (case[letter] for letter in "bnhd")
-        length = dict(case.sizes).get("l", n)
-        return {"q": (b, n, h, d), "k": (b, length, h, d), "v": (b, length, h, d)}
-
-    def draw(self, case: Case, tensors: Tensors) -> None:
-        pass
-
-    def call(self, ops: Ops, case: Case, t: Tensors) -> Tensor:
-        return ops.attention(t["q"], t["k"], t["v"], scale=case.option("scale"), lengths=case.option("lengths"))
-
-    def torch(self, case: Case, t: Tensors) -> Tensor:
-        lengths = case.option("lengths")
-        if lengths is None:
-            q, k, v = (t[name].transpose(1, 2) for name in "qkv")
-            return F.scaled_dot_product_attention(q, k, v, scale=case.option("scale")).transpose(1, 2)
-        q, k, v = (t[name].transpose(1, 2).split(lengths, 2) for name in "qkv")
-        images = zip(q, k, v, strict=True)
-        out = [F.scaled_dot_product_attention(*image, scale=case.option("scale")) for image in images]
-        return torch.cat(out, 2).transpose(1, 2)
-
-    def magnitude(self, case: Case, t: Tensors, dy: Tensor) -> Tensors:
-        if lengths := case.option("lengths"):
-            alone = dataclasses.replace(case, options=())
-            split = zip(*(x.split(lengths, 1) for x in (t["q"], t["k"], t["v"], dy)), strict=True)
-            each = [self.magnitude(alone, dict(zip("qkv", image, strict=False)), image[3]) for image in split]
-            return {name: torch.cat([one[name] for one in each], 1) for name in each[0]}
-        q, k, v, do = (x.transpose(1, 2) for x in (t["q"], t["k"], t["v"], dy))
-        scale = case.option("scale")
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        p = (scale * q @ k.mT).softmax(-1)
-        scores = abs(scale) * q.abs() @ k.abs().mT
-        # dp_i = p_i (ds_i - sum_j p_j ds_j) with every ds_j of size scores_j: what rounded scores do to p. The
-        # backward takes its p from the maximum and the sum that the forward saved, and from the same scores.
-        others = (p * scores).sum(-1, keepdim=True) - p * scores
-        rounded = p * (scores * (1 - p) + others.clamp_min(0))
-        out = (p + rounded) @ v.abs()
-        dp = do @ v.mT
-        dp_abs = do.abs() @ v.abs().mT
-        centred = (dp - (p * dp).sum(-1, keepdim=True)).abs()
-        ds = p * (dp_abs + (p * dp_abs + rounded * dp.abs()).sum(-1, keepdim=True)) + rounded * centred
-        ds = abs(scale) * ds
-        grads = {
-            "out": out,
-            "q": ds @ k.abs(),
-            "k": ds.mT @ q.abs(),
-            "v": (p + rounded).mT @ do.abs(),
-        }
-        return {name: x.transpose(1, 2) for name, x in grads.items()}
-
-    def work(self, case: Case) -> tuple[float, str]:
-        keys = self.shapes(case)["k"][1]
-        scores = sum(n * n for n in case.option("lengths", ())) or case["n"] * keys
-        return 4.0 * case["b"] * case["h"] * scores * case["d"], "GFLOP/s"
-
-
 class Definition(Protocol):
     #: Backward over forward work, for benchmarks: a product has two for one, attention five for two.
     backward_work: float
@@ -366,6 +301,7 @@ DEFINITIONS: dict[str, Definition] = {
     "linear": Linear(),
     "rotary": Rotary(),
     "attention": Attention(),
+    "attention_rows": AttentionRows(),
 }
 
 

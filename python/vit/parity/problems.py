@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..support.random import normal
-from .case_list import Case
-from .definitions import DEFINITIONS, Ops, Tensors, leading
+from .case import Case, Ops, Tensors
+from .definitions import DEFINITIONS, leading
+from .tolerance import accumulator
 
 __all__ = ["DEFINITIONS", "Ops", "Problem", "Tensors", "build", "fill", "lay_out", "out_dtype", "torch_dtype"]
 
@@ -101,7 +102,8 @@ def lay_out(x: Tensor, name: str, layout: str) -> Tensor:
 
 def out_dtype(case: Case) -> torch.dtype:
     """The dtype of the op's output."""
-    return torch_dtype(case.out_dtype or case.dtype)
+    dtype = torch_dtype(case.out_dtype or case.dtype)
+    return accumulator(dtype) if case.op == "attention_rows" else dtype
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -119,6 +121,9 @@ def _out_shape(case: Case, shapes: dict[str, torch.Size]) -> tuple[int, ...]:
         return (*leading(case, "bh"), case["m"], case["n"])
     if case.op == "linear":
         return (*shapes["x"][:-1], case["n"])
+    if case.op == "attention_rows":
+        (b, n, h, _), queries = shapes["q"], case.option("queries")
+        return b, h, n if queries is None else len(queries), shapes["k"][1]
     if case.op == "swiglu":
         return (*shapes["x"][:-1], case["c"])
     return tuple(next(iter(shapes.values())))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
-from .case_list import Case
+from .case import Case
 from .problems import DEFINITIONS, Ops, Problem, Tensors, build, out_dtype, torch_dtype
 from .tf32 import RoundedProducts
 from .tolerance import Comparison, compare

@@ -5,6 +5,7 @@ Letters: B batch, N tokens, H heads, Q queries, C embed_dim, L layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..model.features import block_indices
+from ..model.rows import attention_rows_of
 from ..model.torch_layers import call
 from ..model.vision_transformer import VisionTransformer
 from .queries import MEAN, POOL, QueryError, allowed, grid_of, placed_grid, tokens_of
@@ -22,6 +24,9 @@ FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda rows: rows.amax(dim=1),
     "min": lambda rows: rows.amin(dim=1),
 }
+
+#: Queries -> the rows of a layer [B, H, Q, N].
+RowsOf = Callable[[Sequence[int]], Tensor]
 
 #: Probabilities that exist at once in a rollout, unless one row is longer: 256 MiB in float32.
 AT_ONCE = 1 << 26
@@ -40,12 +45,13 @@ def attention_rows(
     learned query of a model that pools by attention: one entry [B, H, 1, N], 0 at tokens that are not pooled. The N
     tokens are the class token, registers, then patches in reading order; q and k are those after norms and rotation.
 
-    Only these rows are computed, in PyTorch: Q N numbers of a head, never N N. The blocks run as they always do, on the
-    backends of model.plan, and those after the last layer asked for not at all; the model is left as it is, in its
-    mode. Rows of half precision are float32. With gradients where autograd is on.
+    Only these rows are computed, by vit.ops.attention_rows on the model's backend: Q N numbers of a head, never N N.
+    The blocks run as they always do, on the backends of model.plan, and those after the last layer asked for not at
+    all; the model is left as it is, in its mode. Rows of half precision are float32. Where autograd is on they have
+    gradients, and are computed in PyTorch.
 
     Raises ValueError for layers and queries that the model lacks (which says those it has), TypeError for blocks that
-    are none of vit's.
+    are none of vit's, BackendError where the model's backend was named and has no attention_rows.
     """
     _check(model)
     chosen = [queries] if isinstance(queries, (int, str)) else list(queries)
@@ -53,11 +59,11 @@ def attention_rows(
         return [_pool_row(model, model.forward_features(images), images)]
     wanted = block_indices(layers, len(model.blocks))
     tokens, given = model.start(images)
-    index = torch.tensor(_tokens(model, chosen, images, tokens), device=tokens.device)
+    index = _tokens(model, chosen, images, tokens)
     rows: list[Tensor] = []
     for i, block in enumerate(model.blocks[: wanted[-1] + 1]):
         if i in wanted:
-            rows.append(_probabilities(block)(tokens, index, **given[i]))
+            rows.append(_probabilities(model, block)(tokens, index, **given[i]))
         if i < wanted[-1]:
             tokens = model._run(block, tokens, **given[i])
     return rows
@@ -100,34 +106,32 @@ def rollout(
         row = FUSIONS[fusion](_pool_row(model, call(model.ops, model.norm, tokens), images))[:, 0]
         row = row / row.sum(dim=-1, keepdim=True)
     for block, more in zip(reversed(list(model.blocks)), reversed(given), strict=True):
-        row = _through(block, inputs.pop(), more, row, fusion, discard)
+        rows_of = functools.partial(_probabilities(model, block), inputs.pop(), **more)
+        row = _through(rows_of, getattr(block.attn, "num_heads", 1), row, fusion, discard)
     return row
 
 
-def _through(block: Any, x: Tensor, more: dict[str, Any], row: Tensor, fusion: str, discard: float) -> Tensor:
-    """row [B, N] times the matrix of a layer whose input is x [B, N, C]."""
-    parts = _fused(block, x, more, fusion, row, everything=bool(discard))
+def _through(rows_of: RowsOf, heads: int, row: Tensor, fusion: str, discard: float) -> Tensor:
+    """row [B, N] times the matrix of a layer."""
+    parts = _fused(rows_of, heads, fusion, row, everything=bool(discard))
     if discard:
         parts = _discarded(parts, discard)
     result = torch.zeros_like(row)
     for index, part in parts:
-        part[:, torch.arange(len(index), device=x.device), index] += 1.0
+        part[:, torch.arange(len(index), device=row.device), index] += 1.0
         part /= part.sum(dim=-1, keepdim=True)
         result += (row[:, None, index] @ part.to(row.dtype))[:, 0]
     return result
 
 
-def _fused(
-    block: Any, x: Tensor, more: dict[str, Any], fusion: str, row: Tensor, everything: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _fused(rows_of: RowsOf, heads: int, fusion: str, row: Tensor, everything: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens, and their rows of the fused heads [B, Q, N], a few at a time; without `everything` of those alone whose
     share in `row` is not 0."""
-    chosen = torch.arange(x.shape[1], device=x.device)
+    chosen = torch.arange(row.shape[1], device=row.device)
     if not everything:
         chosen = chosen[(row != 0).any(dim=0)]
-    heads = getattr(block.attn, "num_heads", 1)
-    for index in chosen.split(max(1, AT_ONCE // (x.shape[0] * heads * x.shape[1]))):
-        yield index, FUSIONS[fusion](_probabilities(block)(x, index, **more))
+    for index in chosen.split(max(1, AT_ONCE // (row.numel() * heads))):
+        yield index, FUSIONS[fusion](rows_of(index.tolist()))
 
 
 def _discarded(parts: Iterator[tuple[Tensor, Tensor]], share: float) -> Iterator[tuple[Tensor, Tensor]]:
@@ -156,7 +160,8 @@ def _pool_row(model: Any, tokens: Tensor, images: Tensor) -> Tensor:
         problem = f"vit: {model.name} does not pool by attention (global_pool={model.global_pool!r})"
         raise QueryError(f"{problem}; allowed: {allowed(model, grid_of(model, images))}")
     skip = 0 if model.pools_prefix or model.pool_include_prefix else model.num_prefix_tokens
-    rows = model.attn_pool.probabilities(tokens[:, skip:])
+    pool = model.attn_pool
+    rows = pool.probabilities(tokens[:, skip:], attention_rows_of(model, pool.head_dim))
     return torch.nn.functional.pad(rows, (skip, 0))
 
 
@@ -166,11 +171,12 @@ def _tokens(model: Any, queries: Sequence[int | str], images: Tensor, tokens: Te
     return tokens_of(model, queries, placed_grid(model, images, tokens), *more)
 
 
-def _probabilities(block: Any) -> Callable[..., Tensor]:
+def _probabilities(model: Any, block: Any) -> Callable[..., Tensor]:
+    """(input of the block, queries, what else it is given) -> rows [B, H, Q, N]."""
     if not hasattr(block, "probabilities") or not hasattr(getattr(block, "attn", None), "probabilities"):
         inner = getattr(block, "attn", block)
         raise TypeError(f"vit: attention of {type(block).__name__} with {type(inner).__name__} is not known to vit.viz")
-    return block.probabilities
+    return functools.partial(block.probabilities, rows=attention_rows_of(model, block.attn.head_dim))
 
 
 def _check(model: Any) -> None:

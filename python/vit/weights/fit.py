@@ -83,8 +83,6 @@ def _check_fit(
         sizes = ", ".join(f"{key} {settings[key]}" for key in ("embed_dim", "mlp_ratio", "in_chans", "patch_size"))
         raise WeightsError(f"vit: {checkpoint.source}: no memory holds a model of {sizes}") from error
     check_pooling(checkpoint.state, "fc_norm.weight" in wanted, settings, checkpoint.source)
-    width = (settings.get("representation_size") or settings["embed_dim"], *(settings.get("decoder") or ()))[-1]
-    check_head(checkpoint, settings["num_classes"], width, "num_classes" in given)
     state = rename_scales(rename_norm(state, "fc_norm.weight" in wanted), wanted)
     if PATCHES in state and PATCHES not in _misshapen_patches(state[PATCHES], settings, "patch_size" in given):
         state.pop(PATCHES)
@@ -95,6 +93,9 @@ def _check_fit(
             del state[key], wanted[key]
     blocks = 12 * max(0, depth - have - 1)
     check_names(state, wanted, checkpoint.source, blocks, checkpoint.origin())
+    # After the names: of another family's weights the head is the least.
+    width = (settings.get("representation_size") or settings["embed_dim"], *(settings.get("decoder") or ()))[-1]
+    check_head(checkpoint, settings["num_classes"], width, "num_classes" in given)
 
 
 def _expected(kind: type[nn.Module], settings: Mapping[str, Any], depth: int) -> dict[str, tuple[int, ...]]:

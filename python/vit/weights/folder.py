@@ -9,7 +9,7 @@ from typing import Any
 
 from ..support.records import Record, RecordError
 from ..support.text import printable
-from . import records, timm_config, transformers_processor, transformers_records
+from . import open_clip_config, records, timm_config, transformers_processor, transformers_records
 from .checkpoint import Checkpoint, WeightsError, some
 from .file import SUFFIXES, checkpoint_of, read_file, shown
 
@@ -22,9 +22,12 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+#: What open_clip saves, beside its own record.
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPEN_CLIP_RECORD = "open_clip_config.json"
 #: Files of a run of `vit train`: the weights to take, those of the last epoch, the state for --resume.
 BEST, LAST, STATE = "best.safetensors", "last.safetensors", "checkpoint.safetensors"
-RECORDS = ("config.json", "preprocessor_config.json")
+RECORDS = ("config.json", "preprocessor_config.json", OPEN_CLIP_RECORD)
 
 
 def read_folder(folder: Path) -> Checkpoint:
@@ -68,14 +71,14 @@ def _read_run(folder: Path, weights: Path) -> Checkpoint:
 
 
 def _read_published(folder: Path) -> Checkpoint:
-    file = next((folder / name for name in FILES if (folder / name).exists()), None)
+    file = next((folder / name for name in (*FILES, *OPEN_CLIP) if (folder / name).exists()), None)
     if file is None:
         others = sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES))
         raise FileNotFoundError(
             f"vit: folder {str(folder)!r} holds neither a run (model.json) nor model.safetensors; "
             "pass the weights file itself" + (f": {printable(some(others, 5))}" if others else "")
         )
-    about = _about(folder)
+    about = _about_clip(folder) if file.name in OPEN_CLIP else _about(folder)
     return checkpoint_of(_read_parts(file) if file.suffix == ".json" else read_file(file), shown(file), **about)
 
 
@@ -89,6 +92,12 @@ def _about(folder: Path) -> dict[str, Any]:
     about = transformers_records.about(record)
     about["preprocess"] = transformers_processor.preprocess(folder / "preprocessor_config.json")
     return about
+
+
+def _about_clip(folder: Path) -> dict[str, Any]:
+    """The same of open_clip's."""
+    path = folder / OPEN_CLIP_RECORD
+    return open_clip_config.about(Record.read(path)) if path.exists() else {}
 
 
 def _read_parts(index: Path) -> Mapping[str, Any]:
@@ -126,7 +135,13 @@ def read_hub(repository: str) -> Checkpoint:
         folder = fetch("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
         if not any((folder / name).exists() for name in FILES):
             folder = fetch("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+        for name in OPEN_CLIP:
+            if not any((folder / file).exists() for file in (*FILES, *OPEN_CLIP)):
+                folder = fetch(name)
     except Exception as error:  # the hub has a dozen kinds: no network, no such repository, no permission
         at = f"@{revision}" if revision else ""
-        raise WeightsError(f"vit: weights '{HUB}{repository}{at}' cannot be fetched: {error}") from error
+        raise WeightsError(
+            f"vit: weights '{HUB}{repository}{at}' cannot be fetched: {error}\nWithout a network, pass a folder with "
+            "model.safetensors and config.json of that repository, or the file alone"
+        ) from error
     return read_folder(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..layout import Converted, Layout, to, transposed_with_zero_bias
+from ..layout import Converted, Layout, Mapped, to, transposed_with_zero_bias
 
 TEXT = {
     r"(transformer|token_embedding|ln_final|text|positional_embedding|text_projection|attn_mask)\b.*": "the text tower",
@@ -33,9 +33,21 @@ BODY = (
 
 def _finish(result: Converted) -> None:
     implied: dict[str, Any] = {"norm_eps": 1e-5, "pre_norm": True}
+    if "norm_pre.weight" not in result.state and "patch_embed.proj.weight" in result.state:
+        # CLIPA's, without a norm before the blocks: timm's patches have a bias then.
+        implied["pre_norm"] = False
+        weight = result.state["patch_embed.proj.weight"]
+        result.state["patch_embed.proj.bias"] = weight.new_zeros(len(weight))
+        result.mapped = [_with_bias(one) for one in result.mapped]
     if any(".ls1." in key for key in result.state):
         implied["init_values"] = 1e-5
     result.implied |= implied
+
+
+def _with_bias(one: Mapped) -> Mapped:
+    if one.targets != ("patch_embed.proj.weight",):
+        return one
+    return Mapped(one.sources, (*one.targets, "patch_embed.proj.bias"), "with zero bias")
 
 
 LAYOUT = Layout(

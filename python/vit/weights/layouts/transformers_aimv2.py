@@ -18,9 +18,8 @@ _BLOCK = "encoder.layers.{n}."
 
 def configure(record: Record) -> dict[str, Any]:
     whole = record.choice("model_type", KINDS) == "aimv2"
-    vision = hf.tower(
-        record, whole, "aimv2_vision_model", "projection_dim", "logit_scale_init_value", "max_logit_scale"
-    )
+    beside = ("projection_dim", "logit_scale_init_value", "max_logit_scale", "initializer_factor")
+    vision = hf.tower(record, whole, "aimv2_vision_model", *beside)
     names: dict[str, Any] = {"dropout": "attention_dropout", "hidden_dropout": None, "eps_name": "rms_norm_eps"}
     arch = hf.sizes(vision, eps=1e-5, patch=14, dim=1024, depth=24, heads=8, hidden=2816, act="silu", **names)
     arch["qkv_bias"] = arch["proj_bias"] = vision.boolean("qkv_bias", False)

@@ -1,4 +1,5 @@
-"""transformers' CLIP: the image tower alone, with its projection, below a text tower, or with a classifier.
+"""transformers' CLIP, and MetaCLIP 2, which is the same: the image tower alone, with its projection, below a text
+tower, or with a classifier.
 
 The classifier (CLIPForImageClassification) reads the mean of the patches before the last norm, which it does not use.
 """
@@ -11,7 +12,7 @@ from ...support.records import Record
 from .. import transformers_config as hf
 from ..layout import Converted, Layout, to, with_zero_bias
 
-KINDS = ("clip", "clip_vision_model")
+KINDS = ("clip", "clip_vision_model", "metaclip_2", "metaclip_2_vision_model")
 TEXT = {
     r"(text_model|text_embedding|text_projection)\b.*": "the text tower",
     r"logit_(scale|bias)": "scale and bias of a contrastive loss",
@@ -19,17 +20,19 @@ TEXT = {
 
 
 def configure(record: Record) -> dict[str, Any]:
-    whole = record.choice("model_type", KINDS) == "clip"
-    vision = hf.tower(record, whole, "clip_vision_model", "initializer_factor", "logit_scale_init_value")
+    kind = record.choice("model_type", KINDS).removesuffix("_vision_model")
+    whole = record.text("model_type") == kind
+    vision = hf.tower(record, whole, f"{kind}_vision_model", "initializer_factor", "logit_scale_init_value")
     arch = hf.sizes(vision, eps=1e-5, patch=32, act="quick_gelu", dropout="attention_dropout", hidden_dropout=None)
     hf.ignore(vision, "initializer_factor", "dropout")
     projection = vision.integer("projection_dim", 512, 1)
     if whole:
         projection = record.integer("projection_dim", 512, 1)
         hf.finish(vision)
-    if "CLIPForImageClassification" in hf.classes_of(record):
+    classes = {name.replace("MetaClip2", "CLIP") for name in hf.classes_of(record)}
+    if "CLIPForImageClassification" in classes:
         return arch | _CLASSIFIER
-    if "CLIPVisionModel" in hf.classes_of(record):
+    if "CLIPVisionModel" in classes:
         projection = 0
     return arch | {"num_classes": projection}
 
