@@ -55,7 +55,9 @@ def softmax_rows(
         images = zip(_split(q, lengths), _split(k, lengths), strict=True)
         return torch.cat([softmax_rows(a, b, queries, scale) for a, b in images if a is not None], dim=-1)
     q, k = _unpacked(q, k)
-    q = q if queries is None else q[:, list(queries)]
+    if queries is not None:
+        first = _first_of_neighbours(queries)
+        q = q[:, list(queries)] if first is None else q[:, first : first + len(queries)]
     q, k = (t.transpose(1, 2).to(acc_dtype(t.dtype)) for t in (q, k))
     return (q * scale @ k.mT).softmax(dim=-1)
 
@@ -149,14 +151,19 @@ def launcher(
 
 
 def _chosen(queries: Sequence[int] | None, tokens: int, device: torch.device) -> tuple[int, Tensor | None, int]:
-    """The first of the queries, their numbers on the device, how many there are. Neighbours need no numbers, and so no
-    copy to a GPU, which a graph of launches could not hold."""
+    """The first of the queries, their numbers on the device where they are needed, how many there are."""
     if queries is None:
         return 0, None, tokens
-    first = queries[0] if queries else 0
-    if list(queries) == list(range(first, first + len(queries))):
+    if (first := _first_of_neighbours(queries)) is not None:
         return first, None, len(queries)
     return 0, torch.tensor(queries, dtype=torch.int64, device=device), len(queries)
+
+
+def _first_of_neighbours(queries: Sequence[int]) -> int | None:
+    """The first of queries that follow each other; None of others. Neighbours need no list of numbers on the device,
+    and so no copy to a GPU, which a graph of launches could not hold."""
+    first = queries[0] if queries else 0
+    return first if list(queries) == list(range(first, first + len(queries))) else None
 
 
 OP = Routine(
