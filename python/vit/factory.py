@@ -134,7 +134,6 @@ def _check_backend(backend: str) -> None:
 
 #: Arguments of timm.create_model that are none of a model, and what does the same here.
 _OF_TIMM = {
-    "pretrained": 'weights=FILE, weights=FOLDER or weights="hf-hub:timm/NAME" are loaded; without them a model is new',
     "checkpoint_path": "weights=FILE does the same",
     "features_only": "model.forward_intermediates(images, indices=...) gives the features of blocks",
     "out_indices": "model.forward_intermediates(images, indices=...) gives the features of blocks",

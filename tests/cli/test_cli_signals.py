@@ -217,7 +217,7 @@ def test_what_is_ignored_stays_ignored(stopped: Any, whole: Path, tmp_path: Path
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_signal_is_the_handler_of_befores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_is_the_one_of_the_handler_before(monkeypatch: pytest.MonkeyPatch) -> None:
     from vit.training import interrupt
 
     clock, seen = [10.0], []
