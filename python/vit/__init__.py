@@ -1,5 +1,10 @@
 """Vision Transformers on a readable PyTorch reference and on compiled kernels, forward and backward."""
 
+# First: a signal while PyTorch is imported, which takes seconds, ends the command in one line, too.
+from .support import stop as _stop  # noqa: F401
+
+# isort: split
+
 from . import ops, optim, viz, weights
 from .backends import BackendError, backends
 from .engine import Engine

@@ -132,10 +132,24 @@ def _check_backend(backend: str) -> None:
     )
 
 
+#: Arguments of timm.create_model that are none of a model, and what does the same here.
+_OF_TIMM = {
+    "checkpoint_path": "weights=FILE does the same",
+    "features_only": "model.forward_intermediates(images, indices=...) gives the features of blocks",
+    "out_indices": "model.forward_intermediates(images, indices=...) gives the features of blocks",
+    "pretrained_cfg": "a folder with config.json as weights= brings it; model.preprocess can be set",
+    "pretrained_cfg_overlay": "a folder with config.json as weights= brings it; model.preprocess can be set",
+    "scriptable": "torch.jit.trace(model, images) and torch.export.export(model, (images,)) make a graph of any model",
+    "exportable": "every model can be exported",
+}
+
+
 def _check_arch(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Refuses what is no argument of a model; the defaults of those that are."""
     for key in settings:
         if key not in defaults:
+            if key in _OF_TIMM:
+                raise ValueError(f"vit: create has no argument {key!r} of timm.create_model: {_OF_TIMM[key]}")
             near = nearest(key, (*defaults, *ALIASES))
             hint = f"; did you mean {', '.join(near)}?" if near else "."
             raise ValueError(f"vit: create has no argument {key!r}{hint} Allowed: {', '.join(defaults)}")

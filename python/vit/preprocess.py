@@ -120,7 +120,10 @@ class Preprocess:
     def convert(self, image: Image.Image) -> Image.Image:
         """The image upright, opaque (on white) and with the model's number of channels: grey for 1, RGB for 3."""
         if not isinstance(image, Image.Image):
-            raise TypeError(f"vit: preprocess takes a PIL image, got {type(image).__name__}; use Image.open(path)")
+            raise TypeError(
+                f"vit: preprocess takes a PIL image, got {type(image).__name__}; use Image.open(path) or "
+                "Image.fromarray(array) (uint8, [H, W] or [H, W, 3])"
+            )
         if self.in_chans not in (1, 3):
             raise ValueError(
                 f"vit: preprocess: a PIL image cannot be made into {self.in_chans} channels; "

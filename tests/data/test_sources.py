@@ -412,3 +412,16 @@ def test_a_table_beside_class_folders_is_no_data_set(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", [0, 1])
     assert kind_of(str(tmp_path)) == "folder"
     assert class_names(str(tmp_path)) == ["cat", "dog"]
+
+
+def test_test_images_without_labels_are_left_out(tmp_path: Path) -> None:
+    """Hugging Face's test splits have the label -1 everywhere: a test split is drawn from the others."""
+    images, labels = np.zeros((8, 8, 8), np.uint8), np.arange(8) % 2
+    said: list[str] = []
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=np.full(8, -1))
+    source = open_source(str(tmp_path / "a.npz"), report=said.append)
+    assert list(source.splits) == ["train"]
+    assert [line for line in said if "the test images in" in line and "have no labels (all are -1)" in line]
+    np.savez(tmp_path / "b.npz", x_train=images, y_train=labels, x_test=images, y_test=np.array([-1, *labels[1:]]))
+    with pytest.raises(DataError, match="-1"):
+        open_source(str(tmp_path / "b.npz"))

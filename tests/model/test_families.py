@@ -122,7 +122,7 @@ def test_an_exported_program_takes_other_batches(name):
     _, ours = pair(name)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(ours, (images(),), dynamic_shapes=({0: batch},))
-    assert torch.equal(program.module()(images(5)), ours(images(5)))
+    close(program.module()(images(5)), ours(images(5)))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("naflex")])  # neither does timm's

@@ -200,12 +200,23 @@ def test_the_recorder_sees_what_the_reference_does():
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 class TestTrace:
-    """torch.jit: a trace is its own check's equal, can be saved, frozen and trained, in whatever mode it was made."""
+    """What is traced for other programs has the bits of the reference and none of our ops, whatever the backend; it can
+    be saved, frozen and trained, in whatever mode it was made."""
 
     MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)
 
     @pytest.fixture
     def model(self, backend, device):
+        return self.made(backend, device)
+
+    @pytest.fixture
+    def reference(self, model, device):
+        found = self.made("reference", device)
+        found.load_state_dict(model.state_dict())
+        return found
+
+    @staticmethod
+    def made(backend, device):
         sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
         return vit.create("vit_tiny_patch16_224", backend=backend, device=device, **sizes)
 
@@ -219,48 +230,61 @@ class TestTrace:
 
     @pytest.mark.parametrize("train", [False, True])
     @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
-    def test_a_model(self, model, device, mode, train):
-        model.train(train)
+    def test_a_model(self, model, reference, device, mode, train):
+        model.train(train), reference.train(train)
         one, four = (draw.randn(n, 3, 32, 32, device=device) for n in (1, 4))
         with mode():
             traced = torch.jit.trace(model, one)
-        assert traced(one).equal(model(one))
-        assert traced(four).equal(model(four))
-        self.same_gradients(traced, model, four)
+        assert "vit_" not in str(traced.inlined_graph)
+        assert traced(one).equal(reference(one))
+        assert traced(four).equal(reference(four))
+        self.same_gradients(traced, reference, four)
 
-    def test_saved_frozen_and_copied(self, model, device):
+    def test_saved_frozen_and_copied(self, model, reference, device):
         images = draw.randn(2, 3, 32, 32, device=device)
         traced = torch.jit.trace(model.eval(), images)
         file = io.BytesIO()
         torch.jit.save(traced, file)
         file.seek(0)
         loaded = torch.jit.load(file)
-        want = model(images)
+        want = reference.eval()(images)
         for other in (loaded, torch.jit.freeze(loaded), torch.jit.freeze(traced), copy.deepcopy(traced)):
             assert other(images).equal(want)
-        self.same_gradients(loaded, model, images)
+        self.same_gradients(loaded, reference, images)
 
     @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
     @pytest.mark.parametrize("op", OPS)
     def test_an_op(self, backend, device, op, mode):
         tensors, options = small(op, device=device, grad=True)
 
-        def f(*given: Tensor) -> Tensor:
+        def f(*given: Tensor, backend: str = backend) -> Tensor:
             return call(op, backend, dict(zip(tensors, given, strict=True)), options)
 
         with mode():
             traced = torch.jit.trace(f, tuple(x.detach() for x in tensors.values()))
-        y, eager = traced(*tensors.values()), f(*tensors.values())
-        assert y.equal(eager)
-        got, want = (torch.autograd.grad(z.square().sum(), list(tensors.values())) for z in (y, eager))
+        assert "vit_" not in str(traced.graph)
+        y, plain = traced(*tensors.values()), f(*tensors.values(), backend="reference")
+        assert y.equal(plain)
+        got, want = (torch.autograd.grad(z.square().sum(), list(tensors.values())) for z in (y, plain))
         assert all(a.equal(b) for a, b in zip(got, want, strict=True))
 
-    def test_no_second_derivative_is_lost(self, backend, device):
-        x = draw.randn(8, device=device, requires_grad=True)
-        traced = torch.jit.trace(lambda x: vit.ops.gelu(x, backend=backend), x)
-        (dx,) = torch.autograd.grad(traced(x).sum(), x, create_graph=True)
-        with pytest.raises(vit.BackendError, match="double backward"):
-            dx.sum().backward()
+    @pytest.mark.skipif(not hasattr(torch.compiler, "_is_exporting_flag"), reason="torch says so from 2.7 on")
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_an_exported_program(self, model, reference, device, strict):
+        images = draw.randn(2, 3, 32, 32, device=device)
+        program = torch.export.export(model.eval(), (images,), strict=strict)
+        assert "vit_" not in str(program.graph)
+        close(program.module()(images), reference.eval()(images))
+
+    @pytest.mark.filterwarnings("ignore")  # OpenVINO's own
+    @pytest.mark.parametrize("dynamo", [False, True])
+    def test_openvino_converts_a_model(self, model, device, dynamo):
+        openvino = pytest.importorskip("openvino")
+        if device.type != "cpu":
+            pytest.skip("OpenVINO traces on the CPU")
+        images = draw.randn(2, 3, 32, 32)
+        converted = openvino.compile_model(openvino.convert_model(model.eval(), example_input=images, dynamo=dynamo))
+        close(converted(images.numpy())[0], model(images))
 
     @staticmethod
     def same_gradients(traced, model, images) -> None:
@@ -271,6 +295,14 @@ class TestTrace:
         assert all(a.equal(b) for a, b in zip(*found, strict=True))
 
 
+def test_no_second_derivative_is_lost_in_a_compiled_graph(backend, device):
+    x = draw.randn(8, device=device, requires_grad=True)
+    compiled = torch.compile(lambda x: vit.ops.gelu(x, backend=backend), backend="eager")
+    (dx,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
+    with pytest.raises(vit.BackendError, match="double backward"):
+        dx.sum().backward()
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_the_choice_of_a_backend_is_compiled(op):
     tensors, options = small(op)
@@ -278,10 +310,9 @@ def test_the_choice_of_a_backend_is_compiled(op):
     assert compiled(tensors).equal(call(op, "auto", tensors, options))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("export", ["trace", "export"])
-def test_onnx_gets_ops_it_knows(backend, device, monkeypatch, export):
-    """Its file runs without our kernels."""
+@pytest.mark.parametrize("strict", [False, True])
+def test_onnx_gets_ops_it_knows(backend, device, monkeypatch, strict):
+    """On every version of torch: the oldest do not say that they export a program."""
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     x, weight = draw.randn(3, 4, device=device), draw.randn(5, 4, device=device)
 
@@ -289,9 +320,6 @@ def test_onnx_gets_ops_it_knows(backend, device, monkeypatch, export):
         def forward(self, x: Tensor) -> Tensor:
             return vit.ops.linear(x, weight, activation="gelu", backend=backend)
 
-    if export == "trace":
-        graph = str(torch.jit.trace(Layer(), x).inlined_graph)
-    else:
-        graph = str(torch.export.export(Layer(), (x,)).graph)
+    graph = str(torch.export.export(Layer(), (x,), strict=strict).graph)
     assert "gelu" in graph
     assert "vit_" not in graph

@@ -537,3 +537,21 @@ def test_failed_load_leaves_no_open_file(saved, tmp_path):
     before: Tensor = small(weights=copy).head.weight.clone()
     save_file(small(3).state_dict(), copy)  # overwriting what was loaded does not reach into the model
     assert torch.equal(small(weights=saved).head.weight, before)
+
+
+def test_tensors_that_share_memory_or_are_channels_last_are_written(tmp_path):
+    """safetensors refuses both; a file holds each of them whole."""
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = vit.create("vit_tiny_patch16_224", backend="reference", **sizes).eval()
+    model.blocks[1].mlp = model.blocks[0].mlp
+    model.to(memory_format=torch.channels_last)
+    vit.weights.save(model, tmp_path)
+    images = draw.randn(2, 3, 16, 16)
+    again = vit.create(weights=tmp_path, backend="reference").eval()
+    assert torch.equal(again(images), model(images.contiguous(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "features_only", "scriptable"])
+def test_arguments_of_timms_create_model_say_what_takes_their_place(name):
+    with pytest.raises(ValueError, match=rf"no argument '{name}' of timm\.create_model: .*(weights=|model\b)"):
+        vit.create("vit_tiny_patch16_224", **{name: True})

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..support.extras import MissingExtra, require
+from ..support.files import replacing
 from ..support.random import Stream, normal
 from . import weights
 from .machine import versions
@@ -62,8 +63,12 @@ def export_base(model: str, arch: Arch, where: str, images: int) -> None:
     pixels = normal(shape, "images")
     with torch.inference_mode():
         logits = net(pixels[:COMPARED])
-    np.save(Path(where, "reference.npy"), logits.numpy())
-    np.save(Path(where, "images.npy"), pixels.numpy())
+    for name, array in (
+        ("reference.npy", logits),
+        ("images.npy", pixels),
+    ):  # images.npy last: it says that all is there
+        with replacing(Path(where, name)) as temporary, open(temporary, "wb") as file_of_array:
+            np.save(file_of_array, array.numpy())
 
 
 def export(spec: Spec) -> None:

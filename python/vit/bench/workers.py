@@ -13,6 +13,7 @@ import gc
 import multiprocessing
 import os
 import resource
+import signal
 import statistics
 import time
 import traceback
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ..support.stop import deferred
 from .runtimes import Refusal
 
 #: A round lasts about this long, but never less than one call.
@@ -59,7 +61,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # a forked process would inherit a dead OpenMP pool
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, threads), daemon=True)
-        self.process.start()
+        with deferred(signal.SIGINT, signal.SIGHUP):  # which a terminal sends to all its processes; this one stops them
+            self.process.start()
         other.close()
 
     def send(self, command: str, *args: Any) -> None:

@@ -1,7 +1,7 @@
 """The `vit` command. Each command is one module here with HELP, add_arguments(parser) and run(args) -> exit
 code.
 
-Exit codes: 0 done, 1 failed, 2 bad usage.
+Exit codes: 0 done, 1 failed, 2 bad usage, 128 + its number after a signal (130 SIGINT, 143 SIGTERM, 129 SIGHUP).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from ..support import stop
+from ..support.files import said
 from ..support.text import printable
 from .arguments import filled
 
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors a user can do something about are one text on standard error, without a
     traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        stop.listen()
     if sys.stdout is None:  # `>&-`: Python would drop the answer without a word
         print("vit: standard output is closed; send it to a file or to /dev/null", file=sys.stderr)
         return 1
@@ -47,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vit: cannot write the output: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        print("vit: interrupted", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:  # of a program that calls this: the command itself has a handler
+        print("vit: stopped by SIGINT", file=sys.stderr)
+        return 130
 
 
 def _speak() -> None:
@@ -89,7 +93,7 @@ def _run(words: list[str]) -> int:
     except BrokenPipeError:
         raise
     except _expected() as error:
-        text = "\n".join(map(printable, _text(error).split("\n"))) or type(error).__name__
+        text = "\n".join(map(printable, said(error).split("\n"))) or type(error).__name__
         print(text if text.startswith("vit: ") else f"vit: {text}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
@@ -152,14 +156,6 @@ def _is_lack_of_memory(error: BaseException) -> bool:
 
     out_of_memory = (MemoryError, torch.cuda.OutOfMemoryError)
     return isinstance(error, out_of_memory) or any(words in str(error) for words in _LACKS_MEMORY)
-
-
-def _text(error: BaseException) -> str:
-    """What an error says; of the system's errors the file and the reason, without their number."""
-    if isinstance(error, OSError) and error.strerror:
-        named = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        return f"{named}{error.strerror}"
-    return str(error)
 
 
 def _command(name: str) -> ModuleType:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from ..bench.peak import cpu_peak
 from ..bench.race import Job, Setting, environment, time_models, time_ops
 from ..bench.runtimes import RUNTIMES, Arch
 from ..parity.problems import DEFINITIONS
+from ..support.stop import when_stopped
 from . import bench_report
 from .arguments import device, json_target, new_file, positive
 from .show import Progress, save_json
@@ -90,12 +92,17 @@ def run(args: argparse.Namespace) -> int:
         setting = dataclasses.replace(setting, peak=cpu_peak(setting.threads))
     out = sys.stderr if args.json == "-" else sys.stdout
     report: dict[str, Any] = {"environment": environment(setting), "against": args.first, "records": [], "refused": []}
-    try:
-        for found in _measure(args, jobs, setting, out):
-            for name, entries in found.items():
-                report.setdefault(name, []).extend(entries)
-    finally:  # what was measured is kept even when the rest is interrupted
+
+    def save() -> None:
         save_json(_merged(old, report), args.json)
+
+    try:
+        with when_stopped(save):
+            for found in _measure(args, jobs, setting, out):
+                for name, entries in found.items():
+                    report.setdefault(name, []).extend(entries)
+    finally:  # what was measured is kept even when the rest fails
+        save()
     if args.plot:
         bench_report.plot(report, args.plot)
     return 1 if any(entry["failed"] for entry in report["refused"]) else 0
@@ -106,7 +113,11 @@ def _measure(
 ) -> Iterator[dict[str, list[dict[str, Any]]]]:
     """Shows and yields one race after the other."""
     turns = 0 if args.start_up == "only" else len(setting.candidates) * (args.rounds + 1)
-    with Progress(len(jobs) * turns) as progress, tempfile.TemporaryDirectory() as temporary:
+    with (
+        Progress(len(jobs) * turns) as progress,
+        tempfile.TemporaryDirectory() as temporary,
+        when_stopped(lambda: shutil.rmtree(temporary, ignore_errors=True)),
+    ):
 
         def watch(text: str) -> None:
             progress.step(text, advance=int(text.endswith("warm-up") or ", round " in text))

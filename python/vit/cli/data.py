@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import math
 import sys
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _index(args: argparse.Namespace) -> int:
     from ..data import open_source
+    from ..data.equal import in_words, repeated, shared_with_training
     from ..data.format import path_of
     from ..data.index import Index, Recorder
 
@@ -80,6 +82,8 @@ def _index(args: argparse.Namespace) -> int:
     written = _write(recorder, old) if recorder.index.entries else None
     if args.labels:
         write_text(Path(args.labels), _labels(source))
+    shared = shared_with_training(source.splits)
+    again = repeated(source.splits["train"]) if list(source.splits) == ["train"] else None
     sizes: list[tuple[int, int]] = [
         (entry.width, entry.height) for entry in recorder.index.entries.values() if not entry.reason
     ]
@@ -92,6 +96,7 @@ def _index(args: argparse.Namespace) -> int:
         "splits": {name: _counts(part, source.class_names) for name, part in source.splits.items()},
         "bad": [{"file": str(item.path), "reason": item.reason} for item in source.skipped],
         "changed": recorder.changed,
+        "equal": [dataclasses.asdict(one) for one in [*shared, *([again] if again else [])]],
         "smallest": list(min(sizes, key=math.prod)) if sizes else None,
         "largest": list(max(sizes, key=math.prod)) if sizes else None,
         "digest": recorder.index.digest() if written else source.fingerprint(),
@@ -104,6 +109,10 @@ def _index(args: argparse.Namespace) -> int:
         print(to_json(found))
     else:
         _show_index(found)
+        if shared:
+            print(f"  {in_words(shared)}")
+        if again:
+            print(f"  equal pictures: {again} are there more than once; splits drawn from them share pictures")
     for name in recorder.changed:
         print(f"vit: {printable(name)} is not the content of the index, of the same size and time", file=sys.stderr)
     return 1 if recorder.changed else 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..support.files import to_json
+from ..support.stop import when_stopped
 from ..support.text import printable
 from ..training.config import from_mapping
 from .arguments import count, new_file, positive
@@ -78,12 +79,14 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.out) if args.out else _new_folder()
     sweep = Sweep(plan, folder, lambda text: print(printable(text), file=out, flush=True))
     print(f"sweep {printable(str(folder))}: {args.sampler}, {' '.join(args.vary)}", file=out, flush=True)
+    words = [*sys.argv[1:], *([] if args.out else ["--out", str(folder)])]
+    way_out = f"go on with: vit {printable(shlex.join(words))}"
     try:
-        rows = sweep.run(lambda: sweep.write_csv(Path(args.csv)) if args.csv else None)
-    except Interrupted:
-        words = [*sys.argv[1:], *([] if args.out else ["--out", str(folder)])]
-        print(f"vit: stopped; go on with: vit {printable(shlex.join(words))}", file=sys.stderr)
-        return 1
+        with when_stopped(lambda: way_out):
+            rows = sweep.run(lambda: sweep.write_csv(Path(args.csv)) if args.csv else None)
+    except Interrupted as stop:
+        print(f"vit: stopped; {way_out}", file=sys.stderr)
+        return stop.exit_code
     if args.csv:
         sweep.write_csv(Path(args.csv))
     return _end(sweep, rows, args.json, out)

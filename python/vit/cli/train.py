@@ -70,8 +70,11 @@ def run(args: argparse.Namespace) -> int:
     except RefusedChange as refused:
         print(refused, file=sys.stderr)
         return 2
-    except (Interrupted, TrainError) as stop:
+    except Interrupted as stop:
         print(stop, file=sys.stderr)
+        return stop.exit_code
+    except TrainError as error:
+        print(error, file=sys.stderr)
         return 1
     if result.is_main:
         _report(result, show.line, args.json)

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..support.images import EXTENSIONS, decoded_pixels, explain, opened
 from ..support.text import printable
+from .equal import mark_of
 from .index import Check, Index, Recorder
 from .layout import ALLOWED, class_folders, file_text, listed, split_folders
 from .samples import DataError, Samples, Skipped, Source
@@ -56,12 +57,13 @@ def folder(
     for split, found in bases.items():
         labels_of = {name: label for label, name in enumerate(class_names) if name in found}
         items = [(path, label) for name, label in labels_of.items() for path in _files(found[name], skipped)]
-        reasons = reasons_against((path for path, _ in items), check, len(items), report)
+        reasons, marks = examined((path for path, _ in items), check, len(items), report)
         skipped += [Skipped(path, why) for (path, _), why in zip(items, reasons, strict=True) if why]
-        usable = [item for item, why in zip(items, reasons, strict=True) if not why]
-        paths = [path for path, _ in usable]
-        labels = np.array([label for _, label in usable], dtype=np.int64)
-        splits[split] = Samples(paths, labels, [file_text(path.relative_to(root).as_posix()) for path in paths])
+        usable = [place for place, why in enumerate(reasons) if not why]
+        paths = [items[place][0] for place in usable]
+        labels = np.array([items[place][1] for place in usable], dtype=np.int64)
+        keys = [file_text(path.relative_to(root).as_posix()) for path in paths]
+        splits[split] = Samples(paths, labels, keys, marks=marks[usable])
     if skipped and bad_images == "refuse":
         raise DataError(f"vit: {describe(skipped, root)}. Remove them, or use --bad-images skip")
     if classes is None:
@@ -149,9 +151,11 @@ class _Decoder:
     def __init__(self) -> None:
         self._turn = threading.Lock()
 
-    def decode(self, path: Path) -> None:
+    def decode(self, path: Path) -> int:
+        """The mark of the picture."""
         with opened(path) as image, self._turn if decoded_pixels(image) > LARGE else nullcontext():
             image.load()
+            return mark_of(image)
 
 
 def _read_header(path: Path) -> None:
@@ -160,8 +164,8 @@ def _read_header(path: Path) -> None:
 
 
 def check_of(validate: str, root: Path | None = None, recorder: Recorder | None = None) -> Check:
-    """What is done with each path or file object before training: "decode" or "header"; nothing with a file that the
-    index of the folder `root` knows."""
+    """What is done with each path or file object before training: "decode", which gives the picture's mark, or
+    "header"; nothing with a file that the index of the folder `root` knows."""
     check: Check = {"decode": _Decoder().decode, "header": _read_header}[validate]
     if recorder:
         return recorder.watching(check)
@@ -169,23 +173,23 @@ def check_of(validate: str, root: Path | None = None, recorder: Recorder | None 
     return index.guarding(check) if index else check
 
 
-def reasons_against(
-    items: Iterable[Any], check: Callable[[Any], object], total: int, report: Callable[[str], None] | None
-) -> list[str]:
-    """Per path or number of an image why `check` finds it unusable, or "". Decoding releases the interpreter lock, so
-    threads help."""
+def examined(
+    items: Iterable[Any], check: Check, total: int, report: Callable[[str], None] | None
+) -> tuple[list[str], np.ndarray]:
+    """Per path or number of an image why `check` finds it unusable, or "", and its mark. Decoding releases the
+    interpreter lock, so threads help."""
 
-    def reason(item: Any) -> str:
+    def look(item: Any) -> tuple[str, int]:
         try:
-            check(item)
+            return "", check(item) or 0
         except Exception as error:
-            return explain(Path(str(item)), error)
-        return ""
+            return explain(Path(str(item)), error), 0
 
-    reasons = []
+    reasons, marks = [], np.zeros(total, np.uint64)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for done, why in enumerate(pool.map(reason, items), 1):
+        for place, (why, mark) in enumerate(pool.map(look, items)):
             reasons.append(why)
-            if report and done % 10_000 == 0:
-                report(f"checked {done:,} of {total:,} images")
-    return reasons
+            marks[place] = mark
+            if report and (place + 1) % 10_000 == 0:
+                report(f"checked {place + 1:,} of {total:,} images")
+    return reasons, marks

@@ -22,23 +22,28 @@ from ..support.images import ImageError, explain, opened, upright_size
 from .samples import DataError
 
 NAME = ".vit-index.npz"
-FORMAT = 1
+FORMAT = 2
 
-_COLUMNS = {"size": np.int64, "changed": np.int64, "crc": np.uint32, "width": np.int32, "height": np.int32}
+_COLUMNS = {
+    **{"size": np.int64, "changed": np.int64, "crc": np.uint32},
+    **{"width": np.int32, "height": np.int32, "mark": np.uint64},
+}
 
-Check = Callable[[Any], object]
+#: What looks at an item; it gives the picture's mark (vit.data.equal), or nothing where it does not decode.
+Check = Callable[[Any], int | None]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file: bytes, time of change in ns, CRC-32 of its content, the upright picture's sides, and why it is unusable
-    ("" for one that is)."""
+    """A file: bytes, time of change in ns, CRC-32 of its content, the upright picture's sides, its mark, and why it is
+    unusable ("" for one that is)."""
 
     size: int
     changed: int
     crc: int
     width: int
     height: int
+    mark: int
     reason: str
 
     def is_of(self, about: os.stat_result) -> bool:
@@ -75,13 +80,13 @@ class Index:
     def guarding(self, check: Check) -> Check:
         """`check`, which is not asked about files that the index knows."""
 
-        def known(item: Any) -> object:
+        def known(item: Any) -> int | None:
             entry = self.find(item) if isinstance(item, Path) else None
             if entry is None:
                 return check(item)
             if entry.reason:
                 raise ImageError(entry.reason)
-            return None
+            return entry.mark
 
         return known
 
@@ -132,8 +137,8 @@ def _read(path: Path) -> dict[str, Entry]:
         if any(len(column) != count for column in (names, reasons, *columns)):
             raise ValueError("its parts have different lengths")
         return {
-            os.fsdecode(name): Entry(size, changed, crc, width, height, reason.decode())
-            for name, reason, size, changed, crc, width, height in zip(names, reasons, *columns, strict=True)
+            os.fsdecode(name): Entry(size, changed, crc, width, height, mark, reason.decode())
+            for name, reason, size, changed, crc, width, height, mark in zip(names, reasons, *columns, strict=True)
         }
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DataError):
@@ -155,7 +160,7 @@ class Recorder:
         """`check` of files, whose outcomes are written down; of other items `check` itself."""
         return lambda item: self._look(item, check) if isinstance(item, Path) else check(item)
 
-    def _look(self, path: Path, check: Check) -> None:
+    def _look(self, path: Path, check: Check) -> int:
         about = os.stat(path)
         entry = self.old.find(path) if self.old else None
         if entry and self.verify and _crc(path) != entry.crc:
@@ -169,19 +174,20 @@ class Recorder:
         self.index.entries[self.index.key(path)] = entry
         if entry.reason:
             raise ImageError(entry.reason)
+        return entry.mark
 
 
 def _entry(path: Path, about: os.stat_result, check: Check) -> Entry:
-    width = height = crc = 0
+    width = height = crc = mark = 0
     reason = ""
     try:
         crc = _crc(path)
-        check(path)
+        mark = check(path) or 0
         with opened(path) as image:
             width, height = upright_size(image)
     except Exception as error:  # as in vit.data.samples.read_image
         reason = explain(path, error).replace("\0", " ")
-    return Entry(about.st_size, about.st_mtime_ns, crc, width, height, reason)
+    return Entry(about.st_size, about.st_mtime_ns, crc, width, height, mark, reason)
 
 
 def _crc(path: Path) -> int:

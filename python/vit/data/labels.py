@@ -16,6 +16,7 @@ def by_names(
     name: str, kind: str, splits: dict[str, Samples], class_names: Sequence[str], where: object, request: Request
 ) -> Source:
     """The data set whose label i means class_names[i]. DataError names the first image with another label."""
+    splits = _labelled(splits, where, request)
     for split, samples in splits.items():
         wrong = np.flatnonzero((samples.labels < 0) | (samples.labels >= len(class_names)))
         if wrong.size:
@@ -41,6 +42,7 @@ def by_values(name: str, kind: str, splits: dict[str, Samples], where: object, r
     The caller is told when numbers have gaps, as one wrong label makes them. DataError for fewer than two classes and
     for one that training lacks.
     """
+    splits = _labelled(splits, where, request)
     found = {split: np.unique(samples.labels) for split, samples in splits.items()}
     if request.complete:
         _check_training(splits, where)
@@ -63,6 +65,14 @@ def by_values(name: str, kind: str, splits: dict[str, Samples], where: object, r
         for split, samples in splits.items()
     }
     return Source(name, kind, tuple(str(value) for value in values), numbered)
+
+
+def _labelled(splits: dict[str, Samples], where: object, request: Request) -> dict[str, Samples]:
+    """The splits without those whose every label is -1, as the test images of published sets have it: not known."""
+    unknown = [split for split, samples in splits.items() if len(samples) and set(samples.labels.tolist()) == {-1}]
+    for split in unknown:
+        request.say(f"the {split} images in {where} have no labels (all are -1), and are left out")
+    return {split: samples for split, samples in splits.items() if split not in unknown}
 
 
 def _check_training(splits: dict[str, Samples], where: object) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..support.images import opened
-from .folder import check_of, describe, images_below, reasons_against
+from .folder import check_of, describe, examined, images_below
 from .format import Request
 from .layout import SPLITS
 from .samples import DataError, Samples, Skipped
@@ -17,6 +17,7 @@ from .targets import Pictures
 IMAGES = ("images", "image", "imgs", "img", "rgb", "jpegimages")
 
 Pair = tuple[Path, Path]  # of an image and its picture, or of their folders
+Marked = tuple[Path, Path, int]  # and the mark of the image (vit.data.equal)
 
 
 def splits_of(root: Path, others: Sequence[str]) -> dict[str, Pair]:
@@ -45,26 +46,26 @@ def splits_of(root: Path, others: Sequence[str]) -> dict[str, Pair]:
 
 def usable_pairs(
     root: Path, splits: dict[str, Pair], request: Request, what: str, examine: Callable[[Path, Path], str]
-) -> tuple[dict[str, list[Pair]], list[Skipped]]:
+) -> tuple[dict[str, list[Marked]], list[Skipped]]:
     """The images of each split with their pictures, and those that are left out: without a picture, unreadable, or
     because of what `examine` says of the two ("" of those that are sound). Raises DataError where the request refuses
     these, and where nothing is left."""
     check = check_of(request.validate, root, request.recorder)
     skipped: list[Skipped] = []
-    found: dict[str, list[Pair]] = {}
+    found: dict[str, list[Marked]] = {}
     for split, (images, others) in splits.items():
         files, ignored = images_below(images)
         skipped += ignored
         of_name = {path.relative_to(others).with_suffix(""): path for path in images_below(others)[0]}
         found[split] = []
-        for image, why in zip(files, reasons_against(files, check, len(files), request.report), strict=True):
+        for image, why, mark in zip(files, *examined(files, check, len(files), request.report), strict=True):
             other = of_name.get(image.relative_to(images).with_suffix(""))
             if not why:
                 why = f"there is no {what} of its name in {others}" if other is None else examine(image, other)
             if why or other is None:
                 skipped.append(Skipped(image, why))
             else:
-                found[split].append((image, other))
+                found[split].append((image, other, int(mark)))
     if skipped and request.bad_images == "refuse":
         raise DataError(f"vit: {describe(skipped, root)}. Remove them, or use --bad-images skip")
     if not any(found.values()):
@@ -72,11 +73,12 @@ def usable_pairs(
     return found, skipped
 
 
-def samples_of(root: Path, pairs: Sequence[Pair], kind: type[Pictures]) -> Samples:
+def samples_of(root: Path, pairs: Sequence[Marked], kind: type[Pictures]) -> Samples:
     """The pairs as samples with targets of that kind."""
-    keys = [image.relative_to(root).as_posix() for image, _ in pairs]
-    images, others = [image for image, _ in pairs], [other for _, other in pairs]
-    return Samples(images, np.zeros(len(pairs), np.int64), keys, kind(others))
+    keys = [image.relative_to(root).as_posix() for image, *_ in pairs]
+    images, others = [image for image, *_ in pairs], [other for _, other, _ in pairs]
+    marks = np.array([mark for *_, mark in pairs], np.uint64)
+    return Samples(images, np.zeros(len(pairs), np.int64), keys, kind(others), marks)
 
 
 def size_of(image: Path) -> tuple[int, int]:

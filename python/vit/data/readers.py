@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from ..support.stop import deferred
 from .samples import ReaderError
 
 STOPPED_SECONDS = 10.0  # that a reader may be stopped (SIGSTOP) while the program that reads is not
@@ -64,17 +65,14 @@ class WatchedLoader:
 
     @contextmanager
     def _start(self) -> Iterator[None]:
-        """Readers that begin with `leave_signals` are forked with SIGTERM blocked, and so is every thread of theirs.
+        """Readers that begin with `leave_signals` are forked with signals blocked, and so is every thread of theirs.
         PyTorch may start one before it calls that function, and the kernel gives a signal to any thread that takes it.
         """
         if getattr(self.loader, "worker_init_fn", None) is not leave_signals:
             yield
             return
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
+        with deferred():
             yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
         """Ends the readers. Another iteration starts new ones."""
@@ -229,9 +227,10 @@ def _is_stopped(pid: int | None) -> bool:
 
 
 def leave_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach all processes of a terminal or a service; the main one decides, and its readers end when
-    it says so. A lone SIGTERM to a reader changes nothing."""
+    """Ctrl-C, SIGHUP and SIGTERM reach all processes of a terminal or a service; the main one decides, and its readers
+    end when it says so. A lone SIGTERM to a reader changes nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _nothing)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already so where WatchedLoader has started the reader
     threading.Thread(target=_obey_parent, daemon=True).start()

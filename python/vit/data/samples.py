@@ -29,12 +29,14 @@ class Samples:
         number); parts of one picture have its name
     targets: what the images are to be answered with, where that is more than a class (vit.data.targets). The labels are
         then zeros
+    marks: uint64 [n], equal where pictures are, 0 where they were not decoded (vit.data.equal)
     """
 
     images: np.ndarray | Stored | Sequence[Path]
     labels: np.ndarray
     keys: Sequence[str]
     targets: Targets | None = None
+    marks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.labels) == len(self.keys):
@@ -65,7 +67,8 @@ class Samples:
         else:
             images = [self.images[i] for i in chosen]
         targets = None if self.targets is None else self.targets.take(chosen)
-        return Samples(images, self.labels[chosen], [self.keys[i] for i in chosen], targets)
+        marks = None if self.marks is None else self.marks[chosen]
+        return Samples(images, self.labels[chosen], [self.keys[i] for i in chosen], targets, marks)
 
     @staticmethod
     def concatenate(parts: Sequence[Samples]) -> Samples:
@@ -80,7 +83,9 @@ class Samples:
         keys = [key for part in parts for key in part.keys]
         found = [part.targets for part in parts if part.targets is not None]
         targets = found[0].joined(found[1:]) if found else None
-        return Samples(images, np.concatenate([part.labels for part in parts]), keys, targets)
+        known = [part.marks for part in parts if part.marks is not None]
+        marks = np.concatenate(known) if len(known) == len(parts) else None
+        return Samples(images, np.concatenate([part.labels for part in parts]), keys, targets, marks)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@
 
   - ordinary tensors, nothing looking on: the *launcher* (allocate outputs, pass pointers), directly where no gradient
     is wanted, else inside one `autograd.Function`;
+  - in a graph that other programs run (torch.jit.trace, torch.export, ONNX): PyTorch's own ops, as for the reference;
   - anything else (torch.compile, fake tensors, a dispatch mode, tensor subclasses): the *registered op*
-    `torch.ops.vit_<backend>.<op>_fwd/_bwd`, since a raw kernel given a fake tensor would read address 0. Inside an
-    autograd.Function where torch.compile traces it, by itself in a torch.jit trace.
+    `torch.ops.vit_<backend>.<op>_fwd/_bwd`, since a raw kernel given a fake tensor would read address 0.
 
 `torch.library.custom_op` with `register_autograd` would be one line and costs 12 us per call against 4.2 us.
 """
@@ -108,13 +108,13 @@ class NativeOp(BoundOp):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            return self.traced(self.compiled, *args, **kwargs)
+            return self.compiled(*args, **kwargs)
         again, learn = self.repeats
         y: Any = False if kwargs or forward_ad._current_level >= 0 else again(args, self.record.scratch(_CPU))
         if type(y) is Tensor:
             return y
         if torch._C._get_tracing_state() is not None:
-            return self.traced(self.jit, *args, **kwargs)
+            return self.op.reference(*args, **kwargs)
         inputs, finish = self.op.arguments(*args, **kwargs)
         if self.transformed(inputs) or not self.takes(inputs):
             return self.op.reference(*args, **kwargs)
@@ -135,30 +135,17 @@ class NativeOp(BoundOp):
             learn(args, y, like(self.record, y))
         return y
 
-    def traced(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """A call that becomes part of a graph."""
-        if exporting_to_onnx():
+    def compiled(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A call that becomes part of a graph: of torch.compile the registered op, which has gradients of its own, as
+        torch 2.6 traces no autograd.Function with a closure."""
+        if runs_elsewhere():
             return self.op.reference(*args, **kwargs)
         inputs, finish = self.op.arguments(*args, **kwargs)
         if not self.takes(inputs):
             return self.op.reference(*args, **kwargs)
-        y = call(inputs)
-        return y if finish is None else finish(y)
-
-    def compiled(self, inputs: Sequence[Any]) -> Any:
-        """In torch.compile's and torch.export's graphs."""
-        # The registered op, which has gradients of its own: torch 2.6 traces no autograd.Function with a closure.
         saved = torch.is_grad_enabled() and _any_requires_grad(inputs)
-        return _tuple(self.fwd_op(*_distinct(inputs), saved))[0]
-
-    def jit(self, inputs: Sequence[Any]) -> Any:
-        """In a torch.jit trace: the registered op, which has gradients of its own.
-
-        An autograd.Function would become a call into Python, which no trace can be compared by or saved with.
-        """
-        if what := transform(inputs):
-            self.refuse(what)
-        return _tuple(self.fwd_op(*inputs, False))[0]
+        y = _tuple(self.fwd_op(*_distinct(inputs), saved))[0]
+        return y if finish is None else finish(y)
 
     def launched(self, *args: Any) -> tuple[Any, ...]:
         """The forward kernel by its launcher."""
@@ -257,9 +244,14 @@ def transform(inputs: Sequence[Any] | None = None) -> str | None:
 
 
 @constant
-def exporting_to_onnx() -> bool:
-    """Whether what is traced becomes an ONNX file: it runs without our kernels, so it holds PyTorch's own ops."""
-    return torch.onnx.is_in_onnx_export()
+def runs_elsewhere() -> bool:
+    """Whether what is traced becomes a graph that other programs read (torch.jit.trace, torch.export, ONNX; OpenVINO
+    asks for one of these): they have not our kernels, so it holds PyTorch's own ops."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or getattr(torch.compiler, "_is_exporting_flag", False)  # from torch 2.7 on
+        or torch.onnx.is_in_onnx_export()
+    )
 
 
 def ordinary(args: Sequence[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The kernels of an op as ops of torch's dispatcher: for torch.compile, torch.jit, fake tensors and profilers."""
+"""The kernels of an op as ops of torch's dispatcher: for torch.compile, fake tensors and profilers."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def _define(library: Any, namespace: str, name: str, schema: str, kernel: Any, f
 
 def register_gradients(op: Op, fwd_op: Any, bwd: Callable[..., Any], guard: Callable[..., Any]) -> None:
     """The registered forward op differentiates by itself wherever no autograd.Function of ours stands around it: in
-    torch.jit traces, whenever they run. `bwd` is the backward kernel, `guard` refuses a second backward."""
+    compiled graphs. `bwd` is the backward kernel, `guard` refuses a second backward."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *args, saved = inputs
-        # A trace says save=False whether or not its caller will want gradients: the forward is then run once more.
+        # A graph that was made without gradients may be asked for them: the forward is then run once more.
         outputs = output if saved else fwd_op(*args, True)
         op.save(ctx, tuple(args), outputs if isinstance(outputs, tuple) else (outputs,))
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from . import stop
 from .records import read_regular
 
 log = logging.getLogger("vit")
@@ -34,38 +35,76 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The temporary file is created for this write alone, under a name nobody can prepare a link at. After any error, a
     full disk included, `path` is what it was and the temporary file is gone; a kill leaves it behind (see
-    `remove_leftovers`). Raises OSError where `path` is a link, or a device or pipe, which a rename would remove.
+    `remove_leftovers`). Raises OSError, with `path` as its file, where it cannot be written, and where it is a link, or
+    a device or pipe, which a rename would remove.
     """
     refuse_link(path)
     if path.exists() and not path.is_file():
         raise Refused(errno.EINVAL, f"vit: {path} is no regular file, and a file is not put in its place; name another")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+    def tidy() -> None:
+        temporary.unlink(missing_ok=True)
+
+    try:
+        with stop.when_stopped(tidy):
+            try:
+                yield from _written(path, temporary)
+            except BaseException:
+                tidy()
+                raise
+    except OSError as error:
+        if (named := _about(error, path, temporary)) is error:
+            raise
+        raise named from error
+
+
+def _written(path: Path, temporary: Path) -> Iterator[Path]:
+    """The steps of `replacing`."""
     flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
     descriptor = os.open(temporary, flags, 0o666)
     try:
-        try:
-            mode = os.fstat(descriptor).st_mode  # what the user's umask gives; safetensors makes private files
-        finally:
-            os.close(descriptor)
-        yield temporary
-        descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            os.fchmod(descriptor, stat.S_IMODE(mode))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        mode = os.fstat(descriptor).st_mode  # what the user's umask gives; safetensors makes private files
+    finally:
+        os.close(descriptor)
+    yield temporary
+    descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(descriptor, stat.S_IMODE(mode))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
     _sync_folder(path.parent)
+
+
+def _about(error: OSError, path: Path, temporary: Path) -> OSError:
+    """The error with the file that could not be written: a full disk has no name, a library's text no number."""
+    if isinstance(error, BrokenPipeError) or error.filename not in (None, str(temporary), temporary):
+        return error  # of another file
+    if error.strerror is None:
+        return OSError(errno.EIO, f"cannot be written ({error})", str(path))
+    return error if error.strerror.startswith("vit: ") else type(error)(error.errno, error.strerror, str(path))
+
+
+def said(error: BaseException) -> str:
+    """What an error says; of the system's errors the file and the reason, without their number."""
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return f"{named}{error.strerror}"
+    return str(error)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files that killed writes left in a folder. Only for the folder's one owner."""
-    for path in folder.glob(".*.tmp"):
+    for path in filter(is_leftover, folder.iterdir()):
         if not path.is_dir() or path.is_symlink():
             path.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is called as the temporary ones of `replacing`."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def refuse_link(path: Path) -> None:

@@ -8,8 +8,10 @@ import os
 import socket
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
 
+from . import stop
 from .files import refuse_link
 
 NAME = ".lock"
@@ -54,9 +56,14 @@ class FolderLock:
                 return -1
             _held.add(key)
         self.key = key
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        stop.add(self._remove)
+        with suppress(OSError):  # a full disk: what comes next says so, with a name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         return descriptor
+
+    def _remove(self) -> None:
+        self.path.unlink(missing_ok=True)
 
     def _claim(self, descriptor: int) -> tuple[int, int, int] | None:
         """The identity of the file, locked now; None if the path names another file by now."""
@@ -78,7 +85,8 @@ class FolderLock:
         """Gives the folder back and removes the file."""
         with _guard:
             if self.descriptor >= 0:
-                self.path.unlink(missing_ok=True)
+                self._remove()
+                stop.remove(self._remove)
                 os.close(self.descriptor)
                 _held.discard(self.key)
                 self.descriptor = -1

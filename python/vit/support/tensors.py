@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import replacing, to_json
+from .files import replacing, said, to_json
 from .records import Record, parse_json
 from .text import printable
 
@@ -32,17 +32,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    tensors = _apart(tensors)
     checksums = {name: _checksum(name, tensor) for name, tensor in tensors.items()}
     text = to_json({"about": dict(about or {}), "tensors": checksums})
     try:
         with replacing(path) as temporary:
-            save_file(dict(tensors), temporary, metadata={KEY: f"{zlib.crc32(text.encode()):08x} {text}"})
+            save_file(tensors, temporary, metadata={KEY: f"{zlib.crc32(text.encode()):08x} {text}"})
     except (SafetensorError, OSError) as error:
         if isinstance(error, OSError) and str(error.strerror).startswith("vit: "):
             raise
         # safetensors has an exception of its own for a full disk; for a caller it is one of the system's.
         before = "The file before this one is unchanged" if path.exists() else "There was no file before this one"
-        raise OSError(f"vit: cannot write {path}: {error}. {before}") from error
+        reason = said(error).removeprefix(f"{path}: ")
+        raise OSError(f"vit: cannot write {path}: {reason}. {before}") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: contiguous (a model may be channels_last), and each with memory of its own
+    (blocks may share their weights)."""
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[torch.device, int]] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        place = (tensor.device, tensor.untyped_storage().data_ptr())
+        found[name] = tensor.clone() if tensor.numel() and place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def read_tensors(path: Path, required: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -4,10 +4,12 @@ from ..data import ReaderError
 from ..tasks import Evaluation
 from .config import TrainConfig
 from .evaluate import evaluate
-from .loop import Interrupted, TrainError, TrainResult
+from .interrupt import Interrupted
+from .report import TrainResult
 from .resume import RefusedChange
 from .run import Run
 from .start import train
+from .step import TrainError
 
 __all__ = [
     "Evaluation",

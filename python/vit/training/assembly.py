@@ -14,6 +14,7 @@ import torch
 from .. import tasks
 from ..data import Source, open_source
 from ..data.augment import Affine, Augment, CropFlip, Elastic, Erase
+from ..data.equal import in_words, shared_with_training
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
 from ..data.presets import PRESETS, Torchvision
@@ -165,7 +166,10 @@ def open_data(config: TrainConfig, report: Callable[[str], None]) -> Source:
         report(f"skipped {describe(source.skipped, Path(config.data))}")
     fractions = {"val": config.val_fraction, "test": config.test_fraction}
     needed = ["train", *(name for name, fraction in fractions.items() if fraction or name in source.splits)]
-    return source.divided(config.val_fraction, config.test_fraction, config.split_seed, needed)
+    source = source.divided(config.val_fraction, config.test_fraction, config.split_seed, needed)
+    if found := shared_with_training(source.splits):
+        report(in_words(found))
+    return source
 
 
 def _new_model(config: TrainConfig, source: Source, device: Any) -> tuple[Any, dict[str, Any]]:

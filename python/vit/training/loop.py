@@ -12,29 +12,29 @@ import logging
 import os
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from .. import tasks
 from ..data import ReaderError
 from ..support.extras import require
-from ..tasks import Evaluation
+from ..support.files import said
+from ..support.stop import deferred, when_stopped
 from . import resume as resuming
 from . import state
 from .assembly import Parts, assemble
 from .config import TrainConfig
 from .environment import accelerator, without_options
 from .evaluate import evaluate
-from .interrupt import Signals
+from .interrupt import Interrupted, Signals
 from .kept import keep_best
 from .progress import Display, Silent
 from .record import RunRecord
-from .report import announce, epoch_line, within_line, write_final
-from .run import Run, new_folder, new_path
+from .report import TrainResult, announce, draw_final, epoch_line, within_line, write_final
+from .run import Run, new_folder, new_path, way_out
 from .sharded import is_lost_process
 from .state import Progress
 from .step import Stepper, TrainError
@@ -43,23 +43,6 @@ from .trackers import Tracker
 log = logging.getLogger("vit")
 
 CHECKPOINT_SHARE = 0.05  # of the time that checkpoints may take: one of ViT-B (1.39 GB) took 5.7 s on two Zen 5 cores
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM stopped the training after a checkpoint."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished training reports. `test` is None where there are no test images."""
-
-    run: Path
-    test: Evaluation | None
-    epochs: int
-    seconds: float
-    backend: str
-    best_epoch: int
-    is_main: bool  # whether this is the process that speaks for all
 
 
 class Training:
@@ -88,6 +71,7 @@ class Training:
     def _build(self, config: TrainConfig, resumed: Run | None, out: str | Path | None, name: str) -> None:
         if resumed and self.main:
             self.held.enter_context(resumed.lock())
+            self.held.enter_context(when_stopped(partial(way_out, resumed)))
         fresh = resumed is not None and resumed.is_unstarted()
         described = resumed.model if resumed and not fresh else None
         self.parts: Parts = assemble(config, described, self.accelerator, self.display.line)
@@ -117,7 +101,9 @@ class Training:
             path = new_folder(out, name)
             self.held.enter_context(Run(path, self.config, self.parts.info).lock())
             new_path(out, name) if out is not None else None  # of two that start at once, the second finds files
-            Run.create(path, self.config, self.parts.info)
+            with deferred():  # a folder with some of its files is no run
+                run = Run.create(path, self.config, self.parts.info)
+                self.held.enter_context(when_stopped(partial(way_out, run)))
             names = [str(path)]
         if self.accelerator.num_processes > 1:
             require("accelerate.utils", "train").broadcast_object_list(names)
@@ -173,25 +159,27 @@ class Training:
                 if record:
                     try:
                         record.end(outcome, self.done)
-                    except OSError as error:  # the disk is full: that is what the error above says already
-                        log.warning("run.json does not say how the training ended: %s", error)
+                    except OSError as error:
+                        if outcome == "finished":  # else the disk is full, and the error above says so
+                            log.warning("run.json does not say how the training ended: %s", error)
             return result
 
     def _fit(self) -> TrainResult:
         epochs = self.config.epochs or 0
         announce(self.run, self.parts, self.accelerator.device, self.display.line)
         self.display.start(self.done, epochs * self.steps, self.images, self.config.log_seconds)
-        try:
-            with self.signals:
-                try:
-                    while self.progress.epoch < epochs and not self._is_patience_over():
-                        self._epoch()
-                    self._checkpoint()
-                except Exception as error:
-                    self._stop_for(error)
-        finally:
-            self.display.stop()
-        return self._finish()
+        with self.signals:
+            try:
+                while self.progress.epoch < epochs and not self._is_patience_over():
+                    self._epoch()
+                self._stop_if_asked()  # during the last validation
+                self._checkpoint()
+                self.display.stop()
+                return self._finish()
+            except Exception as error:
+                self._stop_for(error)
+            finally:
+                self.display.stop()
 
     def _is_patience_over(self) -> bool:
         """Whether --patience epochs have passed since the best one."""
@@ -201,7 +189,7 @@ class Training:
             self.display.line(f"ends after epoch {progress.epoch}: none of the last {patience} was better")
         return over
 
-    def _stop_for(self, error: Exception) -> None:
+    def _stop_for(self, error: Exception) -> NoReturn:
         """Leaves a checkpoint of the last whole step, and raises the error in words that say how to go on."""
         if isinstance(error, Interrupted):
             raise error
@@ -211,19 +199,18 @@ class Training:
             except OSError as second:
                 if not isinstance(error, OSError):  # a full disk has been named already
                     self.display.line(f"no checkpoint of the last steps: {second}")
-        can_go_on = self.run.checkpoint.is_file() or self.run.is_unstarted()
-        way_out = f"; go on with: vit train --resume {self.run.path}" if can_go_on else ""
+        tail = f"; {words}" if (words := way_out(self.run)) else ""
         if isinstance(error, ReaderError):
             time.sleep(0.05)  # a signal to the whole process group comes to the readers and to this process
             if self.signals.stop_requested:
-                self._interrupt(checkpoint=False)
-            raise TrainError(f"{error}{way_out}") from error
+                raise self._interrupted() from error
+            raise TrainError(f"{error}{tail}") from error
         if self.accelerator.num_processes > 1 and is_lost_process(error):
-            raise TrainError(f"vit: another process of this training has ended or does not answer{way_out}") from error
+            raise TrainError(f"vit: another process of this training has ended or does not answer{tail}") from error
         if isinstance(error, OSError):
-            raise OSError(f"{error}{way_out}") from error
-        if way_out and not isinstance(error, TrainError):
-            self.display.line(f"stopped by an error{way_out}")
+            raise OSError(f"{said(error)}{tail}") from error
+        if tail and not isinstance(error, TrainError):
+            self.display.line(f"stopped by an error{tail}")
         raise error
 
     # ---- epochs and steps ----
@@ -327,10 +314,12 @@ class Training:
         config, progress, samples = self.config, self.progress, self.parts.source.splits["test"]
         test = model = None
         if len(samples):
-            test = evaluate(model := self.run.load(), samples, config.batch_size or 1, config.workers, task=self.task)
+            model, leave = self.run.load(), self._leave_if_asked
+            test = evaluate(model, samples, config.batch_size or 1, config.workers, advance=leave, task=self.task)
         seconds = time.monotonic() - self.started
         if self.main:
-            write_final(self.run, self.parts, self.task, progress, test, model, seconds, self.display.line)
+            write_final(self.run, self.parts, self.task, progress, test, seconds, self.display.line)
+            draw_final(self.run, self.parts, self.task, test, model, self._leave_if_asked)
             self.tracker.line(self.run.read_metrics()[-1] | {"step": self.done})
         return TrainResult(
             self.run.path, test, progress.epoch, seconds, self.parts.backend, progress.best_epoch, self.main
@@ -361,17 +350,20 @@ class Training:
         else:
             stop = self.signals.stop_requested
         if stop:
-            self._interrupt()
-
-    def _interrupt(self, checkpoint: bool = True) -> None:
-        if checkpoint:
             self._checkpoint()
-        self.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one leaves
+            self.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one leaves
+            raise self._interrupted()
+
+    def _leave_if_asked(self) -> None:
+        """Interrupted, if this process got a signal; what follows the last epoch is done again as a whole."""
+        if self.signals.stop_requested:
+            raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
         progress = self.progress
-        raise Interrupted(
-            f"vit: stopped after step {progress.step}/{self.steps} of epoch {progress.epoch + 1}; "
-            f"go on with: vit train --resume {self.run.path}"
-        )
+        step = f"step {progress.step}/{self.steps} of epoch {progress.epoch + 1}"
+        where = step if progress.epoch < (self.config.epochs or 0) else "the last epoch"
+        return Interrupted(f"vit: stopped after {where}; {way_out(self.run)}", self.signals.number)
 
     def _checkpoint_due(self) -> bool:
         """After the first step, and when the interval is over; it is longer where a checkpoint takes long."""
@@ -393,6 +385,3 @@ class Training:
         self.checkpoints += 1
         self.last_checkpoint = time.monotonic()
         self.checkpoint_cost = self.last_checkpoint - began
-
-
-__all__ = ["Interrupted", "TrainError", "TrainResult", "Training"]

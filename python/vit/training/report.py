@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,19 @@ from .config import TrainConfig
 from .optim import used_decay
 from .run import Run
 from .state import Progress
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training reports. `test` is None where there are no test images."""
+
+    run: Path
+    test: Evaluation | None
+    epochs: int
+    seconds: float
+    backend: str
+    best_epoch: int
+    is_main: bool  # whether this is the process that speaks for all
 
 
 def announce(run: Run, parts: Parts, device: torch.device, say: Callable[[str], None]) -> None:
@@ -82,14 +97,10 @@ def write_final(
     task: Task,
     progress: Progress,
     test: Evaluation | None,
-    model: Any,
     seconds: float,
     say: Callable[[str], None],
 ) -> None:
-    """The last line of the metrics, the kept epoch in words, and the pictures. model: the kept one, where it was tested
-    with the figures `test`."""
-    from ..viz import curves, phases
-
+    """The last line of the metrics, and the kept epoch in words."""
     splits = parts.source.splits
     final: dict[str, Any] = {"final": True, "best_epoch": progress.best_epoch}
     if parts.config.val_steps:
@@ -104,7 +115,20 @@ def write_final(
         chosen = task.describe(progress.best, len(splits["val"]))
         step = f", step {progress.best_step:,}" if parts.config.val_steps else ""
         say(f"kept epoch {progress.best_epoch}{step}: {chosen} on {len(splits['val']):,} validation images")
+
+
+def draw_final(
+    run: Run, parts: Parts, task: Task, test: Evaluation | None, model: Any, between: Callable[[], None]
+) -> None:
+    """The pictures of a training; `between` is called before each. model: the kept one, where it was tested with the
+    figures `test`."""
+    from ..viz import curves, phases
+
+    between()
     curves(run.read_metrics(), *run.pictures("curves"), metric=task.metric, name=task.metric_name)
+    between()
     phases(run.read_metrics(), *run.pictures("phases"))
     if test:
-        task.picture(test, parts.source.class_names, run.pictures(task.picture_name), model, splits["test"])
+        between()
+        samples = parts.source.splits["test"]
+        task.picture(test, parts.source.class_names, run.pictures(task.picture_name), model, samples)

@@ -24,7 +24,7 @@ from .. import tasks
 from ..data import DataError, Samples, Source, open_source
 from ..factory import create
 from ..preprocess import Preprocess
-from ..support.files import append_line, refuse_link, remove_leftovers, to_json, write_text
+from ..support.files import append_line, is_leftover, refuse_link, remove_leftovers, to_json, write_text
 from ..support.lock import NAME as LOCK
 from ..support.lock import FolderLock
 from ..support.records import Record, parse_json, read_regular
@@ -125,7 +125,7 @@ class Run:
         lock = FolderLock(self.path)
         try:
             for entry in self.path.iterdir():
-                if entry.is_symlink() and not (entry.name.startswith(".") and entry.name.endswith(".tmp")):
+                if entry.is_symlink() and not is_leftover(entry):
                     refuse_link(entry)
             remove_leftovers(self.path)
         except BaseException:
@@ -203,9 +203,18 @@ class Run:
         ]
 
 
+def way_out(run: Run) -> str:
+    """How to go on with a run that stopped; nothing where it has lost its checkpoint."""
+    can_go_on = run.checkpoint.is_file() or run.is_unstarted()
+    return f"go on with: vit train --resume {run.path}" if can_go_on else ""
+
+
 def is_free(path: Path) -> bool:
-    """Whether a new run may go to `path`: there is nothing, or an empty folder (a lock in it does not count)."""
-    return not os.path.lexists(path) or (path.is_dir() and all(entry.name == LOCK for entry in path.iterdir()))
+    """Whether a new run may go to `path`: there is nothing, or an empty folder. What a killed start has left in it (a
+    lock, temporary files) does not count."""
+    return not os.path.lexists(path) or (
+        path.is_dir() and all(entry.name == LOCK or is_leftover(entry) for entry in path.iterdir())
+    )
 
 
 def new_path(out: str | Path | None, data: str) -> Path:

@@ -15,8 +15,9 @@ from . import resume as resuming
 from . import trackers
 from .config import TrainConfig
 from .evaluate import cpu_threads
-from .loop import Training, TrainResult
+from .loop import Training
 from .progress import Display, Silent
+from .report import TrainResult
 from .run import Run, is_free, new_path
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import io
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -29,7 +31,7 @@ from ..support.files import to_json, write_text
 from ..support.lock import FolderLock
 from .config import TrainConfig
 from .evaluate import cpu_threads
-from .loop import Interrupted
+from .interrupt import Interrupted
 from .progress import Silent
 from .run import Run
 from .start import train
@@ -99,7 +101,7 @@ class Sweep:
         Raises ValueError where the folder holds a sweep of other options, Interrupted after a signal.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FolderLock(self.folder):
+        with FolderLock(self.folder), self._database():
             self.study = self._open()
             for trial in self._unfinished():
                 self._train(trial)
@@ -112,6 +114,17 @@ class Sweep:
                 self._train(self.study.ask())
                 finished()
             return self.rows()
+
+    @contextmanager
+    def _database(self) -> Iterator[None]:
+        """OSError, with the file and the reason, in the place of the classes that SQLAlchemy and Optuna have for it."""
+        kinds = (require("sqlalchemy.exc", "sweep").SQLAlchemyError, self.optuna.exceptions.StorageInternalError)
+        try:
+            yield
+        except kinds as error:
+            known = error if hasattr(error, "orig") else error.__cause__
+            reason = str(getattr(known, "orig", error)).partition("\n")[0]
+            raise OSError(errno.EIO, f"{reason}, says SQLite", str(self.folder / STUDY)) from error
 
     def _open(self) -> Any:
         """The study of the folder, new or as it was left."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 from ..support.extras import require
-from ..support.files import replacing
+from ..support.files import write_bytes
 
 #: Formats of pictures, by suffix.
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -38,5 +39,7 @@ def save(figure: Any, path: str | Path) -> None:
     path = Path(path)
     kind = path.suffix.removeprefix(".").lower() or "png"
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}  # equal pictures are equal files
-    with require("matplotlib", "train").rc_context(WRITTEN), replacing(path) as temporary:
-        figure.savefig(temporary, dpi=160, format=kind, metadata=undated.get(kind))
+    content = io.BytesIO()  # matplotlib leaves a PDF open that the disk does not take
+    with require("matplotlib", "train").rc_context(WRITTEN):
+        figure.savefig(content, dpi=160, format=kind, metadata=undated.get(kind))
+    write_bytes(path, content.getvalue())

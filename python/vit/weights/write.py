@@ -7,7 +7,7 @@ from typing import Any
 
 from ..model.configs import CONFIGS, get_config
 from ..model.options import ALIASES
-from ..support.files import to_json, write_text
+from ..support.files import replacing, to_json
 from ..support.tensors import write_tensors
 
 #: Arguments of ours alone: timm reads a config without them.
@@ -26,8 +26,9 @@ def save(model: Any, folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record = config(model)
-    write_tensors(folder / "model.safetensors", {key: t.contiguous() for key, t in model.state_dict().items()})
-    write_text(folder / "config.json", to_json(record, indent=2) + "\n")
+    with replacing(folder / "config.json") as temporary:  # of weights that cannot be written the old config stays
+        temporary.write_text(to_json(record, indent=2) + "\n", encoding="utf-8")
+        write_tensors(folder / "model.safetensors", model.state_dict())
     return record
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from ...support.images import open_image, opened, upright_size
 from ...support.records import Record, RecordError, read_regular, shown
 from ...support.text import printable
-from ..folder import check_of, describe, reasons_against
+from ..folder import check_of, describe, examined
 from ..format import Format, Request, path_of
 from ..layout import split_word
 from ..points import OF_BOX, key_points
@@ -96,6 +96,7 @@ def coco_points(data: str, request: Request) -> Source:
     names: list[str] = []
     pairs: Any = None
     people: dict[str, list[_Person]] = {}
+    marks: dict[Path, int] = {}
     for path in files:
         split = split_word(path.stem) or "train"
         if split in people:
@@ -109,7 +110,9 @@ def coco_points(data: str, request: Request) -> Source:
         names = own
         images = _images(values, path, root, skipped)
         places = sorted({place for place, _ in images.values()})
-        why = dict(zip(places, reasons_against(places, check, len(places), request.report), strict=True))
+        reasons, found = examined(places, check, len(places), request.report)
+        why = dict(zip(places, reasons, strict=True))
+        marks |= dict(zip(places, found.tolist(), strict=True))
         skipped += [Skipped(place, reason) for place, reason in why.items() if reason]
         usable = {key: value for key, value in images.items() if not why[value[0]]}
         people[split] = _people(values, path, category, names, usable, set(images) - set(usable), skipped)
@@ -120,11 +123,13 @@ def coco_points(data: str, request: Request) -> Source:
     classes = list(request.classes or names)
     if missing := [name for name in names if name not in classes]:
         raise DataError(f"vit: {root} has the key points {missing}, the model has {classes}")
-    splits = {split: _samples(root, found, names, classes, pairs) for split, found in people.items()}
+    splits = {split: _samples(root, found, names, classes, pairs, marks) for split, found in people.items()}
     return Source(root.resolve().name, "coco_points", tuple(classes), splits, tuple(skipped))
 
 
-def _samples(root: Path, people: list[_Person], names: list[str], classes: list[str], pairs: Any) -> Samples:
+def _samples(
+    root: Path, people: list[_Person], names: list[str], classes: list[str], pairs: Any, marks: dict[Path, int]
+) -> Samples:
     """The samples of a split, their points in the order of the classes."""
     keys = [one.path.relative_to(root).as_posix() if one.path.is_relative_to(root) else one.path.name for one in people]
     windows = [one.window() for one in people]
@@ -136,7 +141,8 @@ def _samples(root: Path, people: list[_Person], names: list[str], classes: list[
     moved = None if pairs is None else [(order[a], order[b]) for a, b in pairs]
     targets = key_points(points, np.array([one.area for one in people]), boxes, classes, moved)
     images = Stored.of(Parts([one.path for one in people], windows), len(people))
-    return Samples(images, np.zeros(len(people), np.int64), keys, targets)
+    of_people = np.array([marks[one.path] for one in people], np.uint64)
+    return Samples(images, np.zeros(len(people), np.int64), keys, targets, of_people)
 
 
 def _read(path: Path) -> Record:

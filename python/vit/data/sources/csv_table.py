@@ -20,7 +20,7 @@ import numpy as np
 from ...support.images import EXTENSIONS
 from ...support.records import shown
 from ...support.text import printable
-from ..folder import check_of, describe, reasons_against
+from ..folder import check_of, describe, examined
 from ..format import Format, Request, path_of
 from ..labels import by_values
 from ..layout import class_folders, split_folders
@@ -194,7 +194,7 @@ def _listed(path: Path, request: Request) -> Source:
     except csv.Error as error:
         raise DataError(f"vit: {path}, line {rows.line_num}: {error}") from error
     check = check_of(request.validate, path.parent, request.recorder)
-    reasons = reasons_against(files, check, len(files), request.report)
+    reasons, marks = examined(files, check, len(files), request.report)
     skipped = tuple(Skipped(file, why) for file, why in zip(files, reasons, strict=True) if why)
     if skipped and request.bad_images == "refuse":
         raise DataError(f"vit: {describe(skipped, path.parent)}. Remove them, or use --bad-images skip")
@@ -202,7 +202,7 @@ def _listed(path: Path, request: Request) -> Source:
     if not usable:
         raise DataError(f"vit: {path} names no usable image; {describe(skipped, path.parent)}")
     keys = [files[i].relative_to(path.parent).as_posix() for i in usable]
-    samples = Samples([files[i] for i in usable], np.array([labels[i] for i in usable]), keys)
+    samples = Samples([files[i] for i in usable], np.array([labels[i] for i in usable]), keys, marks=marks[usable])
     source = by_values(path.stem, "csv", {"train": samples}, path, request)
     return Source(source.name, source.kind, source.class_names, source.splits, skipped)
 

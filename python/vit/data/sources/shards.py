@@ -20,7 +20,7 @@ from PIL import Image
 from ...support.images import EXTENSIONS, open_image
 from ...support.records import Record, parse_json
 from ...support.text import printable
-from ..folder import check_of, describe, reasons_against
+from ..folder import check_of, describe, examined
 from ..format import Format, Request, names_in, path_of
 from ..labels import by_names, by_values
 from ..layout import split_word
@@ -90,14 +90,14 @@ def _read(path: Path, request: Request, skipped: list[Skipped]) -> Samples:
     shard, labels = _index(path, skipped)
     check = check_of(request.validate)
     count = len(shard.names)
-    reasons = reasons_against(range(count), lambda i: check(io.BytesIO(shard.content(i))), count, request.report)
+    reasons, marks = examined(range(count), lambda i: check(io.BytesIO(shard.content(i))), count, request.report)
     skipped += [Skipped(path / shard.names[i], why) for i, why in enumerate(reasons) if why]
     usable = np.flatnonzero([not why for why in reasons])
     keys = [f"{path.name}/{name}" for name in shard.names]
     if len({type(label) for label in labels}) > 1:
         raise DataError(f"vit: {path}: some labels are numbers, others texts")
     array = np.array(labels, dtype=np.int64 if labels and isinstance(labels[0], int) else None)
-    return Samples(Stored.of(shard, count), array, keys).take(usable)
+    return Samples(Stored.of(shard, count), array, keys, marks=marks).take(usable)
 
 
 def _index(path: Path, skipped: list[Skipped]) -> tuple[Shard, list[int | str]]:

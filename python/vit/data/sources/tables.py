@@ -18,7 +18,7 @@ from PIL import Image
 from ...support.extras import require
 from ...support.images import open_image
 from ...support.records import Record, RecordError, parse_json
-from ..folder import check_of, describe, reasons_against
+from ..folder import check_of, describe, examined
 from ..format import Format, Request, path_of
 from ..labels import by_names, by_values
 from ..layout import split_word
@@ -90,14 +90,15 @@ def _read(path: Path, request: Request, skipped: list[Skipped]) -> tuple[Samples
         raise DataError(f"vit: {path}, row {wrong}: {label} is {labels[wrong]!r:.40}; a label is a number or a text")
     column = Column(path, table.column(image), str(path))
     check = check_of(request.validate)
-    reasons = reasons_against(
+    reasons, marks = examined(
         range(len(labels)), lambda i: check(io.BytesIO(column.content(i))), len(labels), request.report
     )
     skipped += [Skipped(path / str(i), why) for i, why in enumerate(reasons) if why]
     usable = np.flatnonzero([not why for why in reasons])
     array = np.array(labels, dtype=np.int64 if int in kinds or not kinds else None)
     keys = [f"{path.name}/{i}" for i in range(len(labels))]
-    return Samples(Stored.of(column, len(labels)), array, keys).take(usable), _class_names(path, table, label)
+    samples = Samples(Stored.of(column, len(labels)), array, keys, marks=marks).take(usable)
+    return samples, _class_names(path, table, label)
 
 
 def _table(path: Path) -> Any:

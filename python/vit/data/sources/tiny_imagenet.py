@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...support.text import printable
-from ..folder import check_of, describe, images_below, reasons_against
+from ..folder import check_of, describe, examined, images_below
 from ..format import Format, Request, path_of
 from ..labels import by_names
 from ..samples import DataError, Samples, Skipped, Source
@@ -48,11 +48,12 @@ def tiny_imagenet(root: Path, request: Request) -> Source:
     check = check_of(request.validate, root, request.recorder)
     splits = {}
     for split, items in found.items():
-        reasons = reasons_against([path for path, _ in items], check, len(items), request.report)
+        reasons, marks = examined([path for path, _ in items], check, len(items), request.report)
         skipped += [Skipped(path, why) for (path, _), why in zip(items, reasons, strict=True) if why]
-        usable = [item for item, why in zip(items, reasons, strict=True) if not why]
-        keys = [path.relative_to(root).as_posix() for path, _ in usable]
-        splits[split] = Samples([path for path, _ in usable], np.array([label for _, label in usable], np.int64), keys)
+        usable = [place for place, why in enumerate(reasons) if not why]
+        paths, labels = [items[place][0] for place in usable], [items[place][1] for place in usable]
+        keys = [path.relative_to(root).as_posix() for path in paths]
+        splits[split] = Samples(paths, np.array(labels, np.int64), keys, marks=marks[usable])
     if skipped and request.bad_images == "refuse":
         raise DataError(f"vit: {describe(skipped, root)}. Remove them, or use --bad-images skip")
     source = by_names(root.resolve().name, "tiny_imagenet", splits, wnids, root, request)
