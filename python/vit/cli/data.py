@@ -195,10 +195,13 @@ def _profile(args: argparse.Namespace) -> int:
 
     given = {"data": args.data, "model": args.model, "augment": args.augment or "none"}
     config = from_mapping({k: v for k, v in given.items() if v}, "the command line").resolved(recipe_of(args.data))
+    from .. import tasks
     source = open_source(args.data, report=lambda text: print(printable(text), file=sys.stderr))
     if not (samples := source.splits.get("train")):
         raise ValueError(f"vit: {args.data} has no training images, only {' and '.join(source.splits)}")
-    model = create(config.model, num_classes=len(source.class_names))
+    task = tasks.get(config.task)
+    model = create(config.model, num_classes=len(source.class_names), **task.arch | config.arch)
+    model.preprocess = task.prepare(model.preprocess)
     step = _step(model) if args.step else None
     augment = augment_of(config, model)
     found = loader_profile(samples, model.preprocess, augment, args.batch_size, args.workers, args.batches, step)
