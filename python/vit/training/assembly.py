@@ -13,7 +13,7 @@ import torch
 
 from .. import tasks
 from ..data import Source, open_source
-from ..data.augment import Affine, Augment, CropFlip, Elastic, Erase
+from ..data.augment import Affine, Augment, Changes, CropFlip, Elastic, Erase
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
 from ..data.presets import PRESETS, Torchvision
@@ -27,6 +27,7 @@ from ..support.text import printable
 from ..weights import WeightsError, read
 from ..weights.infer import is_eva
 from .config import AUTO, TrainConfig
+from .features import begin_head
 from .optim import Average, make_optimizer
 from .scale import check_fp16
 from .sharded import copy_into
@@ -81,6 +82,11 @@ def assemble(
         model, info = _new_model(config, source, accelerator.device)
     else:
         model, info = _described_model(config, described, accelerator.device), described
+    if config.head_init == "probe" and described is None:
+        if config.task == "classification" and begin_head(model, source.splits["train"], config.batch_size or 1):
+            report("the classifier begins as a linear probe of the features")
+        else:
+            report("--head-init probe is for one linear classifier: the head begins at random")
     if config.freeze == "backbone":
         _freeze(model)
     if config.grad_checkpoint == "yes":
@@ -245,7 +251,7 @@ def _training_batches(
     config: TrainConfig, source: Source, model: VisionTransformer, accelerator: Any
 ) -> tuple[EpochBatches, WatchedLoader]:
     samples, world, size = source.splits["train"], accelerator.num_processes, config.batch_size or 1
-    batches = EpochBatches(len(samples), size, config.seed, accelerator.process_index, world)
+    batches = EpochBatches(len(samples), size, config.seed, accelerator.process_index, world, config.repeats)
     if len(batches) < config.accumulate:
         raise ValueError(
             f"vit: {len(samples)} training images do not fill one optimizer step of {size} images x "
@@ -258,7 +264,16 @@ def _training_batches(
 
 
 def augment_of(config: TrainConfig, model: VisionTransformer) -> Augment | None:
-    """The random changes of --augment, if any."""
+    """The random changes of --augment, --rotate, --jitter and the like, if any."""
+    base = _base_augment(config, model)
+    names = ("rotate", "hflip", "vflip", "jitter", "hue", "grey")
+    given = {name: value for name in names if (value := getattr(config, name))}
+    if model.preprocess.in_chans == 1 and (wrong := [f"--{name}" for name in ("hue", "grey") if name in given]):
+        raise ValueError(f"vit: {' and '.join(wrong)} change nothing of grey images, which {config.model} takes")
+    return Changes(base, model.preprocess.img_size, **given) if given else base
+
+
+def _base_augment(config: TrainConfig, model: VisionTransformer) -> Augment | None:
     if config.augment == "affine":
         return Affine()
     if config.augment == "elastic":
