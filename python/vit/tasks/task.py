@@ -23,6 +23,7 @@ class Evaluation:
 
     top5: share of images whose class is among the five likeliest
     ece: expected calibration error: how far confidence and accuracy are apart (arXiv:1706.04599, 15 bins)
+    bins: of each bin of the confidence that is not empty (images, mean confidence, accuracy)
     """
 
     accuracy: float
@@ -32,6 +33,7 @@ class Evaluation:
     predictions: Tensor
     top5: float = 0.0
     ece: float = 0.0
+    bins: tuple[tuple[int, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
