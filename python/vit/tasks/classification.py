@@ -20,6 +20,7 @@ class Classification(Task):
     metric, metric_name = "accuracy", "accuracy"
     monitored = ("train_cross_entropy", "train_accuracy")
     picture_name = "confusion"
+    places = False
     targets, needs = "labels", "a class for each image"
     data = "a folder of class folders"
 
@@ -61,8 +62,8 @@ class Classification(Task):
         loss, predictions, labels, fifth, confidence = columns
         right = predictions == labels
         count = len(labels)
-        return Evaluation(
         bins = calibration_bins(confidence, right)
+        return Evaluation(
             accuracy=int(right.sum()) / count,
             loss=math.fsum(loss.tolist()) / count,
             images=count,
@@ -94,8 +95,8 @@ class Classification(Task):
 
         for path in paths:
             confusion(evaluation.labels, evaluation.predictions, class_names, path)
-
             calibration(evaluation.bins, evaluation.ece, path.with_name(f"calibration{path.suffix}"))
+
 
 def calibration_bins(confidence: Tensor, right: Tensor, bins: int = 15) -> tuple[tuple[int, float, float], ...]:
     """Of equal bins of the confidence [images], those that are not empty: images, mean confidence, share of right ones.

@@ -73,6 +73,9 @@ class Task(Protocol):
     needs: str
     data: str
 
+    #: Whether the answers are places in the image, which move with it and are of one image each.
+    places: bool = True
+
     #: File name (without suffix) of the picture.
     picture_name: str
 

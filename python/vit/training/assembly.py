@@ -130,18 +130,18 @@ def _check_task(config: TrainConfig, source: Source) -> None:
         )
     if found == "labels":
         return
-    given = {
-        "--mixup": config.mixup,
-        "--cutmix": config.cutmix,
-        "--patch-drop-rate": config.patch_drop_rate,
-        "--teacher": config.teacher,
-        "--loss bce": config.loss == "bce",
-        f"--augment {config.augment}": config.augment in ("elastic", "randaug", "trivial"),
-    }
+    given: dict[str, Any] = {"--teacher": config.teacher}
+    if task.places:
+        given |= {
+            "--mixup": config.mixup,
+            "--cutmix": config.cutmix,
+            "--patch-drop-rate": config.patch_drop_rate,
+            "--loss bce": config.loss == "bce",
+            f"--augment {config.augment}": config.augment in ("elastic", "randaug", "trivial"),
+        }
     if wrong := [name for name, value in given.items() if value]:
-        raise ValueError(
-            f"vit: {', '.join(wrong)}: not with --task {config.task}, whose answers are places in the image"
-        )
+        why = "whose answers are places in the image" if task.places else "whose answers are no single class"
+        raise ValueError(f"vit: {', '.join(wrong)}: not with --task {config.task}, {why}")
 
 
 def _teacher(config: TrainConfig, source: Source, model: VisionTransformer) -> Teacher:
