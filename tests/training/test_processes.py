@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import two_processes
 from rounding import about
-from training_helpers import children, figures, same_bits, wait_for
+from training_helpers import figures, same_bits
 from vit.training import train
 
 pytestmark = pytest.mark.slow
@@ -101,27 +100,3 @@ def test_a_killed_process_ends_the_other_with_a_way_out(pair: Path) -> None:
     assert "another process of this training has ended or does not answer" in text
     assert f"go on with: vit train --resume {pair / 'lost'}" in text
     assert (pair / "lost" / "checkpoint.safetensors").is_file()
-
-
-def test_a_launcher_starts_all_again_and_they_go_on(alone: Path, tmp_path: Path) -> None:
-    """torchrun --max-restarts: a process is killed after the first checkpoint, and the curve stays that of one."""
-    run, config = tmp_path / "run", tmp_path / "recipe.yaml"
-    config.write_text(dataclasses.replace(two_processes.HALF, checkpoint_seconds=0.0).to_yaml())
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    words = ["-m", "vit", "train", "--config", str(config), "--out", str(run), "--resume", "auto"]
-    process = subprocess.Popen(
-        [sys.executable, *launch, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_for(lambda: (run / "checkpoint.safetensors").is_file(), process)
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    text = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, text
-    sessions = json.loads((run / "run.json").read_text())["sessions"]
-    assert len(sessions) == 2, text
-    assert 1 <= sessions[1]["from_step"] < 54
-    for line, want in zip(figures(run)[:-1], figures(alone)[:-1], strict=True):
-        assert line["train_loss"] == pytest.approx(want["train_loss"], abs=1e-5, rel=1e-5)
