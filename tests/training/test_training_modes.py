@@ -124,6 +124,14 @@ def test_torchvisions_presets_depend_on_the_image_alone(name: str) -> None:
     assert any(not np.array_equal(first[0], other) for other in first[1:])
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_torchvisions_presets_keep_grey_images_grey(name: str) -> None:
+    """The greyscale of 3-Augment has three channels, which no batch of grey images takes."""
+    pytest.importorskip("torchvision")
+    image, change = gradient().convert("L"), Torchvision(name, CropFlip((24, 24)))
+    assert {change(image, generator(0, 0, i)).mode for i in range(12)} == {"L"}
+
+
 def test_erased_pixels_do_not_depend_on_the_workers() -> None:
     samples = open_source("digits").splits["train"].take(range(24))
     images = Images(samples, Preprocess((8, 8), in_chans=1), None, 3, Erase(0.5))
