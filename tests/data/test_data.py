@@ -96,6 +96,20 @@ def test_an_empty_split_is_refused() -> None:
         source.divided(0.0, 0.2, 0)
 
 
+def test_a_fraction_of_few_images_is_one_of_each_class() -> None:
+    """0.05 of ten images a class is less than half an image of each, and the split was empty."""
+    labels = np.arange(40) % 4
+    samples = Samples(np.zeros((40, 8, 8), np.uint8), labels, [str(i) for i in range(40)])
+    source = Source("few", "arrays", tuple("abcd"), {"train": samples})
+    parts = source.divided(0.04, 0.05, 0).splits
+    assert {name: np.bincount(part.labels).tolist() for name, part in parts.items()} == {
+        "train": [8] * 4, "val": [1] * 4, "test": [1] * 4,
+    }  # fmt: skip
+    alone = Source("alone", "arrays", ("a", "b"), {"train": samples.take([0, 1, 5])})
+    parts = alone.divided(0.1, 0.0, 0, needed=("train",)).splits
+    assert {name: len(part) for name, part in parts.items()} == {"train": 2, "val": 1, "test": 0}
+
+
 def test_missing_data_names_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'.*nowhere' does not exist; allowed: digits, a folder of class folders"):
         kind_of(str(tmp_path / "nowhere"))

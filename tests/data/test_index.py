@@ -171,6 +171,15 @@ def test_the_profile_has_the_statistics_of_the_pixels(capsys) -> None:
     assert "data_share" not in found
 
 
+def test_the_profile_is_of_the_size_that_the_recipe_trains_at(tmp_path: Path, capsys) -> None:
+    """Not of its model's own, which for CIFAR is seven times larger on each side."""
+    x = draw.randint(0, 256, (20, 32, 32, 3)).numpy().astype(np.uint8)
+    np.savez(tmp_path / "images.npz", x_train=x, y_train=np.arange(20) % 2)
+    words = ["data", "profile", str(tmp_path / "images.npz"), "--batch-size", "4", "--batches", "1", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["size"] == [32, 32]
+
+
 def test_the_profile_of_a_step_says_what_it_waits_for(photos: Path) -> None:
     samples = open_source(str(photos)).splits["train"]
     seen = []

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vit.data import DataError, ReaderError, Samples, open_source
+from vit.data import DataError, ReaderError, Samples, kind_of, open_source
 from vit.data.folder import folder
 from vit.data.idx import read_idx
 from vit.data.loader import Images, InOrder, loader
@@ -74,6 +74,17 @@ def test_idx_files_of_two_test_splits_are_refused(tmp_path: Path) -> None:
     idx_file(tmp_path / "test-labels-idx1-ubyte", np.zeros(2, np.uint8))
     with pytest.raises(DataError, match=r"both t10k-labels-idx1-ubyte and test-labels-idx1-ubyte; keep one"):
         open_source(str(tmp_path))
+
+
+def test_idx_files_are_found_where_torchvision_puts_them(tmp_path: Path) -> None:
+    """root/MNIST/raw, by the root or the folder between; of two such data sets the root says not which."""
+    (tmp_path / "MNIST").mkdir()
+    mnist(tmp_path / "MNIST" / "raw", [0, 1] * 6, [1])
+    for place in (tmp_path, tmp_path / "MNIST", tmp_path / "MNIST" / "raw"):
+        assert (kind_of(str(place)), open_source(str(place)).splits["test"].labels.tolist()) == ("mnist", [1])
+    (tmp_path / "KMNIST").mkdir()
+    mnist(tmp_path / "KMNIST" / "raw", [0, 1] * 6)
+    assert kind_of(str(tmp_path)) == "folder"
 
 
 # ---- splits ----

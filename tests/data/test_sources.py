@@ -53,7 +53,8 @@ def write_cifar(folder: Path, labels: list[int], binary: bool, hundred: bool = F
     if binary:
         (folder / ("fine_label_names.txt" if hundred else "batches.meta.txt")).write_text("\n".join(NAMES) + "\n\n")
     else:
-        names = {"fine_label_names" if hundred else "label_names": NAMES}
+        texts = [name.encode() for name in NAMES] if hundred else NAMES  # as Python 3 writes them, and as published
+        names = {"fine_label_names" if hundred else "label_names": texts}
         (folder / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps(names, protocol=2))
     return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 

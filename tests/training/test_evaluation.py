@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from vit.cli import main
 from vit.data import open_source
 from vit.preprocess import Preprocess
+from vit.support.random import Stream
 from vit.tasks import get
-from vit.tasks.classification import calibration_error, confusion_counts, per_class
+from vit.tasks.classification import calibration_bins, confusion_counts, per_class
 from vit.training import evaluate
+from vit.training.corruptions import _OF_PIXELS, CORRUPTIONS, SEVERITIES, Corrupted
 from vit.training.features import features, knn_accuracy, probe_accuracy
 from vit.training.views import Views, averaged
 
@@ -53,7 +55,10 @@ def test_the_calibration_error_is_the_papers() -> None:
     right = torch.tensor([True, False, True, True])
     # Bins of 1/15: 0.9 (twice, half of them right), 0.95 and 0.55 alone.
     want = (2 * abs(0.5 - 0.9) + abs(1 - 0.95) + abs(1 - 0.55)) / 4
-    assert calibration_error(confidence, right) == pytest.approx(want)
+    bins = calibration_bins(confidence, right)
+    assert [images for images, _, _ in bins] == [1, 2, 1]
+    assert bins[1] == (2, pytest.approx(0.9), 0.5)
+    assert sum(images * abs(share - sure) for images, sure, share in bins) / 4 == pytest.approx(want)
     sure = of(torch.tensor([[100.0, 0.0]]).repeat(4, 1), torch.tensor([0, 0, 0, 1]))
     assert sure.ece == pytest.approx(0.25)
 
@@ -163,3 +168,73 @@ def test_the_command_says_all_of_it(model: torch.nn.Module, tmp_path: Path, caps
     assert larger["images"] == 20
     assert larger["loss"] != figures["loss"], "the same images, in four times as many patches"
     assert main(["eval", str(tmp_path / "data"), "--arch", "img_size"]) != 0
+
+
+# ---- corruptions ----
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_a_corruption_is_stronger_from_one_severity_to_the_next(kind: str) -> None:
+    """Farther from the image, or, where a factor passes 1, in another way; the same for the same seed and pixels."""
+    across, down = np.meshgrid(np.arange(64), np.arange(64))
+    texture = 96 + 60 * np.sin(across / 3) * np.cos(down / 4) + 20 * (across > 32)
+    image = Image.fromarray(np.stack([texture, texture * 0.7, 200 - texture * 0.5], axis=2).astype(np.uint8))
+    preprocess = Preprocess((64, 64))
+    changed = [Corrupted(preprocess, kind, severity) for severity in SEVERITIES]
+    away = [np.abs(np.asarray(one.changed(image)).astype(int) - np.asarray(image)).mean() for one in changed]
+    assert away[0] > 0.5
+    parts = [away[:2], away[2:]] if kind == "saturate" else [away]  # paler, and then more colourful
+    assert all(part == sorted(part) for part in parts)
+    first, again = changed[2](image), Corrupted(preprocess, kind, 3)(image)
+    assert torch.equal(first, again)
+    assert first.shape == (3, 64, 64)
+    other = Corrupted(preprocess, kind, 3, seed=1)(image)
+    assert torch.equal(first, other) != kind.endswith("noise")
+
+
+def test_brightness_and_saturation_are_those_of_hsv() -> None:
+    colors = pytest.importorskip("matplotlib.colors")
+    pixels = draw.rand(5, 6, 3).double().numpy()
+    hsv = colors.rgb_to_hsv(pixels)
+    for kind, place, changed in (
+        ("brightness", 2, np.clip(hsv[..., 2] + 0.2, 0, 1)),
+        ("saturate", 1, np.clip(hsv[..., 1] * 2, 0, 1)),
+    ):
+        wanted = hsv.copy()
+        wanted[..., place] = changed
+        function, amounts = _OF_PIXELS[kind]
+        amount = {"brightness": 0.2, "saturate": 2}[kind]
+        assert amount in amounts
+        assert np.allclose(function(pixels, amount, Stream("x")), colors.hsv_to_rgb(wanted), rtol=0, atol=1e-12)
+
+
+def test_corruptions_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "data"
+    for label in range(2):
+        (folder / str(label)).mkdir(parents=True)
+        for i in range(3):
+            picture(40, 30).convert("RGB").rotate(90 * i + 20 * label).save(folder / str(label) / f"{i}.png")
+    weights = tmp_path / "w.safetensors"
+    model = vit.create("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=16, num_heads=2, num_classes=2)
+    save_file(draw.fill(model, 0.2).state_dict(), weights)
+    arch = ["--arch", "img_size=32", "depth=1", "embed_dim=16", "num_heads=2", "num_classes=2"]
+    words = ["eval", str(weights), "--model", "vit_tiny_patch16_224", *arch, "--data", str(folder)]
+    drawn = tmp_path / "drawn"
+    assert main([*words, "--corrupt", "all", "--severity", "1", "5", "--draw", str(drawn), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["kind"], row["severity"]) for row in found["corruptions"]] == [
+        (kind, severity) for kind in CORRUPTIONS for severity in (1, 5)
+    ]
+    assert found["corrupted_accuracy"] == pytest.approx(np.mean([row["accuracy"] for row in found["corruptions"]]))
+    assert all(0 <= row["accuracy"] <= 1 and math.isfinite(row["loss"]) for row in found["corruptions"])
+    assert sum(bin["images"] for bin in found["calibration"]) == 6
+    gaps = [bin["images"] * abs(bin["accuracy"] - bin["confidence"]) for bin in found["calibration"]]
+    assert sum(gaps) / 6 == pytest.approx(found["ece"])
+    assert {path.name for path in drawn.iterdir()} == {"confusion.png", "calibration.png"}
+    assert main([*words, "--corrupt", "fog"]) == 2
+    assert "--corrupt has no fog" in capsys.readouterr().err
+    assert main([*words, "--corrupt", "jpeg_compression"]) == 0
+    assert "jpeg_compression, severity 3:" in capsys.readouterr().out
+    grey = vit.create("vit_digits")
+    with pytest.raises(ValueError, match="saturate changes nothing of grey images"):
+        Corrupted(grey.preprocess, "saturate", 1)

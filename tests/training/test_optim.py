@@ -122,6 +122,23 @@ def test_a_loaded_state_goes_on_to_the_bit(state: str, dtype: torch.dtype) -> No
     assert pickle.loads(pickle.dumps(second)).state_dict()["param_groups"] == second.state_dict()["param_groups"]
 
 
+def test_a_state_by_names_is_loaded_as_it_is() -> None:
+    """torch.distributed.checkpoint calls parameters by their names; PyTorch's own cast would make floats of bytes."""
+    whole, part = model(), model()
+    fit(whole, AdamW(whole.parameters(), state="8bit"), 10)
+    first = AdamW(part.parameters(), state="8bit")
+    fit(part, first, 4)
+    saved = first.state_dict()
+    for group in saved["param_groups"]:
+        group["params"] = [f"p{index}" for index in group["params"]]
+    saved["state"] = {f"p{index}": state for index, state in saved["state"].items()}
+    second = AdamW(part.parameters(), state="8bit")
+    second.load_state_dict(saved)
+    fit(part, second, 6, first=4)
+    for a, b in zip(whole.parameters(), part.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_state_that_does_not_fit_is_named() -> None:
     net, other = model(), model()
     optimizer, theirs = AdamW(net.parameters(), state="8bit"), torch.optim.AdamW(other.parameters())

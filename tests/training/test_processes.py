@@ -89,6 +89,12 @@ def test_a_sharded_training_goes_on_to_the_bit(pair: Path) -> None:
     same_bits(pair / "whole", pair / "interrupted")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_8_bit_averages_of_parts_are_saved_and_loaded(pair: Path, rank: int) -> None:
+    """Those of each process: the averages of one were taken for all of them."""
+    assert (pair / f"optimizer-{rank}.txt").read_text() == "[True, True]"
+
+
 def test_a_killed_process_ends_the_other_with_a_way_out(pair: Path) -> None:
     text = (pair / "error.txt").read_text()
     assert "another process of this training has ended or does not answer" in text

@@ -80,6 +80,9 @@ def _index(args: argparse.Namespace) -> int:
     recorder = Recorder(root, None if args.fresh else old, args.verify)
     source = open_source(args.data, report=lambda text: print(printable(text), file=sys.stderr), recorder=recorder)
     written = _write(recorder, old) if recorder.index.entries else None
+    if args.labels and source.answers not in ("labels", "label_sets"):
+        kind = source.answers.replace("_", " ")
+        raise ValueError(f"vit: --labels writes the classes of images, and {args.data} has {kind}; leave it out")
     if args.labels:
         write_text(Path(args.labels), _labels(source))
     shared = shared_with_training(source.splits)
@@ -137,6 +140,8 @@ def _counts(samples: Any, names: Any) -> dict[str, Any]:
         masks = (np.asarray(targets.picture(i)) for i in range(len(samples)))
         found = (np.bincount(mask.ravel(), minlength=256) for mask in masks)
         counts = sum(found, np.zeros(256, np.int64))[: len(names)].tolist()
+    elif targets.kind == "label_sets":
+        counts = targets.there.sum(axis=0).tolist()
     elif targets.kind == "key_points":
         counts = (targets.points[:, :, 2] > 0).sum(axis=0).tolist()
     else:
@@ -145,12 +150,15 @@ def _counts(samples: Any, names: Any) -> dict[str, Any]:
 
 
 def _labels(source: Any) -> str:
-    text = io.StringIO()
+    """image,label,split; of several classes per image image,labels,split with | between them."""
+    text, names, sets = io.StringIO(), source.class_names, source.answers == "label_sets"
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "label", "split"])
+    table.writerow(["image", "labels" if sets else "label", "split"])
     for split, samples in source.splits.items():
-        for key, label in zip(samples.keys, samples.labels, strict=True):
-            table.writerow([key.encode("utf-8", "backslashreplace").decode(), source.class_names[label], split])
+        for place, key in enumerate(samples.keys):
+            there = samples.targets.there[place].nonzero()[0] if sets else [samples.labels[place]]
+            label = "|".join(names[one] for one in there)
+            table.writerow([key.encode("utf-8", "backslashreplace").decode(), label, split])
     return text.getvalue()
 
 
@@ -196,6 +204,7 @@ def _download(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
+    from .. import tasks
     from ..data import open_source, recipe_of
     from ..factory import create
     from ..training.assembly import augment_of
@@ -207,7 +216,9 @@ def _profile(args: argparse.Namespace) -> int:
     source = open_source(args.data, report=lambda text: print(printable(text), file=sys.stderr))
     if not (samples := source.splits.get("train")):
         raise ValueError(f"vit: {args.data} has no training images, only {' and '.join(source.splits)}")
-    model = create(config.model, num_classes=len(source.class_names))
+    task = tasks.get(config.task)
+    model = create(config.model, num_classes=len(source.class_names), **task.arch | config.arch)
+    model.preprocess = task.prepare(model.preprocess)
     step = _step(model) if args.step else None
     augment = augment_of(config, model)
     found = loader_profile(samples, model.preprocess, augment, args.batch_size, args.workers, args.batches, step)

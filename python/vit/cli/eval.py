@@ -68,7 +68,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--knn", type=positive, metavar="K", help="also: accuracy of the K nearest training images")
     parser.add_argument("--probe", action="store_true", help="also: accuracy of a linear classifier on the features")
+    parser.add_argument(
+        "--corrupt",
+        nargs="+",
+        action="extend",
+        metavar="KIND",
+        help="also: accuracy on images that are noisy, blurred, pale ...: kinds of ImageNet-C, or all",
+    )
+    parser.add_argument(
+        "--severity",
+        nargs="+",
+        type=int,
+        choices=(1, 2, 3, 4, 5),
+        default=[3],
+        help="how much they are corrupted (default: 3)",
+    )
+    parser.add_argument(
+        "--seed", type=count, default=0, metavar="N", help="of the noise of --corrupt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--draw",
+        metavar="FOLDER",
+        help="write the pictures that a training leaves: confusion and calibration, masks ...",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON; progress goes to standard error")
+
+
+#: Options that say something of a class alone.
+_OF_CLASSES = ("crops", "flip", "knn", "probe", "corrupt")
+
+
+def _wrong_options(args: argparse.Namespace, task: str) -> str:
+    """What is said of options that go with one class per image where the task is another; "" where there are none."""
+    given = [f"--{name}" for name in _OF_CLASSES if getattr(args, name)]
+    given = [name for name in given if name != "--crops" or args.crops > 1]
+    wrong = given and task != "classification"
+    return f"vit: {', '.join(given)}: with --task classification alone, not with {task}" if wrong else ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +121,7 @@ class Subject:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..training.corruptions import CORRUPTIONS
     from ..training.evaluate import cpu_threads
 
     subject_of = _run if (Path(args.run) / "config.yaml").is_file() or not _is_weights(args.run) else _weights
@@ -98,12 +134,17 @@ def run(args: argparse.Namespace) -> int:
     if subject_of is _weights and not args.data:
         print(f"vit: {printable(args.run)} is no run folder and has no data; give images with --data", file=sys.stderr)
         return 2
-    if args.task and args.task != "classification" and (args.crops > 1 or args.flip or args.knn or args.probe):
-        print(f"vit: --crops, --flip, --knn and --probe go with classification, not {args.task}", file=sys.stderr)
+    if args.task and (wrong := _wrong_options(args, args.task)):
+        print(wrong, file=sys.stderr)
         return 2
+    if args.corrupt and (unknown := [kind for kind in args.corrupt if kind not in ("all", *CORRUPTIONS)]):
+        print(f"vit: --corrupt has no {printable(unknown[0])}; it has all, {', '.join(CORRUPTIONS)}", file=sys.stderr)
+        return 2
+    if args.draw:
+        Path(args.draw).mkdir(parents=True, exist_ok=True)
     subject = subject_of(args)
     with cpu_threads(subject.threads):
-        figures = _figures(args, subject) | _on_features(args, subject)
+        figures = _figures(args, subject) | _corrupted(args, subject) | _on_features(args, subject)
     if args.json:
         print(to_json(figures))
     else:
@@ -125,20 +166,54 @@ def _figures(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     if subject.task != "classification":
         task = tasks.get(subject.task)
         found = evaluate(model, subject.samples, subject.batch_size, subject.workers, task=task)
+        _draw(args, task, found, subject)
         return figures | task.figures(found) | {"per_class": task.details(found, names)}
     views = Views(model.preprocess, args.crops, args.flip) if args.crops > 1 or args.flip else None
     result = evaluate(model, subject.samples, subject.batch_size, subject.workers, views=views, average=args.average)
+    _draw(args, tasks.get("classification"), result, subject)
     figures |= {
         "accuracy": result.accuracy,
         "interval": wilson(result.accuracy, result.images),
         "top5": result.top5,
         "ece": result.ece,
         "loss": result.loss,
+        "calibration": [
+            {"images": images, "confidence": sure, "accuracy": share} for images, sure, share in result.bins
+        ],
         "per_class": per_class(result, names),
     }
     if len(names) <= MOST_CONFUSED:
         figures["confusion"] = confusion_counts(result, len(names))
     return figures
+
+
+def _draw(args: argparse.Namespace, task: Any, found: Any, subject: Subject) -> None:
+    """The picture of an evaluation, in the folder of --draw."""
+    if args.draw:
+        target = Path(args.draw) / f"{task.picture_name}.png"
+        task.picture(found, subject.names, [target], subject.model, subject.samples)
+
+
+def _corrupted(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
+    """Accuracy and loss on corrupted images, of each kind and severity of --corrupt, and the mean accuracy."""
+    if not args.corrupt:
+        return {}
+    from ..training.corruptions import CORRUPTIONS, Corrupted
+    from ..training.evaluate import evaluate
+
+    model = subject.model
+    if not model.num_classes:
+        raise ValueError("vit: --corrupt needs a classifier, and the weights have none")
+    kinds = args.corrupt
+    if "all" in kinds:
+        kinds = [kind for kind in CORRUPTIONS if model.preprocess.in_chans > 1 or kind != "saturate"]
+    rows = []
+    for kind in dict.fromkeys(kinds):
+        for severity in sorted(set(args.severity)):
+            show = Corrupted(model.preprocess, kind, severity, args.seed)
+            found = evaluate(model, subject.samples, subject.batch_size, subject.workers, show=show)
+            rows.append({"kind": kind, "severity": severity, "accuracy": found.accuracy, "loss": found.loss})
+    return {"corruptions": rows, "corrupted_accuracy": sum(row["accuracy"] for row in rows) / len(rows)}
 
 
 def _on_features(args: argparse.Namespace, subject: Subject) -> dict[str, float]:
@@ -173,6 +248,8 @@ def _show(figures: dict[str, Any], task: str) -> None:
         worst.sort(key=lambda row: row["recall"])
         shown = ", ".join(f"{printable(row['class'])} {100 * row['recall']:.1f} %" for row in worst[:5])
         print(f"lowest of the classes: {shown}")
+    for row in figures.get("corruptions", ()):
+        print(f"{row['kind']}, severity {row['severity']}: {100 * row['accuracy']:.2f} %  loss {row['loss']:.4f}")
     for name, text in (("knn_accuracy", "nearest neighbours"), ("probe_accuracy", "linear probe")):
         if name in figures:
             print(f"{text}: {100 * figures[name]:.2f} %")
@@ -193,8 +270,8 @@ def _run(args: argparse.Namespace) -> Subject:
     task = str(config.task or "classification")
     if args.task not in (None, task):
         raise ValueError(f"vit: {args.run} was trained for {task}, not for {args.task}")
-    if task != "classification" and (args.crops > 1 or args.flip or args.knn or args.probe):
-        raise ValueError(f"vit: --crops, --flip, --knn and --probe go with classification, not {task}")
+    if wrong := _wrong_options(args, task):
+        raise ValueError(wrong)
     if run.edited():
         print(
             f"vit: {printable(str(run.path / 'config.yaml'))} was changed after the training: the figures may not be "

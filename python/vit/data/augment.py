@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from ..support import affine
@@ -17,7 +17,8 @@ from ..support.random import Stream
 class Augment(Protocol):
     """A random change of one image; `resizes` says that it also brings the image to the model's size."""
 
-    resizes: ClassVar[bool]
+    @property
+    def resizes(self) -> bool: ...
 
     def __call__(self, image: Image.Image, rng: Stream) -> Image.Image: ...
 
@@ -146,6 +147,81 @@ class CropFlip:
 
 
 @dataclass(frozen=True)
+class Changes:
+    """What is done with an image beside, and after, another augmentation: a rotation, mirror images, other colours.
+
+    base: the other one, if any; size: (height, width) to which it brings the image, where it `resizes`
+    rotate: degrees, drawn from [-rotate, rotate]; what enters at the border is black
+    hflip, vflip: probabilities of a mirror image, left for right and upside down
+    jitter: brightness, contrast and saturation are multiplied by factors drawn from [1 - jitter, 1 + jitter], in this
+        order; hue: shift of the hue, drawn from [-hue, hue] turns; grey: probability that all colours go
+    """
+
+    base: Augment | None = None
+    size: tuple[int, int] = (0, 0)
+    rotate: float = 0.0
+    hflip: float = 0.0
+    vflip: float = 0.0
+    jitter: float = 0.0
+    hue: float = 0.0
+    grey: float = 0.0
+
+    @property
+    def resizes(self) -> bool:
+        """That of the other augmentation."""
+        return self.base is not None and self.base.resizes
+
+    def __call__(self, image: Image.Image, rng: Stream) -> Image.Image:
+        own = self._own(rng)
+        if self.base:
+            image = self.base(image, rng)
+        turned, mirrored = self._moves(image.size, own)
+        if self.rotate:
+            kind = Image.Transform.AFFINE
+            image = image.transform(image.size, kind, turned, Image.Resampling.BILINEAR, fillcolor=0)
+        for flip, way in zip(mirrored, (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM), strict=True):
+            image = image.transpose(way) if flip else image
+        return self._coloured(image, own)
+
+    def place(self, size: tuple[int, int], rng: Stream) -> affine.Map:
+        own = self._own(rng)
+        place = self.base.place(size, rng) if self.base else affine.IDENTITY
+        width, height = shown = self.size[::-1] if self.resizes else size
+        turned, (across, down) = self._moves(shown, own)
+        if self.rotate:
+            place = affine.after(place, turned)
+        if across:
+            place = affine.after(place, (-1.0, 0.0, float(width), 0.0, 1.0, 0.0))
+        return affine.after(place, (1.0, 0.0, 0.0, 0.0, -1.0, float(height))) if down else place
+
+    @staticmethod
+    def _own(rng: Stream) -> Stream:
+        """The numbers of these changes, drawn before the other augmentation's: how many that takes does not matter."""
+        return Stream("changes", int(rng.integers(0, 1 << 62, 1)[0]))
+
+    def _moves(self, size: tuple[int, int], own: Stream) -> tuple[affine.Map, tuple[bool, bool]]:
+        """The rotation of an image of that size, and in which ways it is mirrored."""
+        turned = Affine(self.rotate, 0.0, 0.0, 0.0).place(size, own)
+        across, down = own.uniform(0.0, 1.0, 2).tolist()
+        return turned, (across < self.hflip, down < self.vflip)
+
+    def _coloured(self, image: Image.Image, own: Stream) -> Image.Image:
+        *factors, turn, chance = own.uniform(-1.0, 1.0, 5).tolist()
+        if self.jitter:
+            enhancers: list[Any] = [ImageEnhance.Brightness, ImageEnhance.Contrast]
+            enhancers += [ImageEnhance.Color] if image.mode == "RGB" else []
+            for enhancer, factor in zip(enhancers, factors, strict=False):
+                image = enhancer(image).enhance(max(0.0, 1.0 + self.jitter * factor))
+        if self.hue and image.mode == "RGB":
+            hue, *rest = image.convert("HSV").split()
+            moved = (np.asarray(hue).astype(np.int64) + int(255 * self.hue * turn)) % 256
+            image = Image.merge("HSV", (Image.fromarray(moved.astype(np.uint8)), *rest)).convert("RGB")
+        if (chance + 1) / 2 < self.grey:
+            image = image.convert("L").convert(image.mode)
+        return image
+
+
+@dataclass(frozen=True)
 class Erase:
     """Sets a random rectangle of a normalized image to 0, the mean colour (arXiv:1708.04896).
 
@@ -170,7 +246,7 @@ class Erase:
         pixels[:, y : y + h, x : x + w] = 0.0
 
 
-def generator(seed: int, epoch: int, index: int) -> Stream:
+def generator(seed: int, epoch: int, index: int, *repeat: int) -> Stream:
     """The random numbers of one image in one epoch: the same whatever the worker, the batch or an
-    interruption."""
-    return Stream("augment", seed, epoch, index)
+    interruption. repeat: which of several times in that epoch, where it is seen so often."""
+    return Stream("augment", seed, epoch, index, *repeat)

@@ -23,7 +23,7 @@ from .readers import PATIENCE, WatchedLoader, leave_signals
 from .samples import Samples
 from .targets import View
 
-Key = tuple[int, int]  # epoch, index of the image
+Key = tuple[int, ...]  # epoch, index of the image, and which time in that epoch, where it is seen several times
 
 
 class Images(Dataset[tuple[Tensor, Any]]):
@@ -52,36 +52,36 @@ class Images(Dataset[tuple[Tensor, Any]]):
         return len(self.samples)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Any]:
-        epoch, index = key
+        _, index, *_ = key
         image, targets = self.samples.image(index), self.samples.targets
         label: Any = int(self.samples.labels[index])
         if targets is not None:
-            label = targets.tensor(index, self._view(image.size, epoch, index))
-        pixels = self._pixels(image, epoch, index)
+            label = targets.tensor(index, self._view(image.size, key))
+        pixels = self._pixels(image, key)
         if self.erase:
-            self.erase(pixels, Stream("erase", self.seed, epoch, index))
+            self.erase(pixels, Stream("erase", self.seed, *key))
         return pixels, label
 
-    def _view(self, size: tuple[int, int], epoch: int, index: int) -> View:
+    def _view(self, size: tuple[int, int], key: Key) -> View:
         """What the model sees of an image of that size: the evaluation transform and the augmentation, as one map."""
         preprocess, augment = self.preprocess, self.augment
         assert isinstance(preprocess, Preprocess)
         place, shown = preprocess.place(size)
         if augment is None:
             return View(place, shown)
-        rng = generator(self.seed, epoch, index)
+        rng = generator(self.seed, *key)
         if augment.resizes:
             return View(augment.place(size, rng), preprocess.img_size[::-1])
         return View(affine.after(place, augment.place(shown, rng)), shown)
 
-    def _pixels(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+    def _pixels(self, image: Image.Image, key: Key) -> Tensor:
         if self.augment is None:
             return self.preprocess(image)
         assert isinstance(self.preprocess, Preprocess)  # augmentation stands between its parts
         image = self.preprocess.convert(image)
         if not self.augment.resizes:
             image = self.preprocess.resize(image)
-        image = self.augment(image, generator(self.seed, epoch, index))
+        image = self.augment(image, generator(self.seed, *key))
         return self.preprocess.normalize(image)
 
 
@@ -91,11 +91,14 @@ class EpochBatches:
 
     Set `epoch` and `start` (batches to leave out) before iterating. Ranks take turns at the images, so that
     together they see what one process with `world` times the batch size would.
+
+    repeats: an image comes so often, one time after the other, each with an augmentation of its own (arXiv:1901.09335);
+        an epoch has as many batches as without, and so sees that share of the images
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, repeats: int = 1) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.repeats = rank, world, repeats
         self.epoch = 0
         self.start = 0
 
@@ -106,8 +109,11 @@ class EpochBatches:
         order = Stream("order", self.seed, self.epoch).permutation(self.count)
         stride = self.batch_size * self.world
         for batch in range(self.start, len(self)):
-            indices = order[batch * stride + self.rank : (batch + 1) * stride : self.world]
-            yield [(self.epoch, int(i)) for i in indices]
+            places = range(batch * stride + self.rank, (batch + 1) * stride, self.world)
+            if self.repeats == 1:
+                yield [(self.epoch, int(order[place])) for place in places]
+            else:
+                yield [(self.epoch, int(order[place // self.repeats]), place % self.repeats) for place in places]
 
 
 class InOrder:

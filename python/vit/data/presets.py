@@ -33,7 +33,7 @@ class Torchvision:
         try:
             torch.manual_seed(int(rng.integers(0, 1 << 31, 1)[0]))
             found: Image.Image = _transform(self.name)(image)
-            return found
+            return found if found.mode == image.mode else found.convert(image.mode)  # 3-Augment's grey has 3 channels
         finally:
             torch.set_rng_state(before)
 

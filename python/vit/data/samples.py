@@ -109,7 +109,8 @@ class Source:
         """The source with all three splits; those it lacks are drawn from "train", class by class.
 
         Membership depends on the seed and on an image's own key alone, so more images never move the others'
-        order, and no library version changes it. DataError when a split of `needed` would be empty.
+        order, and no library version changes it. Of classes so small that a fraction is nothing of any of them, one
+        image goes there if another is left. DataError when a split of `needed` would be empty.
         """
         splits = dict(self.splits)
         if "train" not in splits:
@@ -118,12 +119,16 @@ class Source:
         wanted = {"test": test_fraction, "val": val_fraction}
         missing = {name: fraction for name, fraction in wanted.items() if name not in splits}
         parts: dict[str, list[int]] = {name: [] for name in ("train", *missing)}
+        counts = np.bincount(train.labels, minlength=len(self.class_names)).tolist()
+        tiny = {name for name, fraction in missing.items() if not any(round(fraction * count) for count in counts)}
         for label in range(len(self.class_names)):
             members = np.flatnonzero(train.labels == label).tolist()
             members.sort(key=lambda i: _rank(seed, train.keys[i]))
             start = 0
             for name, fraction in missing.items():
                 count = round(fraction * len(members))
+                if name in tiny and fraction:
+                    count = int(len(members) - start > 1)
                 while 0 < count < len(members) - start and _same(train.keys, members, start + count):
                     count += 1  # several samples of one picture are of one split
                 parts[name] += members[start : start + count]

@@ -114,6 +114,30 @@ class Depths(Pictures):
 
 
 @dataclass(frozen=True)
+class LabelSets:
+    """The classes of each image, of which there may be several or none: bool [n, classes]. -> float32 [classes]."""
+
+    kind = "label_sets"
+
+    there: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.there)
+
+    def tensor(self, index: int, view: View) -> Tensor:
+        return torch.from_numpy(self.there[index].astype(np.float32))
+
+    def take(self, chosen: np.ndarray) -> LabelSets:
+        return LabelSets(self.there[chosen])
+
+    def joined(self, others: Sequence[LabelSets]) -> LabelSets:
+        return LabelSets(np.concatenate([self.there, *(other.there for other in others)]))
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(np.packbits(self.there).tobytes()).digest()
+
+
+@dataclass(frozen=True)
 class KeyPoints:
     """Points of one person, or thing, in each image.
 

@@ -108,12 +108,13 @@ class AdamW(torch.optim.Optimizer):
     def _step(self, parameter: Tensor, group: dict[str, Any], grad_scale: float) -> None:
         state = self.state[parameter]
         state["step"] += 1
-        backend = kernel_for(self.backend, _local(parameter), "exp_avg_root" in state)
+        mine, gradient = _local(parameter), _local(parameter.grad)  # type: ignore[arg-type]
+        local = {name: _local(value) for name, value in state.items()}
+        backend = kernel_for(self.backend, mine, "exp_avg_root" in state)
         if backend is None:
-            reference(parameter, parameter.grad, state, group, grad_scale)  # type: ignore[arg-type]
+            reference(mine, gradient, local, group, grad_scale)
         else:
-            local = {name: _local(value) for name, value in state.items()}
-            launch(backend, _local(parameter), _local(parameter.grad), local, group, grad_scale)  # type: ignore[arg-type]
+            launch(backend, mine, gradient, local, group, grad_scale)
 
     def _step_captured(self, parameters: list[Tensor], group: dict[str, Any], grad_scale: Tensor | float) -> None:
         """Steps that read nothing from the GPU: a dozen small operations for all parameters, then a kernel for each."""
@@ -184,19 +185,21 @@ class AdamW(torch.optim.Optimizer):
             group.setdefault("capturable", False)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         kinds = [_kind(group) for group in self.param_groups for _ in group["params"]]
-        for index, parameter in enumerate(parameters):
-            if index not in given:
+        # Numbers, or of torch.distributed.checkpoint the parameters' names.
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for index, (key, parameter) in enumerate(zip(keys, parameters, strict=True)):
+            if key not in given:
                 continue
             expected = initial_state(parameter, **kinds[index])
             for name, like in expected.items():
-                value = given[index].get(name)
+                value = given[key].get(name)
                 if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
                     found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else value
                     raise ValueError(
                         f"vit: the state of parameter {index} does not fit AdamW(state={kinds[index]['state']!r}): "
                         f"{name} is {found}, not {like.dtype} {list(like.shape)}"
                     )
-            self.state[parameter] = {name: given[index][name].to(expected[name].device, copy=True) for name in expected}
+            self.state[parameter] = {name: given[key][name].to(expected[name].device, copy=True) for name in expected}
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -215,18 +218,38 @@ def _kind(group: dict[str, Any]) -> dict[str, Any]:
     return {"state": group["state"], "averaged": averaged, "capturable": group["capturable"]}
 
 
+def _zeros_8bit(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """An average of 8 bits: its bytes [n], and the scales of its blocks [n / 256].
+
+    Of a DTensor the blocks are those of each process's part. Both are DTensors, too, so that checkpoints hold what each
+    process has: the bytes of the parameter's shape, the scales [parts, blocks of the largest part].
+    """
+    device = parameter.device
+    if not hasattr(parameter, "device_mesh"):
+        count = parameter.numel()
+        return torch.zeros(count, dtype=torch.uint8, device=device), torch.zeros(blocks_of(count), device=device)
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import zeros as spread
+
+    mesh, sizes, parts = parameter.device_mesh, list(parameter.shape), 1
+    for place, placement in enumerate(parameter.placements):  # type: ignore[attr-defined]
+        if placement.is_shard():
+            parts *= mesh.size(place)
+            sizes[placement.dim] = -(-sizes[placement.dim] // mesh.size(place))
+    ways = [Shard(0) if one.is_shard() else Replicate() for one in parameter.placements]  # type: ignore[attr-defined]
+    scales = spread(parts, blocks_of(math.prod(sizes)), device_mesh=mesh, placements=ways)
+    return torch.zeros_like(parameter, dtype=torch.uint8), scales
+
+
 def initial_state(parameter: Tensor, state: str, averaged: bool = False, capturable: bool = False) -> dict[str, Tensor]:
     """The state of a parameter before its first step."""
     step = torch.zeros((), dtype=torch.float32, device=parameter.device if capturable else "cpu")
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     ema = {"ema": parameter.detach().to(dtype, copy=True)} if averaged else {}
     if state == "8bit" and parameter.numel() >= MIN_8BIT:
-        count, device = _local(parameter).numel(), parameter.device
         names = ("exp_avg", "exp_avg_root")
-        bytes_, scales = (
-            {name: torch.zeros(count, dtype=torch.uint8, device=device) for name in names},
-            {f"{name}_scale": torch.zeros(blocks_of(count), device=device) for name in names},
-        )
+        zeros = {name: _zeros_8bit(parameter) for name in names}
+        bytes_, scales = {n: pair[0] for n, pair in zeros.items()}, {f"{n}_scale": pair[1] for n, pair in zeros.items()}
         return {"step": step, **bytes_, **scales, **ema}
     return {
         "step": step,

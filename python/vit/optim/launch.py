@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BackendError, NativeBackend, expect, get, records
-from .blockwise import code, dequantize, quantize
+from .blockwise import blocks_of, code, dequantize, quantize
 
 #: The fields of vit::AdamW, in the order in which `launch` gives them.
 expect(
@@ -159,8 +159,8 @@ def reference(
     lr, packed = float(group["lr"]), "exp_avg_root" in state
     correction1, correction2 = corrections(state, group)
     if packed:
-        m = dequantize(state["exp_avg"], state["exp_avg_scale"], signed=True).view(parameter.shape)
-        root = dequantize(state["exp_avg_root"], state["exp_avg_root_scale"], signed=False).view(parameter.shape)
+        m = _unpacked(state, "exp_avg").view(parameter.shape)
+        root = _unpacked(state, "exp_avg_root").view(parameter.shape)
         v = root.square_()
     else:
         m, v = state["exp_avg"], state["exp_avg_sq"]
@@ -177,7 +177,21 @@ def reference(
     if target is not parameter:
         parameter.copy_(target)
     if packed:
-        state["exp_avg"], state["exp_avg_scale"] = quantize(m.reshape(-1), signed=True)
-        state["exp_avg_root"], state["exp_avg_root_scale"] = quantize(root.reshape(-1), signed=False)
+        _pack(state, "exp_avg", m)
+        _pack(state, "exp_avg_root", root)
     if "ema" in state:
         state["ema"].lerp_(target.to(state["ema"].dtype), 1 - group["ema_decay"])
+
+
+def _unpacked(state: dict[str, Tensor], name: str) -> Tensor:
+    """The numbers of an average of 8 bits, float32 [n]. There may be more scales than blocks: of a larger part."""
+    indices = state[name].view(-1)
+    scales = state[f"{name}_scale"].view(-1)[: blocks_of(indices.numel())]
+    return dequantize(indices, scales, signed=name == "exp_avg")
+
+
+def _pack(state: dict[str, Tensor], name: str, values: Tensor) -> None:
+    """Puts the numbers into the bytes and scales of an average."""
+    indices, scales = quantize(values.reshape(-1), signed=name == "exp_avg")
+    state[name].view(-1).copy_(indices)
+    state[f"{name}_scale"].view(-1)[: len(scales)].copy_(scales)

@@ -20,6 +20,7 @@ class Classification(Task):
     metric, metric_name = "accuracy", "accuracy"
     monitored = ("train_cross_entropy", "train_accuracy")
     picture_name = "confusion"
+    places = False
     targets, needs = "labels", "a class for each image"
     data = "a folder of class folders"
 
@@ -61,6 +62,7 @@ class Classification(Task):
         loss, predictions, labels, fifth, confidence = columns
         right = predictions == labels
         count = len(labels)
+        bins = calibration_bins(confidence, right)
         return Evaluation(
             accuracy=int(right.sum()) / count,
             loss=math.fsum(loss.tolist()) / count,
@@ -68,7 +70,8 @@ class Classification(Task):
             labels=labels,
             predictions=predictions,
             top5=int(fifth.sum()) / count,
-            ece=calibration_error(confidence, right),
+            ece=math.fsum(images * abs(share - sure) for images, sure, share in bins) / count,
+            bins=bins,
         )
 
     def figures(self, evaluation: Evaluation) -> dict[str, float]:
@@ -87,21 +90,27 @@ class Classification(Task):
     def picture(
         self, evaluation: Evaluation, class_names: Sequence[str], paths: Sequence[Path], model: Any, samples: Any
     ) -> None:
-        """The confusion matrix."""
-        from ..viz import confusion
+        """The confusion matrix, and beside it in calibration.png (or .pdf, .svg) the diagram of the calibration."""
+        from ..viz import calibration, confusion
 
         for path in paths:
             confusion(evaluation.labels, evaluation.predictions, class_names, path)
+            calibration(evaluation.bins, evaluation.ece, path.with_name(f"calibration{path.suffix}"))
 
 
-def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
-    """sum over bins of (images in it / all) |accuracy - mean confidence|, of equal bins of the confidence."""
+def calibration_bins(confidence: Tensor, right: Tensor, bins: int = 15) -> tuple[tuple[int, float, float], ...]:
+    """Of equal bins of the confidence [images], those that are not empty: images, mean confidence, share of right ones.
+
+    The expected calibration error is the sum over them of (images in it / all) |share - mean confidence|.
+    """
     place = (confidence.nan_to_num() * bins).long().clamp(0, bins - 1)
-    gaps = [
-        abs(math.fsum(right[place == bin].double().tolist()) - math.fsum(confidence[place == bin].tolist()))
-        for bin in range(bins)
-    ]
-    return math.fsum(gaps) / len(confidence)
+    found = []
+    for bin in place.unique().tolist():
+        inside = place == bin
+        count = int(inside.sum())
+        sure = math.fsum(confidence[inside].tolist()) / count
+        found.append((count, sure, int(right[inside].sum()) / count))
+    return tuple(found)
 
 
 def per_class(evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ class Evaluation:
 
     top5: share of images whose class is among the five likeliest
     ece: expected calibration error: how far confidence and accuracy are apart (arXiv:1706.04599, 15 bins)
+    bins: of each bin of the confidence that is not empty (images, mean confidence, accuracy)
     """
 
     accuracy: float
@@ -32,6 +33,7 @@ class Evaluation:
     predictions: Tensor
     top5: float = 0.0
     ece: float = 0.0
+    bins: tuple[tuple[int, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class Task(Protocol):
     targets: str
     needs: str
     data: str
+
+    #: Whether the answers are places in the image, which move with it and are of one image each.
+    places: bool = True
 
     #: File name (without suffix) of the picture.
     picture_name: str

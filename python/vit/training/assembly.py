@@ -13,7 +13,7 @@ import torch
 
 from .. import tasks
 from ..data import Source, open_source
-from ..data.augment import Affine, Augment, CropFlip, Elastic, Erase
+from ..data.augment import Affine, Augment, Changes, CropFlip, Elastic, Erase
 from ..data.equal import in_words, shared_with_training
 from ..data.folder import describe
 from ..data.loader import EpochBatches, Images, loader
@@ -28,6 +28,7 @@ from ..support.text import printable
 from ..weights import WeightsError, read
 from ..weights.infer import is_eva
 from .config import AUTO, TrainConfig
+from .features import begin_head
 from .optim import Average, make_optimizer
 from .scale import check_fp16
 from .sharded import copy_into
@@ -82,6 +83,11 @@ def assemble(
         model, info = _new_model(config, source, accelerator.device)
     else:
         model, info = _described_model(config, described, accelerator.device), described
+    if config.head_init == "probe" and described is None:
+        if config.task == "classification" and begin_head(model, source.splits["train"], config.batch_size or 1):
+            report("the classifier begins as a linear probe of the features")
+        else:
+            report("--head-init probe is for one linear classifier: the head begins at random")
     if config.freeze == "backbone":
         _freeze(model)
     if config.grad_checkpoint == "yes":
@@ -125,18 +131,18 @@ def _check_task(config: TrainConfig, source: Source) -> None:
         )
     if found == "labels":
         return
-    given = {
-        "--mixup": config.mixup,
-        "--cutmix": config.cutmix,
-        "--patch-drop-rate": config.patch_drop_rate,
-        "--teacher": config.teacher,
-        "--loss bce": config.loss == "bce",
-        f"--augment {config.augment}": config.augment in ("elastic", "randaug", "trivial"),
-    }
+    given: dict[str, Any] = {"--teacher": config.teacher}
+    if task.places:
+        given |= {
+            "--mixup": config.mixup,
+            "--cutmix": config.cutmix,
+            "--patch-drop-rate": config.patch_drop_rate,
+            "--loss bce": config.loss == "bce",
+            f"--augment {config.augment}": config.augment in ("elastic", "randaug", "trivial"),
+        }
     if wrong := [name for name, value in given.items() if value]:
-        raise ValueError(
-            f"vit: {', '.join(wrong)}: not with --task {config.task}, whose answers are places in the image"
-        )
+        why = "whose answers are places in the image" if task.places else "whose answers are no single class"
+        raise ValueError(f"vit: {', '.join(wrong)}: not with --task {config.task}, {why}")
 
 
 def _teacher(config: TrainConfig, source: Source, model: VisionTransformer) -> Teacher:
@@ -249,7 +255,7 @@ def _training_batches(
     config: TrainConfig, source: Source, model: VisionTransformer, accelerator: Any
 ) -> tuple[EpochBatches, WatchedLoader]:
     samples, world, size = source.splits["train"], accelerator.num_processes, config.batch_size or 1
-    batches = EpochBatches(len(samples), size, config.seed, accelerator.process_index, world)
+    batches = EpochBatches(len(samples), size, config.seed, accelerator.process_index, world, config.repeats)
     if len(batches) < config.accumulate:
         raise ValueError(
             f"vit: {len(samples)} training images do not fill one optimizer step of {size} images x "
@@ -262,7 +268,16 @@ def _training_batches(
 
 
 def augment_of(config: TrainConfig, model: VisionTransformer) -> Augment | None:
-    """The random changes of --augment, if any."""
+    """The random changes of --augment, --rotate, --jitter and the like, if any."""
+    base = _base_augment(config, model)
+    names = ("rotate", "hflip", "vflip", "jitter", "hue", "grey")
+    given = {name: value for name in names if (value := getattr(config, name))}
+    if model.preprocess.in_chans == 1 and (wrong := [f"--{name}" for name in ("hue", "grey") if name in given]):
+        raise ValueError(f"vit: {' and '.join(wrong)} change nothing of grey images, which {config.model} takes")
+    return Changes(base, model.preprocess.img_size, **given) if given else base
+
+
+def _base_augment(config: TrainConfig, model: VisionTransformer) -> Augment | None:
     if config.augment == "affine":
         return Affine()
     if config.augment == "elastic":

@@ -29,8 +29,9 @@ CHOICES = {
     "parallel": ("ddp", "fsdp"),
     "distill": ("soft", "hard"),
     "loss": ("ce", "bce", "ce_dice"),
-    "optimizer": ("adamw", "adamw8bit"),
+    "optimizer": ("adamw", "adamw8bit", "sgd", "lion", "lamb"),
     "freeze": ("no", "backbone"),
+    "head_init": ("random", "probe"),
     "grad_checkpoint": ("no", "yes"),
     "bad_images": ("skip", "refuse"),
     "validate": ("decode", "header"),
@@ -52,6 +53,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "mixup": (0.0, 4.0),
     "cutmix": (0.0, 4.0),
     "erase": (0.0, 1.0),
+    "rotate": (0.0, 180.0),
+    "hflip": (0.0, 1.0),
+    "vflip": (0.0, 1.0),
+    "jitter": (0.0, 1.0),
+    "hue": (0.0, 0.5),
+    "grey": (0.0, 1.0),
+    "repeats": (1, 1000),
     "distill_alpha": (0.0, 1.0),
     "distill_temperature": (0.01, 1000.0),
     "patch_drop_rate": (0.0, 0.99),
@@ -95,14 +103,22 @@ class TrainConfig:
     epochs: int | None = _option(None, "passes over the training images")
     batch_size: int | None = _option(None, "images per forward pass and process")
     accumulate: int = _option(1, "forward passes per optimizer step")
-    lr: float | None = _option(None, "peak learning rate of AdamW")
+    lr: float | None = _option(None, "peak learning rate")
     min_lr: float = _option(0.0, "learning rate at the end of the cosine")
     warmup_epochs: float | None = _option(None, "epochs of linear warm-up")
     weight_decay: float = _option(0.05, "of matrices; biases, norms, position embedding and class token have none")
-    beta2: float = _option(0.999, "AdamW's second moment decay (the first is 0.9)")
-    optimizer: str = _option("adamw", "adamw8bit keeps its averages in 8 bits: a quarter of their memory")
+    beta2: float = _option(0.999, "decay of the second moment (that of the first, or sgd's momentum, is 0.9)")
+    optimizer: str = _option(
+        "adamw",
+        "adamw8bit keeps its averages in 8 bits: a quarter of their memory; sgd has Nesterov's momentum; lion (takes a "
+        "tenth of the lr, and --beta2 0.99) and lamb (for large batches) are timm's",
+    )
     layer_decay: float = _option(1.0, "learning rate of a block, as a share of that of the block above it")
     freeze: str = _option("no", "backbone: only the classifier learns (a linear probe)")
+    head_init: str = _option(
+        "random",
+        "probe: the classifier begins as logistic regression on the features of the training images (arXiv:2202.10054)",
+    )
     grad_checkpoint: str = _option("no", "yes computes each block anew in the backward: less memory, a third more time")
     clip: float = _option(1.0, "largest norm of all gradients together; 0 does not clip")
     spike: float = _option(0.0, "leaves out a step whose loss is above so many times the running mean; 0 takes all")
@@ -138,6 +154,17 @@ class TrainConfig:
         "torchvision",
     )
     crop_area: float = _option(0.35, "smallest share of an image's area that a random crop takes")
+    rotate: float = _option(0.0, "degrees by which an image is turned at most, in either direction")
+    hflip: float = _option(0.0, "probability of a mirror image, beside those of --augment crop")
+    vflip: float = _option(0.0, "probability that an image is upside down, as a mirror in the water shows it")
+    jitter: float = _option(0.0, "brightness, contrast and saturation are multiplied by 1 - this to 1 + this")
+    hue: float = _option(0.0, "share of the circle of hues by which colours move at most, in either direction")
+    grey: float = _option(0.0, "probability that an image loses its colours")
+    repeats: int = _option(
+        1,
+        "times that an image is in a batch, each with an augmentation of its own (arXiv:1901.09335); the steps of an "
+        "epoch stay as many",
+    )
     amp: str = _option("no", "bf16, fp16: matmul, linear and attention in bfloat16 or float16; fp16 with a loss scale")
     parallel: str = _option(
         "ddp", "of several processes: ddp, each has the whole model; fsdp, each a share of it (FSDP2)"

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..data import Samples
@@ -41,6 +42,7 @@ def evaluate(
     task: Task | None = None,
     views: Views | None = None,
     average: str = "logits",
+    show: Callable[[Image.Image], Tensor] | None = None,
 ) -> Evaluation:
     """The figures of `task` (default: classification: mean cross entropy and share of right answers) of `model` on
     `samples`, through model.preprocess, in float32.
@@ -48,7 +50,8 @@ def evaluate(
     Each image is measured in float64 and the sum is exact (math.fsum), so the result depends neither on the order nor
     on how the images are spread over batches and processes. With several processes, `gather` joins a list over all.
     `advance` is called after every batch. `views` shows each image several times in the place of model.preprocess; the
-    logits or, as `average` says, the probabilities are averaged. Raises ReaderError when one of the `workers` dies.
+    logits or, as `average` says, the probabilities are averaged. `show` is asked in the place of model.preprocess, too,
+    and gives one view. Raises ReaderError when one of the `workers` dies.
     """
     task = task or get("classification")
     found = "labels" if samples.targets is None else samples.targets.kind
@@ -58,7 +61,7 @@ def evaluate(
     model.eval()
     measured: list[tuple[Tensor, ...]] = []
     order = InOrder(len(samples), batch_size, rank, world)
-    with closing(loader(Images(samples, views or model.preprocess), order, workers)) as batches:
+    with closing(loader(Images(samples, views or show or model.preprocess), order, workers)) as batches:
         for images, labels in batches:
             outputs = model(images.to(model.device).flatten(0, 1) if views else images.to(model.device))
             if views:

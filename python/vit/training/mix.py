@@ -17,7 +17,7 @@ def mixed(
 
     mixup (arXiv:1710.09412): lambda x + (1 - lambda) x' with lambda from Beta(mixup, mixup); CutMix (arXiv:1905.04899):
     a rectangle of 1 - lambda of the area is taken from x'. With both one of them, by a coin. images: [B, C, H, W],
-    labels: int64 [B]
+    labels: int64 [B], or shares of the classes float32 [B, classes]
     """
     coin, top, left = rng.uniform(0.0, 1.0, 3).tolist()
     cut = cutmix > 0 and (mixup == 0 or coin < 0.5)
@@ -31,7 +31,7 @@ def mixed(
         share = 1 - h * w / (height * width)
     else:
         images = torch.lerp(images.flip(0), images, share)
-    hot = torch.nn.functional.one_hot(labels, classes).float()
+    hot = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, classes).float()
     return images, torch.lerp(hot.flip(0), hot, share)
 
 

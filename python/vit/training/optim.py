@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..model import VisionTransformer
 from ..optim import AdamW
 from ..optim.adamw import initial_state
+from ..support.extras import require
 from .sharded import whole
 
 
@@ -22,11 +24,12 @@ def make_optimizer(
     layer_decay: float = 1.0,
     kind: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101); biases, norms and what model.no_weight_decay() names are not decayed.
+    """The optimizer of --optimizer; biases, norms and what model.no_weight_decay() names are not decayed.
 
     layer_decay: the learning rate of a block as a share of that of the block above (arXiv:2106.08254); a group's
     "lr_scale" is its layer's share of the whole rate, which the head has
-    kind: "adamw", or "adamw8bit" for averages of 8 bits (vit.optim)
+    kind: "adamw" (arXiv:1711.05101), "adamw8bit" for averages of 8 bits (vit.optim), "sgd" with Nesterov's momentum of
+        0.9, and timm's "lion" (arXiv:2302.06675) and "lamb" (arXiv:1904.00962)
     """
     kept = set(model.no_weight_decay())
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
@@ -40,6 +43,14 @@ def make_optimizer(
     ]
     if kind == "adamw8bit":
         return AdamW(described, lr=lr, betas=(0.9, beta2), state="8bit")
+    if kind == "sgd":
+        return torch.optim.SGD(described, lr=lr, momentum=0.9, nesterov=True)
+    if kind in ("lion", "lamb"):
+        timm = require("timm.optim", "optim")
+        # Gradients are clipped already, by --clip.
+        make = timm.Lion if kind == "lion" else partial(timm.Lamb, max_grad_norm=None)
+        made: torch.optim.Optimizer = make(described, lr=lr, betas=(0.9, beta2))
+        return made
     # One fused kernel over all parameters: small models spend more time in the launches than in the
     # arithmetic.
     return torch.optim.AdamW(described, lr=lr, betas=(0.9, beta2), fused=True)
@@ -57,7 +68,19 @@ def expected_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[
     """The tensors, by name, that the optimizer keeps of a parameter once it has moved."""
     if isinstance(optimizer, AdamW):
         return initial_state(parameter, "8bit")
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer": parameter}
+    if type(optimizer).__name__ == "Lion":
+        return {"exp_avg": parameter}
+    if type(optimizer).__name__ == "Lamb":
+        return {"exp_avg": parameter, "exp_avg_sq": parameter}
     return {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros((), device="cpu")}
+
+
+def counted(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The number of steps of each group, for optimizers that count there and not beside each parameter."""
+    groups = optimizer.param_groups
+    return {str(i): torch.as_tensor(group["step"]).float() for i, group in enumerate(groups) if "step" in group}
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float, low: float) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..support.records import Record, RecordError
 from ..support.tensors import DamagedFile, read_tensors, write_tensors
-from .optim import Average, expected_state
+from .optim import Average, counted, expected_state
 from .sharded import gathered
 
 FORMAT = 2
@@ -82,6 +82,7 @@ def collect(model: nn.Module, average: Average | None, optimizer: torch.optim.Op
         tensors |= {f"average.{name}": tensor for name, tensor in average.model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    tensors |= {f"steps.{index}": count for index, count in counted(optimizer).items()}
     return gathered(tensors)
 
 
@@ -128,6 +129,9 @@ def restore(
         if str(index) in started:  # AdamW has no state before a parameter's first gradient
             likes = expected_state(optimizer, parameter)
             expected |= {f"optimizer.{index}.{key}": like for key, like in likes.items()}
+    steps = _below(tensors, "steps.")
+    if type(optimizer).__name__ == "Lamb" and started:  # which counts in its groups
+        expected |= {f"steps.{i}": torch.zeros(()) for i in range(len(optimizer.param_groups))}
     for problem, names in (
         ("lacks", expected.keys() - tensors.keys()),
         ("also holds", tensors.keys() - expected.keys()),
@@ -146,7 +150,10 @@ def restore(
     for name, tensor in _below(tensors, "optimizer.").items():
         number, _, key = name.partition(".")
         state.setdefault(int(number), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    for number, count in steps.items():
+        groups[int(number)]["step"] = count
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _like(tensor: Tensor, other: Tensor) -> bool:

@@ -91,7 +91,9 @@ class Stepper:
                 raise TrainError(text)
         self.consistent = False
         if finite:
-            self.prepared_optimizer.step()
+            # LAMB takes a norm of each parameter; see _clip.
+            with cpu_threads(1 if config.optimizer == "lamb" and accelerator.device.type == "cpu" else 0):
+                self.prepared_optimizer.step()
             if self.parts.average:
                 self.parts.average.update(self.parts.model, step + 1)
             progress.loss_sum += total

@@ -2,6 +2,7 @@
 
 from .arrays import filter_components, position_similarity, token_colours
 from .attention import attention_rows, rollout
+from .calibration import calibration
 from .confusion import confusion
 from .curves import curves
 from .figure import save
@@ -10,6 +11,7 @@ from .pictures import draw_attention, draw_features, draw_filters, draw_patches,
 
 __all__ = [
     "attention_rows",
+    "calibration",
     "confusion",
     "curves",
     "draw_attention",

@@ -66,6 +66,8 @@ def _class_names(folder: Path, binary: bool) -> list[str]:
     path = next(p for name in ("batches.meta", "meta") if (p := folder / name).is_file())
     values = _unpickled(path)
     names = values.get("label_names", values.get("fine_label_names"))
+    if isinstance(names, list):
+        names = [_text(name) if isinstance(name, bytes) else name for name in names]  # as Python 3 writes them
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"vit: {path} has no list of label_names or fine_label_names")
     return names

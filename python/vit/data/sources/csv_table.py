@@ -28,8 +28,8 @@ from ..samples import DataError, Samples, Skipped, Source
 
 LINES = 1000  # parsed at a time
 MAX_COLUMNS = 1 << 20
-_IMAGE = ("image", "path", "file", "filename", "file_name", "image_path", "filepath", "id")
-_LABEL = ("label", "class", "target", "category", "labels")
+IMAGE = ("image", "path", "file", "filename", "file_name", "image_path", "filepath", "image_name", "image_id", "id")
+LABEL = ("label", "class", "target", "category", "labels")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Pixels:
     labels: np.ndarray | None
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a file of text, packed with gzip or not. DataError where it cannot be read."""
     try:
         with open(path, "rb") as plain:
             packed = plain.read(2) == b"\x1f\x8b"
@@ -52,8 +53,9 @@ def _lines(path: Path) -> Iterator[str]:
         raise DataError(f"vit: cannot read {path}: {error}") from error
 
 
-def _header(path: Path) -> list[str]:
-    line = next(_lines(path), "")
+def header_of(path: Path) -> list[str]:
+    """The names of the columns."""
+    line = next(lines_of(path), "")
     return [name.strip().strip('"') for name in line.split(",")]
 
 
@@ -87,17 +89,17 @@ def _is_pixel(name: str) -> bool:
 
 def is_pixel_table(path: Path) -> bool:
     """Whether it is a CSV file of pixels, with labels or without."""
-    return path.is_file() and _is_pixels(_header(path))
+    return path.is_file() and _is_pixels(header_of(path))
 
 
 def read_pixels(path: Path) -> Pixels:
     """The images in a CSV file of pixels. DataError names the line and the value that cannot be."""
-    header = _header(path)
+    header = header_of(path)
     label, side = _pixel_columns(path, header)
     parts: list[np.ndarray] = []
     block: list[str] = []
     first = 2
-    lines = _lines(path)
+    lines = lines_of(path)
     next(lines)
     for number, line in enumerate(lines, 2):
         if not line.strip():
@@ -156,7 +158,7 @@ def _check_line(where: str, cells: list[str], header: list[str], label: int | No
 def table(data: str, request: Request) -> Source:
     """The data set of a CSV file, or of the folder with train.csv (and test.csv)."""
     paths = _files(data)
-    if not _is_pixels(_header(paths["train"])):
+    if not _is_pixels(header_of(paths["train"])):
         return _listed(paths["train"], request)
     splits = {}
     for split, path in paths.items():
@@ -173,14 +175,14 @@ def table(data: str, request: Request) -> Source:
 
 def _listed(path: Path, request: Request) -> Source:
     """Image files, by paths from the CSV file's folder, and their labels: texts or numbers."""
-    header = [name.lower() for name in _header(path)]
-    image = next((header.index(name) for name in _IMAGE if name in header), None)
-    label = next((header.index(name) for name in _LABEL if name in header), None)
+    header = [name.lower() for name in header_of(path)]
+    image = next((header.index(name) for name in IMAGE if name in header), None)
+    label = next((header.index(name) for name in LABEL if name in header), None)
     if image is None or label is None:
         raise _unknown_columns(path, header)
     files, labels = [], []
     try:
-        rows = csv.reader(_lines(path), strict=True)
+        rows = csv.reader(lines_of(path), strict=True)
         next(rows)
         for cells in rows:
             if not cells:
@@ -189,7 +191,7 @@ def _listed(path: Path, request: Request) -> Source:
                 raise DataError(
                     f"vit: {path}, line {rows.line_num}: expected is {','.join(header)}, got {shown(cells)}"
                 )
-            files.append(_image_file(path, rows.line_num, cells[image]))
+            files.append(image_file(path, rows.line_num, cells[image]))
             labels.append(cells[label])
     except csv.Error as error:
         raise DataError(f"vit: {path}, line {rows.line_num}: {error}") from error
@@ -207,7 +209,7 @@ def _listed(path: Path, request: Request) -> Source:
     return Source(source.name, source.kind, source.class_names, source.splits, skipped)
 
 
-def _image_file(path: Path, number: int, name: str) -> Path:
+def image_file(path: Path, number: int, name: str) -> Path:
     """A path below the CSV file's folder: a table that came from elsewhere names no other files of this machine."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"vit: {path}, line {number}: {printable(name[:80])!r} is not below the folder of the CSV file")
@@ -238,7 +240,7 @@ def _has_classes(path: Path) -> bool:
 
 
 def _recipe(data: str) -> str:
-    return "mnist" if _is_pixels(_header(_files(data)["train"])) else "folder"
+    return "mnist" if _is_pixels(header_of(_files(data)["train"])) else "folder"
 
 
 FORMAT = Format(

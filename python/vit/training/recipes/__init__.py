@@ -4,6 +4,7 @@ about      one line
 kind       the kind of data whose open options it fills; without it the recipe is only used by its name
 task, data, metric     what is learned, from what (--data), and by which figure it is judged
 expected   the figure it reaches (null: nobody has run it here), minutes how long that takes on two cores
+expected_on     of which images that is the figure
 options    values of TrainConfig
 """
 
@@ -31,6 +32,7 @@ class Recipe:
     metric: str
     expected: float | None
     minutes: float | None
+    expected_on: str | None
     options: dict[str, Any]
 
 
@@ -70,6 +72,7 @@ def _read(path: Path) -> Recipe:
         metric=record.text("metric", "test_accuracy"),
         expected=record.number("expected") if record.raw("expected") is not None else None,
         minutes=record.number("minutes") if record.raw("minutes") is not None else None,
+        expected_on=record.text("expected_on", None),
         options=dict(record.record("options").values),
     )
     record.finish()
