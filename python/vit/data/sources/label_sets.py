@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...support.records import shown
-from ..folder import check_of, describe, reasons_against
+from ..folder import check_of, describe, examined
 from ..format import Format, Request, path_of
 from ..layout import listed
 from ..samples import DataError, Samples, Skipped, Source
@@ -94,12 +94,14 @@ def label_sets(data: str, request: Request) -> Source:
             there[place, [classes.index(name) for name in row.classes]] = True
         files = [image_file(path, row.number, row.image) for row in rows]
         check = check_of(request.validate, path.parent, request.recorder)
-        reasons = reasons_against(files, check, len(files), request.report)
+        reasons, marks = examined(files, check, len(files), request.report)
         skipped += [Skipped(file, why) for file, why in zip(files, reasons, strict=True) if why]
         usable = [i for i, why in enumerate(reasons) if not why]
         keys = [files[i].relative_to(path.parent).as_posix() for i in usable]
         answers = LabelSets(there[usable])
-        splits[split] = Samples([files[i] for i in usable], np.zeros(len(usable), np.int64), keys, answers)
+        splits[split] = Samples(
+            [files[i] for i in usable], np.zeros(len(usable), np.int64), keys, answers, marks[usable]
+        )
     root = paths["train"]
     if skipped and request.bad_images == "refuse":
         raise DataError(f"vit: {describe(skipped, root.parent)}. Remove them, or use --bad-images skip")
