@@ -17,7 +17,7 @@ from vit.engine.smooth import LAYERS
 from vit.support.random import normal
 
 #: Models and how many seeds of each.
-MODELS = {"vit_tiny_patch16_224": 4, "vit_small_patch16_224": 2, "vit_base_patch16_224": 1}
+MODELS = {"vit_tiny_patch16_224": 4, "vit_small_patch16_224": 2, "vit_base_patch16_224": 1, "eva02_tiny_patch14_224": 2}
 IMAGES = 4
 
 #: What is quantized: dtype, whether images calibrate it, the layers, the first block.

@@ -85,13 +85,16 @@ void gemm(const char* op, const Gemm& g, const Context& context) {
   else
     gemm_mma(op, g, context);
   if (g.splits == 1) return;
-  const int64_t n = g.batch * g.M * g.N;
-  dispatch(g.dtype, [&](auto element) {
-    using T = decltype(element);
-    launch<sum_splits<T>>(
-        {op, Shape({{"M", g.M}, {"N", g.N}, {"splits", g.splits}}), context, divide_up(n, 4 * kBlock), kBlock},
-        static_cast<const Acc<T>*>(g.workspace), mixed<T>(g.out, g.out_dtype), n, g.splits);
-  });
+  const auto sum = [&](const void* partials, void* out, DType out_dtype, int64_t n) {
+    dispatch(g.dtype, [&](auto element) {
+      using T = decltype(element);
+      launch<sum_splits<T>>(
+          {op, Shape({{"M", g.M}, {"N", g.N}, {"splits", g.splits}}), context, divide_up(n, 4 * kBlock), kBlock},
+          static_cast<const Acc<T>*>(partials), mixed<T>(out, out_dtype), n, g.splits);
+    });
+  };
+  sum(g.workspace, g.out, g.out_dtype, g.batch * g.M * g.N);
+  if (g.row_sums) sum(g.row_partials, g.row_sums, g.bias_dtype, g.M);
 }
 
 }  // namespace vit::cuda

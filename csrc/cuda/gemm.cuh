@@ -31,7 +31,16 @@ struct Gemm {
   DType dtype;                // of a and b
   int splits = 1;             // K is cut into so many parts, see gemm_splits
   void* workspace = nullptr;  // gemm_workspace bytes, null without splits
+  // The sum of each row of a over k, added by the tiles of the first columns beside their products: what the bias
+  // gradient is where this is a weight gradient. Both null where it is not wanted; can_sum_rows(a, b); batch must be 1.
+  void* row_sums = nullptr;      // [M] bias_dtype
+  void* row_partials = nullptr;  // [splits, M] acc, null without splits
 };
+
+// Whether the products of such operands are compiled with sums of rows: those of a weight gradient are.
+inline bool can_sum_rows(const Operand& a, const Operand& b) {
+  return a.row == 1 && a.k != 1 && b.row == 1 && b.k != 1;
+}
 
 // How many parts K is cut into so that a product with few output tiles and a long K (a weight gradient) fills a GPU:
 // from M, N and K alone. 1 for anything else. Only gradients of weights ask: a forward result may not depend on its
@@ -86,6 +95,8 @@ struct Epilogue {
   const A* scale;
   T* preact;
   A* partial;  // [splits, batch, M, N] when K is split, else null
+  Mixed<T> row_sums;
+  A* row_partials;
   int64_t M, N;
   Activation activation;
   int width;  // elements along n that may be read and written in one access: 4, 2 or 1
@@ -97,6 +108,8 @@ struct Epilogue {
         scale(static_cast<const A*>(g.scale)),
         preact(static_cast<T*>(g.preact)),
         partial(g.splits > 1 ? static_cast<A*>(g.workspace) : nullptr),
+        row_sums(mixed<T>(g.row_sums, g.bias_dtype)),
+        row_partials(g.splits > 1 ? static_cast<A*>(g.row_partials) : nullptr),
         M(g.M),
         N(g.N),
         activation(g.activation),
@@ -108,6 +121,18 @@ struct Epilogue {
     return g.N % n == 0 && is_aligned(g.bias, n * bytes(g.bias_dtype)) &&
            is_aligned(g.residual, n * bytes(g.out_dtype)) && is_aligned(g.out, n * bytes(g.out_dtype)) &&
            is_aligned(g.preact, n * sizeof(T)) && is_aligned(g.scale, n * sizeof(A));
+  }
+
+  // Whether the tile whose first column this is sums the rows of a.
+  __device__ bool sums_rows(int64_t column) const { return row_sums && column == 0; }
+
+  // The sum of a row of a over the k of a split, which one thread has.
+  __device__ void apply_row(int64_t split, int64_t row, A sum) const {
+    if (row >= M) return;
+    if (row_partials)
+      row_partials[split * M + row] = sum;
+    else
+      row_sums.store(row, sum);
   }
 
   // Elements (row, column .. column + n - 1) of a plane: the batch, or split * batches + batch when K is split.

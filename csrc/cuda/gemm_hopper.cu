@@ -140,6 +140,35 @@ __device__ inline void hopper_epilogue(const Epilogue<T>& e, const HopperPlace& 
   }
 }
 
+// The sums over k of a's rows, where those are adjacent (a weight gradient): ordinary loads of a warpgroup from the
+// stage that wgmma multiplies meanwhile. A warp has 32 rows; lane l has 8 of them, group l % 4, and every eighth k. Two
+// k of a quarter of the warp differ by 4, which the swizzle keeps on different banks. 136 of a step's 512 clocks of
+// wgmma are taken by their instructions at 128 x 128.
+template <class T>
+__device__ inline void hopper_add_rows(float (&sum)[8], const unsigned char* tile_a) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int group = 4 * warp + lane % 4, first = lane / 4 % 2 * 4 + lane / 8;
+#pragma unroll
+  for (int k = first; k < kHopperK; k += 8) {
+    float values[8];
+    load_vector(reinterpret_cast<const T*>(tile_a + group / 8 * 8192 + 16 * swizzle_8<8>(k, group % 8)), values);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum[j] += values[j];
+  }
+  __syncwarp();  // the arrival that frees the stage is one lane's
+}
+
+template <class T>
+__device__ inline void hopper_store_rows(const Epilogue<T>& e, const HopperPlace& at, float (&sum)[8]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) sum[j] += shuffle_xor(sum[j], mask);
+    if (lane < 4) e.apply_row(at.plane, at.m + 32 * warp + 8 * lane + j, sum[j]);
+  }
+}
+
 #endif  // VIT_CUDA_HOPPER
 
 template <class T, int kM, int kN, bool kKMajorA, bool kKMajorB, int kCluster>
@@ -214,6 +243,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       }
       named_barrier_wait(group, 256);
       float sum[kM / 64][kN / 2];
+      [[maybe_unused]] float row_sum[8] = {};
+      bool sums_rows = false;
+      if constexpr (!kKMajorA) sums_rows = epilogue.sums_rows(at.n);
       for (int step = 0; step < at.steps; ++step) {
         barrier_wait(full + pipeline.stage, pipeline.parity);
         const uint32_t tile_a = shared_address(shared + pipeline.stage * Tile::kStageBytes);
@@ -226,6 +258,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
             Wgmma<T, kN, !kKMajorA, !kKMajorB>::issue(sum[i], operand_descriptor<!kKMajorA>(tile_a, 64 * i, k),
                                                       operand_descriptor<!kKMajorB>(tile_b, 0, k), step > 0 || k > 0);
         wgmma_commit();
+        if constexpr (!kKMajorA) {
+          static_assert(kM == 128, "32 rows for each of 4 warps");
+          if (sums_rows) hopper_add_rows<T>(row_sum, shared + pipeline.stage * Tile::kStageBytes);
+        }
         wgmma_wait<1>();  // the step before is done with its stage
         if (step > 0) release(pipeline.stage == 0 ? kStages - 1 : pipeline.stage - 1);
         pipeline.template advance<kStages>(1);
@@ -233,6 +269,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       if (tile + clusters < work.tiles) named_barrier_arrive(other, 256);
       wgmma_wait<0>(sum);
       release(pipeline.stage == 0 ? kStages - 1 : pipeline.stage - 1);
+      if (sums_rows) hopper_store_rows(epilogue, at, row_sum);
       hopper_epilogue<T, kM, kN>(epilogue, at, sum);
     }
   }

@@ -65,7 +65,7 @@ struct Tile {
     }
   }
 
-  // The a fragment of rows row..row + 15 and kMmaK from k on, relative to the tile.
+  // The a fragment of rows row..row + 15 and kMmaK from k on, relative to the tile; prepare_fragment makes it ready.
   __device__ static void load_a(uint32_t (&fragment)[4], T* tile, int row, int k, int lane) {
     if constexpr (kKMajor) {
       const MatrixAddress m = a_address(lane);
@@ -77,7 +77,6 @@ struct Tile {
 #pragma unroll
       for (int i = 0; i < 4; ++i) fragment[i] = word(tile, row + 8 * (i % 2), k + 4 * (i / 2), lane);
     }
-    prepare_fragment<T>(fragment);
   }
 
   // The b fragments of rows (n) row..row + 7 and row + 8..row + 15.
@@ -102,6 +101,20 @@ struct Tile {
     return *reinterpret_cast<const uint32_t*>(at(tile, k + lane % 4, m / kGroup) + m % kGroup);
   }
 };
+
+// c += the sums of the rows of an a fragment that is not prepared, exact in float32 also for TF32. 16 bits: every
+// column of c is the sum, by a product with ones. float32: elements 0 and 2 are, once the four lanes of a row are
+// added.
+template <class T>
+__device__ inline void add_rows(float (&c)[4], const uint32_t (&a)[4]) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t ones = pack<T>(1.0f, 1.0f);
+    mma_16x8<T>(c, a, ones, ones);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i % 2 * 2] += __uint_as_float(a[i]);
+  }
+}
 
 template <class T, int kTile, bool kKMajorA, bool kKMajorB, class E>
 __global__ void __launch_bounds__(kGemmThreads)
@@ -128,6 +141,12 @@ __global__ void __launch_bounds__(kGemmThreads)
     TileB::load(stage + kOperandElements, b, part.b, b_vectors, part.n, epilogue.N, k, part.k_end);
   };
 
+  // Both warps of a row of the tile have its fragments of a, and sum the rows of a half of them.
+  constexpr bool kCanSum = !kKMajorA && !kKMajorB;
+  [[maybe_unused]] float row_sum[kCanSum ? kMs / 2 : 1][4] = {};
+  [[maybe_unused]] bool sums_rows = false;
+  if constexpr (kCanSum) sums_rows = epilogue.sums_rows(part.n);
+
   Sum sum[kMs][kNs][4] = {};
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < steps) load(step);
@@ -147,11 +166,41 @@ __global__ void __launch_bounds__(kGemmThreads)
       for (int i = 0; i < kMs; ++i) TileA::load_a(fragment_a[i], tile_a, warp / 2 * kWarpTile + 16 * i, k, lane);
 #pragma unroll
       for (int j = 0; j < kNs / 2; ++j) TileB::load_b(fragment_b[j], tile_b, warp % 2 * kWarpTile + 16 * j, k, lane);
+      if constexpr (kCanSum) {
+        if (sums_rows) {
+#pragma unroll
+          for (int i = 0; i < kMs / 2; ++i) {
+            if (warp % 2)
+              add_rows<T>(row_sum[i], fragment_a[i + kMs / 2]);
+            else
+              add_rows<T>(row_sum[i], fragment_a[i]);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kMs; ++i) prepare_fragment<T>(fragment_a[i]);
 #pragma unroll
       for (int i = 0; i < kMs; ++i)
 #pragma unroll
         for (int j = 0; j < kNs; ++j)
           mma_16x8<T>(sum[i][j], fragment_a[i], fragment_b[j / 2][j % 2 * 2], fragment_b[j / 2][j % 2 * 2 + 1]);
+    }
+  }
+
+  if constexpr (kCanSum) {
+    if (sums_rows) {
+#pragma unroll
+      for (int i = 0; i < kMs / 2; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float all = row_sum[i][2 * half];
+          if constexpr (sizeof(T) == 4) {
+            all += shuffle_xor(all, 1);
+            all += shuffle_xor(all, 2);
+          }
+          const int row = warp / 2 * kWarpTile + 16 * (warp % 2 * kMs / 2 + i) + fragment_row(lane, 2 * half);
+          if (lane % 4 == 0) epilogue.apply_row(part.plane, part.m + row, all);
+        }
     }
   }
 

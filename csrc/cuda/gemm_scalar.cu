@@ -53,7 +53,10 @@ __global__ void __launch_bounds__(kBlock) gemm_fma(Operand a, Operand b, int64_t
     }
   };
 
-  T sum[kPer][kPer] = {};
+  // Thread (tx, ty) of the first kPer also sums row tx of those that the 16 threads of ty multiply.
+  const bool sums_rows = epilogue.sums_rows(part.n) && tx < kPer;
+  const int summed = (tx / kVector<T> * 16 + ty) * kVector<T> + tx % kVector<T>;
+  T sum[kPer][kPer] = {}, row_sum = 0;
   fetch(part.k_begin);
   int stage = 0;
   for (int64_t k0 = part.k_begin; k0 < part.k_end; k0 += kStep, stage ^= 1) {
@@ -81,7 +84,12 @@ __global__ void __launch_bounds__(kBlock) gemm_fma(Operand a, Operand b, int64_t
 #pragma unroll
         for (int j = 0; j < kPer; ++j) sum[i][j] += row[i] * column[j];
     }
+    if (sums_rows) {
+#pragma unroll
+      for (int k = 0; k < kStep; ++k) row_sum += from[k * kPitch + summed];
+    }
   }
+  if (sums_rows) epilogue.apply_row(part.plane, part.m + summed, row_sum);
   // Through shared memory, so that memory is written in whole lines.
   constexpr int n = kVector<T>, kSums = kTile + 4;
   __syncthreads();

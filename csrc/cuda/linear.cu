@@ -3,8 +3,9 @@
 // Backward, with dz = scale dy activation'(preact):
 //   dx = dz weight,  dweight = dz^T x,  dbias = sum over rows of dz,  dscale = sum over rows of dy activation(preact).
 // prepare_dz writes dz in the type of the products and sums its columns, and those of dscale, in the same pass (two
-// reads, one write per element); without an activation and a scale dy is dz. The sum over rows of dweight is cut into
-// parts that are added in order. 2 M N K FLOP per product.
+// reads, one write per element). Without an activation and a scale dy is dz, and nothing is prepared: the product of
+// dweight sums the columns of dy beside it (Gemm::row_sums). The sum over rows of dweight is cut into parts that are
+// added in order. 2 M N K FLOP per product.
 #include "gemm.cuh"
 #include "reduce.cuh"
 
@@ -118,23 +119,30 @@ Weight cast_weight(const Launch& like, const void* weight, int64_t stride, int64
 
 // Where a backward keeps what, and which of it is needed.
 struct BackwardPlan {
-  bool store_dz;  // dy is not dz in the type of the products
-  bool prepare;   // prepare_dz has something to do
+  bool store_dz;   // dy is not dz in the type of the products
+  bool sums_bias;  // the product of dweight has dbias beside it
+  bool prepare;    // prepare_dz has something to do
   int partials, splits;
   std::size_t workspace;
   void *dz, *dbias, *dscale, *weight, *split_sums;
 };
 
+// The operands of dweight: dz and x, their columns as rows.
+Operand dz_columns(const LinearBwd& p, const void* dz) { return {dz, 1, p.N, 0}; }
+Operand x_columns(const LinearBwd& p) { return {p.x, 1, p.x_stride, 0}; }
+
 BackwardPlan plan(const LinearBwd& p, void* workspace) {
   BackwardPlan plan;
   const std::size_t acc = p.dtype == DType::float64 ? 8 : 4, MN = static_cast<std::size_t>(p.M * p.N);
   plan.store_dz = (p.dx || p.dweight) && (p.activation != Activation::none || p.scale || p.out_dtype != p.dtype);
-  plan.prepare = plan.store_dz || p.dbias || p.dscale;
+  plan.sums_bias =
+      p.dbias && p.dweight && p.K > 0 && !plan.store_dz && !p.dscale && can_sum_rows(dz_columns(p, p.dy), x_columns(p));
+  plan.prepare = plan.store_dz || (p.dbias && !plan.sums_bias) || p.dscale;
   plan.partials = partial_count(p.M);
   plan.splits = p.dweight ? gemm_splits(p.N, p.K, p.M) : 1;
   Carve carve = {static_cast<unsigned char*>(workspace)};
   plan.dz = carve.take(plan.store_dz ? MN * bytes(p.dtype) : 0);
-  plan.dbias = carve.take(p.dbias ? plan.partials * p.N * acc : 0);
+  plan.dbias = carve.take(p.dbias ? plan.partials * p.N * acc : 0);  // room for a row of each split, too: at most 16
   plan.dscale = carve.take(p.dscale ? plan.partials * p.N * acc : 0);
   plan.weight = carve.take(p.dx ? weight_bytes(p.N, p.K, p.dtype, p.param_dtype) : 0);
   plan.split_sums = carve.take(plan.splits > 1 ? plan.splits * p.N * p.K * acc : 0);
@@ -231,8 +239,8 @@ void linear_bwd(const LinearBwd& p) {
     gemm(op, g, p.context);
   }
   if (!p.dweight) return;
-  g.a = {g.a.data, 1, p.N, 0};
-  g.b = {p.x, 1, p.x_stride, 0};
+  g.a = dz_columns(p, g.a.data);
+  g.b = x_columns(p);
   g.M = p.N;
   g.N = p.K;
   g.K = p.M;
@@ -240,6 +248,11 @@ void linear_bwd(const LinearBwd& p) {
   g.out_dtype = p.param_dtype;
   g.splits = plan.splits;
   g.workspace = plan.split_sums;
+  if (plan.sums_bias) {
+    g.bias_dtype = p.param_dtype;
+    g.row_sums = p.dbias;
+    g.row_partials = plan.dbias;
+  }
   gemm(op, g, p.context);
 }
 

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from .engine.accepts import refusals
 from .engine.rounding import codes_of, each
-from .engine.smooth import LAYERS, Inputs, observe, smooth
+from .engine.smooth import OWN_LAYERS, Inputs, observe, smooth
 from .model import VisionTransformer
-from .model.blocks import Block
+from .model.attention_rope import EvaAttention
+from .model.blocks import Block, FusableBlock
+from .model.eva_blocks import EvaBlock, EvaBlockPostNorm
 from .model.quant_linear import QuantLinear
 from .ops.quantized import FORMATS, Format
 
 DTYPES = tuple(FORMATS)
+_BLOCKS = (Block, EvaBlock, EvaBlockPostNorm)
 
 
 @torch.no_grad()
@@ -27,13 +30,15 @@ def quantize(
     """A copy of a model for inference, on the same backend, whose block linears multiply numbers of 8 bits.
 
     blocks.I.attn.qkv, attn.proj, mlp.fc1 and mlp.fc2 become QuantLinear: weights symmetric per output channel, inputs
-    per row when they are made (formulas: vit.ops.linear_int8, vit.ops.linear_fp8). All else keeps its dtype.
+    per row when they are made (formulas: vit.ops.linear_int8, vit.ops.linear_fp8). Where a model
+    has attn.q_proj, k_proj and v_proj, or mlp.fc1_g and fc1_x instead, those do; the q_bias and v_bias of EVA's
+    attention become the bias of qkv. All else keeps its dtype.
 
     dtype      "int8", or "fp8" (e4m3), whose 3 bits of fraction turn logits further: docs/quantization.md says by how
                much, and which layers to exclude
     exclude    names of such layers that stay as they are ("blocks.0.mlp.fc2")
     calibrate  images [B, C, H, W] as the model takes them: biases take back what rounding takes from the mean output.
-               For int8 channels that stand out in the inputs of qkv, proj and fc1 are smoothed into the weights
+               For int8 channels that stand out behind norms, attention and gates are smoothed into the weights
                (arXiv:2211.10438), for fp8 weights make up for the rounding of others (arXiv:2210.17323). For models
                that vit.Engine can run
 
@@ -52,6 +57,9 @@ def quantize(
         )
     layers = _layers(model, exclude)
     made = copy.deepcopy(model).eval().requires_grad_(False)
+    for block in made.blocks:
+        if isinstance(attn := block.attn, EvaAttention):
+            attn.join_biases()
     inputs = {} if calibrate is None else _observe(made, calibrate)
     smoothed: dict[str, Tensor] = {}
     rounded: dict[str, QuantLinear] = {}
@@ -59,7 +67,7 @@ def quantize(
         smoothed, inputs = _smooth(made, inputs)
     elif inputs:
         rounded = _round(made, layers, inputs, FORMATS[dtype])
-    intact = [block for block in made.blocks if block.is_as_built()]
+    intact = [block for block in made.blocks if isinstance(block, FusableBlock) and block.is_as_built()]
     for name in layers:
         parent, _, child = name.rpartition(".")
         linear: Any = made.get_submodule(name)
@@ -78,17 +86,12 @@ def _layers(model: VisionTransformer, exclude: Collection[str]) -> list[str]:
     """The names of the layers to be quantized."""
     if isinstance(exclude, str):
         raise ValueError(f"vit.quantize: exclude must be a collection of names, got the text {exclude!r}")
-    blocks: Any = model.blocks
     found = []
-    for i, block in enumerate(blocks):
-        if type(block) is not Block:
-            raise ValueError(f"vit.quantize: blocks.{i} is a {type(block).__name__}; only vit's Block can be quantized")
-        for name in LAYERS:
-            layer = dict(block.named_modules()).get(name)
-            if isinstance(layer, QuantLinear):
-                raise ValueError(f"vit.quantize: blocks.{i}.{name} is quantized already; quantize the original model")
-            if type(layer) is nn.Linear:
-                found.append(f"blocks.{i}.{name}")
+    for name, layer in _own(model):
+        if isinstance(layer, QuantLinear):
+            raise ValueError(f"vit.quantize: {name} is quantized already; quantize the original model")
+        if type(layer) is nn.Linear:
+            found.append(name)
     if unknown := sorted(set(exclude) - set(found)):
         raise ValueError(
             f"vit.quantize: {', '.join(unknown)} cannot be excluded; layers that are quantized are "
@@ -99,13 +102,28 @@ def _layers(model: VisionTransformer, exclude: Collection[str]) -> list[str]:
     return names
 
 
+def _own(model: VisionTransformer) -> list[tuple[str, nn.Module]]:
+    """The modules that stand in the places of the blocks' linear layers, and their names."""
+    blocks: Any = model.blocks
+    found = []
+    for i, block in enumerate(blocks):
+        if type(block) not in _BLOCKS:
+            kinds = ", ".join(kind.__name__ for kind in _BLOCKS)
+            raise ValueError(
+                f"vit.quantize: blocks.{i} is a {type(block).__name__}; only vit's blocks can be quantized ({kinds})"
+            )
+        modules = dict(block.named_modules())
+        found += [(f"blocks.{i}.{name}", modules[name]) for name in OWN_LAYERS if name in modules]
+    return found
+
+
 def _observe(model: VisionTransformer, images: Tensor) -> dict[str, Inputs]:
     """The inputs of the layers."""
     if not len(images):
         raise ValueError("vit.quantize: calibrate holds no images")
     if reasons := list(refusals(model)):
         raise ValueError("vit.quantize: calibrate cannot follow this model: " + "; ".join(reasons))
-    return observe(model, images)
+    return observe(model, images, [name for name, _ in _own(model)])
 
 
 def _smooth(model: VisionTransformer, inputs: dict[str, Inputs]) -> tuple[dict[str, Tensor], dict[str, Inputs]]:

@@ -179,8 +179,12 @@ def test_outputs_are_those_of_the_engine_on_the_cpu(engine_of, name, options):
     assert torch.equal(place, results["tokens.1"])
 
 
-def test_a_quantized_model(engine_of, emulated):
-    model = vit.quantize(make(), "int8")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("vit_tiny_patch16_224", "int8"), ("eva02_tiny_patch14_224", "int8"), ("vit_small_patch16_dinov3", "fp8")],
+)
+def test_a_quantized_model(engine_of, emulated, name, dtype):
+    model = vit.quantize(make(name), dtype)
     images = draw.randn(2, 3, 16, 16)
     engine = engine_of(model, dtype="bfloat16")
     model.backend = emulated.name

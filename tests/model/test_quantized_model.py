@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import draw
@@ -12,14 +13,32 @@ import torch
 import vit
 from conftest import NATIVE
 from quantized_helpers import FORMS
+from rounding import WIDE, close
+from test_eva import arguments
 from torch import nn
 from vit.backends import BackendError
 from vit.bench.weights import seeded_state
+from vit.engine.smooth import observe, smooth
+from vit.model.attention_rope import EvaAttention
+from vit.model.mlp import Mlp
 from vit.model.quant_linear import QuantLinear
 from vit.ops.quantized import FP8, INT8
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+SPLIT = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.proj")
+GATED = ("mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
+#: Models of other blocks, one of every form of attention and MLP, and the layers of each block.
+OTHERS = {
+    "eva02_tiny_patch14_224": LAYERS,  # biases of queries and values apart, packed gates
+    "eva02_base_patch14_448": SPLIT + GATED,  # a norm behind the gates
+    "eva02_large_patch14_clip_336": SPLIT + GATED,  # and one behind the attention
+    "eva02_enormous_patch14_clip_224": LAYERS,  # norms behind the branches
+    "vit_small_patch16_dinov3": LAYERS,  # no bias of queries, keys and values
+    "vit_small_plus_patch16_dinov3_qkvb": LAYERS[:2] + GATED,
+    "vit_pe_core_tiny_patch16_384": LAYERS,  # pooling by attention
+}
+POST_NORM = "eva02_enormous_patch14_clip_224"
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +55,18 @@ def make(backend: str = "reference", **options) -> vit.VisionTransformer:
     model = vit.create("vit_tiny_patch16_224", backend=backend, **options)
     model.load_state_dict(seeded_state(model.state_dict()))
     return model
+
+
+def other(name: str, backend: str = "reference") -> vit.VisionTransformer:
+    """A small model of another family, with such weights, layer scales near one."""
+    model = vit.create(name, backend=backend, training=False, **arguments(name))
+    model.load_state_dict(seeded_state(model.state_dict()))
+    return model
+
+
+def images_of(model: vit.VisionTransformer, count: int = 2) -> torch.Tensor:
+    size = model.patch_embed.img_size
+    return nn.functional.interpolate(draw.randn(count, 3, 8, 8), size, mode="bicubic")
 
 
 def images(count: int = 2, size: int = 32) -> torch.Tensor:
@@ -70,6 +101,24 @@ def test_a_margin_over_seeded_weights(dtype, calibrated, exclude, least):
         assert cosine(quantized(given), model(given)) > least
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "least"),
+    [
+        ("eva02_tiny_patch14_224", "int8", 0.999),
+        ("eva02_tiny_patch14_224", "fp8", 0.996),
+        ("vit_small_patch16_dinov3", "int8", 0.999),
+    ],
+)
+def test_a_margin_of_other_families(name, dtype, least):
+    """At their depth, on 49 or 64 patches."""
+    model = vit.create(name, backend="reference", training=False, img_size=112, embed_dim=192, num_heads=3)
+    model.load_state_dict(seeded_state(model.state_dict()))
+    given = images_of(model)
+    quantized = vit.quantize(model, dtype, calibrate=images_of(model))
+    with torch.no_grad():
+        assert cosine(quantized(given), model(given)) > least
+
+
 @pytest.mark.parametrize("form", **FORMS)
 def test_its_layers_are_the_rounded_ones(form):
     model = make()
@@ -94,31 +143,67 @@ def test_its_layers_are_the_rounded_ones(form):
 
 
 @pytest.mark.parametrize("form", **FORMS)
-def test_equal_products_in_a_model(backend, device, form):
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_of_other_families(name, form):
+    """All linear layers of the blocks, and nothing else; a bias that stood apart is theirs. The logits are those of the
+    model with rounded weights whose layers are given rounded inputs."""
+    model = other(name)
+    quantized = vit.quantize(model, form.name)
+    found = {n for n, layer in quantized.named_modules() if isinstance(layer, QuantLinear)}
+    assert found == {f"blocks.{i}.{layer}" for i in range(2) for layer in OTHERS[name]}
+    assert not any(type(m) is nn.Linear for m in quantized.blocks.modules())
+    for layer in found:
+        own, linear = quantized.get_submodule(layer), model.get_submodule(layer)
+        assert torch.equal(own.weight.float(), form.quantize_rows(linear.weight)[0].float())
+        attn = model.get_submodule(layer.rpartition(".")[0])
+        bias = linear.bias
+        if layer.endswith("qkv") and getattr(attn, "q_bias", None) is not None:
+            bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+        assert own.bias is None if bias is None else torch.equal(own.bias, bias)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        q, scale = form.quantize_rows(x)
+        return q.float() * scale
+
+    with torch.no_grad():
+        for layer in found:
+            model.get_submodule(layer).weight.copy_(rounded(model.get_submodule(layer).weight))
+        for block in model.blocks:
+            for place in (block.attn, block.attn.proj, block.mlp, block.mlp.fc2):
+                place.register_forward_pre_hook(lambda _, given: (rounded(given[0]), *given[1:]))
+        given = images_of(model)
+        assert cosine(quantized(given), model(given)) > 0.9999
+
+
+@pytest.mark.parametrize("form", **FORMS)
+@pytest.mark.parametrize("name", [None, *OTHERS])
+def test_equal_products_in_a_model(backend, device, form, name):
     """Every layer's product, on the input it met, is the reference's, of integers to the bit; the plan is strict."""
-    model = vit.quantize(make(backend), form.name)
+    original = functools.partial(other, name) if name else make
+    model = vit.quantize(original(backend), form.name)
     assert set(model.plan.values()) == {backend}
     met = {}
-    for name, layer in model.named_modules():
+    for layer_name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
-            layer.register_forward_pre_hook(lambda _, given, name=name: met.update({name: given[0].cpu()}))
-    given = images()
+            layer.register_forward_pre_hook(lambda _, given, name=layer_name: met.update({name: given[0].cpu()}))
+    given = images_of(model)
     unfused = model(given.to(device))
-    assert len(met) == 8
-    for name, x in met.items():
-        layer = model.get_submodule(name)
+    assert len(met) == 2 * len(OTHERS.get(name, LAYERS))
+    for layer_name, x in met.items():
+        layer = model.get_submodule(layer_name)
         weight, scale = layer.weight.cpu(), layer.weight_scale.cpu()
         quantized_helpers.check_sums(form, backend, device, x.flatten(0, -2), weight, scale)
-    assert cosine(unfused.cpu(), vit.quantize(make(), form.name)(given)) > 0.9999
+    assert cosine(unfused.cpu(), vit.quantize(original("reference"), form.name)(given)) > 0.9999
 
 
 @pytest.mark.parametrize("form", **FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_and_unfused(backend, device, dtype, form):
+@pytest.mark.parametrize("name", [None, *(name for name in OTHERS if name != POST_NORM)])
+def test_fused_and_unfused(backend, device, dtype, form, name):
     """A block computes its quantized layers inside; a hook on them changes nothing but the rounding of sums."""
-    model = vit.quantize(make(backend), form.name).to(dtype)
+    model = vit.quantize(other(name, backend) if name else make(backend), form.name).to(dtype)
     assert model.blocks[0].can_fuse()
-    given = images().to(device, dtype)
+    given = images_of(model).to(device, dtype)
     fused = model(given)
     model.blocks[0].mlp.fc2.register_forward_hook(lambda *_: None)
     assert not model.blocks[0].can_fuse()
@@ -152,6 +237,22 @@ def test_saved_and_loaded(tmp_path, form):
     given = images()
     assert cosine(other(given), model(given)) > 0.9999
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("form", **FORMS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_saved_and_loaded(tmp_path, form, name):
+    kept = ["blocks.1.attn.proj"]
+    model = vit.quantize(other(name), form.name, exclude=kept)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    fresh = vit.create(name, backend="reference", training=False, **arguments(name))
+    loaded = vit.quantize(fresh, form.name, exclude=kept)
+    loaded.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert type(loaded.blocks[1].attn.proj) is nn.Linear
+    given = images_of(model)
+    expected = model(given)
+    for same in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(same(given), expected)
 
 
 @pytest.mark.parametrize("form", **FORMS)
@@ -249,8 +350,38 @@ def test_refusals():
         vit.quantize(hooked, calibrate=images())
 
 
-def test_calibration_smooths_gated_mlps():
-    model = make(mlp_layer="swiglu_packed")
+@pytest.mark.parametrize("mlp_layer", ["swiglu_packed", "swiglu"])
+def test_calibration_smooths_gated_mlps(mlp_layer):
+    model = make(mlp_layer=mlp_layer)
     x = images()
+    quantized = vit.quantize(model, calibrate=x)
+    assert not any(type(m) is nn.Linear for m in quantized.blocks.modules())
     with torch.no_grad():
-        assert cosine(vit.quantize(model, calibrate=x)(x), model(x)) > 0.99
+        assert cosine(quantized(x), model(x)) > 0.99
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != POST_NORM])
+def test_calibration_of_other_families(name):
+    """The smoothed network is the network."""
+    model = other(name)
+    seen, given = images_of(model, 4), images_of(model)
+    smoothed = copy.deepcopy(model)
+    for block in smoothed.blocks:
+        if isinstance(block.attn, EvaAttention):
+            block.attn.join_biases()
+    layers = [f"blocks.{i}.{layer}" for i in range(2) for layer in OTHERS[name]]
+    before = smoothed.state_dict()
+    after, _ = smooth(dict(before), 2, observe(smoothed, seen, layers))
+    moved = {n.split(".", 2)[2] for n, tensor in after.items() if tensor is not before[n]}
+    first = ("attn.qkv",) if "attn.qkv" in OTHERS[name] else SPLIT[:3]
+    assert moved >= {"norm1.weight", "norm2.weight", "attn.proj.weight", *(f"{layer}.weight" for layer in first)}
+    assert ("mlp.fc2.weight" in moved) == (type(model.blocks[0].mlp) is not Mlp)
+    smoothed.load_state_dict(after)
+    with torch.no_grad():
+        close(smoothed(given), model(given).double(), WIDE)
+
+
+def test_calibration_of_norms_behind_the_branches_is_refused():
+    model = other(POST_NORM)
+    with pytest.raises(ValueError, match="calibrate cannot follow this model: use_post_norm=True: the engine computes"):
+        vit.quantize(model, calibrate=images_of(model))

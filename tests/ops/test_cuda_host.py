@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bias_gradients
 import cuda_emulator
 import draw
 import pytest
@@ -107,6 +108,14 @@ def test_hopper_tiles(emulated, dtype, batch, m, n, k, layout):
     truth = a.double() @ b.double()
     own = ((a @ b).double() - truth).norm()
     assert (got - truth).norm() <= 1.1 * own
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), bias_gradients.SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("path", ["automatic", "portable"])
+def test_the_weights_gradient_brings_that_of_the_bias(emulated, path, dtype, rows, n, k):
+    emulated.use(path)
+    bias_gradients.check_bias_gradient(emulated.name, dtype, rows, n, k)
 
 
 #: Each compiled size of the Hopper attention (keys, head dimension): the last key alone in its group, more and fewer

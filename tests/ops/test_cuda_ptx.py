@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
+import bias_gradients
 import captures
 import draw
 import pytest
@@ -38,7 +39,7 @@ from vit.ops.quantized import FP8, INT8
 from vit.parity import Case, backend_ops, cases
 from vit.parity.problems import DEFINITIONS
 from vit.parity.problems import build as build_problem
-from vit.parity.runner import call
+from vit.parity.runner import _allow_tf32, call
 
 pytestmark = [pytest.mark.ptx, pytest.mark.slow, pytest.mark.skipif(nvcc() is None, reason="no nvcc")]
 
@@ -127,6 +128,26 @@ def test_linear_fp8_at_its_limits(emulated):
 def test_linear_fp8_on_a_gpu_without_it(emulated, device):
     with pytest.raises(RuntimeError, match=rf"compute capability 8\.9, this GPU has {device}: use linear_int8"):
         check_sums(FP8, *on(emulated, device), draw.randn(2, 32), *layer(8, 32, FP8))
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), bias_gradients.SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("path", ["automatic", "portable"])
+def test_the_weights_gradient_brings_that_of_the_bias(emulated, path, dtype, rows, n, k):
+    """No pass over dy of its own, unless the gradient of the bias alone is wanted."""
+    name, _ = on(emulated, "9.0")
+    emulated[0].use(path)
+    emulated[1].done.clear()
+    bias_gradients.check_bias_gradient(name, dtype, rows, n, k)
+    assert sum(row[0] for kernel, row in emulated[1].done.items() if "prepare_dz" in kernel) == 1
+    assert not emulated[1].errors
+
+
+def test_sums_of_rows_keep_what_tf32_drops(emulated):
+    name, _ = on(emulated, "8.0")
+    with _allow_tf32(True):
+        bias_gradients.check_bias_gradient(name, torch.float32, 70, 136, 200, large=8191)
+    assert not emulated[1].errors
 
 
 def on(emulated: tuple[Emulated, Launches], device: str) -> tuple[str, torch.device]:

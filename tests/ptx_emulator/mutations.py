@@ -59,6 +59,18 @@ def matmul(m: int = 130, n: int = 128, k: int = 200) -> Call:
     return call
 
 
+def linear_gradients(m: int = 130, n: int = 72, k: int = 136) -> Call:
+    """Of weight and bias, which one product makes."""
+
+    def call(ops: Ops) -> float:
+        x, dy = draw.randn(m, k, dtype=torch.bfloat16), draw.randn(m, n, dtype=torch.bfloat16)
+        weight, bias = (draw.randn(*size, dtype=torch.bfloat16).requires_grad_() for size in ((n, k), (n,)))
+        got = torch.autograd.grad(ops.linear(x, weight, bias), (weight, bias), dy)
+        return error(list(got), [dy.double().mT @ x.double(), dy.double().sum(0)])
+
+    return call
+
+
 def rms_norm(rows: int = 300, columns: int = 72) -> Call:
     """Forward and backward: the sums of rows, and of columns over rows."""
 
@@ -118,6 +130,12 @@ FORWARD = ("attention_fwd_mma", "attention_fwd_kernelINS0_4bf16ELi64E")
 HOPPER = ("attention_fwd_hopper", "kernelINS0_4bf16ELi64ELi128E")
 PRODUCT = ("gemm_hopper", "kernelINS0_4bf16ELi64ELi64ELb1ELb1E")
 PORTABLE = ("gemm_mma", "kernelINS0_4bf16ELi64ELb1ELb1E")
+WEIGHT_GRADIENT = ("gemm_hopper", "kernelINS0_4bf16ELi128ELi128ELb0ELb0E")
+PORTABLE_GRADIENT = ("gemm_mma", "kernelINS0_4bf16ELi64ELb0ELb0E")
+#: A product whose b is one register twice: that with ones, which sums rows.
+WITH_ONES = r"mma\.sync[^;]*, \{(%r\d+), \1\},[^;]*;"
+#: The last of the shuffles that add the lanes of a row.
+LAST_OF_ROW = r"(shfl\.sync\.bfly\.b32[^;]*?,) 16"
 SHORT = ("attention_bwd_short", "kernelINS0_4bf16E")
 SCALAR = ("attention_scalar", "fwd_scalarIfLi128E")
 BYTES = ("linear_fp8", "gemm_mma_kernelINS0_4e4m3ELi64ELb1ELb1ENS0_14ScaledEpilogueIfE")
@@ -153,6 +171,8 @@ MUTATIONS = [
     ),
     Mutation("no releases", *PRODUCT, every(RELEASE, ""), "automatic", matmul(k=1000)),
     Mutation("another number of bytes expected", *PRODUCT, every(", 16384;", ", 16320;"), "automatic", matmul(k=1000)),
+    Mutation("lanes of a row twice", *WEIGHT_GRADIENT, every(LAST_OF_ROW, r"\1 8"), "automatic", linear_gradients()),
+    Mutation("half of the rows' sums", *PORTABLE_GRADIENT, nth(WITH_ONES, "", 0), "portable", linear_gradients()),
     Mutation("the first barrier removed", *PORTABLE, nth(BAR, "", 0), "portable", matmul()),
     Mutation("waits for one copy less", *PORTABLE, every("wait_group 2", "wait_group 3"), "portable", matmul()),
     Mutation(

@@ -9,7 +9,7 @@ MLP what those of its ungated half are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,28 @@ from ..support.random import Stream
 #: The layers of a block that int8 quantizes and that can be stored in fewer bits.
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
+#: The same of a model's own blocks, which may keep queries, keys and values, or gates and values, apart.
+OWN_LAYERS = (
+    *("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.proj"),
+    *("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"),
+)
+
 #: The norms of a block and the layers that read them, in blocks that have them.
-PAIRS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"), ("attn.norm", "attn.proj"), ("mlp.norm", "mlp.fc2"))
+READERS = (
+    ("norm1", ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj")),
+    ("norm2", ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")),
+    ("attn.norm", ("attn.proj",)),
+    ("mlp.norm", ("mlp.fc2",)),
+)
 #: A layer whose last rows reach another one multiplied by what is the same for all tokens or channels, or by gates.
-PASSED_ON = (("attn.qkv", "attn.proj"), ("mlp.fc1", "mlp.fc2"))
+PASSED_ON = (
+    ("attn.qkv", "attn.proj"),
+    ("attn.v_proj", "attn.proj"),
+    ("mlp.fc1", "mlp.fc2"),
+    ("mlp.fc1_x", "mlp.fc2"),
+)
 #: A layer -> the module that is given what it reads, whatever the model keeps the layer in.
-SEEN_AT = {"attn.qkv": "attn", "attn.proj": "attn.proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp.fc2"}
+SEEN_AT = {name: name if name in ("attn.proj", "mlp.fc2") else name.partition(".")[0] for name in OWN_LAYERS}
 
 
 #: Share of the class token in means, where pooling takes it: the only token that reaches the logits. From 0.1 to 0.5
@@ -59,26 +75,32 @@ def smooth(
 ) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
     """The tensors with smoothed weights in every block, and what the layers' inputs are then.
 
-    inputs: a layer's name ("blocks.0.attn.qkv") -> its input on some images.
+    inputs: a layer's name ("blocks.0.attn.qkv", or as in OWN_LAYERS) -> its input on some images.
     """
     smoothed, after = dict(tensors), dict(inputs)
-    for i in range(depth):
+
+    def present(block: str, *names: str) -> list[str]:
+        return [f"{block}.{name}" for name in names if f"{block}.{name}.weight" in tensors]
+
+    for block in (f"blocks.{i}" for i in range(depth)):
         normed = set()
-        for norm, layer in ((f"blocks.{i}.{norm}", f"blocks.{i}.{layer}") for norm, layer in PAIRS):
-            if f"{norm}.weight" not in tensors or f"{layer}.weight" not in tensors:
+        for norm, names in READERS:
+            layers = present(block, *names)
+            if not present(block, norm) or not layers:
                 continue
-            normed.add(layer)
-            scale = _balance(smoothed, layer, inputs[layer].largest)
-            _divide(smoothed, norm, scale)
-            after[layer] = inputs[layer].divided(scale)
-        for maker, layer in ((f"blocks.{i}.{maker}", f"blocks.{i}.{layer}") for maker, layer in PASSED_ON):
-            weights = [tensors.get(f"{name}.weight") for name in (maker, layer)]
-            if layer in normed or weights[0] is None or weights[1] is None:
+            normed.update(layers)
+            scale = _balance(smoothed, layers, inputs[layers[0]].largest)
+            _divide(smoothed, f"{block}.{norm}", scale)
+            after |= {layer: inputs[layer].divided(scale) for layer in layers}
+        for pair in PASSED_ON:
+            layers = present(block, *pair)
+            if len(layers) < 2 or layers[1] in normed:
                 continue
-            rest = len(weights[0]) - weights[1].shape[1]  # queries and keys; gates
-            if rest == 0:
+            maker, layer = layers
+            rest = len(tensors[f"{maker}.weight"]) - tensors[f"{layer}.weight"].shape[1]  # queries and keys; gates
+            if rest == 0 and pair[0] == "mlp.fc1":
                 continue  # an activation stands between them
-            scale = _balance(smoothed, layer, inputs[layer].largest)
+            scale = _balance(smoothed, [layer], inputs[layer].largest)
             _divide(smoothed, maker, torch.cat([scale.new_ones(rest), scale]))
             after[layer] = inputs[layer].divided(scale)
     return smoothed, after
@@ -92,19 +114,20 @@ def _divide(tensors: dict[str, Tensor], layer: str, divisor: Tensor) -> None:
         tensors[f"{layer}.bias"] = tensors[f"{layer}.bias"] / divisor
 
 
-def _balance(smoothed: dict[str, Tensor], layer: str, reach: Tensor) -> Tensor:
-    """Multiplies the columns of a layer's weight by a scale [K], which is returned for what makes its input.
+def _balance(smoothed: dict[str, Tensor], layers: Sequence[str], reach: Tensor) -> Tensor:
+    """Multiplies the columns of the weights of layers that read the same by a scale [K], which is returned for what
+    makes their input.
 
     The size of a column is its norm of order 4: 4 to 6 % less expected squared error than by its largest element alone
     (ViT-Ti and ViT-S of bench/weights.py).
     """
-    matrix = smoothed[f"{layer}.weight"]
-    size = matrix.square().square().mean(0).sqrt().sqrt()
+    matrices = [smoothed[f"{layer}.weight"] for layer in layers]
+    size = torch.cat(matrices).square().square().mean(0).sqrt().sqrt()
     # Of the largest one: layer scales leave columns of any size.
     least = [max(1e-5 * t.max().item(), torch.finfo(t.dtype).tiny) for t in (reach, size)]
     scale = (reach.clamp(min=least[0]) / size.clamp(min=least[1])).sqrt()
     scale /= scale.log().mean().exp()  # a common factor would only move the numbers' size
-    smoothed[f"{layer}.weight"] = matrix * scale
+    smoothed.update((f"{layer}.weight", matrix * scale) for layer, matrix in zip(layers, matrices, strict=True))
     return scale
 
 
@@ -124,18 +147,25 @@ def natural_image(model: torch.nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def observe(model: torch.nn.Module, images: Tensor, batch: int = 16) -> dict[str, Inputs]:
-    """The inputs of every linear layer of the blocks over `images`, as the model takes them."""
+def observe(
+    model: torch.nn.Module, images: Tensor, layers: Sequence[str] | None = None, batch: int = 16
+) -> dict[str, Inputs]:
+    """The inputs of linear layers of the blocks over `images`, as the model takes them.
+
+    layers: their names ("blocks.0.attn.q_proj"); without, LAYERS of every block, whatever the model keeps them in.
+    """
     blocks: Any = model.blocks
+    names = [f"blocks.{i}.{layer}" for i in range(len(blocks)) for layer in LAYERS] if layers is None else layers
     share = CLASS_SHARE if getattr(model, "global_pool", "") == "token" else None
-    seen = {f"blocks.{i}.{layer}": _Seen(len(images), share) for i in range(len(blocks)) for layer in LAYERS}
-    handles = [
-        block.get_submodule(SEEN_AT[layer]).register_forward_pre_hook(
-            lambda _module, given, name=f"blocks.{i}.{layer}": seen[name].add(given[0])
+    seen = {name: _Seen(len(images), share) for name in names}
+    handles = []
+    for name in names:
+        _, i, layer = name.split(".", 2)  # by place: a block that stands twice has one name among the modules
+        handles.append(
+            blocks[int(i)]
+            .get_submodule(SEEN_AT[layer])
+            .register_forward_pre_hook(lambda _module, given, name=name: seen[name].add(given[0]))
         )
-        for i, block in enumerate(blocks)  # by place: a block that stands twice has one name among the modules
-        for layer in LAYERS
-    ]
     training = model.training
     model.eval()
     try:

@@ -194,6 +194,13 @@ class EvaAttention(HasBuffers, AttentionRope):
         self.init_non_persistent_buffers()  # memory that to_empty() has taken holds nothing
         return self
 
+    def join_biases(self) -> None:
+        """Makes the biases apart one bias of the projection, which is called like any other from then on."""
+        q, k, v = self.q_bias, self.k_bias, self.v_bias
+        if q is not None and k is not None and v is not None and type(self.qkv) is nn.Linear:
+            self.qkv.bias = nn.Parameter(torch.cat([q, k, v]), requires_grad=q.requires_grad)
+            self.q_bias = self.k_bias = self.v_bias = None
+
     def _packed(self, x: Tensor, layer: Callable[..., Tensor]) -> Tensor:
         q, k, v = self.q_bias, self.k_bias, self.v_bias  # each looked at once: a parametrization computes at each look
         if q is None or k is None or v is None:

@@ -157,7 +157,48 @@ def masked_scores(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> 
     return scores + attn_mask
 
 
-class Block(CallsOps, nn.Module):
+class FusableBlock(CallsOps, nn.Module):
+    """What a block knows of the modules below it before it passes over them; it has `attn` and `mlp`."""
+
+    def keep_classes(self) -> None:
+        """Takes the classes of the modules below as its own: a block of others calls them one by one."""
+        self._as_built = tuple(map(type, self._below()))
+        self._kinds: tuple[type[nn.Module], ...] = (type(self), *dict.fromkeys(self._as_built))
+
+    def is_as_built(self, below: Sequence[nn.Module] | None = None) -> bool:
+        """Whether no module below was replaced by one of another class."""
+        return tuple(map(type, self._below() if below is None else below)) == self._as_built
+
+    def _below(self) -> list[nn.Module]:
+        """The modules of the block, then those of its attention and of its MLP."""
+        own = self._modules
+        attn, mlp = own.get("attn"), own.get("mlp")
+        parts = [*own.values(), *(attn._modules.values() if attn else ()), *(mlp._modules.values() if mlp else ())]
+        return [part for part in parts if part is not None]
+
+    def _may_pass_over(self) -> bool:
+        """Whether nobody would notice that the modules below are not called, and all are of the classes kept."""
+        if watched_everywhere():
+            return False
+        below, attn = self._below(), self.attn
+        return (
+            self.is_as_built(below)
+            and unwatched(below)
+            and as_known(self._kinds)
+            and bool(attn.fused_attn)  # type: ignore[union-attr]
+            and plain([p for m in (self, *below) if m._parameters for p in m._parameters.values()])
+        )
+
+    def drops_elements(self) -> bool:
+        """Whether single elements are dropped at random, now."""
+        attn: Any
+        mlp: Any
+        attn, mlp = self.attn, self.mlp
+        rate = attn.attn_drop.p if attn.training else 0.0
+        return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
+
+
+class Block(FusableBlock):
     """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))): [B, N, C] -> [B, N, C]."""
 
     def __init__(
@@ -201,42 +242,9 @@ class Block(CallsOps, nn.Module):
         """Those of its attention for the block's input x [B, N, C]: [B, H, Q, N]. rows: of `attention_rows_of`."""
         return self.attn.probabilities(call(self.ops, self.norm1, x), queries, rows)
 
-    def keep_classes(self) -> None:
-        """Takes the classes of the modules below as its own: a block of others calls them one by one."""
-        self._as_built = tuple(map(type, self._below()))
-        self._kinds: tuple[type[nn.Module], ...] = (Block, *dict.fromkeys(self._as_built))
-
-    def is_as_built(self, below: Sequence[nn.Module] | None = None) -> bool:
-        """Whether no module below was replaced by one of another class."""
-        return tuple(map(type, self._below() if below is None else below)) == self._as_built
-
-    def _below(self) -> list[nn.Module]:
-        """The modules of the block, then those of its attention and of its MLP."""
-        own = self._modules
-        attn, mlp = own.get("attn"), own.get("mlp")
-        parts = [*own.values(), *(attn._modules.values() if attn else ()), *(mlp._modules.values() if mlp else ())]
-        return [part for part in parts if part is not None]
-
     def can_fuse(self) -> bool:
         """Whether nobody would notice that the modules below are not called, and all are what this file makes."""
-        if type(self) is not Block or watched_everywhere():
-            return False
-        below = self._below()
-        return (
-            self.is_as_built(below)
-            and unwatched(below)
-            and as_known(self._kinds)
-            and self.attn.fused_attn
-            and plain([p for m in below if m._parameters for p in m._parameters.values()])
-        )
-
-    def drops_elements(self) -> bool:
-        """Whether single elements are dropped at random, now."""
-        attn: Any
-        mlp: Any
-        attn, mlp = self.attn, self.mlp
-        rate = attn.attn_drop.p if attn.training else 0.0
-        return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
+        return type(self) is Block and self._may_pass_over()
 
     def fused(self, x: Tensor, queries: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
         """`forward` where `can_fuse`. With `queries` only the first `queries` tokens (of each image) are computed,

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .attention_rope import AttentionRope, EvaAttention
-from .blocks import drop_path, first_of_each
+from .blocks import FusableBlock, drop_path, first_of_each
 from .eva_options import EvaOptions
 from .layers import DropPath
 from .parts import activation_name, make_norm, norm
 from .planned import CallsOps
+from .quant_linear import QuantLinear
 from .rows import Rows
-from .torch_layers import as_known, call, know, linear, plain, unwatched, watched_everywhere
+from .torch_layers import call, know, linear
 
 
-class EvaBlock(CallsOps, nn.Module):
+class EvaBlock(FusableBlock):
     """x + gamma_1 attn(norm1(x)), then x + gamma_2 mlp(norm2(x)): [B, N, C] -> [B, N, C]; gamma_1 and gamma_2 [C] are
     those of LayerScale, and None without init_values."""
 
@@ -42,8 +43,7 @@ class EvaBlock(CallsOps, nn.Module):
         self.mlp = mlp
         self.register_parameter("gamma_2", nn.Parameter(torch.empty(dim, **factory)) if scaled else None)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self._as_built = tuple(map(type, self._below()))
-        self._kinds = tuple(dict.fromkeys((EvaBlock, *self._as_built)))
+        self.keep_classes()
 
     def forward(
         self,
@@ -68,33 +68,10 @@ class EvaBlock(CallsOps, nn.Module):
         attn: Any = self.attn
         return attn.probabilities(call(self.ops, self.norm1, x), queries, rows, rope)
 
-    def _below(self) -> list[nn.Module]:
-        """The modules of the block in order."""
-        attn, mlp = self.attn, self.mlp
-        modules = (*self._modules.values(), *attn._modules.values(), *mlp._modules.values())
-        return [m for m in modules if m is not None]
-
     def can_fuse(self) -> bool:
         """Whether nobody would notice that the modules below are not called, and all are of the classes that were put
         here."""
-        if type(self) is not EvaBlock or watched_everywhere():
-            return False
-        below = self._below()
-        attn: Any = self.attn
-        return (
-            tuple(map(type, below)) == self._as_built
-            and unwatched(below)
-            and as_known(self._kinds)
-            and attn.fused_attn
-            and plain([p for m in (self, *below) for p in m._parameters.values()])
-        )
-
-    def drops_elements(self) -> bool:
-        """Whether single elements are dropped at random, now."""
-        attn: Any = self.attn
-        mlp: Any = self.mlp
-        rate = attn.attn_drop.p if attn.training else 0.0
-        return rate > 0.0 or any(d.training and d.p > 0.0 for d in (attn.proj_drop, mlp.drop1, mlp.drop2))
+        return type(self) is EvaBlock and self._may_pass_over()
 
     def fused(
         self,
@@ -157,7 +134,7 @@ def _add(
     ops: Any,
     x: Tensor,
     y: Tensor,
-    layer: nn.Linear,
+    layer: nn.Linear | QuantLinear,
     drop: nn.Dropout,
     path: nn.Module,
     scale: Tensor | None,
@@ -167,7 +144,7 @@ def _add(
     if (drop.training and drop.p) or (path.training and isinstance(path, DropPath) and path.drop_prob):
         branch = drop(linear(ops, layer, y))
         return x + drop_path(ops, path, branch if scale is None else scale * branch, lengths)
-    return ops.linear(y, layer.weight, layer.bias, None, x, scale)
+    return linear(ops, layer, y, None, x, scale)
 
 
 know(AttentionRope, EvaAttention, EvaBlock, EvaBlockPostNorm)
