@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from vit.cli import answers, main, predict, show, submission
 from vit.data.index import NAME, Entry, Index
 from vit.support import files, tensors
 from vit.support.lock import FolderLock
+from vit.support.random import Stream
 from vit.training.run import Run
 from vit.viz import figure
 
@@ -60,7 +60,9 @@ def answer_sheet(path: Path) -> None:
 
 
 def index(path: Path) -> None:
-    entries = {os.urandom(8).hex(): Entry(i, i, i, 8, 8, i, "") for i in range(200)}
+    entries = {
+        str(name): Entry(i, i, i, 8, 8, i, "") for i, name in enumerate(Stream("names").integers(0, 1 << 62, 200))
+    }
     Index(path.parent, entries).write()
 
 
@@ -82,7 +84,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Any], object]]] = {
 
 
 def noise() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    return Image.fromarray(Stream("noise").integers(0, 256, (64, 64, 3)).astype(np.uint8))
 
 
 def refusal(write: Callable[[Path, Any], object], path: Path, model: Any) -> str:
