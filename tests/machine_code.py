@@ -24,11 +24,11 @@ def cuobjdump() -> str | None:
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
-def read(tool: str, module: Path, *options: str) -> str:
-    """What it prints of a module. It calls nvdisasm, which stands beside it."""
+def read(tool: str, module: Path, *options: str, folder: Path | None = None) -> str:
+    """What it prints of a module; files it makes are in the folder. It calls nvdisasm, which stands beside it."""
     path = os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])
-    command = [tool, *options, str(module)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}).stdout
+    command, environment = [tool, *options, str(module.resolve())], os.environ | {"PATH": path}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=folder).stdout
 
 
 @dataclass
