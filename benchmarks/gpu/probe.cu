@@ -72,8 +72,9 @@ struct Matrix {
   int at(int row, int column) const { return value[row * columns + column]; }
 };
 
+// Does not wait for its end. overlaps: nor does it begin after the end of the launch in front.
 template <auto kernel, class... Args>
-void run(int blocks, int threads, int cluster, Args... args) {
+void start(int blocks, int threads, int cluster, bool overlaps, Args... args) {
   constexpr int kShared = 100 * 1024;
   require(
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
@@ -83,12 +84,22 @@ void run(int blocks, int threads, int cluster, Args... args) {
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = kShared;
   cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  if (overlaps) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.numAttrs = overlaps || cluster > 1 ? 1 : 0;
   require(cudaLaunchKernelEx(&config, kernel, args...), "launch");
+}
+
+template <auto kernel, class... Args>
+void run(int blocks, int threads, int cluster, Args... args) {
+  start<kernel>(blocks, threads, cluster, false, args...);
   require(cudaDeviceSynchronize(), "run");
 }
 
@@ -374,6 +385,40 @@ void turns() {
   compare<int>(out.host, 12, [](int i) { return i % 6 + 1; });
 }
 
+// ---- a grid that begins before the one in front of it has ended ----
+
+// Lets the next grid begin, writes some milliseconds later.
+__global__ void slow_kernel(int* out, int rounds) {
+#ifdef VIT_CUDA_HOPPER
+  wait_on_dependent_grids();
+  launch_dependent_grids();
+  unsigned x = threadIdx.x;
+  for (int i = 0; i < rounds; ++i) x = x * 1664525 + 1013904223;
+  out[threadIdx.x] = static_cast<int>(x >> 8) + static_cast<int>(threadIdx.x);
+  out[32 + threadIdx.x] = static_cast<int>(threadIdx.x);
+#endif
+}
+
+// What two grids in front have written: the first by way of the second.
+__global__ void next_kernel(const int* in, int* out) {
+#ifdef VIT_CUDA_HOPPER
+  wait_on_dependent_grids();
+  launch_dependent_grids();
+  out[threadIdx.x] = in[32 + threadIdx.x] + 1;
+#endif
+}
+
+void overlap() {
+  Array<int> first(64), second(64), third(64);
+  for (auto* array : {&first, &second, &third}) array->send();
+  start<slow_kernel>(1, 32, 1, false, first.device, 1 << 20);
+  start<next_kernel>(1, 32, 1, true, static_cast<const int*>(first.device), second.device + 32);
+  start<next_kernel>(1, 32, 1, true, static_cast<const int*>(second.device), third.device);
+  require(cudaDeviceSynchronize(), "run");
+  third.fetch();
+  compare<int>(third.host, 32, [](int i) { return i + 2; });
+}
+
 const std::vector<std::pair<std::string, void (*)()>> kProbes = {
     {"shared memory is aligned to 1024", shared},
     {"mma.sync", mma},
@@ -385,6 +430,7 @@ const std::vector<std::pair<std::string, void (*)()>> kProbes = {
     {"tensor map of near planes", box_of_near_planes},
     {"multicast to a cluster", multicast},
     {"turns, registers and remote barriers", turns},
+    {"a grid that begins before the one in front has ended", overlap},
 };
 
 }  // namespace

@@ -119,6 +119,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kD, kKeys)
   const Head<T> q(p.q, at.b, at.h), k(p.k, at.b, at.h), v(p.v, at.b, at.h),
       out(p.out, p.N * p.H * p.D, p.H * p.D, p.D, at.b, at.h);
   const float scale = scale_of(p);
+  wait_on_dependent_grids();
+  launch_dependent_grids();
 
   // Zeros where there is no key: a weight of 0 times anything left in shared memory could be NaN.
   const auto load = [&](Vector<T, 8>* tile, const Head<T>& head) {
@@ -211,8 +213,8 @@ void dispatch_sizes(int64_t D, int64_t L, F f) {
 }  // namespace
 
 bool attention_fwd_hopper_supports(const AttentionFwd& p) {
-  return path() == Path::automatic && has_hopper_kernels(p.context.device) && is_16_bit(p.dtype) && p.D % 8 == 0 &&
-         p.D <= 128 && p.L <= kMostKeys && (p.L > 128 || compiled_head_dim(p.D) == 64) && p.N <= (1 << 20) &&
+  return hopper_allowed(p.context.device) && is_16_bit(p.dtype) && p.D % 8 == 0 && p.D <= 128 && p.L <= kMostKeys &&
+         (p.L > 128 || compiled_head_dim(p.D) == 64) && p.N <= (1 << 20) &&
          scale_of(p) > 0 &&  // the largest score is that of the largest product
          is_aligned(p.q.data, 4) && is_aligned(p.k.data) && is_aligned(p.v.data) && is_aligned(p.out) &&
          strides_divide(2, {p.q.batch, p.q.token, p.q.head}) &&
@@ -227,7 +229,7 @@ void attention_fwd_hopper(const AttentionFwd& p) {
       launch<attention_fwd_hopper_kernel<decltype(element), decltype(kD)::value, decltype(kKeys)::value,
                                          decltype(kLeast)::value>>(
           {"attention_fwd", attention_shape(p.B, p.N, p.L, p.H, p.D), p.context, heads * parts, kThreads,
-           static_cast<std::size_t>(shared_bytes(kD, kKeys))},
+           static_cast<std::size_t>(shared_bytes(kD, kKeys)), 1, true},
           p, static_cast<int>(parts));
     });
   });

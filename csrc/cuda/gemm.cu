@@ -35,10 +35,10 @@ bool hopper_supports(const Gemm& g, const Context& context) {
   const Access a = access(g.a, g.dtype), b = access(g.b, g.dtype);
   const auto fits = [](int64_t n) { return n < (int64_t{1} << 31) - 1024; };  // a tile further is an int, too
   const auto distinct = [](const Operand& o) { return o.row > 0 && o.k > 0 && o.batch >= 0; };
-  return path() == Path::automatic && has_hopper_kernels(context.device) && a.vectors && b.vectors &&
-         (a.k_major || !b.k_major) && distinct(g.a) && distinct(g.b) && g.N % 8 == 0 && g.K >= 8 && fits(g.M) &&
-         fits(g.N) && fits(g.K) && fits(g.batch) && is_aligned(g.out) && is_aligned(g.residual) &&
-         is_aligned(g.preact) && is_aligned(g.bias) && is_aligned(g.scale);
+  return hopper_allowed(context.device) && a.vectors && b.vectors && (a.k_major || !b.k_major) && distinct(g.a) &&
+         distinct(g.b) && g.N % 8 == 0 && g.K >= 8 && fits(g.M) && fits(g.N) && fits(g.K) && fits(g.batch) &&
+         is_aligned(g.out) && is_aligned(g.residual) && is_aligned(g.preact) && is_aligned(g.bias) &&
+         is_aligned(g.scale);
 }
 
 }  // namespace

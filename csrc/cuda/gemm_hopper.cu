@@ -196,6 +196,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     cluster_barrier();
   else
     __syncthreads();
+  wait_on_dependent_grids();
+  launch_dependent_grids();
 
   if (group == 0) {
     warpgroup_reg_dealloc<kProducerRegisters>();
@@ -322,7 +324,7 @@ void launch_hopper(const char* op, const Gemm& g, const Context& context) {
   const int64_t clusters = smaller<int64_t>(tiles, larger(1, multiprocessors(context.device) / kCluster));
   launch<gemm_hopper_kernel<T, kM, kN, kKMajorA, kKMajorB, kCluster>>(
       {op, Shape({{"batch", g.batch}, {"M", g.M}, {"N", g.N}, {"K", g.K}}), context, clusters * kCluster,
-       kHopperThreads, static_cast<std::size_t>(Tile::kSharedBytes), kCluster},
+       kHopperThreads, static_cast<std::size_t>(Tile::kSharedBytes), kCluster, true},
       map_a, map_b, work, Epilogue<T>(g));
 }
 

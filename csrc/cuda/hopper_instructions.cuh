@@ -37,6 +37,15 @@ inline bool encode_tensor_map(TensorMap& map, const void* data, bool bfloat16, c
 
 #ifdef VIT_CUDA_HOPPER
 
+// Programmatic dependent launch. Returns when the grids in front of this one have ended and their writes are visible;
+// every thread calls it before it touches device memory (parameters are none). At once where the launch was an ordinary
+// one.
+__device__ inline void wait_on_dependent_grids() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The next grid may begin once every block of this one has called it. Behind the wait: whoever begins then, may read
+// what was written two grids before it.
+__device__ inline void launch_dependent_grids() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 __device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }

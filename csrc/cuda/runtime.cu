@@ -28,6 +28,17 @@ bool has_context(int device) {
   return !state || state(device, &flags, &active) != 0 || active != 0;
 }
 
+// Whether the driver knows programmatic dependent launches also in captures, which it does from 12.3 on.
+bool driver_overlaps() {
+  static std::atomic<int> known{0};
+  int version = known.load(std::memory_order_relaxed);
+  if (version == 0) {
+    if (!went_well(cudaDriverGetVersion(&version))) return false;
+    known.store(version, std::memory_order_relaxed);
+  }
+  return version >= 12030;
+}
+
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
@@ -61,6 +72,10 @@ int capability(int device) {
 }
 
 bool has_hopper_kernels(int device) { return VIT_CUDA_WITH_HOPPER && capability(device) == 90; }
+
+bool hopper_allowed(int device) {
+  return (path() == Path::automatic || path() == Path::no_overlap) && has_hopper_kernels(device);
+}
 
 int multiprocessors(int device) {
   static std::atomic<int> count[kMaxDevices];
@@ -100,12 +115,19 @@ LaunchConfig::LaunchConfig(const Launch& launch, const void* kernel, std::atomic
   config.blockDim = dim3(static_cast<unsigned>(launch.threads));
   config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = static_cast<cudaStream_t>(launch.context.stream);
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(launch.cluster);
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = launch.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  if (launch.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(launch.cluster);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+  }
+  if (launch.overlaps && path() != Path::no_overlap && driver_overlaps()) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
 }
 
 std::string Shape::text() const {

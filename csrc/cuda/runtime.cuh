@@ -55,11 +55,14 @@ int multiprocessors(int device);
 
 // Which kernels gemm and attention may use: `automatic` takes the fastest that the device and the sizes allow,
 // `portable` those of any GPU and any length alone, `no_wgmma` what a GPU of 8.0 gets, those for short sequences among
-// them. Set by the benchmark and the tests alone, to measure and to check all on one GPU: a property of the process,
-// like a device mask.
-enum class Path { automatic = 0, portable = 1, no_wgmma = 2 };
+// them, `no_overlap` the fastest, none of which begins before the launch in front of it has ended. Set by the benchmark
+// and the tests alone, to measure and to check all on one GPU: a property of the process, like a device mask.
+enum class Path { automatic = 0, portable = 1, no_wgmma = 2, no_overlap = 3 };
 Path path();
 void set_path(Path);
+
+// Whether kernels of wgmma may run on a device now.
+bool hopper_allowed(int device);
 
 // The sizes of a call for error texts, put into words only when there is an error: "M=3 N=4".
 struct Shape {
@@ -84,6 +87,9 @@ struct Launch {
   int threads;
   std::size_t shared_bytes = 0;
   int cluster = 1;
+  // The kernel may begin while the one in front of it ends: it waits for it by itself, before it touches device memory
+  // (wait_on_dependent_grids). Only for kernels that are compiled for 9.0a alone: code of 8.0 has no such wait.
+  bool overlaps = false;
 };
 
 // Throws for an error of the launch itself (configuration, missing kernel image). Faults while a kernel runs are
@@ -100,10 +106,10 @@ inline constexpr int kLeastShared = 99 * 1024;
 // once per device.
 struct LaunchConfig {
   cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute cluster = {};
+  cudaLaunchAttribute attributes[2] = {};
 
   LaunchConfig(const Launch&, const void* kernel, std::atomic<bool> (&allowed)[kMaxDevices]);
-  LaunchConfig(const LaunchConfig&) = delete;  // config points to cluster
+  LaunchConfig(const LaunchConfig&) = delete;  // config points to attributes
   LaunchConfig& operator=(const LaunchConfig&) = delete;
 };
 

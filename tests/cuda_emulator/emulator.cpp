@@ -60,6 +60,7 @@ void to_thread(Thread& thread) { swapcontext(&scheduler_context, static_cast<uco
 void enter() {
   try {
     (*body)();
+    if (!current->waited) stop("a thread ended without the wait for the grid in front");
   } catch (const std::exception& e) {
     error = e.what();
   }
@@ -166,7 +167,14 @@ void block_barrier(int id, int threads) {
 
 void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
   static std::mt19937 random(1);
-  const unsigned cluster = config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
+  unsigned cluster = 1;
+  bool overlaps = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = attribute.val.clusterDim.x;
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      overlaps = attribute.val.programmaticStreamSerializationAllowed;
+  }
   if (config.gridDim.x % cluster) throw std::runtime_error("cuda emulator: grid is no multiple of the cluster");
   if (config.blockDim.x % 32) throw std::runtime_error("cuda emulator: blocks must be whole warps");
   body = &kernel;
@@ -203,6 +211,7 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) 
         thread.warp = static_cast<int>(i / 32);
         thread.done = false;
         thread.unfenced = thread.registers_fenced = false;
+        thread.waited = !overlaps;
         thread.open.clear();
         thread.groups.clear();
         thread.wgmma_open.clear();

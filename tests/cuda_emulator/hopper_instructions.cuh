@@ -112,10 +112,16 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 inline void prefetch_tensor_map(const TensorMap*) {}
 
+inline void wait_on_dependent_grids() { emulator::current->waited = true; }
+inline void launch_dependent_grids() {
+  if (!emulator::current->waited) emulator::stop("the next grid may begin before this one has waited");
+}
+
 inline void tensor_load_multicast(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2,
                                   uint16_t mask) {
   const uint32_t bytes = map->box[0] * map->box[1] * 2;
   check_shared(to, bytes, 1024);
+  emulator::check_waited();
   check_shared(barrier, 8, 8);
   auto* me = emulator::current->block;
   const uint32_t offset = shared_address(to), at = shared_address(barrier);

@@ -46,7 +46,7 @@ enum cudaError_t {
   cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
@@ -58,6 +58,7 @@ struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
+    int programmaticStreamSerializationAllowed = 0;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -205,6 +206,7 @@ struct Thread {
   bool done = false;
   bool unfenced = false;                  // has copied to shared memory what the tensor cores may not see yet
   bool registers_fenced = false;          // wgmma may take registers as they are
+  bool waited = true;                     // for the grids in front of this one
   std::vector<Copy> open;                 // cp.async not committed yet
   std::vector<std::vector<Copy>> groups;  // committed, not waited for
   std::vector<std::function<void()>> wgmma_open;
@@ -239,6 +241,11 @@ inline thread_local Thread* current = nullptr;
 void yield();
 void progress();
 [[noreturn]] void stop(const std::string& why);
+
+// Copies from device memory; loads and stores of plain C++ cannot be seen.
+inline void check_waited() {
+  if (!current->waited) stop("device memory before the wait for the grid in front");
+}
 
 // Every thread of `meeting` (of `count`) comes with its own `slot`; the last one calls work(slots).
 template <class F>
@@ -292,10 +299,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
     vit::emulator::run(*config, [&] { kernel(args...); });
     return cudaSuccess;
   }
-  cudaLaunchAttribute cluster = {};
-  if (config->numAttrs) cluster = config->attrs[0];
-  emulated_capture.launches.push_back([how = *config, cluster, kernel, args...]() mutable {
-    how.attrs = &cluster;
+  std::vector<cudaLaunchAttribute> attributes(config->attrs, config->attrs + config->numAttrs);
+  emulated_capture.launches.push_back([how = *config, attributes, kernel, args...]() mutable {
+    how.attrs = attributes.data();
     vit::emulator::run(how, [&] { kernel(args...); });
   });
   return cudaSuccess;
@@ -403,6 +409,7 @@ inline void check_shared(const void* p, std::size_t bytes, std::size_t alignment
 
 inline void copy_async_16(void* shared, const void* global, int bytes) {
   check_shared(shared, 16, 16);
+  emulator::check_waited();
   if (bytes < 0 || bytes > 16) emulator::stop("cp.async of a wrong size");
   if (reinterpret_cast<uintptr_t>(global) % 16) emulator::stop("cp.async from a misaligned address");
   emulator::current->open.push_back({shared, global, bytes});

@@ -224,6 +224,29 @@ def test_larger_products_in_a_graph(emulated, device):
     assert files >= (hopper if device == "9.0" else others)
 
 
+@pytest.mark.parametrize(
+    ("device", "path", "files"),
+    [
+        ("9.0", "automatic", {"gemm_hopper", "attention_fwd_hopper"}),
+        ("9.0", "no_overlap", set()),
+        ("9.0", "no_wgmma", set()),
+        ("8.9", "automatic", set()),
+        ("12.0", "automatic", set()),
+    ],
+)
+def test_which_kernels_begin_before_the_one_in_front_has_ended(emulated, device, path, files):
+    """Those compiled for 9.0a alone, which wait by themselves: code of 8.0, also where a driver compiles its PTX for
+    newer GPUs, has no such instruction. That they wait before all else the machine checks in every launch."""
+    record, launches = emulated
+    name, _ = on(emulated, device)
+    record.use(path)
+    launches.overlapped.clear()
+    ops, x = backend_ops(name), draw.randn(1, 70, 1, 64, dtype=torch.bfloat16)
+    ops.attention(x, x, x)
+    ops.matmul(x[0, :, 0], draw.randn(64, 64, dtype=torch.bfloat16))
+    assert {launches.files[kernel] for kernel in launches.overlapped} == files
+
+
 @pytest.mark.parametrize("form", **FORMS)
 def test_products_of_8_bits_in_a_graph(emulated, form):
     name, _ = on(emulated, "8.9")

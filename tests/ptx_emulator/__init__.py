@@ -113,8 +113,9 @@ class Launches:
     programs: dict[str, Program] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     done: dict[str, list[float]] = field(default_factory=dict)  # kernel -> launches, seconds, instructions
+    overlapped: set[str] = field(default_factory=set)  # kernels that could begin before the one in front had ended
     capturing: bool = False  # launches are kept, and not run
-    kept: list[tuple[str, int, int, int, int, bytes]] = field(default_factory=list)  # as `execute` takes them
+    kept: list[tuple[str, int, int, int, int, int, bytes]] = field(default_factory=list)  # as `execute` takes them
 
     def __post_init__(self) -> None:
         for path in sorted(self.folder.glob("*.ptx")):
@@ -128,7 +129,9 @@ class Launches:
             self.programs[name] = Program(self.modules[self.files[name]], name)
         return self.programs[name]
 
-    def launch(self, name: bytes, grid: int, threads: int, shared: int, cluster: int, arguments: Any) -> int:
+    def launch(
+        self, name: bytes, grid: int, threads: int, shared: int, cluster: int, overlaps: int, arguments: Any
+    ) -> int:
         """Called by cudaLaunchKernelExC; not 0 for a failure, whose text is in `errors`."""
         kernel = name.decode()
         try:
@@ -137,7 +140,7 @@ class Launches:
             for i, (param, size, _) in enumerate(program.entry.params):
                 at = program.param_offsets[param]
                 params[at : at + size] = ctypes.string_at(arguments[i], size)
-            how = (kernel, grid, threads, shared, cluster, bytes(params))
+            how = (kernel, grid, threads, shared, cluster, overlaps, bytes(params))
             if self.capturing:
                 self.kept.append(how)
             else:
@@ -149,10 +152,14 @@ class Launches:
             self.errors.append(traceback.format_exc())
         return 1
 
-    def execute(self, kernel: str, grid: int, threads: int, shared: int, cluster: int, params: bytes) -> None:
+    def execute(
+        self, kernel: str, grid: int, threads: int, shared: int, cluster: int, overlaps: int, params: bytes
+    ) -> None:
         """Runs a kernel."""
+        if overlaps:
+            self.overlapped.add(kernel)
         machine, start = Machine(self.program(kernel), self.memory, self.seed), time.monotonic()
-        machine.launch(grid, threads, shared, cluster, params, self.lanes)
+        machine.launch(grid, threads, shared, cluster, params, self.lanes, bool(overlaps))
         row = self.done.setdefault(kernel, [0, 0.0, 0])
         row[0], row[1], row[2] = row[0] + 1, row[1] + time.monotonic() - start, row[2] + machine.executed
 
@@ -201,7 +208,7 @@ def backend(folder: Path, **options: Any) -> Iterator[tuple[Emulated, Launches]]
         return _data_ptr(tensor)
 
     kind = ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint,
+        ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int,
         ctypes.POINTER(ctypes.c_void_p),
     )  # fmt: skip
     callback = kind(launches.launch)

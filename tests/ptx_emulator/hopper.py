@@ -28,6 +28,7 @@ class Hopper:
         self.granted: dict[int, int] = {}  # registers of a warp
 
     def tensor_load(self, to, map_address, coordinates, barrier, mask, S):
+        self.check_waited(S, "copies from device memory")
         lanes = lanes_of(S)
         for i, lane in enumerate(lanes.tolist()):
             at = int(map_address[i])

@@ -1,9 +1,10 @@
 """Runs a compiled PTX kernel: the threads of some blocks as lanes of arrays, their memories, and what they meet at.
 
 What the machine promises nothing about, it makes visible: shared memory begins as NaN, the target of an asynchronous
-copy is NaN until the copy is waited for, results of wgmma may not be read before the wait, and operands in shared
-memory may not change meanwhile. Accesses outside what was handed over, and misaligned ones, are errors; so is a block
-that can make no progress.
+copy is NaN until the copy is waited for, results of wgmma may not be read before the wait, operands in shared memory
+may not change meanwhile. Where a kernel may begin before the one in front of it has ended, no thread may touch device
+memory, let the next one begin, or end, before griddepcontrol.wait. Accesses outside what was handed over, and
+misaligned ones, are errors; so is a block that can make no progress.
 """
 
 from __future__ import annotations
@@ -34,8 +35,17 @@ class Machine(Barriers, Hopper, Matrices, Memories):
         self.shuffle = seed is not None
         self.executed = 0
 
-    def launch(self, grid: int, threads: int, shared_bytes: int, cluster: int, params: bytes, lanes: int) -> None:
-        """Runs all blocks, about `lanes` threads at once."""
+    def launch(
+        self,
+        grid: int,
+        threads: int,
+        shared_bytes: int,
+        cluster: int,
+        params: bytes,
+        lanes: int,
+        overlaps: bool = False,
+    ) -> None:
+        """Runs all blocks, about `lanes` threads at once. overlaps: the grid in front may not have ended yet."""
         if len(params) != self.program.param_bytes:
             raise PtxError(f"{len(params)} bytes of parameters, {self.program.param_bytes} expected")
         most = self.program.entry.directives.get("maxntid")
@@ -49,6 +59,7 @@ class Machine(Barriers, Hopper, Matrices, Memories):
             blocks = min(at_once, grid - first)
             self.prepare_threads(first, blocks, grid)
             self.prepare_memories(blocks, shared_bytes, params)
+            self.prepare_dependency(overlaps)
             self.prepare_barriers()
             self.prepare_hopper()
             with np.errstate(all="ignore"):
@@ -192,6 +203,7 @@ class Machine(Barriers, Hopper, Matrices, Memories):
             self.pc[lanes[~leaving]] = pc + 1
             lanes = lanes[leaving]
         if lanes.size and (f.entry or ins.op[0] == "exit"):
+            self.check_waited(pack_lanes(lanes), "ends")
             self.status[lanes] = DONE
             self.pc[lanes] = pc
             self.after_exit()

@@ -101,6 +101,22 @@ class Memories:
         self.copy_group = np.zeros(n, dtype=np.int64)
         self.unfenced = np.zeros(n, dtype=bool)  # threads that have written what the tensor cores may not see yet
 
+    def prepare_dependency(self, overlaps: bool) -> None:
+        """Who has waited for the grid in front: all, where it has ended before this one begins."""
+        self.overlaps = overlaps
+        self.waited = np.full(self.n, not overlaps)
+
+    def dependency(self, what: str, S) -> None:
+        """griddepcontrol."""
+        if what == "wait":
+            self.waited[S] = True
+        else:
+            self.check_waited(S, "lets the next grid begin")
+
+    def check_waited(self, S, what: str) -> None:
+        if self.overlaps and not self.waited[S].all():
+            raise PtxError(f"a thread {what} before griddepcontrol.wait")
+
     def same(self, value, S):
         return np.full(lanes_of(S).size, value, dtype=np.uint64)
 
@@ -170,6 +186,7 @@ class Memories:
                 space, address = "local", address - LOCAL_WINDOW
         if space in ("global", "const"):
             if space == "global" and not self.inside_params(address, bytes_):
+                self.check_waited(S, "touches device memory")
                 self.memory.check(address, bytes_)
             return self.memory.views, address - np.uint64(self.memory.BASE)
         if space.startswith("shared"):
@@ -231,6 +248,7 @@ class Memories:
             raise PtxError("a race: two warps write one word at once")
 
     def copy_async(self, to, source, size, valid, S):
+        self.check_waited(S, "copies from device memory")
         lanes = lanes_of(S)
         valid = np.broadcast_to(np.asarray(valid, dtype=np.int64), lanes.shape)
         if (valid > size).any() or size not in (4, 8, 16):

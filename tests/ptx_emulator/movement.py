@@ -57,6 +57,11 @@ class Movement:
         address = self.address(f, ins.args[0], "u64", S)
         return f"M.store({space!r}, {address}, {SIZES[kind]}, ({', '.join(values)},), {S})"
 
+    def op_griddepcontrol(self, f: Function, ins: Instruction, S: str) -> Lines:
+        if ins.op[1] not in ("wait", "launch_dependents"):
+            raise NotImplementedError(ins.text)
+        return f"M.dependency({ins.op[1]!r}, {S})"
+
     def entry_params(self, f: Function) -> set[str]:
         return {name for name, _, _ in f.params}
 

@@ -134,8 +134,8 @@ WEIGHT_GRADIENT = ("gemm_hopper", "kernelINS0_4bf16ELi128ELi128ELb0ELb0E")
 PORTABLE_GRADIENT = ("gemm_mma", "kernelINS0_4bf16ELi64ELb0ELb0E")
 #: A product whose b is one register twice: that with ones, which sums rows.
 WITH_ONES = r"mma\.sync[^;]*, \{(%r\d+), \1\},[^;]*;"
-#: The last of the shuffles that add the lanes of a row.
-LAST_OF_ROW = r"(shfl\.sync\.bfly\.b32[^;]*?,) 16"
+#: Two rows of a stage that are added to the sums.
+TWO_OF_STAGE = r"(ld\.shared\.v4\.u32[^;]*, \[)(%r\d+)(\];[\s\S]*?ld\.shared\.v4\.u32[^;]*, \[)%r\d+"
 SHORT = ("attention_bwd_short", "kernelINS0_4bf16E")
 SCALAR = ("attention_scalar", "fwd_scalarIfLi128E")
 BYTES = ("linear_fp8", "gemm_mma_kernelINS0_4e4m3ELi64ELb1ELb1ENS0_14ScaledEpilogueIfE")
@@ -144,6 +144,7 @@ ADDED = r"(e4m3\.f32) \{[^}]*\}, (\{[^}]*\}, \{[^}]*\}), \{[^}]*\};" + 4 * r"\s*
 COLUMNS = ("rms_norm", "weight_columnsIfE")
 TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 done, \[%r\d+\], %r\d+;"
 RELEASE = r"mbarrier\.arrive\.shared::cluster\.b64 _, \[remote\];"
+GRID_WAIT = r"griddepcontrol\.wait;"
 WAIT = r"wgmma\.wait_group\.sync\.aligned "
 
 MUTATIONS = [
@@ -171,8 +172,17 @@ MUTATIONS = [
     ),
     Mutation("no releases", *PRODUCT, every(RELEASE, ""), "automatic", matmul(k=1000)),
     Mutation("another number of bytes expected", *PRODUCT, every(", 16384;", ", 16320;"), "automatic", matmul(k=1000)),
-    Mutation("lanes of a row twice", *WEIGHT_GRADIENT, every(LAST_OF_ROW, r"\1 8"), "automatic", linear_gradients()),
+    Mutation("one k twice", *WEIGHT_GRADIENT, nth(TWO_OF_STAGE, r"\1\2\3\2", 0), "automatic", linear_gradients()),
     Mutation("half of the rows' sums", *PORTABLE_GRADIENT, nth(WITH_ONES, "", 0), "portable", linear_gradients()),
+    Mutation("no wait for the grid in front", *PRODUCT, every(GRID_WAIT, ""), "automatic", matmul()),
+    Mutation("no wait for the grid in front", *HOPPER, every(GRID_WAIT, ""), "automatic", attention()),
+    Mutation(
+        "the next grid begins first",
+        *HOPPER,
+        every(GRID_WAIT + r"([\s\S]*?)(griddep\S+;)", r"\2 griddepcontrol.wait;\1"),
+        "automatic",
+        attention(),
+    ),
     Mutation("the first barrier removed", *PORTABLE, nth(BAR, "", 0), "portable", matmul()),
     Mutation("waits for one copy less", *PORTABLE, every("wait_group 2", "wait_group 3"), "portable", matmul()),
     Mutation(

@@ -12,7 +12,7 @@
 namespace {
 
 using Callback = int (*)(const char* name, unsigned grid, unsigned threads, size_t shared, unsigned cluster,
-                         void** arguments);
+                         int overlaps, void** arguments);
 Callback callback = nullptr;
 std::map<const void*, std::string>& names() {
   static std::map<const void*, std::string> map;
@@ -184,10 +184,16 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   if (config->dynamicSmemBytes > static_cast<size_t>(limit == permitted.end() ? 48 * 1024 : limit->second))
     return failed(cudaErrorInvalidValue);
   unsigned cluster = 1;
-  for (unsigned i = 0; i < config->numAttrs; ++i)
-    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
+  int overlaps = 0;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = attribute.val.clusterDim.x;
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      overlaps = attribute.val.programmaticStreamSerializationAllowed;
+  }
+  if (overlaps && kMajor[current] < 9) return failed(cudaErrorNotSupported);
   const int code = callback(name->second.c_str(), config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
-                            cluster, arguments);
+                            cluster, overlaps, arguments);
   return code ? failed(cudaErrorLaunchFailure) : cudaSuccess;
 }
 
