@@ -111,7 +111,7 @@ class TrainConfig:
     optimizer: str = _option(
         "adamw",
         "adamw8bit keeps its averages in 8 bits: a quarter of their memory; sgd has Nesterov's momentum; lion (takes a "
-        "tenth of the lr, and --beta2 0.99) and lamb (for large batches) are timm's",
+        "tenth of the lr, and a beta2 of 0.99) and lamb (for large batches) are timm's",
     )
     layer_decay: float = _option(1.0, "learning rate of a block, as a share of that of the block above it")
     freeze: str = _option("no", "backbone: only the classifier learns (a linear probe)")
