@@ -155,7 +155,7 @@ class TrainConfig:
     )
     crop_area: float = _option(0.35, "smallest share of an image's area that a random crop takes")
     rotate: float = _option(0.0, "degrees by which an image is turned at most, in either direction")
-    hflip: float = _option(0.0, "probability of a mirror image, beside those of --augment crop")
+    hflip: float = _option(0.0, "probability of a mirror image, beside those of augment: crop")
     vflip: float = _option(0.0, "probability that an image is upside down, as a mirror in the water shows it")
     jitter: float = _option(0.0, "brightness, contrast and saturation are multiplied by 1 - this to 1 + this")
     hue: float = _option(0.0, "share of the circle of hues by which colours move at most, in either direction")
