@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import vit
-from PIL import Image
+from PIL import Image, ImageFile
 from vit.data import DataError
 from vit.data.folder import folder
 from vit.data.samples import read_image
@@ -371,7 +371,7 @@ def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("vit.data.folder.LARGE", 200 * 200 - 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     running, most, lock = 0, 0, threading.Lock()
-    load = Image.Image.load
+    load = ImageFile.ImageFile.load
 
     def counted(self):
         nonlocal running, most

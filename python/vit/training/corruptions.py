@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from ..preprocess import Preprocess
+from ..support.images import opened
 from ..support.random import Stream
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -74,8 +75,8 @@ def _pixelate(image: Image.Image, share: float) -> Image.Image:
 def _jpeg_compression(image: Image.Image, quality: float) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=int(quality))
-    found = Image.open(file)
-    found.load()
+    with opened(file) as found:
+        found.load()
     return found
 
 
