@@ -116,7 +116,7 @@ def test_bench_of_a_model(capsys, tmp_path):
 @pytest.mark.slow
 def test_bench_against_a_peer_and_who_cannot_run(capsys, tmp_path):
     target = tmp_path / "bench.json"
-    options = ("--models", "vit_tiny_patch16_224:img_size=64", "--batch", "1", "--dtype", "float32,int8")
+    options = ("--models", "vit_tiny_patch16_224:img_size=64:depth=2", "--batch", "1", "--dtype", "float32,int8")
     race = ("--backends", "cpu", "--against", "timm", "--rounds", "1", "--threads", "1")
     assert main(["bench", *options, *race, "--json", str(target)]) == 0  # nothing failed that should have worked
     report = json.loads(target.read_text())
