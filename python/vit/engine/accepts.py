@@ -65,8 +65,8 @@ def _options(model: Any) -> Iterator[str]:
         name, value = option.name, getattr(model.options, option.name)
         if name not in COMPUTED and value != option.default:
             yield f"{name}={value!r}: the engine computes {option.default!r}"
-    most, own = getattr(model.options, "max_num_patches", None), model.patch_embed.num_patches
-    if most is not None and own > most:
+    most = getattr(model.options, "max_num_patches", None)
+    if most is not None and (own := getattr(model.patch_embed, "num_patches", 0)) > most:
         yield f"max_num_patches={most}: images of its own size have {own} patches; model.set_input_size chooses another"
     if model.global_pool not in POOLS:
         computed = ", ".join(map(repr, POOLS))
