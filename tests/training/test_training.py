@@ -84,6 +84,7 @@ def test_a_run_holds_everything(whole: TrainResult) -> None:
         "metrics.jsonl",
         "curves.png",
         "phases.png",
+        "calibration.png",
         "confusion.png",
     }
     for name in ("curves.png", "confusion.png"):
