@@ -203,7 +203,10 @@ def test_masks_that_cannot_be_are_named(tmp_path: Path) -> None:
         ({"task": "classification"}, "shapes has masks, .* give --task segmentation"),
         ({"mixup": 0.5, "patch_drop_rate": 0.1}, "--mixup, --patch-drop-rate: not with --task segmentation"),
         ({"augment": "randaug"}, "--augment randaug: not with --task segmentation"),
-        ({"task": "hearing"}, "unknown task 'hearing'; known are classification, depth, multi_label, pose, segmentation"),
+        (
+            {"task": "hearing"},
+            "unknown task 'hearing'; known are classification, depth, multi_label, pose, segmentation",
+        ),
     ],
 )
 def test_what_does_not_go_with_the_task_is_refused(options: dict[str, object], text: str, tmp_path: Path) -> None:
