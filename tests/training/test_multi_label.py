@@ -9,21 +9,19 @@ from pathlib import Path
 import draw
 import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from rounding import about
-from training_helpers import Hook, same_bits, terminate
+from training_helpers import Hook, same_bits, summary, terminate
 from vit.cli import main
 from vit.data import DataError, kind_of, open_source
 from vit.data.sources.shapes import draw as drawn_shape
 from vit.tasks import get
-from vit.tasks.multi_label import Labelled
 from vit.training import Interrupted, TrainConfig, train
 
 TASK = get("multi_label")
 SMALL = TrainConfig(
-    data="shape_sets",
+    data="digit_sets",
     model="vit_tiny_patch16_224",
     arch={"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
     epochs=2,
@@ -34,18 +32,12 @@ SMALL = TrainConfig(
 )
 
 
-def of(logits: torch.Tensor, there: torch.Tensor) -> Labelled:
-    found = TASK.summarize([torch.cat(column) for column in zip(TASK.measure(logits, there), strict=True)])
-    assert isinstance(found, Labelled)
-    return found
-
-
 def test_the_figures_are_scikit_learns() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     there = (draw.rand(50, 4) < 0.3).float()
     there[:, 3] = 0  # of no image
     logits = (4 * draw.randn(50, 4)).round() / 2  # with equal scores among them
-    found = of(logits, there)
+    found = summary(TASK, logits, there)
     wanted = [metrics.average_precision_score(there[:, c], logits[:, c]) for c in range(3)]
     assert found.ap[:3] == pytest.approx(wanted)
     assert np.isnan(found.ap[3])
