@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,25 @@ class Hook(Silent):
 
     def line(self, text: str) -> None:
         self.lines.append(text)
+
+
+def summary(task: Any, outputs: torch.Tensor, targets: torch.Tensor) -> Any:
+    """The figures of a task over outputs that are one batch."""
+    return task.summarize([torch.cat(column) for column in zip(task.measure(outputs, targets), strict=True)])
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Lets no file of this process grow beyond `size` bytes: the kernel's own error, as on a full disk.
+
+    Only for the write in question: pytest's own output may be such a file.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def terminate() -> None:

@@ -6,6 +6,7 @@
 // has nor the GPU changes the order of a sum. Bytes: the keys once for kRows rows, 4 or 8 per probability (five times,
 // mostly in the cache). For pictures: a few rows of a head.
 #include "attention.cuh"
+#include "reduce.cuh"
 
 namespace vit::cuda {
 namespace {
@@ -15,16 +16,6 @@ constexpr int kRows = kWarps;  // one for each warp in the softmax
 
 __device__ inline float power(float x) { return fast_exp2(x * kLog2e); }
 __device__ inline double power(double x) { return exp(x); }
-
-template <class T>
-__device__ inline T warp_max(T value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const T other = shuffle_xor(value, mask);
-    value = other > value ? other : value;
-  }
-  return value;
-}
 
 // Scores to their softmax, by one warp. Where no score is a number or all are -infinity, NaN like the reference.
 template <class A>

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "gemm_mma.cuh"
+#include "reduce.cuh"
 
 namespace vit::cuda {
 
@@ -19,15 +20,6 @@ inline constexpr float kLeastScaled = 0x1p-100f;  // rows below it have the scal
 
 // Bytes from row to row of q: whole copies of 16.
 inline int64_t q_stride(int64_t K) { return divide_up(K, 16) * 16; }
-
-__device__ inline int32_t warp_max(int32_t x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const int32_t other = shuffle_xor(x, mask);
-    x = other > x ? other : x;
-  }
-  return x;
-}
 
 // q [M, stride] with zeros from column K on, and x_scale [M].
 template <class T, class Format>

@@ -1,10 +1,21 @@
-// Sums over a block and over the rows of a matrix, in an order that depends on sizes alone.
+// Sums over a block and over the rows of a matrix, in an order that depends on sizes alone; the maximum of a warp.
 #pragma once
 
 #include "runtime.cuh"
 #include "types.cuh"
 
 namespace vit::cuda {
+
+// The largest of the 32 lanes, known to every lane; where lanes have NaN it may be any of the others.
+template <class T>
+__device__ inline T warp_max(T x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const T other = shuffle_xor(x, mask);
+    x = other > x ? other : x;
+  }
+  return x;
+}
 
 // The sum of x over a block of `threads`, known to every thread. Uses the first 32 words of the shared memory.
 template <int threads, class A>

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 import vit
 from PIL import Image
-from training_helpers import SMALL
+from training_helpers import SMALL, full_disk
 from vit.cli import answers, main, predict, show, submission
 from vit.data.index import NAME, Entry, Index
 from vit.support import files, tensors
@@ -23,17 +21,6 @@ from vit.training.run import Run
 from vit.viz import figure
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 2}
-
-
-@contextmanager
-def full(size: int) -> Iterator[None]:
-    """No file may become longer; Python ignores the signal that comes with it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +90,7 @@ def test_a_full_disk_is_named_and_damages_nothing(writer: str, size: int, model:
     name, write = WRITERS[writer]
     path = tmp_path / name
     path.write_bytes(b"before")
-    with full(size):
+    with full_disk(size):
         text = refusal(write, path, model)
     assert str(path) in text
     assert "\n" not in text
@@ -126,13 +113,13 @@ def test_a_folder_that_cannot_be_written_is_named(writer: str, model: Any) -> No
 
 
 def test_a_run_folder_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
-    with full(10), pytest.raises(OSError, match=r"config\.yaml"):
+    with full_disk(10), pytest.raises(OSError, match=r"config\.yaml"):
         Run.create(tmp_path / "run", SMALL, {"name": "x"})
     assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_lock_needs_no_room(tmp_path: Path) -> None:
-    with full(0), FolderLock(tmp_path):
+    with full_disk(0), FolderLock(tmp_path):
         assert (tmp_path / ".lock").exists()
 
 
@@ -140,7 +127,7 @@ def test_weights_and_their_config_stay_together(model: Any, tmp_path: Path) -> N
     vit.weights.save(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     other = vit.create("vit_tiny_patch16_224", backend="reference", **SIZES | {"num_classes": 3})
-    with full(len(before["config.json"]) + 500), pytest.raises(OSError, match=r"model\.safetensors"):
+    with full_disk(len(before["config.json"]) + 500), pytest.raises(OSError, match=r"model\.safetensors"):
         vit.weights.save(other, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -155,7 +142,7 @@ def test_a_command_says_it_in_one_line(model: Any, tmp_path: Path, capsys: pytes
         "f.png": ["viz", "filters", str(tmp_path / "weights"), "--output", str(tmp_path / "f.png")],
     }
     for name, words in commands.items():
-        with full(10):
+        with full_disk(10):
             code = main(words)
         error = capsys.readouterr().err
         assert code == 1
@@ -168,7 +155,7 @@ def test_a_sweep_on_a_full_disk_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     pytest.importorskip("optuna")
     words = ["sweep", "--arch", "embed_dim=16", "depth=1", "num_heads=2", "--epochs", "1", "--vary", "lr=0.001,0.002"]
     words += ["--sampler", "grid", "--out", str(tmp_path / "sweep")]
-    with full(8192):
+    with full_disk(8192):
         assert main(words) == 1
     error = capsys.readouterr().err
     assert error.startswith("vit: ")

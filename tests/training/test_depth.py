@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from rounding import about
-from training_helpers import Hook, figures, same_bits, terminate
+from training_helpers import Hook, figures, same_bits, summary, terminate
 from vit.cli import main
 from vit.data import DataError, Samples, open_source
 from vit.data.augment import Affine, CropFlip
@@ -21,7 +21,7 @@ from vit.data.sources import rooms
 from vit.data.targets import Depths
 from vit.preprocess import Preprocess
 from vit.tasks import get
-from vit.tasks.depth import UNIT, Measured
+from vit.tasks.depth import UNIT
 from vit.training import Interrupted, TrainConfig, train
 
 TASK = get("depth")
@@ -39,12 +39,6 @@ SMALL = TrainConfig(
 )
 
 
-def of(outputs: torch.Tensor, depths: torch.Tensor) -> Measured:
-    found = TASK.summarize([torch.cat(column) for column in zip(TASK.measure(outputs, depths), strict=True)])
-    assert isinstance(found, Measured)
-    return found
-
-
 def test_the_figures_are_those_of_their_definitions() -> None:
     depths = torch.tensor(
         [[[1000.0, 2000.0], [0.0, 4000.0]], [[500.0, 500.0], [500.0, 500.0]], [[0.0, 0.0], [0.0, 0.0]]]
@@ -52,7 +46,7 @@ def test_the_figures_are_those_of_their_definitions() -> None:
     answers = torch.tensor(
         [[[1100.0, 2600.0], [9.0, 4000.0]], [[600.0, 500.0], [500.0, 700.0]], [[1.0, 2.0], [3.0, 4.0]]]
     )
-    found = of((answers / UNIT).log()[:, None], depths)
+    found = summary(TASK, (answers / UNIT).log()[:, None], depths)
     first, second = [1100 / 1000, 2600 / 2000, 1.0], [600 / 500, 1.0, 1.0, 700 / 500]
     relative = [np.mean(np.abs(np.array(part) - 1)) for part in (first, second)]
     assert found.absrel == about(np.mean(relative))
@@ -63,7 +57,7 @@ def test_the_figures_are_those_of_their_definitions() -> None:
     loss = TASK.loss((answers / UNIT).log()[:2, None], depths[:2], 0.0)
     assert loss.item() == about(found.loss)
     assert TASK.monitor((answers / UNIT).log()[:2, None], depths[:2]).tolist() == about([found.loss, found.delta1])
-    assert of(torch.zeros(1, 1, 2, 2), depths[2:]).loss == 0.0
+    assert summary(TASK, torch.zeros(1, 1, 2, 2), depths[2:]).loss == 0.0
     with pytest.raises(ValueError, match="has a loss of its own; leave out --loss bce"):
         TASK.loss(answers[:, None], depths, 0.0, "bce")
 

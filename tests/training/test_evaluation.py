@@ -14,6 +14,7 @@ import vit
 from PIL import Image
 from rounding import about, close
 from safetensors.torch import save_file
+from training_helpers import summary
 from vit.cli import main
 from vit.data import open_source
 from vit.preprocess import Preprocess
@@ -26,6 +27,7 @@ from vit.training.features import features, knn_accuracy, probe_accuracy
 from vit.training.views import Views, averaged
 
 GREY = Preprocess((8, 8), in_chans=1)
+TASK = get("classification")
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +36,15 @@ def model() -> torch.nn.Module:
     return draw.fill(vit.create("vit_digits", depth=2, embed_dim=32, num_heads=2), 0.3).eval()
 
 
-def of(outputs: torch.Tensor, labels: torch.Tensor):
-    task = get("classification")
-    return task.summarize([torch.cat(column) for column in zip(task.measure(outputs, labels), strict=True)])
-
-
 # ---- figures ----
 
 
 def test_top5_and_accuracy_count_images() -> None:
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [9.0, 8, 7, 6, 5, 4, 3], [1.0, 2, 3, 4, 5, 6, 7]])
-    result = of(logits, torch.tensor([4, 5, 6]))
+    result = summary(TASK, logits, torch.tensor([4, 5, 6]))
     assert (result.accuracy, result.top5) == (1 / 3, 2 / 3)
-    assert of(torch.zeros(7, 7), torch.arange(7)).top5 == 5 / 7, "equal logits are no five guesses for everybody"
-    assert of(torch.tensor([[0.0, 1.0]]), torch.tensor([0])).top5 == 1.0, "of two classes"
+    assert summary(TASK, torch.zeros(7, 7), torch.arange(7)).top5 == 5 / 7, "equal logits are no five guesses"
+    assert summary(TASK, torch.tensor([[0.0, 1.0]]), torch.tensor([0])).top5 == 1.0, "of two classes"
 
 
 def test_the_calibration_error_is_the_papers() -> None:
@@ -59,14 +56,14 @@ def test_the_calibration_error_is_the_papers() -> None:
     assert [images for images, _, _ in bins] == [1, 2, 1]
     assert bins[1] == (2, pytest.approx(0.9), 0.5)
     assert sum(images * abs(share - sure) for images, sure, share in bins) / 4 == pytest.approx(want)
-    sure = of(torch.tensor([[100.0, 0.0]]).repeat(4, 1), torch.tensor([0, 0, 0, 1]))
+    sure = summary(TASK, torch.tensor([[100.0, 0.0]]).repeat(4, 1), torch.tensor([0, 0, 0, 1]))
     assert sure.ece == pytest.approx(0.25)
 
 
 def test_per_class_figures_are_scikit_learns() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     labels, predictions = draw.randint(0, 4, (200,)), draw.randint(0, 4, (200,))
-    result = of(torch.nn.functional.one_hot(predictions, 5).double(), labels)
+    result = summary(TASK, torch.nn.functional.one_hot(predictions, 5).double(), labels)
     rows = per_class(result, list("abcde"))
     want = metrics.precision_recall_fscore_support(labels, predictions, labels=range(4))
     for row, *values in zip(rows, *want, strict=False):
@@ -117,7 +114,7 @@ def test_an_evaluation_with_views_is_the_average_of_its_views(model: torch.nn.Mo
     result = evaluate(model, samples, 3, views=views, average="probabilities")
     with torch.no_grad():
         outputs = torch.stack([model(views(samples.image(i))) for i in range(7)])
-    want = of(averaged(outputs, "probabilities"), torch.from_numpy(samples.labels))
+    want = summary(TASK, averaged(outputs, "probabilities"), torch.from_numpy(samples.labels))
     assert result.loss == about(want.loss)
     assert torch.equal(result.predictions, want.predictions)
 

@@ -14,7 +14,7 @@ import torch
 import vit
 from PIL import Image
 from rounding import about, close
-from training_helpers import Hook, figures, same_bits, terminate
+from training_helpers import Hook, figures, same_bits, summary, terminate
 from vit.cli import main
 from vit.data import DataError, Samples, open_source
 from vit.data.augment import Affine, CropFlip
@@ -23,7 +23,7 @@ from vit.data.points import key_points, mirrored
 from vit.data.sources import stick_figures
 from vit.preprocess import Preprocess
 from vit.tasks import get
-from vit.tasks.pose import SIGMA, Posed, gaussians, peaks, predicted
+from vit.tasks.pose import SIGMA, gaussians, peaks, predicted
 from vit.training import Interrupted, TrainConfig, train
 from vit.training.run import Run
 
@@ -49,12 +49,6 @@ SMALL = TrainConfig(
 def rows(*points: tuple[float, float, float], spread: float = 0.05, side: float = 0.5) -> torch.Tensor:
     """Points (x, y, seen) of one image as shares."""
     return torch.tensor([[(*point, spread, side) for point in points]])
-
-
-def of(maps: torch.Tensor, targets: torch.Tensor) -> Posed:
-    found = TASK.summarize([torch.cat(column) for column in zip(TASK.measure(maps, targets), strict=True)])
-    assert isinstance(found, Posed)
-    return found
 
 
 def test_peaks_lie_between_the_cells() -> None:
@@ -101,15 +95,15 @@ def test_loss_and_figures_count_labelled_points() -> None:
     shares, logs = gaussians(targets, maps.shape).flatten(2), maps.flatten(2).log_softmax(dim=2)
     each = -(shares * logs).sum(dim=2)[0]
     assert TASK.loss(maps, targets, 0.0).item() == about(((each[0] + each[2]) / 2).item())
-    found = of(maps, targets)
+    found = summary(TASK, maps, targets)
     assert found.loss == about(((each[0] + each[2]) / 2).item())
     assert math.isnan(found.found[1])
     monitored = TASK.monitor(maps, targets)
     assert monitored.tolist() == about([found.loss, torch.tensor(found.oks).item()])  # which float32 has as 0
     right = gaussians(targets, (1, 3, 64, 64)).clamp(min=1e-30).log()
-    assert of(right, targets).pck == 1.0
-    assert of(right, targets).oks > 0.999
-    nothing = of(maps, rows((0.1, 0.1, 0), (0.2, 0.2, 0), (0.3, 0.3, 0)))
+    assert summary(TASK, right, targets).pck == 1.0
+    assert summary(TASK, right, targets).oks > 0.999
+    nothing = summary(TASK, maps, rows((0.1, 0.1, 0), (0.2, 0.2, 0), (0.3, 0.3, 0)))
     assert (nothing.loss, nothing.oks, nothing.pck) == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="has the loss ce, not bce"):
         TASK.loss(maps, targets, 0.0, "bce")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import vit
 from PIL import Image
 from rounding import about
-from training_helpers import Hook, figures, same_bits, terminate
+from training_helpers import Hook, figures, same_bits, summary, terminate
 from vit.cli import main
 from vit.data import DataError, Samples, open_source
 from vit.data.augment import Affine, CropFlip
@@ -24,7 +24,7 @@ from vit.data.sources import shapes
 from vit.data.targets import Masks
 from vit.preprocess import Preprocess
 from vit.tasks import get
-from vit.tasks.segmentation import Segmented, predicted_whole
+from vit.tasks.segmentation import predicted_whole
 from vit.training import Interrupted, TrainConfig, train
 from vit.training.run import Run
 from vit.viz.masks import colours
@@ -46,18 +46,12 @@ SMALL = TrainConfig(
 # ---- figures ----
 
 
-def of(logits: torch.Tensor, masks: torch.Tensor) -> Segmented:
-    found = TASK.summarize([torch.cat(column) for column in zip(TASK.measure(logits, masks), strict=True)])
-    assert isinstance(found, Segmented)
-    return found
-
-
 def test_the_figures_are_scikit_learns() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     masks = draw.randint(0, 4, (3, 6, 5))
     masks[0, 0] = 255
     logits = draw.randn(3, 5, 6, 5)
-    found, known = of(logits, masks), masks != 255
+    found, known = summary(TASK, logits, masks), masks != 255
     labels, answers = masks[known], logits.argmax(dim=1)[known]
     wanted = metrics.jaccard_score(labels, answers, labels=range(5), average=None)
     assert found.iou == pytest.approx(wanted.tolist())
@@ -66,7 +60,7 @@ def test_the_figures_are_scikit_learns() -> None:
     assert found.loss == about(F.cross_entropy(logits, masks, ignore_index=255).item())
     assert found.images == 3
     ground = torch.zeros(1, 2, 2, dtype=torch.long)
-    nothing = of(F.one_hot(ground, 3).permute(0, 3, 1, 2).float(), ground)
+    nothing = summary(TASK, F.one_hot(ground, 3).permute(0, 3, 1, 2).float(), ground)
     assert nothing.iou[0] == nothing.miou == 1.0
     assert math.isnan(nothing.iou[1])
 

@@ -9,13 +9,11 @@ import json
 import math
 import os
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from PIL import Image
 from rounding import about, close
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training_helpers import STEPS, Hook, figures, same_bits, terminate
+from training_helpers import STEPS, Hook, figures, full_disk, same_bits, terminate
 from vit.backends import get
 from vit.data import Source
 from vit.support.files import append_line, replacing, write_text
@@ -359,20 +357,6 @@ def test_what_cannot_be_resumed_is_refused(whole: TrainResult, tmp_path: Path) -
 
 
 # ---- files ----
-
-
-@contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Lets no file of this process grow beyond `size` bytes: the kernel's own error, as on a full disk.
-
-    Only for the write in question: pytest's own output may be such a file.
-    """
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
