@@ -144,3 +144,14 @@ def test_a_training_says_it_and_digits_have_none(tmp_path: Path) -> None:
     train(SMALL, out=tmp_path / "run", display=hook)
     assert not [line for line in hook.lines if line.startswith("equal pictures")]
     assert shared_with_training(open_source("digits").divided(0.1, 0.2, 0).splits) == []
+
+
+def test_a_large_array_is_not_read_for_this_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.stack([np.asarray(picture(8, 8)) for _ in range(4)])
+    for split, rows in (("train", images), ("test", images[:2])):
+        np.save(tmp_path / f"x_{split}.npy", rows)
+        np.save(tmp_path / f"y_{split}.npy", np.arange(len(rows)) % 2)
+    (found,) = shared_with_training(open_source(str(tmp_path)).splits)
+    assert (found.split, found.count, found.of) == ("test", 2, 2)
+    monkeypatch.setattr("vit.data.equal.MOST_BYTES", images[:2].nbytes - 1)
+    assert shared_with_training(open_source(str(tmp_path)).splits) == []
