@@ -222,7 +222,7 @@ def test_what_is_better() -> None:
     assert not task.better(old, old)
     assert not task.better({"accuracy": 0.5, "loss": math.nan}, old)
     assert task.better(old, {"accuracy": 0.5, "loss": math.nan})
-    assert tasks.names() == ["classification", "depth", "pose", "segmentation"]
+    assert tasks.names() == ["classification", "depth", "multi_label", "pose", "segmentation"]
     with pytest.raises(ValueError, match="unknown task 'flow'; known are classification"):
         train(TrainConfig(task="flow"))
 
