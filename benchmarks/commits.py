@@ -1,4 +1,4 @@
-"""Two commits in one race: python benchmarks/commits.py OLD NEW [--cases REGEX] [--rounds N] [--json FILE]
+"""Two commits in one race: python benchmarks/commits.py OLD NEW [--cases REGEX] [--dtype D] [--rounds N] [--json FILE]
 
 OLD and NEW are folders that hold the package `vit` of a commit with its compiled modules: `pip install --target OLD .`
 in each checkout, or `python/` of a checkout in which the backend was built. Each has a process of its own; they take
@@ -37,6 +37,17 @@ OPS = {  # results of 64 elements: the time is that of the call
     "linear of 64": ("linear", (8, 8), (8, 8), (8,)),
     "attention of 64": ("attention", (1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)),
 }
+LAYERS = {  # of ViT-B/16 at batch 8, forward and backward
+    "layer_norm": ("layer_norm", (1576, 768), (768,), (768,)),
+    "matmul": ("matmul", (1576, 384), (384, 384)),
+    "qkv": ("linear", (1576, 768), (2304, 768), (2304,)),
+    "proj": ("linear", (1576, 768), (768, 768), (768,)),
+    "fc1": ("linear", (1576, 768), (3072, 768), (3072,)),
+    "fc2": ("linear", (1576, 3072), (768, 3072), (768,)),
+    "attention": ("attention", (4, 197, 12, 64), (4, 197, 12, 64), (4, 197, 12, 64)),
+}
+BACKWARD = " backward"
+CASES = (*OPS, *(layer + direction for layer in LAYERS for direction in ("", BACKWARD)), *MODELS)
 ROUND_SECONDS = 0.25
 
 
@@ -71,12 +82,16 @@ def model_step(name: str, batch: int, train: bool, backend: str) -> Callable[[],
     return step
 
 
-def op_step(op: str, *shapes: tuple[int, ...], backend: str) -> Callable[[], Any]:
+def op_step(op: str, *shapes: tuple[int, ...], dtype: str, backend: str, backward: bool) -> Callable[[], Any]:
     import torch
     import vit
 
-    tensors = [normal(shape, i) for i, shape in enumerate(shapes)]
+    tensors = [normal(shape, i).to(getattr(torch, dtype)) for i, shape in enumerate(shapes)]
     call = getattr(vit.ops, op)
+    if backward:
+        y = call(*(t.requires_grad_() for t in tensors), backend=backend)
+        dy = normal(tuple(y.shape), len(shapes)).to(y.dtype)
+        return lambda: torch.autograd.grad(y, tensors, dy, retain_graph=True)
 
     def step() -> Any:
         with torch.no_grad():
@@ -85,12 +100,16 @@ def op_step(op: str, *shapes: tuple[int, ...], backend: str) -> Callable[[], Any
     return step
 
 
-def serve(case: str, backend: str, threads: int) -> None:
+def serve(case: str, backend: str, dtype: str, threads: int) -> None:
     """A racer: for each line on standard input a round, whose times it prints."""
     import torch
 
     torch.set_num_threads(threads)
-    step = model_step(*MODELS[case], backend) if case in MODELS else op_step(*OPS[case], backend=backend)
+    if case in MODELS:
+        step = model_step(*MODELS[case], backend)
+    else:
+        shapes = (OPS | LAYERS)[case.removesuffix(BACKWARD)]
+        step = op_step(*shapes, dtype=dtype, backend=backend, backward=case.endswith(BACKWARD))
     calls, best = 0, 1e9
 
     def timed() -> float:
@@ -108,7 +127,7 @@ def serve(case: str, backend: str, threads: int) -> None:
 
 class Racer:
     def __init__(self, tree: Path, case: str, args: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, "--serve", case, args.backend, str(args.threads)]
+        command = [sys.executable, __file__, "--serve", case, args.backend, args.dtype, str(args.threads)]
         environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -148,8 +167,8 @@ def race(case: str, args: argparse.Namespace) -> dict[str, Any]:
         racer.stop()
     (old, old_best), (new, new_best) = (racer.milliseconds() for racer in racers)
     return {
-        "case": case, "backend": args.backend, "threads": args.threads, "old_ms": old, "new_ms": new,
-        "old_ms_min": old_best, "new_ms_min": new_best, "ratio": old / new, "ratio_min": old_best / new_best,
+        "case": case, "backend": args.backend, "dtype": args.dtype, "threads": args.threads,
+        "old_ms": old, "new_ms": new, "old_ms_min": old_best, "new_ms_min": new_best, "ratio": old / new, "ratio_min": old_best / new_best,
     }  # fmt: skip
 
 
@@ -157,14 +176,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--cases", default="", metavar="REGEX")
+    parser.add_argument("--cases", default="", metavar="REGEX", help="one of: " + ", ".join(CASES))
     parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the ops; models have float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     records = []
-    for case in (*OPS, *MODELS):
+    for case in CASES:
         if re.search(args.cases, case):
             records.append(race(case, args))
             print(
@@ -178,6 +198,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        serve(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
     else:
         main()
