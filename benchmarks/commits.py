@@ -167,8 +167,9 @@ def race(case: str, args: argparse.Namespace) -> dict[str, Any]:
         racer.stop()
     (old, old_best), (new, new_best) = (racer.milliseconds() for racer in racers)
     return {
-        "case": case, "backend": args.backend, "dtype": args.dtype, "threads": args.threads,
-        "old_ms": old, "new_ms": new, "old_ms_min": old_best, "new_ms_min": new_best, "ratio": old / new, "ratio_min": old_best / new_best,
+        "case": case, "backend": args.backend, "dtype": args.dtype, "threads": args.threads, "old_ms": old,
+        "new_ms": new, "old_ms_min": old_best, "new_ms_min": new_best, "ratio": old / new,
+        "ratio_min": old_best / new_best,
     }  # fmt: skip
 
 
