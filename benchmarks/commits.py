@@ -30,14 +30,14 @@ MODELS = {
     "ViT-B/16 b8": ("vit_base_patch16_224", 8, False),
     "train ViT-S/16 b16": ("vit_small_patch16_224", 16, True),
 }
-OPS = {  # results of 64 elements: the time is that of the call
+OPS: dict[str, tuple[Any, ...]] = {  # results of 64 elements: the time is that of the call
     "gelu of 64": ("gelu", (8, 8)),
     "layer_norm of 64": ("layer_norm", (8, 8), (8,), (8,)),
     "matmul of 64": ("matmul", (8, 8), (8, 8)),
     "linear of 64": ("linear", (8, 8), (8, 8), (8,)),
     "attention of 64": ("attention", (1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)),
 }
-LAYERS = {  # of ViT-B/16 at batch 8, forward and backward
+LAYERS: dict[str, tuple[Any, ...]] = {  # of ViT-B/16 at batch 8, forward and backward
     "layer_norm": ("layer_norm", (1576, 768), (768,), (768,)),
     "matmul": ("matmul", (1576, 384), (384, 384)),
     "qkv": ("linear", (1576, 768), (2304, 768), (2304,)),
@@ -62,7 +62,7 @@ def model_step(name: str, batch: int, train: bool, backend: str) -> Callable[[],
     import torch
     import vit
 
-    model = vit.create(name, backend=backend, training=train).train(train)
+    model: Any = vit.create(name, backend=backend, training=train).train(train)
     images = normal((batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size))
     if not train:
 
@@ -108,8 +108,8 @@ def serve(case: str, backend: str, dtype: str, threads: int) -> None:
     if case in MODELS:
         step = model_step(*MODELS[case], backend)
     else:
-        shapes = (OPS | LAYERS)[case.removesuffix(BACKWARD)]
-        step = op_step(*shapes, dtype=dtype, backend=backend, backward=case.endswith(BACKWARD))
+        op, *shapes = (OPS | LAYERS)[case.removesuffix(BACKWARD)]
+        step = op_step(op, *shapes, dtype=dtype, backend=backend, backward=case.endswith(BACKWARD))
     calls, best = 0, 1e9
 
     def timed() -> float:

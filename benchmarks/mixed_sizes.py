@@ -2,7 +2,8 @@
 
 ViT-B/16 in float32 on the cpu backend, 16 images of 64 to 1,024 patches, inference and a training step. "padded" is the
 time of 16 images of the largest size: what a batch costs that is filled up to it. "timm" is timm's own way: its
-NaFlexVit of the same sizes, on PyTorch, given patches, coordinates and a mask. --model, --images: a smaller one.
+NaFlexVit of the same sizes, on PyTorch, given patches, coordinates and a mask. "engine" is vit.Engine on the
+same images. --model, --images: a smaller one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def images_of(kind: str, sides: list[int]) -> Any:
     if kind == "padded":
         return normal((len(sides), 3, 16 * sides[-1], 16 * sides[-1]), "images")
     images = [normal((3, 16 * side, 16 * side), "image", side) for side in sides]
-    if kind == "packed":
+    if kind in ("packed", "engine"):
         return images
     from timm.data.naflex_dataset import NaFlexCollator
     from timm.data.naflex_transforms import Patchify
@@ -44,6 +45,8 @@ def model_of(kind: str, name: str, mode: str) -> Any:
 def candidate(kind: str, mode: str, name: str, sides: list[int]) -> Candidate:
     """A forward, or a step of AdamW."""
     model, images = model_of(kind, name, mode), images_of(kind, sides)
+    if kind == "engine":
+        return Candidate(partial(vit.Engine(model), images))
     optimizer = (torch.optim if kind == "timm" else vit.optim).AdamW(model.parameters(), lr=1e-4)
 
     def forward() -> Tensor:
@@ -60,9 +63,12 @@ def candidate(kind: str, mode: str, name: str, sides: list[int]) -> Candidate:
 
 def measure(rounds: int, name: str, count: int) -> Records:
     """A record per mode and kind."""
-    records, kinds = [], ("packed", "padded", "timm")
+    records = []
     sides = SIDES[:count]
-    for mode in ("inference", "train"):
+    for mode, kinds in (
+        ("inference", ("packed", "padded", "timm", "engine")),
+        ("train", ("packed", "padded", "timm")),
+    ):
         jobs = [(kind, mode, name, sides) for kind in kinds]
         for kind, (times, _) in zip(kinds, raced(candidate, jobs, rounds), strict=True):
             records.append({"model": name, "mode": mode, "kind": kind, "patches": [s * s for s in sides], **times})

@@ -22,17 +22,16 @@ def raced(
     """Races make(*job) of every job, each in a process of its own; the times and the result of each."""
     workers = [Worker(torch.get_num_threads()) for _ in jobs]
     try:
-        outcomes = race(workers, make, jobs, rounds)
-        results = [worker.ask("result") for worker in workers]
+        found = []
+        for worker, outcome in zip(workers, race(workers, make, jobs, rounds), strict=True):
+            if isinstance(outcome, Failure):
+                raise RuntimeError(outcome.reason)
+            times = {"ms_median": 1e3 * outcome.median, "ms_min": 1e3 * outcome.best}
+            found.append((times, worker.request("result")))
+        return found
     finally:
         for worker in workers:
             worker.stop()
-    found = []
-    for outcome, result in zip(outcomes, results, strict=True):
-        if isinstance(outcome, Failure):
-            raise RuntimeError(outcome.reason)
-        found.append(({"ms_median": 1e3 * outcome.median, "ms_min": 1e3 * outcome.best}, result))
-    return found
 
 
 def run(description: str | None, measure: Callable[[int], Records], arguments: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from script import Records, raced, run
 from torch import Tensor
 from vit.bench.workers import Candidate
 from vit.model import patchify
-from vit.ops import movement
+from vit.ops.movement import of as movement_of
 from vit.support.random import normal
 
 ROWS, INPUTS, OUTPUTS, PATCH = 197, 384, 1536, 4
@@ -61,7 +61,7 @@ CUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "a loop over patches": loop,
     "torch unfold": lambda images: F.unfold(images, PATCH, stride=PATCH).transpose(1, 2).contiguous(),
     "patchify": lambda images: patchify(images, PATCH),
-    "patchify, cpu": lambda images: patchify(images, PATCH, movement.of("cpu").contiguous),
+    "patchify, cpu": lambda images: patchify(images, PATCH, movement_of("cpu").contiguous),
 }
 
 

@@ -7,6 +7,7 @@ everybody to ignore it. `vit bench --help` shows how to run one part of the list
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from vit.backends import NativeBackend, records
@@ -16,7 +17,7 @@ from vit.ops import OPS
 NATIVE = [name for name, b in records().items() if isinstance(b, NativeBackend) and b.unavailable() is None]
 
 
-def bench(capsys: pytest.CaptureFixture[str], tmp_path, *options: str) -> list[dict]:
+def bench(capsys: pytest.CaptureFixture[str], tmp_path: Path, *options: str) -> list[dict]:
     """The records of one `vit bench`, whose table goes to the terminal."""
     report = tmp_path / "bench.json"
     with capsys.disabled():
@@ -30,7 +31,7 @@ def bench(capsys: pytest.CaptureFixture[str], tmp_path, *options: str) -> list[d
 
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("op", OPS)
-def test_ops(op, backend, capsys, tmp_path):
+def test_ops(op: str, backend: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = ("--backends", backend, "--dtype", "float32,bfloat16", "--rounds", "5")
     measured = bench(capsys, tmp_path, "--ops", "--op", op, *options)
     assert {record["backend"] for record in measured} == {"torch", backend}
@@ -46,7 +47,9 @@ def test_ops(op, backend, capsys, tmp_path):
         ("vit_small_patch16_224", "train", "16"),
     ],
 )
-def test_models(model, mode, batch, backend, capsys, tmp_path):
+def test_models(
+    model: str, mode: str, batch: str, backend: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     options = ("--backends", f"reference,timm,{backend}", "--dtype", "float32,bfloat16", "--rounds", "3")
     measured = bench(capsys, tmp_path, "--models", model, "--mode", mode, "--batch", batch, *options)
     assert {record["backend"] for record in measured} == {"reference", "timm", backend}
