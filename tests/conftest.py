@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 # Before torch brings OpenMP: the tests are a hundred thousand small ops, and on a machine that does anything else the
 # threads that spin between them hold up the one that works. 1418 parity cases took 58 s, and 16 s so.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A shell's job in the background ignores Ctrl-C, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import draw
 import pytest
