@@ -20,12 +20,18 @@ namespace {
 constexpr int kTile = 64;  // rows of a warpgroup's product
 constexpr int kStep = 32;  // columns of its scores
 
-// 128 registers of each thread allow two blocks of two warpgroups, or one of four; sums of 128 elements want 255.
-VIT_HOST_DEVICE constexpr int most_warpgroups(int kD) { return kD <= 64 ? 4 : 2; }
+// How a head dimension is run: warpgroups of a block that is alone on its multiprocessor (at D = 64 there are mostly
+// two blocks of two), which says how many registers a thread has: 128, 168 and 255. And whether a warpgroup begins the
+// scores of a step before its last products are done, which needs the registers for the operands of both; where there
+// are none, the other warpgroups multiply meanwhile.
+struct Plan {
+  int warpgroups;
+  bool overlaps_itself;
+};
 
-// Whether a warpgroup begins the scores of a step before its last products are done. Of four warpgroups the others
-// multiply meanwhile, and 128 registers do not hold the operands of both.
-VIT_HOST_DEVICE constexpr bool overlaps_itself(int kD) { return most_warpgroups(kD) == 2; }
+VIT_HOST_DEVICE constexpr Plan plan(int kD) {
+  return kD == 64 ? Plan{4, false} : kD == 80 ? Plan{3, true} : kD == 96 ? Plan{3, false} : Plan{2, true};
+}
 
 // Rows of a tile: whole steps of k of the products over them, and one step of scores at least.
 VIT_HOST_DEVICE constexpr int tile_rows(int64_t tokens) {
@@ -177,7 +183,7 @@ __device__ inline void keys_tile(const AttentionBwd& p, const Operands<T, kD>& i
     add_product<T, kD>(dv_sum, weights, in.dout, row, begin > 0);
     add_product<T, kD>(dk_sum, ds, in.q, row, begin > 0);
     wgmma_commit();
-    if constexpr (!overlaps_itself(kD)) wgmma_wait<0>(dv_sum, dk_sum);
+    if constexpr (!plan(kD).overlaps_itself) wgmma_wait<0>(dv_sum, dk_sum);
   }
   wgmma_wait<0>(dv_sum, dk_sum);
   const float one[2] = {1.0f, 1.0f}, factor[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)};
@@ -230,7 +236,7 @@ __device__ inline void queries_tile(const AttentionBwd& p, const Operands<T, kD>
     wgmma_fence(ds[0], ds[1]);
     add_product<T, kD>(sum, ds, in.k, from, begin > 0);
     wgmma_commit();
-    if constexpr (!overlaps_itself(kD)) wgmma_wait<0>(sum);
+    if constexpr (!plan(kD).overlaps_itself) wgmma_wait<0>(sum);
   }
   wgmma_wait<0>(sum);
   const float factor[2] = {static_cast<float>(p.scale), static_cast<float>(p.scale)};
@@ -241,7 +247,7 @@ __device__ inline void queries_tile(const AttentionBwd& p, const Operands<T, kD>
 
 // `parts` blocks per head take its tiles in turn, those of keys first.
 template <class T, int kD>
-__global__ void __launch_bounds__(128 * most_warpgroups(kD), 1)
+__global__ void __launch_bounds__(128 * plan(kD).warpgroups, 1)
     attention_bwd_hopper_kernel(const __grid_constant__ AttentionBwd p, int parts) {
 #ifdef VIT_CUDA_HOPPER
   const Operands<T, kD> in(p);
@@ -273,8 +279,16 @@ __global__ void __launch_bounds__(128 * most_warpgroups(kD), 1)
 
 template <class F>
 void dispatch_sizes(int64_t D, F f) {
-  if (D <= 64) return f(std::integral_constant<int, 64>{});
-  f(std::integral_constant<int, 128>{});
+  switch (compiled_head_dim(D)) {
+    case 80:
+      return f(std::integral_constant<int, 80>{});
+    case 96:
+      return f(std::integral_constant<int, 96>{});
+    case 128:
+      return f(std::integral_constant<int, 128>{});
+    default:
+      f(std::integral_constant<int, 64>{});
+  }
 }
 
 }  // namespace
@@ -285,7 +299,7 @@ bool attention_bwd_hopper_supports(const AttentionBwd& p) {
   const auto aligned_heads = [](const auto& x) {
     return is_aligned(x.data) && strides_divide(8, {x.batch, x.token, x.head});
   };
-  return Layout(p.D <= 64 ? 64 : 128, p.N, p.L).bytes() <= shared_limit(p.context.device) && aligned_heads(p.q) &&
+  return Layout(compiled_head_dim(p.D), p.N, p.L).bytes() <= shared_limit(p.context.device) && aligned_heads(p.q) &&
          aligned_heads(p.k) && aligned_heads(p.v) && aligned_heads(p.dq) && aligned_heads(p.dk) &&
          aligned_heads(p.dv) && is_aligned(p.dout) && is_aligned(p.out);
 }
@@ -295,7 +309,7 @@ void attention_bwd_hopper(const AttentionBwd& p) {
     dispatch_sizes(p.D, [&](auto kD) {
       const int64_t reserved = 1024, bytes = Layout(kD, p.N, p.L).bytes();  // reserved of every block, by the driver
       const bool two = 2 * (bytes + reserved) <= shared_limit(p.context.device) + reserved;
-      const int warpgroups = two ? 2 : most_warpgroups(kD);
+      const int warpgroups = two ? 2 : plan(kD).warpgroups;
       const int64_t heads = p.B * p.H, tiles = divide_up(p.N, kTile) + divide_up(p.L, kTile);
       const int64_t parts = smaller(divide_up(tiles, warpgroups),
                                     divide_up(int64_t{two ? 2 : 1} * multiprocessors(p.context.device), heads));
