@@ -179,7 +179,7 @@ def test_wgmma_backward(emulated, dtype, batch, n, keys, d):
     for mine, plain, exact in zip(
         got, results(unfused, tensors), results(unfused, [x.double() for x in tensors]), strict=True
     ):
-        assert (mine.double() - exact).norm() <= (plain.double() - exact).norm()
+        assert (mine.double() - exact).norm() <= 1.1 * (plain.double() - exact).norm()
     for alone, among in zip(results(ours, [x[-1:] for x in tensors]), got, strict=True):
         assert alone.equal(among[-1:])
 
