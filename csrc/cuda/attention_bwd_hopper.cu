@@ -308,7 +308,7 @@ void attention_bwd_hopper(const AttentionBwd& p) {
   dispatch_16_bit(p.dtype, [&](auto element) {
     dispatch_sizes(p.D, [&](auto kD) {
       const int64_t reserved = 1024, bytes = Layout(kD, p.N, p.L).bytes();  // reserved of every block, by the driver
-      const bool two = 2 * (bytes + reserved) <= shared_limit(p.context.device) + reserved;
+      const bool two = kD == 64 && 2 * (bytes + reserved) <= shared_limit(p.context.device) + reserved;
       const int warpgroups = two ? 2 : plan(kD).warpgroups;
       const int64_t heads = p.B * p.H, tiles = divide_up(p.N, kTile) + divide_up(p.L, kTile);
       const int64_t parts = smaller(divide_up(tiles, warpgroups),
