@@ -154,13 +154,14 @@ def test_hopper_attention(emulated, dtype, batch, n, keys, d, path):
 
 
 #: Each compiled head dimension of the backward by wgmma: fewer tokens than a step, tiles whose last step is moved back,
-#: more tiles than warpgroups, a block of four warpgroups, and what goes to another kernel (too long, 520 tokens).
+#: more tiles than warpgroups, a block of four warpgroups, and what goes to another kernel (too long: 900 keys). Of few
+#: tokens more images: the errors of a handful of roundings scatter.
 WGMMA_BACKWARD = [
-    (1, 5, 3, 64),
+    (8, 5, 3, 64),
     (2, 50, 50, 64),
     (1, 197, 197, 64),
     (1, 300, 200, 56),
-    (1, 20, 520, 64),
+    (1, 20, 900, 64),
     (1, 40, 201, 72),
     (1, 66, 100, 88),
     (1, 17, 197, 104),
