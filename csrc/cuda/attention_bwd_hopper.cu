@@ -146,10 +146,10 @@ __device__ inline void keys_tile(const AttentionBwd& p, const Operands<T, kD>& i
                                  int lane) {
   const float scale = static_cast<float>(p.scale) * kLog2e;
   float dk_sum[kD / 2], dv_sum[kD / 2];
+  uint32_t weights[kStep / 16][4], ds[kStep / 16][4];  // in use until the next step's wait
   for (int begin = 0; begin < static_cast<int>(p.N); begin += kStep) {
     const int row = in.q.step_at(begin);
     float s[kStep / 2], dp[kStep / 2];
-    uint32_t weights[kStep / 16][4], ds[kStep / 16][4];
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kD / 16; ++i)
@@ -212,10 +212,10 @@ __device__ inline void queries_tile(const AttentionBwd& p, const Operands<T, kD>
   in.q.template load<kD>(q, there, lane);
   in.dout.template load<kD>(dout, there, lane);
   float sum[kD / 2];
+  uint32_t ds[kStep / 16][4];  // in use until the next step's wait
   for (int begin = 0; begin < static_cast<int>(p.L); begin += kStep) {
     const int from = in.k.step_at(begin);
     float s[kStep / 2], dp[kStep / 2];
-    uint32_t ds[kStep / 16][4];
     wgmma_fence(q, dout);
 #pragma unroll
     for (int i = 0; i < kD / 16; ++i) WgmmaRegisters<T, kStep, false>::issue(s, q[i], in.k.rows_at(from, i), i > 0);
