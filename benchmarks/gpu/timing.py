@@ -19,7 +19,7 @@ from vit.support import random
 DEVICE, BACKEND = "cuda", "cuda"
 
 #: The numbers of vit_cuda_set_path (csrc/cuda/runtime.cuh): which kernels may run.
-PATHS = {"automatic": 0, "portable": 1, "no_wgmma": 2, "no_overlap": 3}
+PATHS = {"automatic": 0, "portable": 1, "no_wgmma": 2, "no_overlap": 3, "wgmma_backward": 4}
 
 #: Buffers in rotation take at least this much: four times the L2 cache of an H200.
 ROTATION_BYTES = 240 << 20

@@ -83,6 +83,7 @@ void attention_bwd(const AttentionBwd& p) {
   check_limits(op, p.B, p.N, p.L, p.H, p.D);
   if (p.B * p.H == 0 || (p.N == 0 && p.L == 0)) return;
   const DeviceGuard guard(op, p.context);
+  if (attention_bwd_hopper_supports(p)) return attention_bwd_hopper(p);
   if (attention_bwd_short_supports(p)) return attention_bwd_short(p);
   const bool tensor_cores = on_tensor_cores(p.dtype, p.D, p.context);
   dispatch(p.dtype, [&](auto element) {

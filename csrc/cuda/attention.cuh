@@ -330,6 +330,9 @@ void attention_fwd_hopper(const AttentionFwd&);
 // The same with everything of the head in shared memory, no delta.
 bool attention_bwd_short_supports(const AttentionBwd&);
 void attention_bwd_short(const AttentionBwd&);
+// wgmma, everything of the head in shared memory, no delta; on Path::wgmma_backward.
+bool attention_bwd_hopper_supports(const AttentionBwd&);
+void attention_bwd_hopper(const AttentionBwd&);
 // float32 and float64, exact; and the shared memory of their blocks.
 void attention_fwd_scalar(const AttentionFwd&);
 void attention_bwd_scalar(const AttentionBwd&, const void* delta);

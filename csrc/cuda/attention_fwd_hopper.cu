@@ -10,8 +10,7 @@
 // Per head 4 N L D FLOP, cut to 64 queries and to 64, 128, 208 or 272 keys; q, k, v read once, out written once. At
 // N = 197, D = 64, per multiprocessor of an H200 and head: 100 KB of memory 5700 clocks, wgmma 3300, exponentials 3300,
 // other instructions of the softmax 2000: bound by memory if the three overlap well.
-#include "attention.cuh"
-#include "hopper_instructions.cuh"
+#include "attention_hopper.cuh"
 
 namespace vit::cuda {
 namespace {
@@ -80,30 +79,6 @@ __device__ inline void softmax(Scores<kKeys>& s, uint32_t (&weights)[kKeys / 16]
   }
 }
 
-// Writes a warp's c fragments of 16 tokens, times a factor per row. A thread has pairs of columns; four groups of 8 are
-// exchanged within a quad of lanes, so that each has 8 neighbours: whole sectors.
-template <class T, int kD>
-__device__ inline void store_vectors(const Head<T>& head, const float (&sum)[kD / 2], int first, int count, int D,
-                                     const float (&factor)[2], int lane) {
-#pragma unroll
-  for (int group = 0; group < kD / 8; group += 4)
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      uint32_t pairs[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int i = 4 * (group + j) + 2 * r;
-        pairs[j] = group + j < kD / 8 ? pack<T>(sum[i] * factor[r], sum[i + 1] * factor[r]) : 0;
-      }
-      transpose_quad(pairs, lane);
-      const int token = first + fragment_row(lane, 2 * r);
-      const int d = 8 * (group + lane % 4);
-      if (token < count && d < D)
-        *reinterpret_cast<Vector<uint32_t, 4>*>(head.data + token * head.token +
-                                                d) = {{pairs[0], pairs[1], pairs[2], pairs[3]}};
-    }
-}
-
 #endif  // VIT_CUDA_HOPPER
 
 // `parts` blocks per head take its tiles of 64 queries in turn.
@@ -123,18 +98,10 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kD, kKeys)
   launch_dependent_grids();
 
   // Zeros where there is no key: a weight of 0 times anything left in shared memory could be NaN.
-  const auto load = [&](Vector<T, 8>* tile, const Head<T>& head) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kKeys * (kD / 8); i += kThreads) {
-      const auto [row, group] = by_group_copy(i, kD / 8);
-      const bool valid = row < keys && 8 * group < D;
-      copy_async_16(tile + by_group(kKeys, row, group), valid ? head.data + row * head.token + 8 * group : head.data,
-                    valid ? 16 : 0);
-    }
-    copy_async_commit();
-  };
-  load(k_tile, k);
-  load(v_tile, v);
+  load_by_group<T, kD>(k_tile, k, kKeys, keys, D, kThreads);
+  copy_async_commit();
+  load_by_group<T, kD>(v_tile, v, kKeys, keys, D, kThreads);
+  copy_async_commit();
 
   const int first = static_cast<int>(at.block) * kQueries + 16 * warp, step = parts * kQueries;
   for (int row = first; row - 16 * warp < N; row += step) {

@@ -236,7 +236,9 @@ struct WgmmaRegisters;
   MACRO(bf16, "bf16", __VA_ARGS__) \
   MACRO(f16, "f16", __VA_ARGS__)
 
-// Products of matrices, and of attention: 64, 128, 208 and twice 136 keys, heads of 32 to 128.
+// Products of matrices, and of attention: 64, 128, 208 and twice 136 keys, heads of 32 to 128; 32 columns in its
+// backward.
+VIT_BOTH(VIT_WGMMA, 32, 16, 16, 17, 18, 19, 20)
 VIT_BOTH(VIT_WGMMA, 64, 32, 32, 33, 34, 35, 36)
 VIT_BOTH(VIT_WGMMA, 128, 64, 64, 65, 66, 67, 68)
 VIT_BOTH(VIT_WGMMA, 192, 96, 96, 97, 98, 99, 100)

@@ -185,6 +185,12 @@ __device__ inline void mma_16x8<float>(float (&c)[4], const uint32_t (&a)[4], ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// That of one lane, for all; what comes out may live in a uniform register.
+template <class T>
+__device__ inline T shuffle(T x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+
 template <class T>
 __device__ inline T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);

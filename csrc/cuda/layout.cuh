@@ -114,6 +114,12 @@ VIT_HOST_DEVICE constexpr uint64_t columns_descriptor(uint32_t tile, int rows, i
   return plain_descriptor(tile + 16 * by_group(rows, row, 0), 128, 16 * rows);
 }
 
+// The descriptor of what begins so many groups of 16 bytes further. The address is the lowest field, and no carry
+// leaves it.
+VIT_HOST_DEVICE constexpr uint64_t moved(uint64_t descriptor, int groups) {
+  return (descriptor & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(groups));
+}
+
 // Tiles of a [rows, columns] grid of tiles, numbered so that neighbours in time share operands in the L2 cache: bands
 // of `band` rows, column after column inside a band.
 template <class I>

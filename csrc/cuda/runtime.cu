@@ -74,7 +74,7 @@ int capability(int device) {
 bool has_hopper_kernels(int device) { return VIT_CUDA_WITH_HOPPER && capability(device) == 90; }
 
 bool hopper_allowed(int device) {
-  return (path() == Path::automatic || path() == Path::no_overlap) && has_hopper_kernels(device);
+  return path() != Path::portable && path() != Path::no_wgmma && has_hopper_kernels(device);
 }
 
 int multiprocessors(int device) {

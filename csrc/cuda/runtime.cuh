@@ -55,9 +55,10 @@ int multiprocessors(int device);
 
 // Which kernels gemm and attention may use: `automatic` takes the fastest that the device and the sizes allow,
 // `portable` those of any GPU and any length alone, `no_wgmma` what a GPU of 8.0 gets, those for short sequences among
-// them, `no_overlap` the fastest, none of which begins before the launch in front of it has ended. Set by the benchmark
-// and the tests alone, to measure and to check all on one GPU: a property of the process, like a device mask.
-enum class Path { automatic = 0, portable = 1, no_wgmma = 2, no_overlap = 3 };
+// them, `no_overlap` the fastest, none of which begins before the launch in front of it has ended, `wgmma_backward` the
+// fastest with attention_bwd_hopper.cu, which no GPU has timed. Set by the benchmark and the tests alone, to measure
+// and to check all on one GPU: a property of the process, like a device mask.
+enum class Path { automatic = 0, portable = 1, no_wgmma = 2, no_overlap = 3, wgmma_backward = 4 };
 Path path();
 void set_path(Path);
 

@@ -68,6 +68,24 @@ def test_ops(gpu, tmp_path):
     assert len([name for name in found if name.endswith(" bwd")]) == 1 + 2 + 4 + 2
 
 
+def test_the_newest_backward_races_the_present_one(gpu, tmp_path, monkeypatch):
+    report = make_report(gpu, tmp_path / "gpu.json", only="^attention")
+    calls = []
+    monkeypatch.setattr(gpu.timing, "_set_path", calls.append)
+    gpu.timing.choose("wgmma_backward")
+    try:
+        gpu.ops.part_ops(report)
+        assert gpu.parity.labels() == ["wgmma_backward"]
+    finally:
+        gpu.timing.choose("automatic")
+    assert {"ours_ms", "wgmma_backward_ms", "TF_s"} <= set(
+        rows(tmp_path / "gpu.json")["attention B=7 N=50 H=12 D=64 bwd race"]
+    )
+    assert "automatic" in calls[1:-1]
+    assert "wgmma_backward" not in gpu.parity.labels()
+    assert "automatic" in gpu.parity.labels()
+
+
 def test_models(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     report = make_report(gpu, tmp_path / "gpu.json", part="model")
@@ -266,6 +284,18 @@ def test_doubtful_kernels_are_left_out(steps, tmp_path, monkeypatch, done, path)
     assert steps.run_steps(out, minutes=1) == 0
     assert commands[2][7:] == ["--seconds", "10", *path]
     assert all("--path" not in command for command in commands[3:])  # the probe knows no paths
+
+
+@pytest.mark.parametrize(("probe", "commands"), [(0, 3), (1, 2)])
+def test_the_newest_kernel_has_steps_of_its_own(steps, tmp_path, monkeypatch, probe, commands):
+    """None of them where all kernels of wgmma are in doubt."""
+    out, found = tmp_path / "a.json", []
+    out.write_text(json.dumps({"steps": {"probe": {"code": probe}}}))
+    monkeypatch.setattr(steps, "STEPS", [steps.Step("newest", 10, ("--part", "ops", *steps.NEWEST))])
+    monkeypatch.setattr(steps, "BUILD", "")
+    monkeypatch.setattr(steps, "run", lambda command, seconds: found.append(command) or {"code": 0})
+    assert steps.run_steps(out, minutes=1) == 0
+    assert len(found) == commands
 
 
 #: A program in the place of the probes: "good", "bad", "hangs".

@@ -31,7 +31,7 @@ CSRC = HERE.parent.parent / "csrc"
 NAME = "_cuda_emulator"
 
 #: The numbers of vit_cuda_set_path (csrc/cuda/runtime.cuh).
-PATHS = {"automatic": 0, "portable": 1, "no_wgmma": 2, "no_overlap": 3}
+PATHS = {"automatic": 0, "portable": 1, "no_wgmma": 2, "no_overlap": 3, "wgmma_backward": 4}
 
 
 def compiler() -> str | None:

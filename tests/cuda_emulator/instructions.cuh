@@ -629,18 +629,23 @@ inline void mma_16x8<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
 }
 
 template <class T>
-T shuffle_xor(T x, int mask) {
+T shuffle(T x, int lane) {
   struct Slot {
     T in, out;
-    int mask;
-  } mine = {x, x, mask};
+    int lane;
+  } mine = {x, x, lane};
   emulator::meet_warp(&mine, [](void** slots) {
-    for (int lane = 0; lane < 32; ++lane) {
-      auto* slot = static_cast<Slot*>(slots[lane]);
-      slot->out = static_cast<Slot*>(slots[lane ^ slot->mask])->in;
+    for (int i = 0; i < 32; ++i) {
+      auto* slot = static_cast<Slot*>(slots[i]);
+      slot->out = static_cast<Slot*>(slots[slot->lane])->in;
     }
   });
   return mine.out;
+}
+
+template <class T>
+T shuffle_xor(T x, int mask) {
+  return shuffle(x, static_cast<int>(emulator::current->index.x % 32) ^ mask);
 }
 
 template <class T>

@@ -21,7 +21,7 @@ import quantized_helpers
 import torch
 import torch.nn.functional as F
 import vit
-from attention_errors import error_ratios
+from attention_errors import error_ratios, results, unfused
 from cuda_emulator import PATHS, Emulated
 from optim_helpers import KINDS, check_code, check_step
 from quantized_helpers import FORMS, check_epilogue, check_rows_without_a_scale, layer
@@ -151,6 +151,49 @@ def test_hopper_attention(emulated, dtype, batch, n, keys, d, path):
     own = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     assert (got.double() - truth).norm() <= 1.1 * (own.double() - truth).norm()
     assert vit.ops.attention(q[-1:], k[-1:], v[-1:], backend="cuda_emulator").equal(got[-1:])
+
+
+#: Each compiled head dimension of the backward by wgmma: fewer tokens than a step, tiles whose last step is moved back,
+#: more tiles than warpgroups, a block of four warpgroups, and what goes to another kernel (too long: 900 keys). Of few
+#: tokens more images: the errors of a handful of roundings scatter.
+WGMMA_BACKWARD = [
+    (8, 5, 3, 64),
+    (2, 50, 50, 64),
+    (1, 197, 197, 64),
+    (1, 300, 200, 56),
+    (1, 20, 900, 64),
+    (1, 40, 201, 72),
+    (1, 66, 100, 88),
+    (1, 17, 197, 104),
+    (1, 130, 64, 128),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "n", "keys", "d"), WGMMA_BACKWARD)
+def test_wgmma_backward(emulated, dtype, batch, n, keys, d):
+    """Against the unfused form in float64 and in the same dtype; the bits of an image stay its own."""
+    emulated.use("wgmma_backward")
+    ours = functools.partial(vit.ops.attention, backend="cuda_emulator")
+    tensors = [draw.randn(batch, tokens, 2, d, dtype=dtype) for tokens in (n, keys, keys, n)]
+    got = results(ours, tensors)
+    for mine, plain, exact in zip(
+        got, results(unfused, tensors), results(unfused, [x.double() for x in tensors]), strict=True
+    ):
+        assert (mine.double() - exact).norm() <= 1.1 * (plain.double() - exact).norm()
+    for alone, among in zip(results(ours, [x[-1:] for x in tensors]), got, strict=True):
+        assert alone.equal(among[-1:])
+
+
+def test_wgmma_backward_into_a_packed_projection(emulated):
+    """The three gradients are one tensor, with the bits of three."""
+    emulated.use("wgmma_backward")
+    qkv, dout = draw.randn(1, 70, 3, 2, 64, dtype=torch.bfloat16), draw.randn(1, 70, 2, 64, dtype=torch.bfloat16)
+    ours = functools.partial(vit.ops.attention, backend="cuda_emulator")
+    packed = qkv.clone().requires_grad_()
+    (got,) = torch.autograd.grad(ours(*packed.unbind(2)), packed, dout)
+    _, *apart = results(ours, [*(x.contiguous() for x in qkv.unbind(2)), dout])
+    assert got.equal(torch.stack(apart, 2))
 
 
 @pytest.fixture(params=["bfloat16", "float32", "tf32"])

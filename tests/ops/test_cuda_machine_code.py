@@ -43,6 +43,9 @@ LIMITS = (
     Limit("gemm_hopper_kernel", "sm_90a", 168, 0, "of 65,536 for 384 threads; setmaxnreg then deals them out anew"),
     Limit("attention_fwd_hopper_kernel.*Li(32|64|80)ELi(64|128|208)E", "sm_90a", 168, 0, "three blocks of 128 threads"),
     Limit("attention_fwd_hopper_kernel", "sm_90a", 255, 0, "two blocks of 128 threads"),
+    Limit("attention_bwd_hopper_kernel.*Li64E", "sm_90a", 128, 0, "two blocks of 256 threads, or one of 512"),
+    Limit("attention_bwd_hopper_kernel.*Li(80|96)E", "sm_90a", 168, 0, "one block of 384 threads"),
+    Limit("attention_bwd_hopper_kernel.*Li128E", "sm_90a", 255, 0, "one block of 256 threads"),
     Limit("attention_fwd_short_kernel", "sm_80", 128, 40, "two blocks of 256 threads: 8 bytes at D = 64, 40 at 80"),
     Limit("sum_splits", "", 255, 16, "ptxas keeps to 32 registers, for eight blocks of 256 threads, and spills a few"),
     Limit("table_gradientId", "sm_80", 255, 16, "float64, four blocks of 256 threads"),
@@ -68,7 +71,7 @@ def codes(usages: list[Usage], tmp_path_factory: pytest.TempPathFactory) -> list
     folder = tmp_path_factory.mktemp("machine code")
     machine_code.read(TOOL, MODULE, "-xelf", "sm_90a", folder=folder)
     files = sorted(folder.iterdir())
-    assert len(files) == 2  # gemm_hopper.cu, attention_fwd_hopper.cu
+    assert len(files) == 3  # gemm_hopper.cu, attention_fwd_hopper.cu, attention_bwd_hopper.cu
     return [code for file in files for code in machine_code.codes(machine_code.read(TOOL, file, "-sass"))]
 
 
@@ -111,6 +114,9 @@ def expected(kernel: str) -> tuple[Counter[str], int]:
     if sizes := re.search(r"gemm_hopper_kernelI.*?Li(\d+)ELi(\d+)E", kernel):
         m, n = map(int, sizes.groups())
         return Counter({f"64x{n}x16": m // 64 * 4}), 1
+    if sizes := re.search(r"attention_bwd_hopper_kernelI.*?Li(\d+)E", kernel):
+        d = int(sizes[1])  # by keys 2 d / 16 products of 32 queries and twice 2 of d columns, by queries as many and 2
+        return Counter({"64x32x16": 4 * d // 16}) + Counter({f"64x{d}x16": 6}), 4
     sizes = re.search(r"attention_fwd_hopper_kernelI.*?Li(\d+)ELi(\d+)E", kernel)
     assert sizes is not None, kernel
     d, keys = map(int, sizes.groups())
@@ -127,7 +133,7 @@ def test_products_of_wgmma(codes):
         copies = code.count(r"\bWARPGROUP\.ARRIVE\b") // fences
         assert products(code) == Counter({shape: copies * count for shape, count in shapes.items()}), code.kernel
         waits = code.count(r"\bWARPGROUP\.DEPBAR\b")
-        assert waits <= copies * fences + 1, code.kernel
+        assert waits <= copies * fences + (4 if "bwd" in code.kernel else 1), code.kernel
 
 
 def test_no_fence_of_the_whole_gpu_among_the_products(codes):

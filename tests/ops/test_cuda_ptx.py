@@ -16,6 +16,7 @@ import draw
 import pytest
 import torch
 import vit
+from attention_errors import results, unfused
 from captures import Graph
 from cuda_emulator import Emulated
 from optim_helpers import KINDS, check_step
@@ -46,6 +47,8 @@ pytestmark = [pytest.mark.ptx, pytest.mark.slow, pytest.mark.skipif(nvcc() is No
 CASES = [case for case in cases("cuda") if case.group != "large"]
 #: A tenth of it, the one with the fewest products: a third of the others' time.
 TENTH = CASES[5::10]
+#: What attention_bwd_hopper.cu is for, and what it leaves to the others.
+BACKWARD = [c for c in CASES if (c.op, c.direction) == ("attention", "bwd") and c.dtype in ("bfloat16", "float16")]
 #: Kernels that the interpreter has seen least; their cases are small.
 NEW = [case for case in CASES if case.op in ("rms_norm", "swiglu", "rotary", "attention_rows")]
 
@@ -86,6 +89,59 @@ def test_parity(emulated, case, device):
 @pytest.mark.parametrize("path", ["portable", "no_wgmma"])
 def test_parity_of_other_paths(emulated, case, path):
     check(emulated, case, "9.0", path)
+
+
+@pytest.mark.parametrize("case", BACKWARD[2::8], ids=lambda case: case.id)
+def test_parity_of_the_backward_by_wgmma(emulated, case):
+    check(emulated, case, "9.0", "wgmma_backward")
+
+
+@pytest.mark.parametrize(
+    ("n", "keys", "d", "seeds"), [(70, 70, 64, (1, 2)), (40, 150, 80, (3,)), (20, 33, 96, (4,)), (33, 20, 128, (5,))]
+)
+def test_the_backward_by_wgmma_in_any_order(emulated, n, keys, d, seeds):
+    """Warps in a random order have the bits of all at once."""
+    record, launches = emulated
+    name, _ = on(emulated, "9.0")
+    record.use("wgmma_backward")
+    launches.done.clear()
+    tensors = [draw.randn(1, tokens, 1, d, dtype=torch.bfloat16) for tokens in (n, keys, keys, n)]
+    found = []
+    for seed in (None, *seeds):
+        launches.seed = seed
+        try:
+            found.append(results(backend_ops(name).attention, tensors))
+        finally:
+            launches.seed = None
+    assert not launches.errors
+    for other in found[1:]:
+        assert all(a.equal(b) for a, b in zip(found[0], other, strict=True))
+    for mine, plain, exact in zip(
+        found[0], results(unfused, tensors), results(unfused, [x.double() for x in tensors]), strict=True
+    ):
+        assert (mine.double() - exact).norm() <= 1.1 * (plain.double() - exact).norm()
+    assert "attention_bwd_hopper" in {launches.files[kernel] for kernel in launches.done}
+
+
+@pytest.mark.parametrize(
+    ("device", "path", "n", "d", "file"),
+    [
+        ("9.0", "wgmma_backward", 30, 64, "attention_bwd_hopper"),
+        ("9.0", "wgmma_backward", 450, 64, "attention_bwd_mma"),  # more than a block has shared memory for
+        ("9.0", "wgmma_backward", 20, 30, "attention_bwd_mma"),
+        ("9.0", "automatic", 30, 64, "attention_bwd_short"),
+        ("8.6", "wgmma_backward", 30, 64, "attention_bwd_short"),
+    ],
+)
+def test_which_backward_runs(emulated, device, path, n, d, file):
+    record, launches = emulated
+    name, _ = on(emulated, device)
+    record.use(path)
+    x = draw.randn(1, n, 1, d, dtype=torch.bfloat16)
+    launches.done.clear()
+    results(backend_ops(name).attention, [x, x, x, x])
+    assert file in {launches.files[kernel] for kernel in launches.done if "bwd" in launches.files[kernel]}
+    assert len({launches.files[kernel] for kernel in launches.done if "bwd" in launches.files[kernel]}) == 1
 
 
 @pytest.mark.parametrize("case", NEW[4::10], ids=lambda case: case.id)
@@ -228,6 +284,7 @@ def test_larger_products_in_a_graph(emulated, device):
     ("device", "path", "files"),
     [
         ("9.0", "automatic", {"gemm_hopper", "attention_fwd_hopper"}),
+        ("9.0", "wgmma_backward", {"gemm_hopper", "attention_fwd_hopper", "attention_bwd_hopper"}),
         ("9.0", "no_overlap", set()),
         ("9.0", "no_wgmma", set()),
         ("8.9", "automatic", set()),
@@ -242,7 +299,7 @@ def test_which_kernels_begin_before_the_one_in_front_has_ended(emulated, device,
     record.use(path)
     launches.overlapped.clear()
     ops, x = backend_ops(name), draw.randn(1, 70, 1, 64, dtype=torch.bfloat16)
-    ops.attention(x, x, x)
+    results(ops.attention, [x, x, x, x])
     ops.matmul(x[0, :, 0], draw.randn(64, 64, dtype=torch.bfloat16))
     assert {launches.files[kernel] for kernel in launches.overlapped} == files
 

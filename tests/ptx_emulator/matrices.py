@@ -16,16 +16,18 @@ class Matrices:
     """Every thread of the warps in `lanes` has come; `ins` is done for all at once."""
 
     def do_shfl(self, f, ins, lanes, S):
-        if ins.op[1:3] != ("sync", "bfly"):
+        if ins.op[1:3] not in (("sync", "bfly"), ("sync", "idx")):
             raise PtxError(ins.text)
         to = ins.args[0]
         to = to[1][0] if to[0] == "pair" else to
         value = self.U[self.program.registers[f.name, ins.args[1][1]]][S]
-        mask = self.value(f, ins.args[2], "u32", S)
+        which = self.value(f, ins.args[2], "u32", S)
         clamp, members = self.value(f, ins.args[3], "u32", S), self.value(f, ins.args[4], "u32", S)
         if np.any(np.asarray(clamp) != 31) or np.any(np.asarray(members) != 0xFFFFFFFF):
             raise PtxError(ins.text)
-        other = np.arange(lanes.size) ^ np.broadcast_to(np.asarray(mask, dtype=np.int64), lanes.shape)
+        which = np.broadcast_to(np.asarray(which, dtype=np.int64), lanes.shape)
+        mine = np.arange(lanes.size)
+        other = mine ^ which if ins.op[2] == "bfly" else mine // 32 * 32 + which % 32
         self.U[self.program.registers[f.name, to[1]]][S] = value[other]
 
     def do_ldmatrix(self, f, ins, lanes, S):

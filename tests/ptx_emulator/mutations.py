@@ -27,9 +27,9 @@ Call = Callable[[Ops], float]
 
 
 def error(got: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
-    """The largest distance between a result and the truth, over the norm of the truth."""
+    """The largest distance between a result and the truth, over the norm of the truth; NaN where one of them is."""
     pairs = zip(got, truth, strict=True)
-    return max(float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in pairs)
+    return float(torch.stack([(a.detach().double() - b.detach()).norm() / b.detach().norm() for a, b in pairs]).max())
 
 
 def attention(tokens: int = 70, backward: bool = False, dtype: torch.dtype = torch.bfloat16, d: int = 64) -> Call:
@@ -137,6 +137,7 @@ WITH_ONES = r"mma\.sync[^;]*, \{(%r\d+), \1\},[^;]*;"
 #: Two rows of a stage that are added to the sums.
 TWO_OF_STAGE = r"(ld\.shared\.v4\.u32[^;]*, \[)(%r\d+)(\];[\s\S]*?ld\.shared\.v4\.u32[^;]*, \[)%r\d+"
 SHORT = ("attention_bwd_short", "kernelINS0_4bf16E")
+WGMMA_BACKWARD = ("attention_bwd_hopper", "kernelINS0_4bf16ELi64E")
 SCALAR = ("attention_scalar", "fwd_scalarIfLi128E")
 BYTES = ("linear_fp8", "gemm_mma_kernelINS0_4e4m3ELi64ELb1ELb1ENS0_14ScaledEpilogueIfE")
 #: A product of e4m3 into registers of its own, and their addition to the sums.
@@ -145,6 +146,8 @@ COLUMNS = ("rms_norm", "weight_columnsIfE")
 TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 done, \[%r\d+\], %r\d+;"
 RELEASE = r"mbarrier\.arrive\.shared::cluster\.b64 _, \[remote\];"
 GRID_WAIT = r"griddepcontrol\.wait;"
+#: The place before the products of a step.
+FENCE = r"(?=[^;]*wgmma\.fence)"
 WAIT = r"wgmma\.wait_group\.sync\.aligned "
 
 MUTATIONS = [
@@ -201,6 +204,33 @@ MUTATIONS = [
     ),
     Mutation("no barrier between v and ds", *SHORT, nth(BAR, "", 1), "automatic", attention(130, True)),
     Mutation("the last barrier removed", *SHORT, nth(BAR, "", -1), "automatic", attention(130, True)),
+    *(
+        Mutation(what, *WGMMA_BACKWARD, change, "wgmma_backward", attention(70, True))
+        for what, change in [
+            ("no barrier behind the loads", every(BAR, "")),
+            ("the loads not waited for", every(r"async\.wait_group 0", "async.wait_group 1")),
+            ("no fence.proxy.async", every(r"fence\.proxy\.async\.shared::cta;", "")),
+            ("no wgmma.fence", every(r"wgmma\.fence\.sync\.aligned;", "")),
+            ("the scores of keys not waited for", nth(WAIT + "1;", "", 0)),
+            ("the scores of queries not waited for", nth(WAIT + "1;", "", 1)),
+            ("dp not waited for", nth(WAIT + "0;", "", 0)),
+            ("the second b not transposed", every("add, 1, 1, 1;", "add, 1, 1, 0;")),
+            ("keys transposed", every("add, 1, 1, 0, 0;", "add, 1, 1, 1, 0;")),
+            ("rows of k half as far apart", every(rf"\b{8 << 32}\b", str(4 << 32))),
+            ("columns half as far apart", every(rf"\b{8 << 16}\b", str(4 << 16))),
+            (
+                "the last step not moved back",
+                every(r"selp(\.b32\s+%r\d+,) %r\d+, (%r\d+), %p\d+;" + FENCE, r"mov\1 \2;"),
+            ),
+            ("queries twice", every(r"setp\.lt\.u32(\s+%p\d+), %r\d+, %r\d+;", r"setp.lt.u32\1, 0, 0;")),
+            (
+                "a part of delta alone",
+                nth(r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+),[^;]*;", r"mov.b32 \1, \2;", 0),
+            ),
+            ("no wait for the grid in front", every(GRID_WAIT, "")),
+            ("the next grid begins first", every(GRID_WAIT + r"([\s\S]*?)(griddep\S+;)", r"\2 griddepcontrol.wait;\1")),
+        ]
+    ),
     Mutation(
         "no barrier behind the loads", *SCALAR, nth(BAR, "", 1), "automatic", attention(40, dtype=torch.float32, d=80)
     ),
