@@ -65,7 +65,9 @@ class EvaOptions(Options):
             raise ValueError("vit: use_post_norm goes without qk_norm and init_values")
         if self.swiglu_mlp:
             if self.act_layer not in ("gelu", "silu"):  # the default, and what it becomes
-                raise ValueError(f"vit: swiglu_mlp=True gates by SiLU; act_layer={self.act_layer!r} does not go with it")
+                raise ValueError(
+                    f"vit: swiglu_mlp=True gates by SiLU; act_layer={self.act_layer!r} does not go with it"
+                )
             split = self.scale_mlp_norm or (self.swiglu_align_to and not self.use_post_norm)
             object.__setattr__(self, "mlp_layer", "swiglu" if split else "swiglu_packed")
             object.__setattr__(self, "act_layer", "silu")

@@ -85,6 +85,8 @@ def about(record: Record) -> dict[str, Any]:
     if args is not None:
         arch |= _arguments(args, None if name is None else name.partition(".")[0])
         _compare_sizes(cfg, arch)
+    if record.raw("architectures", None) == ["TimmWrapperModel"]:  # of transformers: without a head, whatever cfg says
+        arch["num_classes"] = 0
     names = _labels(record, cfg)
     transform = _transform(cfg, arch.get("in_chans", 3))
     own = record.record("vit", None)

@@ -12,7 +12,16 @@ from ..support.tensors import write_tensors
 
 #: Arguments of ours alone: timm reads a config without them.
 OWN = (
-    *("norm_eps", "embed_norm_eps", "drop_edge", "pos_resize", "patch_embed", "patch_stride", "representation_size", "decoder"),
+    *(
+        "norm_eps",
+        "embed_norm_eps",
+        "drop_edge",
+        "pos_resize",
+        "patch_embed",
+        "patch_stride",
+        "representation_size",
+        "decoder",
+    ),
     "max_num_patches",
 )
 #: Where timm's Eva and NaFlexVit have names of their own.
