@@ -55,6 +55,7 @@ def test_patches_and_heads_may_have_norms_of_their_own(tmp_path):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     image = draw.randn(2, 3, 48, 80)
     close(ours(image), theirs(image), WIDE)
+    close(vit.from_timm(theirs)(image), theirs(image), WIDE)
     written = vit.weights.save(ours, tmp_path)["model_args"]
     assert (written["scale_attn_inner_norm"], written["pos_embed"]) == (True, "none")  # NaFlexVitCfg's words
     close(vit.create(weights=tmp_path, backend="reference").eval()(image), ours(image))

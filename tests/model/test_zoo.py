@@ -110,6 +110,15 @@ def test_a_tag_brings_its_classes_size_and_transform():
     assert vit.create("vit_base_patch16_224.augreg_in21k", device="meta", backend="reference").num_classes == 21843
 
 
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "naflexvit_base_patch16_siglip"]
+)
+def test_the_configuration_of_weights_names_timms_ends(name):
+    ours = vit.create(name, backend="reference", device="meta", depth=1)
+    for key in ("first_conv", "classifier", "fixed_input_size", "interpolation", "crop_pct", "crop_mode"):
+        assert ours.pretrained_cfg[key] == getattr(get_pretrained_cfg(name), key), key
+
+
 def test_tags_are_listed_and_unknown_ones_say_what_there_is():
     assert vit.list_models("vit_small_patch14_*dinov2*", tags=True) == [
         "vit_small_patch14_dinov2.lvd142m",

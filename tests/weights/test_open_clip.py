@@ -78,7 +78,7 @@ def test_the_tower_gives_its_own_output(name, tmp_path):
         close(ours(x), theirs.encode_image(x))
     report = vit.weights.report(ours)
     assert not report.missing
-    # With LayerScale it is no Perception Encoder, whose rotary positions change these small scores by less than `close`.
+    # Rotary positions (a Perception Encoder has LayerScale, too) change these small scores by less than `close` sees.
     assert report.layout == (
         "open_clip with timm's tower" if "timm_model_name" in MODELS[name]["vision_cfg"] else "OpenAI CLIP"
     )

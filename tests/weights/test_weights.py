@@ -191,9 +191,10 @@ def test_transformers_layout(tmp_path):
     assert found.class_names[6] == "class 6"
 
 
-def test_torchvision_layout(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"representation_size": 24}])
+def test_torchvision_layout(more, tmp_path):
     torchvision = pytest.importorskip("torchvision")
-    theirs = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 256, num_classes=7).eval()
+    theirs = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 256, num_classes=7, **more).eval()
     for parameter in theirs.parameters():
         draw.normal_(parameter, std=0.1)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")

@@ -36,7 +36,8 @@ def _norm(module: Any) -> Any:
 def _activation(module: Any) -> Any:
     """The class of an activation as an argument of timm's models."""
     told = {"approximate": module.approximate} if hasattr(module, "approximate") else {}
-    return functools.partial(type(module), **told)
+    kind: Any = type(module)
+    return functools.partial(kind, **told)
 
 
 def _common(model: Any) -> dict[str, Any]:
@@ -120,6 +121,7 @@ def _naflex(model: Any) -> dict[str, Any]:
         "pos_embed_antialias": embeds.pos_embed_antialias,
         "pos_embed_align_corners": embeds.pos_embed_align_corners,
     }
+    found["scale_attn_inner_norm"] = found.pop("scale_attn_norm", False)  # NaFlexVitCfg's name
     grid = found["pos_embed_grid_size"] or (16, 16)
     found["img_size"] = tuple(side * size for side, size in zip(grid, patch, strict=True))
     return found | _common(model) | _blocks(model, embeds) | {"weight_init": ""}  # it knows no "skip"

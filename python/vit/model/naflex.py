@@ -178,6 +178,7 @@ class NaFlexVit(VisionTransformer):
     Options = NaFlexOptions
     ARGUMENTS = defaults_of(NaFlexOptions)
     FIRST_CONV = "embeds.proj"
+    FIXED_INPUT_SIZE = False
     options: NaFlexOptions
     NO_MASKS = {"attn_mask": None}  # noqa: RUF012
 

@@ -199,7 +199,8 @@ def _name_of(option: str, value: Any) -> tuple[Any, float | None]:
         keywords, value = value.keywords, value.func
     if not isinstance(value, type):
         return value, None
-    own = inspect.signature(value.__init__).parameters
+    kind: Any = value
+    own = inspect.signature(kind.__init__).parameters
     told = {key: own[key].default for key in ("eps", "gate_last") if key in own}
     told |= {key: given for key, given in keywords.items() if key not in _SAID_BY_BLOCKS.get(option, ())}
     eps, name = told.get("eps"), value.__name__

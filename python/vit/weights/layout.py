@@ -131,8 +131,8 @@ class Layout:
     names of which one must (none may) be there as well. rules: what becomes of each name. dropped: names, as regular
     expressions, that no ViT has -> why; outside: the same of what stands beside a prefix that all names of the ViT
     have. base: the model of timm's that has this layout's options. implied: arguments that every model of this layout
-    has. told: a further condition on the names. finish: what needs several tensors at once. model_types, configure: the `model_type` of transformers'
-    config.json, and its reader.
+    has. told: a further condition on the names. finish: what needs several tensors at once. model_types, configure: the
+    `model_type` of transformers' config.json, and its reader.
     """
 
     name: str
