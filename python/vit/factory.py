@@ -65,7 +65,7 @@ def create(
         raise ValueError(f"vit: create {what}; {where_weights_are(name or DEFAULT_NAME)}")
     checkpoint = None if weights is None else read(weights, allow=allow)
     given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
-    given = arch | {k: v for k, v in given.items() if v is not None}
+    given = {k: v for k, v in (arch | given).items() if v is not None}
     own = (
         checkpoint if checkpoint and checkpoint.describes(name) else None
     )  # the weights' own model, not just its tensors
@@ -73,7 +73,7 @@ def create(
     checkpoint = checkpoint.fitting(bool(settings.get("decoder"))) if checkpoint else None
     config = get_config(name)
     kind = model_class(config.kind)
-    defaults = _check_arch(settings, kind.ARGUMENTS)
+    defaults = _check_arch([*settings, *(ALIASES.get(key, key) for key in arch)], kind.ARGUMENTS)
     if checkpoint:
         check_fit(checkpoint, defaults | settings, given, kind)
     scheme = settings.pop("weight_init", "")
@@ -144,9 +144,9 @@ _OF_TIMM = {
 }
 
 
-def _check_arch(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _check_arch(names: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Refuses what is no argument of a model; the defaults of those that are."""
-    for key in settings:
+    for key in names:
         if key not in defaults:
             if key in _OF_TIMM:
                 raise ValueError(f"vit: create has no argument {key!r} of timm.create_model: {_OF_TIMM[key]}")

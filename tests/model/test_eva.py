@@ -344,6 +344,8 @@ def test_the_engine_names_an_option_that_it_does_not_compute():
         ({"ref_feat_shape": "16"}, "ref_feat_shape must be"),
         ({"rope_grid_indexing": "yx"}, "rope_grid_indexing='yx'"),
         ({"use_post_norm": True}, "use_post_norm goes without"),
+        ({"final_norm": False}, "final_norm=False is an option of VisionTransformer"),
+        ({"swiglu_mlp": True, "act_layer": "relu"}, "swiglu_mlp=True gates by SiLU; act_layer='relu' does not go"),
     ],
     ids=str,
 )

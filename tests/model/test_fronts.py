@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import re
@@ -36,6 +37,11 @@ TIMM = {
     "swiglu": (VisionTransformer, {"mlp_layer": GluMlp, "act_layer": nn.SiLU, "qkv_bias": False, "qk_norm": True}),
     "siglip": (VisionTransformer, {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"}),
     "clip": (VisionTransformer, {"pre_norm": True, "act_layer": "quick_gelu", "global_pool": "avg", "img_size": 20}),
+    "tanh": (VisionTransformer, {"act_layer": functools.partial(nn.GELU, approximate="tanh")}),
+    "eps": (
+        VisionTransformer,
+        {"norm_layer": nn.LayerNorm, "embed_norm_layer": functools.partial(nn.LayerNorm, eps=1e-2)},
+    ),
     "rms": (VisionTransformer, {"norm_layer": "rmsnorm", "fc_norm": False, "global_pool": "avgmax"}),
     "distilled": (VisionTransformerDistilled, {"drop_path_rate": 0.1, "drop_rate": 0.1}),
     "eva02": (Eva, {"swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": (2, 2)}),

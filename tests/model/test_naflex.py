@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import draw
@@ -46,6 +47,18 @@ def test_logits_and_gradients_at_any_size(backend_name, name, size):
         (logits * torch.linspace(0.5, 1, logits.numel()).view_as(logits)).sum().backward()
         found.append((logits, x.grad, model.embeds.pos_embed.grad, model.embeds.proj.weight.grad))
     close(found[1], found[0], WIDE)
+
+
+def test_patches_and_heads_may_have_norms_of_their_own(tmp_path):
+    arch = {"embed_norm_layer": functools.partial(nn.LayerNorm, eps=1e-2), "scale_attn_inner_norm": True}
+    theirs, ours = pair(NAMES[0], **arch, scale_mlp_norm=True, pos_embed="none")
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    image = draw.randn(2, 3, 48, 80)
+    close(ours(image), theirs(image), WIDE)
+    close(vit.from_timm(theirs)(image), theirs(image), WIDE)
+    written = vit.weights.save(ours, tmp_path)["model_args"]
+    assert (written["scale_attn_inner_norm"], written["pos_embed"]) == (True, "none")  # NaFlexVitCfg's words
+    close(vit.create(weights=tmp_path, backend="reference").eval()(image), ours(image))
 
 
 def test_edges_are_padded_as_in_timm():

@@ -16,7 +16,7 @@ import torch
 import vit
 from conftest import USABLE
 from rounding import WIDE, close
-from timm.layers import SwiGLU, SwiGLUPacked
+from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models import deit, get_pretrained_cfg, vision_transformer
 from timm.models._registry import _deprecated_models, _module_to_models
 from torch import nn
@@ -110,6 +110,15 @@ def test_a_tag_brings_its_classes_size_and_transform():
     assert vit.create("vit_base_patch16_224.augreg_in21k", device="meta", backend="reference").num_classes == 21843
 
 
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "naflexvit_base_patch16_siglip"]
+)
+def test_the_configuration_of_weights_names_timms_ends(name):
+    ours = vit.create(name, backend="reference", device="meta", depth=1)
+    for key in ("first_conv", "classifier", "fixed_input_size", "interpolation", "crop_pct", "crop_mode"):
+        assert ours.pretrained_cfg[key] == getattr(get_pretrained_cfg(name), key), key
+
+
 def test_tags_are_listed_and_unknown_ones_say_what_there_is():
     assert vit.list_models("vit_small_patch14_*dinov2*", tags=True) == [
         "vit_small_patch14_dinov2.lvd142m",
@@ -173,6 +182,12 @@ ARCHS: list[dict[str, Any]] = [
     {"pre_norm": True, "act_layer": "quick_gelu", "norm_layer": functools.partial(nn.LayerNorm, eps=1e-5)},
     {"scale_attn_norm": True, "scale_mlp_norm": True, "embed_norm_layer": "rmsnorm"},
     {"img_size": (20, 29), "dynamic_img_pad": True, "dynamic_img_size": True},
+    {"norm_layer": nn.LayerNorm},  # whose eps is 1e-5, and that of timm's class of this name 1e-6
+    {"norm_layer": functools.partial(nn.LayerNorm, eps=1e-3), "embed_norm_layer": "layernorm"},
+    {"embed_norm_layer": functools.partial(timm.layers.RmsNorm, eps=1e-2)},
+    {"act_layer": functools.partial(nn.GELU, approximate="tanh")},
+    {"act_layer": functools.partial(nn.SiLU, inplace=True)},
+    {"mlp_layer": functools.partial(GluMlp, gate_last=False, act_layer=nn.Sigmoid)},  # which the block says again
 ]
 
 
@@ -188,6 +203,14 @@ def pair(**arch: Any) -> tuple[nn.Module, Any]:
     ours = vit.create("vit_tiny_patch16_224", backend="auto", device="cpu", **(SMALL | arch)).eval()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
+
+
+def test_none_is_the_named_models_own_value():
+    """As in timm.create_model."""
+    for name, key in (("vit_small_patch14_dinov2", "init_values"), ("eva02_tiny_patch14_224", "ref_feat_shape")):
+        arch = {"depth": 1, "img_size": 28, key: None}
+        assert compare(name, "reference", **arch) is None
+        assert getattr(vit.create(name, backend="reference", **arch).options, key) is not None
 
 
 def test_hooks_see_timms_tensors_with_every_part_there_is():
@@ -348,6 +371,19 @@ def test_weights_are_brought_to_another_size_as_by_timm():
     ("arguments", "words"),
     [
         ({"reg_tokens": -1}, "reg_tokens must be a whole number from 0, got -1"),
+        ({"mlp_layer": GluMlp}, r"mlp_layer='GluMlp\(gate_last=True\)' is not one of 'mlp'"),
+        ({"mlp_layer": functools.partial(SwiGLU, align_to=16)}, r"mlp_layer='SwiGLU\(align_to=16\)' is not one of"),
+        ({"norm_layer": nn.RMSNorm}, r"norm_layer='RMSNorm\(eps=None\)' is not one of"),
+        (
+            {"norm_layer": functools.partial(nn.LayerNorm, bias=False)},
+            r"norm_layer='LayerNorm\(bias=False\)' is not one of 'layernorm', 'rmsnorm'",
+        ),
+        (
+            {"embed_norm_layer": functools.partial(timm.layers.LayerNorm, affine=False)},
+            r"embed_norm_layer='LayerNorm\(affine=False\)' is not one of 'layernorm'",
+        ),
+        ({"act_layer": functools.partial(nn.ReLU, other=1)}, r"act_layer='ReLU\(other=1\)' is not one of"),
+        ({"reg_token": None}, "no argument 'reg_token'; did you mean reg_tokens"),
         ({"mlp_layer": "glu"}, "mlp_layer='glu' is not one of 'mlp', 'swiglu_packed', 'swiglu'"),
         ({"norm_layer": "batchnorm"}, "norm_layer='batchnorm' is not one of 'layernorm', 'rmsnorm'"),
         ({"mlp_layer": "swiglu_packed", "mlp_ratio": 0.4}, "halves the MLP's width, and 25 is odd"),

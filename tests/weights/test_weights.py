@@ -191,9 +191,10 @@ def test_transformers_layout(tmp_path):
     assert found.class_names[6] == "class 6"
 
 
-def test_torchvision_layout(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"representation_size": 24}])
+def test_torchvision_layout(more, tmp_path):
     torchvision = pytest.importorskip("torchvision")
-    theirs = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 256, num_classes=7).eval()
+    theirs = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 256, num_classes=7, **more).eval()
     for parameter in theirs.parameters():
         draw.normal_(parameter, std=0.1)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
@@ -555,3 +556,16 @@ def test_tensors_that_share_memory_or_are_channels_last_are_written(tmp_path):
 def test_arguments_of_timms_create_model_say_what_takes_their_place(name):
     with pytest.raises(ValueError, match=rf"no argument '{name}' of timm\.create_model: .*(weights=|model\b)"):
         vit.create("vit_tiny_patch16_224", **{name: True})
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_edges_that_are_padded_wrote_is_read_again(dynamic, stride, tmp_path):
+    """Positions are those of whole patches where sizes are dynamic, as in timm, else of all."""
+    arch = {"img_size": (20, 29), "patch_size": 8, "dynamic_img_pad": True, "dynamic_img_size": dynamic}
+    arch |= {"patch_stride": stride, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
+    model = vit.create("vit_tiny_patch16_224", backend="reference", training=False, **arch)
+    vit.weights.save(model, tmp_path)
+    again = vit.create(weights=tmp_path, backend="reference", training=False)
+    image = draw.randn(1, 3, 20, 29)
+    assert torch.equal(again(image), model(image))

@@ -119,11 +119,12 @@ def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path):
 # ---- timm's config.json ----
 
 
-def test_everything_timm_exports_is_read(tmp_path, x):
+@pytest.mark.parametrize(("name", "more"), [(NAME, {"global_pool": "avg"}), ("deit_tiny_distilled_patch16_224", {})])
+def test_everything_timm_exports_is_read(name, more, tmp_path, x):
     from timm.models import save_for_hf
 
-    theirs = timm.create_model(NAME, **TIMM, global_pool="avg").eval()
-    save_for_hf(theirs, tmp_path / "m", model_args=TIMM | {"global_pool": "avg"})
+    theirs = timm.create_model(name, **TIMM, **more).eval()
+    save_for_hf(theirs, tmp_path / "m", model_args=TIMM | more)
     found = vit.create(weights=tmp_path / "m", backend="reference").eval()
     close(found(x), theirs(x))
     assert found.preprocess.img_size == (32, 32)

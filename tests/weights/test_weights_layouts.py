@@ -75,6 +75,12 @@ CLASSES = {
         "logits",
     ),
     "Siglip2VisionModel": ("Siglip2VisionConfig", S | {"patch_size": 8, "num_patches": 9}, "pooler_output"),
+    "DINOv3ViTModel-narrow": (
+        "DINOv3ViTConfig",
+        {**C, "hidden_size": 32, "intermediate_size": 20, **GATE},  # a width that timm would round up
+        "last_hidden_state",
+    ),
+    "Aimv2VisionModel-biases": ("Aimv2VisionConfig", {**C, "qkv_bias": True, "mlp_bias": True}, "last_hidden_state"),
     "Aimv2VisionModel": ("Aimv2VisionConfig", C, "last_hidden_state"),
     "Aimv2Model": ("Aimv2Config", {"vision_config": C, "text_config": TEXT, "projection_dim": 6}, "vision_model"),
 }
@@ -250,7 +256,7 @@ def perception(state: dict[str, Tensor]) -> dict[str, Tensor]:
     pool = {key: state.pop(key) for key in list(state) if key.startswith("attn_pool.")}
     state = openai(state)
     state = {key: value for key, value in state.items() if key.startswith("visual.")}
-    for kind in ("weight", "bias"):
+    for kind in ("weight", "bias") if pool else ():
         joined = torch.cat([pool.pop(f"attn_pool.q.{kind}"), pool.pop(f"attn_pool.kv.{kind}")])
         state[f"visual.attn_pool.attn.in_proj_{kind}"] = joined
     pool = renamed(pool, ("latent", "probe"), (r"pool\.proj", "pool.attn.out_proj"), (r"pool\.norm", "pool.layernorm"))
@@ -323,6 +329,7 @@ def trunk(state: dict[str, Tensor]) -> dict[str, Tensor]:
 RELEASES = {
     "vit_base_patch16_clip_224": (T, openai),
     "vit_pe_core_base_patch16_224": (T | {"ref_feat_shape": (2, 2)}, perception),
+    "vit_pe_spatial_base_patch16_512": (T | {"num_classes": 0, "ref_feat_shape": (2, 2)}, perception),
     "vit_giant_patch14_reg4_dinov2": (T | {"num_classes": 0, "mlp_ratio": 4.0}, dinov2),
     "vit_small_plus_patch16_dinov3_qkvb": (T | {"num_classes": 0}, dinov3),
     "eva02_base_patch14_224": (T | {"ref_feat_shape": (2, 2)}, eva02),
@@ -390,6 +397,36 @@ def edit(folder: Path, **values) -> Path:
 def test_a_config_that_is_unknown_or_contradicts_the_tensors_is_refused(values, error, clip):
     with pytest.raises(WeightsError, match=error):
         vit.create(weights=edit(clip, **values), backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "values", "error"),
+    [
+        ("Aimv2VisionModel", "Aimv2VisionConfig", {**C, "qkv_bias": True}, "mlp_bias is False; it must be as qkv_bias"),
+        (
+            "Siglip2VisionModel",
+            "Siglip2VisionConfig",
+            {**S, "patch_size": 8, "num_patches": 4, "num_channels": 1},
+            "num_channels is 1; it must be 3",
+        ),
+    ],
+)
+def test_what_a_model_here_does_not_have_is_refused_by_the_configs_word(kind, config, values, error, hf, tmp_path):
+    getattr(hf, kind)(getattr(hf, config)(**values)).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=error):
+        vit.create(weights=tmp_path, backend="reference")
+
+
+def test_timms_models_in_transformers_have_a_head_where_their_class_has_one(hf, tmp_path):
+    args = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}
+    config = hf.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=args, num_labels=5)
+    x = draw.randn(1, 3, 32, 32)
+    for kind, what in ((hf.TimmWrapperModel, "pooler_output"), (hf.TimmWrapperForImageClassification, "logits")):
+        theirs = noisy(kind(config), "timm")
+        theirs.save_pretrained(tmp_path / what)
+        ours = vit.create(weights=tmp_path / what, backend="reference", training=False)
+        with torch.no_grad():
+            close(ours(x), theirs(x)[what])
 
 
 def test_two_layouts_at_once_are_refused(clip):

@@ -30,7 +30,7 @@ POOLS = ("token", "avg", "max", "avgmax", "map", "")
 COMPUTED = frozenset(
     {"img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "norm_eps"}
     | {"qkv_bias", "qkv_fused", "attn_type", "proj_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "init_values"}
-    | {"act_layer", "mlp_layer", "swiglu_mlp", "swiglu_align_to", "norm_layer", "embed_norm_layer"}
+    | {"act_layer", "mlp_layer", "swiglu_mlp", "swiglu_align_to", "norm_layer", "embed_norm_layer", "embed_norm_eps"}
     | {"pre_norm", "final_norm"}
     | {"class_token", "reg_tokens", "no_embed_class", "global_pool", "fc_norm", "pool_include_prefix", "patch_embed"}
     | {"use_post_transformer_norm", "attn_pool_num_heads", "attn_pool_mlp_ratio", "head_init_scale"}

@@ -33,6 +33,13 @@ def _norm(module: Any) -> Any:
     return functools.partial(kind, eps=module.eps)
 
 
+def _activation(module: Any) -> Any:
+    """The class of an activation as an argument of timm's models."""
+    told = {"approximate": module.approximate} if hasattr(module, "approximate") else {}
+    kind: Any = type(module)
+    return functools.partial(kind, **told)
+
+
 def _common(model: Any) -> dict[str, Any]:
     """What all of timm's classes have, under the names of VisionTransformer."""
     first = model.blocks[0]
@@ -73,7 +80,7 @@ def _blocks(model: Any, embedding: Any) -> dict[str, Any]:
         "pool_include_prefix": getattr(model, "pool_include_prefix", False),
         "final_norm": any(not isinstance(norm, nn.Identity) for norm in last_norms),
         "init_values": getattr(first.ls1, "init_values", None),
-        "act_layer": type(first.mlp.act),
+        "act_layer": _activation(first.mlp.act),
         "mlp_layer": functools.partial(mlp, gate_last=first.mlp.gate_last) if hasattr(first.mlp, "gate_last") else mlp,
         "fix_init": getattr(model, "fix_init", False),
         "weight_init": "skip",
@@ -82,10 +89,6 @@ def _blocks(model: Any, embedding: Any) -> dict[str, Any]:
         found["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
     if not isinstance(norm := embedding.norm, nn.Identity):
         found["embed_norm_layer"] = _norm(norm)
-        if norm.eps != first.norm1.eps:
-            raise WeightsError(
-                f"vit: from_timm: the norm of patches has eps {norm.eps}, and the others have {first.norm1.eps}"
-            )
     return found
 
 
@@ -118,6 +121,7 @@ def _naflex(model: Any) -> dict[str, Any]:
         "pos_embed_antialias": embeds.pos_embed_antialias,
         "pos_embed_align_corners": embeds.pos_embed_align_corners,
     }
+    found["scale_attn_inner_norm"] = found.pop("scale_attn_norm", False)  # NaFlexVitCfg's name
     grid = found["pos_embed_grid_size"] or (16, 16)
     found["img_size"] = tuple(side * size for side, size in zip(grid, patch, strict=True))
     return found | _common(model) | _blocks(model, embeds) | {"weight_init": ""}  # it knows no "skip"

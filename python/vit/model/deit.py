@@ -21,6 +21,7 @@ class VisionTransformerDistilled(VisionTransformer):
     """
 
     reads_one_token = False
+    CLASSIFIER = ("head", "head_dist")
 
     def _build_embedding(self, home: Tensor, factory: dict[str, Any]) -> None:
         o = self.options

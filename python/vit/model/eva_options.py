@@ -44,6 +44,11 @@ class EvaOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.absent("Eva", representation_size=self.representation_size)
+        if not self.final_norm:
+            raise ValueError(
+                "vit: final_norm=False is an option of VisionTransformer; an Eva without a last norm has "
+                "use_post_transformer_norm=False and fc_norm=False"
+            )
         checks.choice(attn_type=(self.attn_type, ATTENTIONS), rope_type=(self.rope_type, ROPES))
         checks.choice(rope_grid_indexing=(self.rope_grid_indexing, INDEXING))
         checks.choice(pos_embed=(self.pos_embed, ("learned", "none")))
@@ -59,6 +64,10 @@ class EvaOptions(Options):
         if self.use_post_norm and (self.qk_norm or self.init_values is not None):
             raise ValueError("vit: use_post_norm goes without qk_norm and init_values")
         if self.swiglu_mlp:
+            if self.act_layer not in ("gelu", "silu"):  # the default, and what it becomes
+                raise ValueError(
+                    f"vit: swiglu_mlp=True gates by SiLU; act_layer={self.act_layer!r} does not go with it"
+                )
             split = self.scale_mlp_norm or (self.swiglu_align_to and not self.use_post_norm)
             object.__setattr__(self, "mlp_layer", "swiglu" if split else "swiglu_packed")
             object.__setattr__(self, "act_layer", "silu")

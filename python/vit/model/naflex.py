@@ -18,7 +18,7 @@ from . import checks, init
 from .layers import PatchDropout
 from .naflex_batch import images_of
 from .options import RESIZES, Options, defaults_of, signature_of
-from .parts import make_norm
+from .parts import make_embed_norm, make_norm
 from .planned import CallsOps
 from .pos_embed import resize
 from .torch_layers import call, know
@@ -90,7 +90,7 @@ class NaFlexEmbeds(CallsOps, nn.Module):
         self.cls_token = parameter(1) if o.class_token else None
         self.reg_token = parameter(o.reg_tokens) if o.reg_tokens else None
         self.proj = nn.Linear(self.patch_values, width, bias=not o.pre_norm, **factory)
-        self.norm = nn.Identity()
+        self.norm = make_embed_norm(o, **factory)
         grid = checks.sides("pos_embed_grid_size", o.pos_embed_grid_size)
         self.pos_embed = parameter(*grid) if o.pos_embed == "learned" else None
         self.pos_drop = nn.Dropout(o.pos_drop_rate)
@@ -178,6 +178,7 @@ class NaFlexVit(VisionTransformer):
     Options = NaFlexOptions
     ARGUMENTS = defaults_of(NaFlexOptions)
     FIRST_CONV = "embeds.proj"
+    FIXED_INPUT_SIZE = False
     options: NaFlexOptions
     NO_MASKS = {"attn_mask": None}  # noqa: RUF012
 

@@ -23,12 +23,19 @@ _SPELLINGS: dict[str, dict[Any, Any]] = {
     "pos_embed": {"learn": "learned", "": "none", True: "learned", False: "none"},
     "act_layer": {
         **{None: "gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"},
-        **{"SiLU": "silu", "ReLU": "relu"},
+        **{"SiLU": "silu", "Swish": "silu", "swish": "silu", "ReLU": "relu", "": "gelu"},
     },
     "norm_layer": {None: "layernorm", "LayerNorm": "layernorm", "RMSNorm": "rmsnorm", "RmsNorm": "rmsnorm"},
     "embed_norm_layer": {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm", "RmsNorm": "rmsnorm"},
     "representation_size": {None: 0},
-    "mlp_layer": {None: "mlp", "Mlp": "mlp", "GluMlp": "swiglu_packed", "SwiGLU": "swiglu"},
+    "mlp_layer": {None: "mlp", "Mlp": "mlp", "SwiGLUPacked": "swiglu_packed", "SwiGLU": "swiglu"},
+}
+#: What timm's blocks say when they make a layer: a partial's word does not count.
+_SAID_BY_BLOCKS = {"mlp_layer": ("act_layer", "norm_layer", "bias", "drop"), "act_layer": ("inplace",)}
+#: What a class of timm's or PyTorch's may be told -> the value that we compute.
+_COMPUTED = {
+    **{"affine": True, "elementwise_affine": True, "bias": True, "approximate": "none"},
+    **{"gate_last": False, "use_conv": False, "align_to": 0},
 }
 for _name in ("layer_norm", "LayerNorm"):
     _SPELLINGS["norm_layer"][_name] = _SPELLINGS["embed_norm_layer"][_name] = "layernorm"
@@ -79,6 +86,7 @@ class Options:
     fix_init: bool = False
     norm_layer: str = "layernorm"
     embed_norm_layer: str | None = None
+    embed_norm_eps: float | None = None
     mlp_layer: str = "mlp"
     drop_edge: bool = False
     pos_resize: str | None = None
@@ -92,6 +100,8 @@ class Options:
         checks.choice(norm_layer=(self.norm_layer, NORMS), mlp_layer=(self.mlp_layer, MLPS))
         if self.embed_norm_layer is not None:
             checks.choice(embed_norm_layer=(self.embed_norm_layer, NORMS))
+        if self.embed_norm_eps is not None:
+            checks.number(0.0, embed_norm_eps=self.embed_norm_eps)
         if self.pos_resize is not None:
             checks.choice(pos_resize=(self.pos_resize, RESIZES))
         checks.positive(in_chans=self.in_chans, embed_dim=self.embed_dim, depth=self.depth, num_heads=self.num_heads)
@@ -144,6 +154,9 @@ def defaults_of(kind: type[Options]) -> dict[str, Any]:
     return {f.name: f.default for f in fields(kind)}
 
 
+#: Norms that a class or a partial of one may stand for -> where its eps goes.
+_EPS = {"norm_layer": "norm_eps", "embed_norm_layer": "embed_norm_eps"}
+
 #: Older names of options.
 ALIASES = {
     "dynamic_pad": "dynamic_img_pad",
@@ -153,6 +166,7 @@ ALIASES = {
     "use_pre_transformer_norm": "pre_norm",
     "scale_mlp": "scale_mlp_norm",
     "scale_attn_inner": "scale_attn_norm",
+    "scale_attn_inner_norm": "scale_attn_norm",
 }
 
 
@@ -165,23 +179,39 @@ def spelled(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in arguments.items():
         name = ALIASES.get(key, key)
         if name in _SPELLINGS:
-            value, eps = _name_of(value)
-            if name == "norm_layer" and eps is not None:
-                found.setdefault("norm_eps", eps)
+            value, eps = _name_of(name, value)
+            if name in _EPS and eps is not None:
+                found.setdefault(_EPS[name], eps)
             value = _SPELLINGS[name].get(value, value)
         if name != key and arguments.get(name, value) != value:
             raise ValueError(f"vit: {key}={value!r} contradicts {name}={arguments[name]!r}; they are one option")
         found[name] = value
+    if isinstance(arguments.get("embed_norm_layer"), str) and "norm_eps" in found.keys() - arguments.keys():
+        found.setdefault("embed_norm_eps", 1e-6)  # timm's, whatever the class of the other norms says of theirs
     return found
 
 
-def _name_of(value: Any) -> tuple[Any, float | None]:
-    """A class or a partial of one by its name, and the eps a partial gives."""
-    eps = None
-    while isinstance(value, functools.partial):
-        eps = value.keywords.get("eps", eps)
-        value = value.func
-    return (value.__name__ if isinstance(value, type) else value), eps
+def _name_of(option: str, value: Any) -> tuple[Any, float | None]:
+    """A class or a partial of one by its name, and the eps of a norm. What a partial says, and no option does, stands
+    behind the name in brackets, which makes it the name of nothing we have."""
+    keywords: Mapping[str, Any] = {}
+    if isinstance(value, functools.partial):
+        keywords, value = value.keywords, value.func
+    if not isinstance(value, type):
+        return value, None
+    kind: Any = value
+    own = inspect.signature(kind.__init__).parameters
+    told = {key: own[key].default for key in ("eps", "gate_last") if key in own}
+    told |= {key: given for key, given in keywords.items() if key not in _SAID_BY_BLOCKS.get(option, ())}
+    eps, name = told.get("eps"), value.__name__
+    if name == "GELU" and told.get("approximate") == "tanh":
+        return "GELUTanh", None
+    if eps is not None:
+        del told["eps"]
+    other = [f"{key}={given!r}" for key, given in told.items() if key not in _COMPUTED or given != _COMPUTED[key]]
+    if other:
+        return f"{name}({', '.join(other)})", None
+    return "SwiGLUPacked" if name == "GluMlp" else name, eps
 
 
 def signature_of(extra: Mapping[str, Any], kind: type[Options] = Options) -> inspect.Signature:

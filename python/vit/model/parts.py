@@ -24,11 +24,16 @@ def make_norm(kind: str, dim: int, eps: float, **factory: Any) -> nn.Module:
     return NORM_CLASSES[kind](dim, eps, **factory)
 
 
+def make_embed_norm(o: Options, **factory: Any) -> nn.Module:
+    """The norm of projected patches, or an Identity."""
+    if o.embed_norm_layer is None:
+        return nn.Identity()
+    eps = o.norm_eps if o.embed_norm_eps is None else o.embed_norm_eps
+    return make_norm(o.embed_norm_layer, o.embed_dim, eps, **factory)
+
+
 def make_patch_embed(o: Options, **factory: Any) -> PatchEmbed:
     """The patch embedding of these options."""
-    norm = None
-    if o.embed_norm_layer is not None:
-        norm = make_norm(o.embed_norm_layer, o.embed_dim, o.norm_eps, **factory)
     return PatchEmbed(
         sides("img_size", o.img_size),
         sides("patch_size", o.patch_size),
@@ -40,7 +45,7 @@ def make_patch_embed(o: Options, **factory: Any) -> PatchEmbed:
         drop_edge=o.drop_edge,
         stride=None if o.patch_stride is None else sides("patch_stride", o.patch_stride),
         bias=not o.pre_norm,  # the norm behind it has one, as in CLIP
-        norm=norm,
+        norm=make_embed_norm(o, **factory),
         **factory,
     )
 

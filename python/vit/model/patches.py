@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -51,3 +53,18 @@ def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid: tuple[i
     x = patches.reshape(B, *grid, -1, P, Q)  # [B, gh, gw, C, P, Q]
     x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, gh, P, gw, Q]
     return x.reshape(B, -1, grid[0] * P, grid[1] * Q)
+
+
+def grid_of_positions(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the position embedding that belong to these arguments of a VisionTransformer.
+
+    Pixels that fill no patch count as one, but not where they are not read (drop_edge), nor, as in timm, where images
+    of any size are padded.
+    """
+    image, patch = (sides(key, settings[key]) for key in ("img_size", "patch_size"))
+    stride = settings.get("patch_stride")
+    steps = patch if stride is None else sides("patch_stride", stride)
+    padded = settings.get("dynamic_img_size") and settings.get("dynamic_img_pad")
+    rounded = math.floor if settings.get("drop_edge") or padded else math.ceil
+    rows, columns = (rounded((i - p) / s) + 1 for i, p, s in zip(image, patch, steps, strict=True))
+    return max(1, rows), max(1, columns)

@@ -29,6 +29,10 @@ class TimmTools:
     grad_checkpointing: bool
     #: The module that reads the image's channels.
     FIRST_CONV = "patch_embed.proj"
+    #: The last layers.
+    CLASSIFIER: str | tuple[str, ...] = "head"
+    #: Whether there is one size of images unless told otherwise.
+    FIXED_INPUT_SIZE = True
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -38,7 +42,7 @@ class TimmTools:
             "architecture": self.name,
             "num_classes": self.num_classes,
             "input_size": (preprocess.in_chans, *preprocess.img_size),
-            "fixed_input_size": True,
+            "fixed_input_size": self.FIXED_INPUT_SIZE,
             "pool_size": None,
             "interpolation": preprocess.interpolation,
             "crop_pct": preprocess.crop_pct,
@@ -46,7 +50,7 @@ class TimmTools:
             "mean": preprocess.mean,
             "std": preprocess.std,
             "first_conv": self.FIRST_CONV,
-            "classifier": "head",
+            "classifier": self.CLASSIFIER,
         }
 
     #: timm's older name of the same.

@@ -60,7 +60,8 @@ class VisionTransformer(CallsOps, Planned, Heads, Packs, Intermediates, TimmTool
     Blocks: act_layer "gelu" (erf), "gelu_tanh", "quick_gelu", "silu" or "relu"; mlp_layer "mlp", "swiglu_packed" or
     "swiglu" (gated by act_layer); norm_layer "layernorm" or "rmsnorm", with norm_eps; init_values: LayerScale, from
     that value; qk_norm, scale_attn_norm, scale_mlp_norm: more norms; qkv_bias, proj_bias; pre_norm: one before blocks,
-    and no bias of the patches; embed_norm_layer: one in the patch embedding.
+    and no bias of the patches; embed_norm_layer: one in the patch embedding, with embed_norm_eps (None:
+    norm_eps).
 
     Head: global_pool "token" reads the class token, "avg", "max" and "avgmax" the patches (with pool_include_prefix all
     tokens), "map" pools by attention, "" returns all tokens. final_norm: a last norm; fc_norm: after the pooling, None:

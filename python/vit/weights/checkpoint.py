@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.checks import sides
+from ..model.patches import grid_of_positions
 from . import infer
 from .layout import Mapped
 from .loaded import Report
@@ -150,10 +150,7 @@ class Checkpoint:
             patch = tuple(patches.shape[2:])
         if image is None or patch is None:
             return None
-        (height, width), (patch_height, patch_width) = sides("img_size", image), sides("patch_size", patch)
-        if self.arch.get("drop_edge"):
-            return height // patch_height, width // patch_width
-        return -(-height // patch_height), -(-width // patch_width)
+        return grid_of_positions({**self.arch, "img_size": image, "patch_size": patch})
 
 
 def all_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:

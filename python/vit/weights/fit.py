@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..model import checks
+from ..model.patches import grid_of_positions
 from ..model.pos_embed import FIXED
 from ..support.text import printable
 from .checkpoint import HEAD, PATCHES, POSITIONS, Checkpoint, WeightsError, is_head, some
@@ -188,18 +189,14 @@ def check_head(checkpoint: Checkpoint, classes: int, width: int, new_head: bool)
 def _check_ends(checkpoint: Checkpoint, settings: Mapping[str, Any], given: Collection[str]) -> None:
     """What is written beside the tensors of classes, channels and image size against the tensors."""
     state = checkpoint.state
-    image, patch = checks.sides("img_size", settings["img_size"]), checks.sides("patch_size", settings["patch_size"])
+    image = checks.sides("img_size", settings["img_size"])
     wrong = []
     tensors = checkpoint.sizes()
     for key, name in (("num_classes", "head.weight"), ("in_chans", PATCHES)):
         if key in tensors and key not in given and settings[key] != tensors[key]:
             wrong.append(f"{key} {settings[key]}, and {name} has {tensors[key]}")
     if "img_size" not in given and settings.get("pos_embed", "learned") != "none":
-        partial = -1 if not settings.get("drop_edge") else 1  # what does not fill a patch is padded, or not read
-        stride = settings.get("patch_stride")
-        steps = patch if stride is None else checks.sides("patch_stride", stride)
-        ends = zip(image, patch, steps, strict=True)
-        count = math.prod(partial * (partial * (side - size) // step) + 1 for side, size, step in ends)
+        count = math.prod(grid_of_positions(settings))
         table = state.get(POSITIONS)
         rows = None if table is None or table.ndim != 3 else table.shape[1]
         prefix = position_rows_of_prefix(settings) + ("dist_token" in state)

@@ -131,8 +131,8 @@ class Layout:
     names of which one must (none may) be there as well. rules: what becomes of each name. dropped: names, as regular
     expressions, that no ViT has -> why; outside: the same of what stands beside a prefix that all names of the ViT
     have. base: the model of timm's that has this layout's options. implied: arguments that every model of this layout
-    has. finish: what needs several tensors at once. model_types, configure: the `model_type` of transformers'
-    config.json, and its reader.
+    has. told: a further condition on the names. finish: what needs several tensors at once. model_types, configure: the
+    `model_type` of transformers' config.json, and its reader.
     """
 
     name: str
@@ -145,6 +145,7 @@ class Layout:
     outside: Mapping[str, str] = field(default_factory=dict)
     base: str | None = None
     implied: Mapping[str, Any] = field(default_factory=dict)
+    told: Callable[[Collection[str]], bool] | None = None
     finish: Callable[[Converted], None] | None = None
     model_types: tuple[str, ...] = ()
     configure: Callable[[Record], dict[str, Any]] | None = None
@@ -163,6 +164,8 @@ class Layout:
         if mark is None or (self.ranks and getattr(names[mark], "ndim", None) not in self.ranks):
             return False
         if any(pattern(lack).fullmatch(name) for lack in self.lacks for name in names):
+            return False
+        if self.told is not None and not self.told(names):
             return False
         return not self.needs or any(pattern(need).fullmatch(name) for need in self.needs for name in names)
 

@@ -42,6 +42,8 @@ def about(record: Record) -> dict[str, Any]:
     name = vision.text("timm_model_name", None) if vision.raw("timm_model_name", None) is not None else None
     arch = _own_tower(vision, outputs, quick) if name is None else _tower_of_timm(vision, outputs, name)
     arch |= {"img_size": image}
+    if name is None and any(side % patch for side, patch in zip(image, arch["patch_size"], strict=True)):
+        arch["drop_edge"] = True  # as a convolution does
     if (rate := vision.number("patch_dropout", 0.0, 0.0, 1.0)) > 0.0:
         arch["patch_drop_rate"] = rate
     vision.finish()
@@ -92,6 +94,8 @@ def _tower_of_timm(vision: Record, outputs: int, name: str) -> dict[str, Any]:
     if pool:
         arch["global_pool"] = vision.choice("timm_pool", ("avg", "avgmax", "max", "map", "token"), "avg")
     projection = vision.raw("timm_proj", "linear")
+    if not pool and projection in (None, "", "none"):
+        arch["global_pool"] = ""  # timm's tower is made without one; before a projection it keeps its own
     if projection not in (None, ""):
         vision.choice("timm_proj", ("linear", "none"), "linear")
         if projection == "none":

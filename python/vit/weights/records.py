@@ -87,7 +87,7 @@ def _argument(record: Record, key: str, name: str, default: Any) -> Any:
         return record.integer(key, low=0)
     if isinstance(default, str):
         return record.text(key)
-    return record.number(key, low=0.0, high=1.0 if name.endswith("_rate") or name == "norm_eps" else 1e9)
+    return record.number(key, low=0.0, high=1.0 if name.endswith("_rate") or name.endswith("norm_eps") else 1e9)
 
 
 def transform(record: Record, key: str) -> dict[str, Any] | None:

@@ -80,11 +80,13 @@ def about(record: Record) -> dict[str, Any]:
     cfg = record.record("pretrained_cfg", None)
     flat = cfg is None  # older files have all of it in one object
     cfg = record if cfg is None else cfg
-    arch = _defaults(record, cfg, class_of(None if name is None else name.partition(".")[0]).FIRST_CONV)
+    arch = _defaults(record, cfg, class_of(None if name is None else name.partition(".")[0]))
     args = record.record("model_args", None)
     if args is not None:
         arch |= _arguments(args, None if name is None else name.partition(".")[0])
         _compare_sizes(cfg, arch)
+    if record.raw("architectures", None) == ["TimmWrapperModel"]:  # of transformers: without a head, whatever cfg says
+        arch["num_classes"] = 0
     names = _labels(record, cfg)
     transform = _transform(cfg, arch.get("in_chans", 3))
     own = record.record("vit", None)
@@ -109,7 +111,7 @@ def about(record: Record) -> dict[str, Any]:
     }
 
 
-def _defaults(record: Record, cfg: Record, first: str) -> dict[str, Any]:
+def _defaults(record: Record, cfg: Record, kind: Any) -> dict[str, Any]:
     """Arguments that timm takes from the configuration of the weights."""
     arch: dict[str, Any] = {}
     for one in (cfg, record):
@@ -128,8 +130,9 @@ def _defaults(record: Record, cfg: Record, first: str) -> dict[str, Any]:
         arch["in_chans"] = size[0]
         if fixed:
             arch["img_size"] = (size[1], size[2])
-    for key, own in (("first_conv", first), ("classifier", "head")):
-        if cfg.raw(key, None) not in (None, own, []):
+    last = kind.CLASSIFIER
+    for key, own in (("first_conv", kind.FIRST_CONV), ("classifier", last if isinstance(last, str) else list(last))):
+        if cfg.raw(key, None) not in (None, own, [], "head" if key == "classifier" else None):
             cfg.refuse(key, f"{own!r}, as in timm's ViT")
     if cfg.raw("label_offset", None) not in (None, 0):
         cfg.refuse("label_offset", "0: this reads all rows of the head")

@@ -12,11 +12,21 @@ from ..support.tensors import write_tensors
 
 #: Arguments of ours alone: timm reads a config without them.
 OWN = (
-    *("norm_eps", "drop_edge", "pos_resize", "patch_embed", "patch_stride", "representation_size", "decoder"),
+    *(
+        "norm_eps",
+        "embed_norm_eps",
+        "drop_edge",
+        "pos_resize",
+        "patch_embed",
+        "patch_stride",
+        "representation_size",
+        "decoder",
+    ),
     "max_num_patches",
 )
-#: Where timm's Eva has a name of its own.
-EVA_NAMES = {ours: theirs for theirs, ours in ALIASES.items() if theirs != "dynamic_pad"}
+#: Where timm's Eva and NaFlexVit have names of their own.
+NAFLEX_NAMES = {"scale_attn_norm": "scale_attn_inner_norm"}
+EVA_NAMES = {o: theirs for theirs, o in ALIASES.items() if theirs not in ("dynamic_pad", *NAFLEX_NAMES.values())}
 
 
 def save(model: Any, folder: str | Path) -> dict[str, Any]:
@@ -91,13 +101,14 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _as_timm_names(model: Any, arch: dict[str, Any]) -> dict[str, Any]:
     """Our arguments under timm's names and in its spelling."""
-    eva = "rope_type" in type(model).ARGUMENTS
+    eva, naflex = ("rope_type" in type(model).ARGUMENTS, "pos_embed_grid_size" in type(model).ARGUMENTS)
+    own = EVA_NAMES if eva else NAFLEX_NAMES if naflex else {}
     found: dict[str, Any] = {}
     for key, value in arch.items():
-        name = EVA_NAMES.get(key, key) if eva else key
+        name = own.get(key, key)
         if name == "use_abs_pos_emb":
             value = value == "learned"
-        elif name == "pos_embed":
+        elif name == "pos_embed" and not naflex:
             value = {"learned": "learn", "none": ""}.get(value, value)
         found[name] = value
     if eva:  # of swiglu_mlp

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..layout import Converted, Layout, to
 from .timm import LAYOUT as TIMM
-from .transformers_dinov3 import GATED
+from .transformers_dinov3 import gated
 
 
 def without_keys(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,8 +20,8 @@ def _finish(result: Converted) -> None:
     implied: dict[str, Any] = {"norm_eps": 1e-5, "num_reg_tokens": 0}
     if (registers := result.state.get("reg_token")) is not None:
         implied["num_reg_tokens"] = registers.shape[1]
-    if any(".fc1_g." in key for key in result.state):
-        implied |= GATED
+    if gates := [value for key, value in result.state.items() if ".fc1_g." in key]:
+        implied |= gated(len(gates[0]))
     result.implied |= implied
 
 

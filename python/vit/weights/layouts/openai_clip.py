@@ -6,6 +6,7 @@ float16 with `input_resolution`, and in open_clip_config.json.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ..layout import Converted, Layout, Mapped, to, transposed_with_zero_bias
@@ -31,6 +32,11 @@ BODY = (
 )
 
 
+def is_clip(names: Collection[str]) -> bool:
+    """Whether it is a tower of CLIP's: a Perception Encoder has attention pooling, or no last norm."""
+    return "attn_pool.probe" not in names and "ln_post.weight" in names
+
+
 def _finish(result: Converted) -> None:
     implied: dict[str, Any] = {"norm_eps": 1e-5, "pre_norm": True}
     if "norm_pre.weight" not in result.state and "patch_embed.proj.weight" in result.state:
@@ -54,7 +60,7 @@ LAYOUT = Layout(
     name="OpenAI CLIP",
     marks=("conv1.weight",),
     needs=("class_embedding",),
-    lacks=("attn_pool.probe", BLOCK + "ls_1.gamma"),
+    told=is_clip,
     rules=(*BODY, to(BLOCK + "ls_{i}.gamma", "blocks.{n}.ls{i}.gamma")),
     outside=TEXT,
     base="vit_base_patch16_clip_224",

@@ -7,7 +7,7 @@ neither pool nor last norm.
 from __future__ import annotations
 
 from ..layout import Converted, Layout, split_query, to
-from .openai_clip import BLOCK, BODY, TEXT
+from .openai_clip import BLOCK, BODY, TEXT, is_clip
 
 POOL = (
     to("attn_pool.probe", "attn_pool.latent"),
@@ -32,7 +32,8 @@ def _finish(result: Converted) -> None:
 LAYOUT = Layout(
     name="Perception Encoder",
     marks=("conv1.weight",),
-    needs=("attn_pool.probe", BLOCK + "ls_1.gamma"),
+    needs=(BLOCK + "ln_1.weight",),
+    told=lambda names: not is_clip(names),
     rules=(*BODY, to(BLOCK + "ls_{i}.gamma", "blocks.{n}.gamma_{i}"), *POOL),
     dropped={r"(.*\.)?rope\..*freqs.*": "rotary frequencies, which follow from the sizes"},
     outside=TEXT,

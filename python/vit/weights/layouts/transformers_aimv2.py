@@ -23,9 +23,10 @@ def configure(record: Record) -> dict[str, Any]:
     names: dict[str, Any] = {"dropout": "attention_dropout", "hidden_dropout": None, "eps_name": "rms_norm_eps"}
     arch = hf.sizes(vision, eps=1e-5, patch=14, dim=1024, depth=24, heads=8, hidden=2816, act="silu", **names)
     arch["qkv_bias"] = arch["proj_bias"] = vision.boolean("qkv_bias", False)
-    for key in ("mlp_bias", "is_native"):
-        if vision.boolean(key, False):
-            vision.refuse(key, "false: this model has no such part")
+    if vision.boolean("mlp_bias", False) != arch["qkv_bias"]:
+        vision.refuse("mlp_bias", "as qkv_bias: all layers of a block have a bias, or none")
+    if vision.boolean("is_native", False):
+        vision.refuse("is_native", "false: this model has no such part")
     hf.ignore(vision, "use_head")
     if whole:
         hf.finish(vision)

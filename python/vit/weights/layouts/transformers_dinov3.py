@@ -8,7 +8,12 @@ from ...support.records import Record
 from .. import transformers_config as hf
 from ..layout import Converted, Layout, stacked, to
 
-GATED = {"swiglu_mlp": True, "swiglu_align_to": 8}
+
+def gated(hidden: int) -> dict[str, Any]:
+    """The arguments of a gated MLP of that width, which timm's models round up."""
+    return {"swiglu_mlp": True, "swiglu_align_to": 1 if hidden % 8 else 8}
+
+
 _BLOCKS = ("layer.{n}.", "model.layer.{n}.")  # files; models of transformers 5 in memory
 
 
@@ -19,7 +24,7 @@ def configure(record: Record) -> dict[str, Any]:
     if record.boolean("use_gated_mlp", False):
         if act != "silu":
             record.refuse("hidden_act", "silu: the gate of this model's MLP is SwiGLU's")
-        arch |= GATED
+        arch |= gated(int(arch["embed_dim"] * arch["mlp_ratio"]))
     elif act != "gelu":
         record.refuse("hidden_act", "gelu without use_gated_mlp")
     biases = {key: record.boolean(key, default) for key, default in _BIASES.items()}
@@ -47,9 +52,9 @@ _BIASES = {"query_bias": True, "key_bias": False, "value_bias": True, "proj_bias
 
 def _gated(result: Converted) -> None:
     """Beside a gate the projection is timm's second half of a gated MLP."""
-    if any(".fc1_g." in key for key in result.state):
+    if gates := [value for key, value in result.state.items() if ".fc1_g." in key]:
         result.rename("blocks.{n}.mlp.fc1.{w}", "blocks.{n}.mlp.fc1_x.{w}")
-        result.implied |= GATED
+        result.implied |= gated(len(gates[0]))
 
 
 LAYOUT = Layout(

@@ -24,6 +24,8 @@ def configure(record: Record) -> dict[str, Any]:
     vision = hf.tower(record, whole, "siglip2_vision_model", "initializer_factor")
     names: dict[str, Any] = {"dropout": "attention_dropout", "hidden_dropout": None}
     arch = hf.sizes(vision, eps=1e-6, image=None, act="gelu_pytorch_tanh", **names)
+    if arch["in_chans"] != 3:
+        vision.refuse("num_channels", "3: patches are read as rows of (row, column, channel)")
     side = math.isqrt(vision.integer("num_patches", 256, 1))
     if side**2 != vision.integer("num_patches", 256, 1):
         vision.refuse("num_patches", "a square number")
