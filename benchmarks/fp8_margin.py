@@ -28,6 +28,7 @@ CHOICES = {
     "fp8, calibrated, MLPs": ("fp8", True, LAYERS[2:], 0),
     "fp8, calibrated, MLPs but the first": ("fp8", True, LAYERS[2:], 1),
     "fp8, calibrated, the second half of the blocks": ("fp8", True, LAYERS, 6),
+    "fp8, calibrated, MLPs of the second half": ("fp8", True, LAYERS[2:], 6),
 }
 
 

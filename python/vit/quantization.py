@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .engine.accepts import refusals
 from .engine.rounding import codes_of, each
-from .engine.smooth import OWN_LAYERS, Inputs, observe, smooth
+from .engine.smooth import OWN_LAYERS, Inputs, natural_image, observe, smooth
 from .model import VisionTransformer
 from .model.attention_rope import EvaAttention
 from .model.blocks import Block, FusableBlock
@@ -37,10 +37,12 @@ def quantize(
     dtype      "int8", or "fp8" (e4m3), whose 3 bits of fraction turn logits further: docs/quantization.md says by how
                much, and which layers to exclude
     exclude    names of such layers that stay as they are ("blocks.0.mlp.fc2")
-    calibrate  images [B, C, H, W] as the model takes them: biases take back what rounding takes from the mean output.
-               For int8 channels that stand out behind norms, attention and gates are smoothed into the weights
-               (arXiv:2211.10438), for fp8 weights make up for the rounding of others (arXiv:2210.17323). For models
-               that vit.Engine can run
+    calibrate  images [B, C, H, W] as the model takes them, for models that vit.Engine can run: weights make up for the
+               rounding of others (arXiv:2210.17323), and for int8 channels that stand out behind norms, attention and
+               gates are smoothed into the weights (arXiv:2211.10438). Without, weights are the nearest numbers
+
+    Biases take back what rounding takes from the mean output: over those images, or without over one of noise with the
+    spectrum of natural images, where vit.Engine can run the model.
 
     To save and load: torch.save(quantized.state_dict(), path), and load_state_dict on a model quantized with the same
     dtype and `exclude`, whatever its weights and backend.
@@ -60,13 +62,13 @@ def quantize(
     for block in made.blocks:
         if isinstance(attn := block.attn, EvaAttention):
             attn.join_biases()
-    inputs = {} if calibrate is None else _observe(made, calibrate)
+    inputs = _observe(made, calibrate)
     smoothed: dict[str, Tensor] = {}
     rounded: dict[str, QuantLinear] = {}
-    if dtype == "int8":
-        smoothed, inputs = _smooth(made, inputs)
-    elif inputs:
-        rounded = _round(made, layers, inputs, FORMATS[dtype])
+    if calibrate is not None:
+        if dtype == "int8":
+            smoothed, inputs = _smooth(made, inputs)
+        rounded = _round(made, layers, inputs, FORMATS[dtype], smoothed)
     intact = [block for block in made.blocks if isinstance(block, FusableBlock) and block.is_as_built()]
     for name in layers:
         parent, _, child = name.rpartition(".")
@@ -117,11 +119,16 @@ def _own(model: VisionTransformer) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _observe(model: VisionTransformer, images: Tensor) -> dict[str, Inputs]:
-    """The inputs of the layers."""
+def _observe(model: VisionTransformer, images: Tensor | None) -> dict[str, Inputs]:
+    """The inputs of the layers; of a model that cannot be followed none, where no images were given."""
+    reasons = list(refusals(model))
+    if images is None:
+        if reasons:
+            return {}
+        images = natural_image(model)
     if not len(images):
         raise ValueError("vit.quantize: calibrate holds no images")
-    if reasons := list(refusals(model)):
+    if reasons:
         raise ValueError("vit.quantize: calibrate cannot follow this model: " + "; ".join(reasons))
     return observe(model, images, [name for name, _ in _own(model)])
 
@@ -129,8 +136,6 @@ def _observe(model: VisionTransformer, images: Tensor) -> dict[str, Inputs]:
 def _smooth(model: VisionTransformer, inputs: dict[str, Inputs]) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
     """Smooths the weights in place; returns those that changed in float32, and what the inputs are then
     (engine/smooth.py)."""
-    if not inputs:
-        return {}, inputs
     own = model.state_dict()
     before = {name: t.float().cpu() for name, t in own.items()}
     smoothed, inputs = smooth(before, len(model.blocks), inputs)
@@ -141,7 +146,7 @@ def _smooth(model: VisionTransformer, inputs: dict[str, Inputs]) -> tuple[dict[s
 
 
 def _round(
-    model: VisionTransformer, layers: list[str], inputs: dict[str, Inputs], form: Format
+    model: VisionTransformer, layers: list[str], inputs: dict[str, Inputs], form: Format, smoothed: dict[str, Tensor]
 ) -> dict[str, QuantLinear]:
     """The layers with weights whose elements make up for the rounding of others (engine/rounding.py). Nothing is
     smoothed for floats: their error follows their own size, whatever else is in a row."""
@@ -151,10 +156,10 @@ def _round(
 
     def round_layer(name: str) -> QuantLinear:
         linear: Any = model.get_submodule(name)
-        weight = linear.weight.float().cpu()
+        weight = smoothed.get(f"{name}.weight", linear.weight).float().cpu()
         _, scale = form.quantize_rows(weight)
         codes = codes_of(weight / scale, inputs[name], nearest)
-        bias = linear.bias
+        bias = smoothed.get(f"{name}.bias", linear.bias)
         if bias is not None:
             bias = bias.float() + ((weight - codes * scale) @ inputs[name].mean).to(bias.device)
         device = linear.weight.device

@@ -18,7 +18,8 @@ from test_eva import arguments
 from torch import nn
 from vit.backends import BackendError
 from vit.bench.weights import seeded_state
-from vit.engine.smooth import observe, smooth
+from vit.engine.accepts import refusals
+from vit.engine.smooth import natural_image, observe, smooth
 from vit.model.attention_rope import EvaAttention
 from vit.model.mlp import Mlp
 from vit.model.quant_linear import QuantLinear
@@ -77,23 +78,46 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.cosine_similarity(a.double(), b.double(), dim=-1).min().item()
 
 
-#: What docs/quantization.md advises for fp8.
-KEPT = ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2", *(f"blocks.{i}.attn.{n}" for i in range(12) for n in ("qkv", "proj"))]
+def error(a: torch.Tensor, truth: torch.Tensor) -> float:
+    """1 - cosine, the mean over images."""
+    return 1.0 - torch.cosine_similarity(a.double(), truth.double(), dim=-1).mean().item()
+
+
+def check_layer(own, weight, bias, form, inputs):
+    """Nearest numbers; the bias takes back what they take from the mean output, where the inputs are known."""
+    q, scale = form.quantize_rows(weight)
+    assert torch.equal(own.weight.float(), q.float())
+    if bias is None or inputs is None:
+        assert own.bias is None if bias is None else torch.equal(own.bias, bias)
+        return
+    taken = (weight - q.float() * scale) @ inputs.mean
+    assert taken.abs().max() > 0
+    close(own.bias, bias + taken)
+
+
+def seen_without_images(model, names):
+    """The inputs over the image that stands for others, of a model that vit.Engine can run."""
+    return {} if list(refusals(model)) else observe(model, natural_image(model), names)
+
+
+#: What docs/quantization.md advises for fp8: all but the MLPs of the second half.
+KEPT = [f"blocks.{i}.{layer}" for i in range(12) for layer in LAYERS if i < 6 or "mlp" not in layer]
 
 
 @pytest.mark.parametrize(
     ("dtype", "calibrated", "exclude", "least"),
     [
         ("int8", False, [], 0.998),
-        ("int8", True, [], 0.998),
-        ("fp8", False, [], 0.99),
-        ("fp8", True, [], 0.996),
+        ("int8", True, [], 0.999),
+        ("fp8", False, [], 0.992),
+        ("fp8", True, [], 0.995),
         ("fp8", True, KEPT, 0.999),
     ],
     ids=["int8", "int8-calibrated", "fp8", "fp8-calibrated", "fp8-mlps"],
 )
 def test_a_margin_over_seeded_weights(dtype, calibrated, exclude, least):
-    """docs/quantization.md has the table, and why e4m3 of all layers cannot be where int8 is."""
+    """docs/quantization.md has the spread, and why e4m3 of all layers cannot be where int8 is. What a product rounds
+    moves with PyTorch's instruction set and is carried through all blocks."""
     model = make(img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3, num_classes=1000)
     given = images(2, 224)
     quantized = vit.quantize(model, dtype, exclude, images(2, 224) if calibrated else None)
@@ -123,17 +147,17 @@ def test_a_margin_of_other_families(name, dtype, least):
 def test_its_layers_are_the_rounded_ones(form):
     model = make()
     quantized = vit.quantize(model, form.name)
+    seen = seen_without_images(model, [f"blocks.{i}.{name}" for i in range(2) for name in LAYERS])
     for i, block in enumerate(quantized.blocks):
         for name in LAYERS:
             layer, linear = block.get_submodule(name), model.blocks[i].get_submodule(name)
             assert isinstance(layer, QuantLinear)
             assert isinstance(linear, nn.Linear)
-            assert torch.equal(layer.weight.float(), form.quantize_rows(linear.weight)[0].float())
+            check_layer(layer, linear.weight, linear.bias, form, seen[f"blocks.{i}.{name}"])
             scale, weight = layer.weight_scale[:, None], linear.weight
             # Half a step: 1, or of a float 2^-3 of its power of two, 2^-9 at least.
             step = scale if form is INT8 else scale * 2 ** ((weight / scale).abs().log2().floor() - 3).clamp(min=-9)
             assert ((layer.weight.float() * scale - weight).abs() <= 0.5001 * step).all()
-            assert torch.equal(layer.bias, linear.bias)
     assert isinstance(quantized.head, nn.Linear)
     assert quantized.plan[form.routine] == "reference"
     assert set(quantized.plan) & {f.routine for f in (INT8, FP8)} == {form.routine}
@@ -145,21 +169,24 @@ def test_its_layers_are_the_rounded_ones(form):
 @pytest.mark.parametrize("form", **FORMS)
 @pytest.mark.parametrize("name", OTHERS)
 def test_layers_of_other_families(name, form):
-    """All linear layers of the blocks, and nothing else; a bias that stood apart is theirs. The logits are those of the
-    model with rounded weights whose layers are given rounded inputs."""
+    """All linear layers of the blocks, and nothing else; a bias that stood apart is theirs. With the biases as they were
+    the logits are those of the model with rounded weights whose layers are given rounded inputs."""
     model = other(name)
     quantized = vit.quantize(model, form.name)
     found = {n for n, layer in quantized.named_modules() if isinstance(layer, QuantLinear)}
     assert found == {f"blocks.{i}.{layer}" for i in range(2) for layer in OTHERS[name]}
     assert not any(type(m) is nn.Linear for m in quantized.blocks.modules())
+    seen = seen_without_images(model, found)
+    assert bool(seen) == (name != POST_NORM)
     for layer in found:
         own, linear = quantized.get_submodule(layer), model.get_submodule(layer)
-        assert torch.equal(own.weight.float(), form.quantize_rows(linear.weight)[0].float())
         attn = model.get_submodule(layer.rpartition(".")[0])
         bias = linear.bias
         if layer.endswith("qkv") and getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
-        assert own.bias is None if bias is None else torch.equal(own.bias, bias)
+        check_layer(own, linear.weight, bias, form, seen.get(layer))
+        if bias is not None:
+            own.bias.copy_(bias.detach())
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         q, scale = form.quantize_rows(x)
@@ -201,13 +228,20 @@ def test_equal_products_in_a_model(backend, device, form, name):
 @pytest.mark.parametrize("name", [None, *(name for name in OTHERS if name != POST_NORM)])
 def test_fused_and_unfused(backend, device, dtype, form, name):
     """A block computes its quantized layers inside; a hook on them changes nothing but the rounding of sums."""
-    model = vit.quantize(other(name, backend) if name else make(backend), form.name).to(dtype)
+    model = vit.quantize(other(name, backend) if name else make(backend), form.name).to(device)
+    given = images_of(model, 2 if dtype == torch.float32 else 16).to(device)
+    truth = model(given)
+    model.to(dtype)
     assert model.blocks[0].can_fuse()
-    given = images_of(model).to(device, dtype)
-    fused = model(given)
+    fused = model(given.to(dtype))
     model.blocks[0].mlp.fc2.register_forward_hook(lambda *_: None)
     assert not model.blocks[0].can_fuse()
-    assert cosine(fused.float(), model(given).float()) > (0.9999 if dtype == torch.float32 else 0.999)
+    unfused = model(given.to(dtype))
+    if dtype == torch.float32:
+        assert cosine(fused, unfused) > 0.9999
+        return
+    # Of bfloat16 each rounds elsewhere, and single images differ by up to 0.003: the mean errors are alike (0.7 to 1.2).
+    assert error(fused, truth) < 1.5 * error(unfused, truth) + 1e-5
 
 
 @pytest.mark.parametrize("form", **FORMS)
