@@ -1,8 +1,8 @@
 """The one door through which pictures come in: a file or a file object -> a decoded, upright PIL image.
 
 Pillow asks every decoder it has whether a file is its own, whatever the file's name, and some of them start programs
-(EPS: Ghostscript) or read other files. Here only the seven formats of FORMATS are asked, and a file that ends within its
-picture is refused, whatever another part of the program has told Pillow of such files.
+(EPS: Ghostscript) or read other files. Here only the seven formats of FORMATS are asked, and a file that ends within
+its picture is refused, whatever another part of the program has told Pillow of such files.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ def opened(source: str | os.PathLike[str] | BinaryIO, deep: bool = False) -> Ite
             if is_deep(image) and not deep:
                 raise ImageError(f"mode {image.mode}, more than 8 bits per channel; convert the file to 8 bits")
             yield image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the warning under `python -W error`
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # the warning under `python -W error`
         raise ImageError(_above_the_limit(error)) from error
     finally:
         if file is not source:
