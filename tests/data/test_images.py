@@ -291,6 +291,23 @@ def test_a_phones_picture_with_a_second_one_inside(tmp_path: Path) -> None:
     assert read_image(path).size == (16, 32)
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n",
+            "it is a pointer of Git LFS.*git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html>404</html>", "it is a web page"),
+        (b'{"error": "not found"}', "it is JSON"),
+    ],
+)
+def test_what_came_in_the_place_of_a_picture_is_named(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.jpg: not an image, or none of .*; {what}"):
+        read_image(tmp_path / "a.jpg")
+
+
 # ---- whatever the program around has told Pillow ----
 
 

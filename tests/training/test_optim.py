@@ -157,7 +157,7 @@ def test_a_state_of_torch_goes_on(kind: type[torch.optim.Optimizer]) -> None:
         for a, b in zip(net.parameters(), other.parameters(), strict=True):
             close(a, b, 8)  # as above
         theirs = torch.optim.AdamW(other.parameters())
-        theirs.load_state_dict(ours.state_dict())
+        theirs.load_state_dict(copy.deepcopy(ours.state_dict()))  # torch takes the tensors themselves
         other.load_state_dict(net.state_dict())
 
 

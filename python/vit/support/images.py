@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from . import whole
+from .accidents import LOOKED_AT, instead
 
 #: Pillow's names of the formats that are read; each decodes in this process and from this file alone.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -159,8 +160,17 @@ def explain(path: Path, error: BaseException) -> str:
     except OSError:
         pass
     if type(error).__name__ == "UnidentifiedImageError":
-        return f"not an image, or none of {', '.join(FORMATS)}"
+        found = _instead(path)
+        return f"not an image, or none of {', '.join(FORMATS)}{f'; {found}' if found else ''}"
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def _instead(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return instead(file.read(LOOKED_AT))
+    except OSError:  # a picture within another file
+        return None
 
 
 def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
