@@ -129,6 +129,10 @@ class Preprocess:
                 f"vit: preprocess: a PIL image cannot be made into {self.in_chans} channels; "
                 "build the tensor yourself and use model.preprocess.mean and .std"
             )
+        if not (image.width and image.height):
+            raise ValueError(
+                f"vit: preprocess: the image is {image.width} x {image.height} pixels, so there is nothing"
+            )
         if is_deep(image):
             raise ValueError(
                 f"vit: preprocess: the image has mode {image.mode!r}, more than 8 bits per pixel, and converting "

@@ -25,7 +25,7 @@ from vit.data import DataError
 from vit.data.folder import folder
 from vit.data.samples import read_image
 from vit.preprocess import INTERPOLATIONS, Preprocess
-from vit.support import images
+from vit.support import images, whole
 from vit.support.images import EXTENSIONS, FORMATS, ImageError, open_image
 from vit.support.resample import resized_window
 
@@ -50,6 +50,14 @@ def png(width: int, height: int, grey: int = 77, mode: int = 0) -> bytes:
     data = b"".join(packer.compress(line) for _ in range(height)) + packer.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, mode, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def header_of(width: int, height: int) -> bytes:
+    """A PNG that says this size and has a few pixels only."""
+    data = bytearray(png(10, 10))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
 
 
 def peak(code: str, *arguments: str) -> int:
@@ -283,6 +291,101 @@ def test_a_phones_picture_with_a_second_one_inside(tmp_path: Path) -> None:
     assert read_image(path).size == (16, 32)
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n",
+            "it is a pointer of Git LFS.*git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html>404</html>", "it is a web page"),
+        (b'{"error": "not found"}', "it is JSON"),
+    ],
+)
+def test_what_came_in_the_place_of_a_picture_is_named(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.jpg: not an image, or none of .*; {what}"):
+        read_image(tmp_path / "a.jpg")
+
+
+# ---- whatever the program around has told Pillow ----
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program, or a library that it imports, fills cut pictures with grey."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "progressive JPEG", "LZW TIFF"])
+@pytest.mark.parametrize("share", [0.4, 0.95])
+def test_a_cut_picture_is_refused_where_the_program_fills_them(
+    kind: str, share: float, tmp_path: Path, lenient
+) -> None:
+    options = {"progressive JPEG": {"progressive": True}, "LZW TIFF": {"compression": "tiff_lzw"}}.get(kind, {})
+    path = tmp_path / "cut"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(path, kind.split()[-1], **options)
+    assert read_image(path).size == (64, 64)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(DataError, match=r"cannot read image .*cut"):
+        read_image(path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES, "the switch is the program's again"
+
+
+def test_a_damaged_picture_is_refused_where_the_program_fills_them(tmp_path: Path, lenient) -> None:
+    data = bytearray(png(200, 200))
+    data[60:80] = bytes(20)  # within the packed pixels
+    (path := tmp_path / "damaged.png").write_bytes(data)
+    with pytest.raises(DataError, match=r"damaged\.png"):
+        read_image(path)
+
+
+def test_threads_refuse_cut_pictures_and_put_the_switch_back(tmp_path: Path, lenient) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            data = png(120, 120, i)
+            (tmp_path / name / f"{i}.png").write_bytes(data[: -40 if i % 2 else None])
+    found = folder(tmp_path, bad_images="skip")
+    assert len(found.skipped) == 40
+    assert {int(skipped.path.stem) % 2 for skipped in found.skipped} == {1}
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_a_fork_while_a_picture_is_decoded_leaves_the_switch_the_programs(lenient) -> None:
+    with whole.only():
+        assert not ImageFile.LOAD_TRUNCATED_IMAGES
+        if not (child := os.fork()):
+            before = ImageFile.LOAD_TRUNCATED_IMAGES
+            with whole.only():
+                within = ImageFile.LOAD_TRUNCATED_IMAGES
+            os._exit([before, within, ImageFile.LOAD_TRUNCATED_IMAGES] != [True, False, True])
+        assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(("limit", "most"), [(100, 200), (89_478_484, 178_956_968)])
+def test_a_limit_of_the_program_is_named_as_such(limit: int, most: int, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "large.png"
+    path.write_bytes(png(20, 20) if limit == 100 else header_of(13_378, 13_377))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(DataError, match=rf"more than {most:,} pixels, .*PIL\.Image\.MAX_IMAGE_PIXELS = {limit:,}\)"):
+        read_image(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**12)
+    path.write_bytes(header_of(30_000, 30_000))
+    with pytest.raises(DataError, match=r"more than 178,956,970 pixels, the most that is decoded; scale it down"):
+        read_image(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_limit_that_the_program_has_made_an_error_is_named_as_such(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "large.png"
+    path.write_bytes(png(20, 20))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    with pytest.raises(DataError, match=r"more than 300 pixels, .*PIL\.Image\.MAX_IMAGE_PIXELS = 300\)"):
+        read_image(path)
+
+
 # ---- with how much memory ----
 
 
@@ -325,10 +428,7 @@ def test_a_long_thin_picture_takes_little_memory(tmp_path: Path, shape: tuple[in
 
 def test_too_many_pixels_are_refused_by_the_header(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
-    path.write_bytes(png(30000, 10, 0).replace(struct.pack(">II", 30000, 10), struct.pack(">II", 30000, 30000)))
-    data = bytearray(path.read_bytes())
-    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    path.write_bytes(data)
+    path.write_bytes(header_of(30_000, 30_000))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     limit = Image.MAX_IMAGE_PIXELS
     with pytest.raises(DataError, match=r"bomb\.png: .*more than 178,956,970 pixels, the most that is decoded"):

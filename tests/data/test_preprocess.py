@@ -86,6 +86,12 @@ def test_deeper_images_are_refused_instead_of_clipped(array):
         Preprocess(32)(Image.fromarray(array))
 
 
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_an_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"the image is {size[0]} x {size[1]} pixels, so there is nothing"):
+        Preprocess(8)(Image.new("RGB", size))
+
+
 def test_what_is_no_image():
     with pytest.raises(TypeError, match=r"takes a PIL image, got str; use Image.open\(path\)"):
         Preprocess(32)("cat.jpg")

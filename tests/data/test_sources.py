@@ -158,7 +158,7 @@ def test_numbers_from_0_to_1_and_one_hot_labels(tmp_path: Path) -> None:
         ({"x": np.zeros((2, 8, 8), np.uint8), "y": np.array([-1, 1])}, "has the label -1"),
         ({"x": np.zeros((2, 8, 8), np.uint8), "y": np.array([1, 1])}, "every label in .* is 1"),
         ({"x": np.zeros((2, 8, 8), np.uint8), "images": np.zeros((2, 8, 8), np.uint8)}, "two arrays of train images"),
-        ({"x": np.array([{}, {}]), "y": np.arange(2)}, "holds Python objects|cannot read"),
+        ({"x": np.array([{}, {}]), "y": np.arange(2)}, "holds Python objects, not numbers; save it as"),
         ({"weights": np.zeros(3)}, "no array that is called like x_train"),
     ],
 )
@@ -233,12 +233,37 @@ def test_a_corrupt_line_is_named_by_its_number(tmp_path: Path, line: str, text: 
         (b"label,pixel0\n0,\xff\n", "cannot read"),
         (gzip.compress(b"label,pixel0\n0,1\n1,2\n", mtime=0)[:-9], "cannot read"),
         (b"a,b\n1,2\n", "allowed are label,pixel0"),
+        (b"7,0,0,0,9\n3,1,1,1,1\n", "line 1: column names repeat .*no header; put the line label,pixel0"),
+        (b"0,0,0,9\n1,1,1,1\n", "line 1: column names repeat"),
+        ("label,pixel0\n0,1\n".encode("utf-16"), r"cannot read .*: it is no text in UTF-8 \(.*\); save it so"),
     ],
 )
 def test_other_csv_files_are_refused(tmp_path: Path, content: bytes, text: str) -> None:
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(DataError, match=text):
         open_source(str(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "label,1x1,1x2,2x1,2x2",
+        "label,0,1,2,3",
+        "Label,pixel1,pixel2,pixel3,pixel4",
+        "pixel1,pixel2,pixel3,pixel4,class",
+    ],
+)
+@pytest.mark.parametrize("quote", ["", '"'], ids=["plain", "quoted"])
+def test_tables_of_pixels_as_they_are_published(tmp_path: Path, head: str, quote: str) -> None:
+    """MNIST by rows and columns, by numbers, of OpenML; programs that put every value in quotes."""
+    rows = [[str(value) for value in (i % 3, 10 * i, 10 * i + 1, 10 * i + 2, 10 * i + 3)] for i in range(4)]
+    ordered = [row[1:] + row[:1] if head.endswith("class") else row for row in rows]
+    lines = [head.split(","), *ordered]
+    (tmp_path / "t.csv").write_text("\n".join(",".join(f"{quote}{cell}{quote}" for cell in line) for line in lines))
+    source = open_source(str(tmp_path / "t.csv"))
+    assert (source.kind, source.class_names) == ("csv", ("0", "1", "2"))
+    assert source.splits["train"].labels.tolist() == [0, 1, 2, 0]
+    assert pixels_of(source, "train", 3).tolist() == [[30, 31], [32, 33]]
 
 
 def test_a_csv_file_that_names_images(tmp_path: Path) -> None:

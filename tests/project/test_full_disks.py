@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,9 @@ def test_a_folder_that_cannot_be_written_is_named(writer: str, model: Any) -> No
     assert "\n" not in text
 
 
-def test_a_run_folder_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
-    with full_disk(10), pytest.raises(OSError, match=r"config\.yaml"):
+@pytest.mark.parametrize(("room", "name"), [(10, "model.json"), (40, "config.yaml")])
+def test_a_run_folder_is_made_whole_or_not_at_all(tmp_path: Path, room: int, name: str) -> None:
+    with full_disk(room), pytest.raises(OSError, match=re.escape(name)):
         Run.create(tmp_path / "run", SMALL, {"name": "x"})
     assert not list((tmp_path / "run").iterdir())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import draw
 import pytest
@@ -137,6 +138,46 @@ def test_a_state_by_names_is_loaded_as_it_is() -> None:
     fit(part, second, 6, first=4)
     for a, b in zip(whole.parameters(), part.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_a_state_of_torch_goes_on(kind: type[torch.optim.Optimizer]) -> None:
+    """And back to torch: a checkpoint of a training does not bind it to one of the two."""
+    net, other = model(), model()
+    settings = {"lr": 1e-2, "weight_decay": 0.0 if kind is torch.optim.Adam else 0.1}
+    theirs = kind(other.parameters(), **settings)
+    fit(other, theirs, 4)
+    net.load_state_dict(other.state_dict())
+    ours = AdamW(net.parameters(), lr=0.5, state="8bit")
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 1e-2
+    for first in (4, 7):
+        fit(net, ours, 3, first=first)
+        fit(other, theirs, 3, first=first)
+        for a, b in zip(net.parameters(), other.parameters(), strict=True):
+            close(a, b, 8)  # as above
+        theirs = torch.optim.AdamW(other.parameters())
+        theirs.load_state_dict(copy.deepcopy(ours.state_dict()))  # torch takes the tensors themselves
+        other.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "text"),
+    [
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+            "group 0 has no betas, eps, so it is of another optimizer",
+        ),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "group 0 has amsgrad=True, .*go on with torch.optim.AdamW"),
+        (lambda p: torch.optim.AdamW(p, maximize=True), "group 0 has maximize=True"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "Adam's weight_decay 0.1 in the gradient"),
+    ],
+)
+def test_a_state_of_other_steps_is_refused(theirs: Any, text: str) -> None:
+    net = model()
+    fit(net, optimizer := theirs(net.parameters()), 2)
+    with pytest.raises(ValueError, match=text):
+        AdamW(net.parameters()).load_state_dict(optimizer.state_dict())
 
 
 def test_a_state_that_does_not_fit_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -11,12 +12,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import restarted
 import two_processes
 from rounding import about
 from training_helpers import figures, same_bits
 from vit.training import train
 
 pytestmark = pytest.mark.slow
+
+
+def environment() -> dict[str, str]:
+    """That of a process which finds the tests' modules."""
+    here = Path(__file__).parent
+    search = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +35,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    here = Path(__file__).parent
-    search = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    common = os.environ | {"PYTHONPATH": search, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
             [sys.executable, two_processes.__file__, str(out)],
@@ -100,3 +107,15 @@ def test_a_killed_process_ends_the_other_with_a_way_out(pair: Path) -> None:
     assert "another process of this training has ended or does not answer" in text
     assert f"go on with: vit train --resume {pair / 'lost'}" in text
     assert (pair / "lost" / "checkpoint.safetensors").is_file()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_restart_by_torchrun_goes_on_to_the_bit(pair: Path, tmp_path: Path, killed: int) -> None:
+    """--max-restarts: the new processes looked for the dead ones, by addresses in the store of the launcher."""
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["--max-restarts", "1", restarted.__file__, str(out), str(killed)]
+    subprocess.run([*launcher, *words], env=environment(), timeout=120, check=True)
+    same_bits(pair / "ddp", out)
+    sessions = json.loads((out / "run.json").read_text())["sessions"]
+    assert [session["outcome"] == "finished" for session in sessions] == [False, True]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import random
+import re
 import shutil
+import signal
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,10 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from training_helpers import SMALL, STEPS, Hook, figures, same_bits, terminate, vit_process, wait_for
 from vit.cli import main
+from vit.support.files import is_leftover
 from vit.support.tensors import KEY, DamagedFile, read_tensors, write_tensors
 from vit.training import Interrupted, RefusedChange, Run, TrainError, TrainResult, train
 from vit.training import state as states
 from vit.training.resume import FREE
+from vit.training.run import is_free
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
@@ -78,6 +84,79 @@ def test_a_kill_before_the_first_step_is_no_dead_end(whole: TrainResult, tmp_pat
     Run.create(run, whole_config(whole), Run.open(whole.run).model)
     train(resume=run)
     same_bits(whole.run, run)
+
+
+def test_each_state_that_a_killed_start_leaves_is_free_or_a_run(whole: TrainResult, tmp_path: Path) -> None:
+    """SIGKILL at each file operation between the lock and the end of Run.create, in a fork: what is left takes a new
+    run, or is one that has not started. config.yaml without model.json was neither."""
+    config, model = whole_config(whole), Run.open(whole.run).model
+    found, code, at = set(), 1, 0
+    while code:
+        at, run = at + 1, tmp_path / f"run-{at}"
+        run.mkdir()
+        if not (child := os.fork()):
+            _killed_at(at, run)
+            held = Run(run, config, model).lock()
+            Run.create(run, config, model)
+            os._exit(held.descriptor < 0)
+        code = os.waitpid(child, 0)[1]
+        files = frozenset(entry.name for entry in run.iterdir() if not is_leftover(entry))
+        if is_free(run):
+            way_out = f".*vit train --out {re.escape(str(run))} starts one there" if ".lock" in files else "$"
+            with pytest.raises(ValueError, match=f"it has no config.yaml{way_out}"):
+                Run.open(run)
+        else:
+            assert Run.open(run).is_unstarted(), files
+        found.add(files)
+    assert {frozenset(), frozenset([".lock"]), frozenset([".lock", "model.json"])} < found
+    assert frozenset([".lock", "model.json", "metrics.jsonl", "config.yaml"]) in found
+
+
+def _killed_at(number: int, folder: Path) -> None:
+    """Kills this process in front of its so manieth file operation in the folder."""
+    done = itertools.count(1)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename") and str(folder) in str(arguments[0]) and next(done) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("left", ["model.json", "config.yaml"], ids=["this version", "earlier versions"])
+@pytest.mark.parametrize("words", [[], ["--resume", "auto"]])
+def test_a_run_starts_where_a_start_was_killed(whole: TrainResult, tmp_path: Path, left: str, words: list[str]) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".lock").write_text('{"pid": 4194305, "host": "gone"}')
+    shutil.copy(whole.run / left, out)
+    with pytest.raises(ValueError, match=f"vit train --out {out} starts one there"):
+        Run.open(out)
+    assert main(["train", "--config", str(whole.run / "config.yaml"), "--out", str(out), *words]) == 0
+    same_bits(whole.run, out)
+
+
+def test_files_of_the_user_are_not_those_of_a_killed_start(whole: TrainResult, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(whole.run / "config.yaml", out)
+    assert not is_free(out), "nothing has locked it"
+    (out / ".lock").touch()
+    (out / "notes.txt").touch()
+    assert not is_free(out)
+    (out / "notes.txt").unlink()
+    shutil.copy(whole.run / "metrics.jsonl", out)
+    assert not is_free(out), "there are figures"
+
+
+@pytest.mark.parametrize("words", [["--resume", "auto", "--out"], ["--resume"]], ids=["auto", "by name"])
+def test_a_run_without_a_step_takes_every_option(whole: TrainResult, tmp_path: Path, words: list[str]) -> None:
+    out = tmp_path / "run"
+    Run.create(out, dataclasses.replace(whole_config(whole), lr=0.123, seed=5), Run.open(whole.run).model)
+    lr, seed = (str(getattr(whole_config(whole), name)) for name in ("lr", "seed"))
+    config = ["--config", str(whole.run / "config.yaml")] if "auto" in words else []
+    assert main(["train", *config, *words, str(out), "--lr", lr, "--seed", seed]) == 0
+    same_bits(whole.run, out)
 
 
 def whole_config(whole: TrainResult) -> Any:

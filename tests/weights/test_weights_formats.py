@@ -741,6 +741,21 @@ def test_the_content_decides_where_the_suffix_is_another_kinds(saved, name, tmp_
     assert all(torch.equal(found[key], value) for key, value in state.items())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_a_program_of_torchscript_is_named(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "model.pt")
+    with pytest.raises(
+        WeightsError, match=r"model\.pt.*a program of TorchScript.*torch\.jit\.load\(file\)\.state_dict"
+    ):
+        vit.create(weights=tmp_path / "model.pt")
+
+
+def test_pickled_arrays_of_numpy_are_named_with_the_way_out(tmp_path: Path) -> None:
+    torch.save({"cls_token": np.zeros((1, 1, 8), np.float32)}, tmp_path / "arrays.pt")
+    with pytest.raises(WeightsError, match=r"no tensors that are parameters; .*numpy\.savez\('x\.npz', \*\*arrays\)"):
+        vit.create(weights=tmp_path / "arrays.pt")
+
+
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.npz"])
 def test_a_pointer_of_git_lfs_is_called_so(name, tmp_path):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")

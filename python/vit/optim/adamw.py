@@ -19,6 +19,10 @@ STATES = ("float32", "8bit")
 MIN_8BIT = 4096
 
 
+#: Settings of torch.optim.AdamW that say nothing here.
+_OF_TORCH = ("amsgrad", "maximize", "foreach", "differentiable", "fused", "decoupled_weight_decay")
+
+
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101).
 
@@ -173,14 +177,20 @@ class AdamW(torch.optim.Optimizer):
         return min(1.0, self.max_norm / (float(norm) + 1e-6))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state of another optimizer over the same parameters; ValueError when one does not fit.
+        """Takes the state of another optimizer over the same parameters, torch.optim.AdamW's among them; ValueError
+        when one does not fit.
 
         What the state is kept in (float32, 8bit) comes with it, as lr and the other settings do.
         """
         # torch.optim casts the state to the parameter's dtype: bytes to float32, float32 to bfloat16.
         given = state_dict["state"]
+        for number, group in enumerate(state_dict["param_groups"]):
+            _check_origin(number, group)
         super().load_state_dict(state_dict)
-        for group in self.param_groups:  # of a version without it
+        for group in self.param_groups:  # of torch, or of a version without it
+            for name in _OF_TORCH:
+                group.pop(name, None)
+            group.setdefault("state", "float32")
             group.setdefault("ema_decay", None)
             group.setdefault("capturable", False)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -200,6 +210,20 @@ class AdamW(torch.optim.Optimizer):
                         f"{name} is {found}, not {like.dtype} {list(like.shape)}"
                     )
             self.state[parameter] = {name: given[key][name].to(expected[name].device, copy=True) for name in expected}
+
+
+def _check_origin(number: int, group: dict[str, Any]) -> None:
+    """ValueError for the settings of an optimizer whose steps are others than AdamW's."""
+    where = f"vit: AdamW cannot go on with this state: its group {number} has"
+    if missing := [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]:
+        raise ValueError(f"{where} no {', '.join(missing)}, so it is of another optimizer; begin without it")
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"{where} {name}=True, which this AdamW does not have; go on with torch.optim.AdamW")
+    if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
+        raise ValueError(
+            f"{where} Adam's weight_decay {group['weight_decay']} in the gradient; go on with torch.optim.Adam"
+        )
 
 
 def _local(tensor: Tensor) -> Tensor:

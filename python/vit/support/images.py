@@ -1,7 +1,8 @@
 """The one door through which pictures come in: a file or a file object -> a decoded, upright PIL image.
 
 Pillow asks every decoder it has whether a file is its own, whatever the file's name, and some of them start programs
-(EPS: Ghostscript) or read other files. Here only the seven formats of FORMATS are asked.
+(EPS: Ghostscript) or read other files. Here only the seven formats of FORMATS are asked, and a file that ends within
+its picture is refused, whatever another part of the program has told Pillow of such files.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
+
+from . import whole
+from .accidents import LOOKED_AT, instead
 
 #: Pillow's names of the formats that are read; each decodes in this process and from this file alone.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -73,15 +77,18 @@ def opened(source: str | os.PathLike[str] | BinaryIO, deep: bool = False) -> Ite
     channel are acceptable."""
     file = _open_file(source) if isinstance(source, (str, os.PathLike)) else source
     try:
-        try:
+        with whole.only():
             image = Image.open(file, formats=FORMATS)
-        except Image.DecompressionBombError as error:
-            raise ImageError(_too_large()) from error
-        if decoded_pixels(image) > MAX_PIXELS:
-            raise ImageError(_too_large(f"{image.width} x {image.height} pixels, "))
-        if is_deep(image) and not deep:
-            raise ImageError(f"mode {image.mode}, more than 8 bits per channel; convert the file to 8 bits")
-        yield image
+            if decoded_pixels(image) > MAX_PIXELS:
+                raise ImageError(_too_large(f"{image.width} x {image.height} pixels, "))
+            if is_deep(image) and not deep:
+                raise ImageError(f"mode {image.mode}, more than 8 bits per channel; convert the file to 8 bits")
+            yield image
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # the warning under `python -W error`
+        raise ImageError(_above_the_limit(error)) from error
     finally:
         if file is not source:
             file.close()
@@ -153,8 +160,17 @@ def explain(path: Path, error: BaseException) -> str:
     except OSError:
         pass
     if type(error).__name__ == "UnidentifiedImageError":
-        return f"not an image, or none of {', '.join(FORMATS)}"
+        found = _instead(path)
+        return f"not an image, or none of {', '.join(FORMATS)}{f'; {found}' if found else ''}"
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def _instead(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return instead(file.read(LOOKED_AT))
+    except OSError:  # a picture within another file
+        return None
 
 
 def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -173,6 +189,18 @@ def _check_kind(mode: int) -> None:
     for test, text in _KINDS.items():
         if test(mode):
             raise ImageError(text)
+
+
+def _above_the_limit(error: Exception) -> str:
+    """What Pillow's refusal by its own limit says: the program's, where it has set one below ours."""
+    limit = Image.MAX_IMAGE_PIXELS or MAX_PIXELS
+    most = limit if isinstance(error, Image.DecompressionBombWarning) else 2 * limit
+    if most >= MAX_PIXELS:
+        return _too_large()
+    return (
+        f"more than {most:,} pixels, the most that this program lets Pillow decode (PIL.Image.MAX_IMAGE_PIXELS = "
+        f"{limit:,}); scale it down or raise that limit"
+    )
 
 
 def _too_large(size: str = "") -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -130,8 +131,31 @@ def accelerator(config: TrainConfig, report: Callable[[str], None] = lambda text
         report = _but(report, "ACCELERATE_USE_CPU")  # what happens anyway
     with without_options(report):
         return require("accelerate", "train").Accelerator(
-            cpu=on_cpu, mixed_precision="no", gradient_accumulation_plugin=plugin
+            cpu=on_cpu, mixed_precision="no", gradient_accumulation_plugin=plugin, kwargs_handlers=_rendezvous(on_cpu)
         )
+
+
+def _rendezvous(on_cpu: bool) -> list[Any]:
+    """How the processes find each other, where it is not torch's own way: after torchrun's restart (--max-restarts).
+
+    The launcher's store outlives its processes. torch 2.14 looks up their addresses in it under the same keys after a
+    restart and finds those of the dead, so that most restarts end in "connection refused" or wait for half an hour.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or torch.distributed.is_initialized():
+        return []
+    with suppress(RuntimeError):  # it is registered
+        torch.distributed.register_rendezvous_handler("vit-restart", _meet_again)
+    # accelerate's own limit would be NCCL's for all backends; these are torch's.
+    limit = datetime.timedelta(minutes=30 if on_cpu else 10)
+    kwargs = require("accelerate", "train").InitProcessGroupKwargs
+    return [kwargs(init_method=f"vit-restart://{restarts}", timeout=limit)]
+
+
+def _meet_again(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+    """torch's rendezvous by the environment, with keys of this restart alone."""
+    store, rank, size = next(torch.distributed.rendezvous("env://", **options))
+    yield torch.distributed.PrefixStore(url.partition("?")[0], store), rank, size
 
 
 def _but(report: Callable[[str], None], name: str) -> Callable[[str], None]:

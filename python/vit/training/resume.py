@@ -34,12 +34,13 @@ class RefusedChange(ValueError):
 def changed(run: Run, given: Mapping[str, Any]) -> TrainConfig:
     """The run's configuration with the options `given` in the place of its own.
 
-    Options that the run has already may be repeated. Raises RefusedChange for other values of those not in FREE.
+    Options that the run has already may be repeated, and a run that was ended before its first step takes all. Raises
+    RefusedChange for other values of those not in FREE.
     """
     different = {
         name: value for name, value in given.items() if value is not None and value != getattr(run.config, name)
     }
-    refused = [name for name in different if name not in FREE]
+    refused = [name for name in different if name not in FREE and not run.is_unstarted()]
     if refused:
         values = ", ".join(
             f"{flag(name)} {shown(different[name])} (the run has {shown(getattr(run.config, name))})"

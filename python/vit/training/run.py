@@ -35,6 +35,10 @@ from .evaluate import Evaluation, cpu_threads, evaluate
 #: Options that say which images are the test images; the default in the place of a lost one could mix in others.
 _NEEDED = ("data", "val_fraction", "test_fraction", "split_seed")
 
+#: What Run.create writes, and what of it makes a folder a run.
+_WRITTEN = frozenset(["model.json", "metrics.jsonl", "config.yaml"])
+_RUN = frozenset(["model.json", "config.yaml"])
+
 
 @dataclass(frozen=True)
 class Run:
@@ -62,11 +66,11 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig, model: dict[str, Any]) -> Run:
-        """Makes the folder, where there is none, and writes config.yaml and model.json. Where that fails, on a full
-        disk, nothing of them is left."""
+        """Makes the folder, where there is none, and writes model.json and, last, config.yaml, which makes it a run.
+        Where that fails, on a full disk, nothing of them is left."""
         run = cls(path, config, model)
         path.mkdir(parents=True, exist_ok=True)
-        texts = {"config.yaml": config.to_yaml(), "model.json": to_json(model, indent=2) + "\n", run.metrics.name: ""}
+        texts = {"model.json": to_json(model, indent=2) + "\n", run.metrics.name: "", "config.yaml": config.to_yaml()}
         try:
             for name, text in texts.items():
                 write_text(path / name, text)
@@ -84,7 +88,7 @@ class Run:
             raise ValueError(f"vit: {path} is not a run folder: no such folder")
         for name in ("config.yaml", "model.json"):
             if not (path / name).is_file():
-                raise ValueError(f"vit: {path} is not a run folder of vit train: it has no {name}")
+                raise ValueError(f"vit: {path} is not a run folder of vit train: it has no {name}{_begin_there(path)}")
         options = read_yaml(path / "config.yaml")
         if missing := [name for name in _NEEDED if name not in options]:
             raise ValueError(f"vit: {path / 'config.yaml'} is damaged: it lacks {', '.join(missing)}")
@@ -211,10 +215,23 @@ def way_out(run: Run) -> str:
 
 def is_free(path: Path) -> bool:
     """Whether a new run may go to `path`: there is nothing, or an empty folder. What a killed start has left in it (a
-    lock, temporary files) does not count."""
-    return not os.path.lexists(path) or (
-        path.is_dir() and all(entry.name == LOCK or is_leftover(entry) for entry in path.iterdir())
-    )
+    lock, temporary files, some of the files that Run.create writes, but not all) does not count."""
+    if not os.path.lexists(path):
+        return True
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir() if not is_leftover(entry)}
+    if LOCK not in names:  # files that no start has written are the user's
+        return not names
+    begun, metrics = names - {LOCK}, path / "metrics.jsonl"
+    return begun <= _WRITTEN and not begun >= _RUN and not (metrics.exists() and metrics.stat().st_size)
+
+
+def _begin_there(path: Path) -> str:
+    """The way out for a folder that a killed start has left; nothing for others."""
+    if not ((path / LOCK).exists() and is_free(path)):
+        return ""
+    return f"; a start that was ended before the run began has left it so: vit train --out {path} starts one there"
 
 
 def new_path(out: str | Path | None, data: str) -> Path:

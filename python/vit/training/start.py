@@ -45,7 +45,9 @@ def train(
             raise ValueError("vit: --resume auto needs --out: the folder to go on with, or to start")
         resume = None if is_free(Path(out)) else out
     run = Run.open(resume) if resume is not None else None
-    config = resuming.changed(run, _absolute(changes or {})) if run else config or TrainConfig()
+    if run and not (config and run.is_unstarted()):  # else nothing has come of the options it has
+        config = resuming.changed(run, _absolute(changes or {}))
+    config = config or TrainConfig()
     paths = _absolute({"data": config.data, "teacher": config.teacher})
     config = dataclasses.replace(config, **paths).resolved(recipe_of(config.data))
     trackers.check(config.logger)

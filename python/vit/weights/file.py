@@ -9,6 +9,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from ..support.accidents import LOOKED_AT, instead
 from ..support.tensors import read_tensors
 from ..support.text import printable
 from .archive import read_npz
@@ -51,19 +52,8 @@ def read_file(path: Path) -> Mapping[str, Any]:
 
 
 def _instead(path: Path) -> str | None:
-    """What a file is that is none of weights, for the usual accidents of downloads."""
     with path.open("rb") as file:
-        start = file.read(64)
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not start:
-        return "the file is empty"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, such as an error or a login in the place of the download"
-    if text.startswith((b"{", b"[")) and text.isascii() and b"\0" not in text:
-        return "it is JSON, such as a server's answer in the place of the download"
-    if start.startswith(b"\x1f\x8b"):
-        return "it is compressed by gzip; unpack it"
-    return "it is an HDF5 file, as Keras writes" if start.startswith(b"\x89HDF") else None
+        return instead(file.read(LOOKED_AT))
 
 
 def _kind(path: Path, suffix: str) -> str:

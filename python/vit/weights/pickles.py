@@ -188,6 +188,11 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     size = path.stat().st_size
+    if any("/code/__torch__" in member.filename for member in members):
+        raise WeightsError(
+            f"vit: weights {str(path)!r} are a program of TorchScript (torch.jit.save), not tensors alone; whoever "
+            "made it can write these: safetensors.torch.save_file(torch.jit.load(file).state_dict(), 'x.safetensors')"
+        )
     packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
     if packed or sum(member.file_size for member in members) > size:
         what = f"{some(packed, 3)} are compressed" if packed else f"its members say more than its {size} bytes"

@@ -28,6 +28,8 @@ WRAPPERS = (
 INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_checkpoint_module)\.")
 DEEPEST = 4
 
+_WAY_OUT = "Give a state dict of tensors; one of NumPy arrays as numpy.savez('x.npz', **arrays) writes it"
+
 
 def unwrap(found: Mapping[Any, Any], source: str) -> tuple[dict[str, Any], dict[str, str], Layout | None]:
     """The entries of one model under names without prefixes, those left out -> why, and the layout of the names.
@@ -40,7 +42,7 @@ def unwrap(found: Mapping[Any, Any], source: str) -> tuple[dict[str, Any], dict[
     state = _tensors(_container(found, source), source)
     if not state:
         keys = printable(some([str(key) for key in found])) or "none"
-        raise WeightsError(f"vit: {source} holds no tensors that are parameters; its entries: {keys}")
+        raise WeightsError(f"vit: {source} holds no tensors that are parameters; its entries: {keys}. {_WAY_OUT}")
     return _without_prefix(_without_inner(state, source), source)
 
 

@@ -68,16 +68,13 @@ def _arrays_in(path: Path) -> list[tuple[str, Any]]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, MemoryError, SyntaxError) as error:
         if isinstance(error, DataError):
             raise
+        if "Object arrays" in str(error):
+            raise DataError(f"vit: {path} holds Python objects, not numbers; save it as an array of numbers") from error
         raise DataError(f"vit: cannot read {path}: {str(error).splitlines()[0] if str(error) else error!r}") from error
 
 
 def _load(path: Path, **options: Any) -> Any:
-    try:
-        return np.load(path, allow_pickle=False, **options)
-    except ValueError as error:
-        if "Object arrays" in str(error):
-            raise DataError(f"vit: {path} holds Python objects, not numbers; save it as an array of numbers") from error
-        raise DataError(f"vit: cannot read {path}: {error}") from error
+    return np.load(path, allow_pickle=False, **options)
 
 
 def _samples(path: Path, split: str, images: tuple[str, Any], labels: tuple[str, Any]) -> Samples:

@@ -49,7 +49,9 @@ def lines_of(path: Path) -> Iterator[str]:
             file: Any = gzip.GzipFile(fileobj=plain) if packed else plain
             for number, line in enumerate(file, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"vit: cannot read {path}: it is no text in UTF-8 ({error}); save it so") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"vit: cannot read {path}: {error}") from error
 
 
@@ -61,10 +63,15 @@ def header_of(path: Path) -> list[str]:
 
 def _pixel_columns(path: Path, header: list[str]) -> tuple[int | None, int]:
     """Where the label stands, if anywhere, and the side of the images. DataError where these are no pixels."""
-    label = header.index("label") if "label" in header else None
+    label = _label_column(header)
     count = len(header) - (label is not None)
     if not _is_pixels(header):
         raise _unknown_columns(path, header)
+    if len(set(header)) < len(header):
+        raise DataError(
+            f"vit: {path}, line 1: column names repeat ({printable(','.join(header[:4])[:80])} ...), so this seems to "
+            "be an image and the file to have no header; put the line label,pixel0,pixel1,... before it"
+        )
     side = math.isqrt(count)
     if side * side != count or count > MAX_COLUMNS:
         raise DataError(f"vit: {path}, line 1: {count} pixel columns are no square image")
@@ -78,13 +85,22 @@ def _unknown_columns(path: Path, header: list[str]) -> DataError:
     )
 
 
+def _label_column(header: list[str]) -> int | None:
+    """Where the one column of labels stands; OpenML's tables of pixels call it class."""
+    found = [column for column, name in enumerate(header) if name.lower() in LABEL]
+    return found[0] if len(found) == 1 else None
+
+
 def _is_pixels(header: list[str]) -> bool:
-    rest = [name for name in header if name != "label"]
-    return len(rest) > 0 and len(header) - len(rest) < 2 and all(_is_pixel(name) for name in rest)
+    label = _label_column(header)
+    rest = [name for column, name in enumerate(header) if column != label]
+    return len(rest) > 0 and all(_is_pixel(name) for name in rest)
 
 
 def _is_pixel(name: str) -> bool:
-    return name.isdigit() or (name.startswith("pixel") and name[5:].isdigit())
+    """7, pixel7, or its row and column: 1x8."""
+    row, by, column = name.partition("x")
+    return name.removeprefix("pixel").isdigit() or (by == "x" and row.isdigit() and column.isdigit())
 
 
 def is_pixel_table(path: Path) -> bool:
@@ -128,15 +144,16 @@ def _refuse_more(path: Path, number: int, lines: Iterator[str]) -> None:
 def _block(path: Path, first: int, lines: list[str], header: list[str], label: int | None) -> np.ndarray:
     """int32 [lines, columns]; the slow way, line by line, only to name what is wrong."""
     try:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.int32, ndmin=2, comments=None)
+        table = np.loadtxt(lines, delimiter=",", dtype=np.int32, ndmin=2, comments=None, quotechar='"')
         good = table.shape == (len(lines), len(header)) and table.min() >= 0
         if good and (table if label is None else np.delete(table, label, axis=1)).max() <= 255:
             return table
     except (ValueError, OverflowError):
         pass
-    for number, line in enumerate(lines, first):
-        _check_line(f"vit: {path}, line {number}", line.split(","), header, label)
-    return np.array([[int(float(cell)) for cell in line.split(",")] for line in lines], np.int32)  # 12.0 is 12
+    rows = [[cell.strip().strip('"') for cell in line.split(",")] for line in lines]
+    for number, cells in enumerate(rows, first):
+        _check_line(f"vit: {path}, line {number}", cells, header, label)
+    return np.array([[int(float(cell)) for cell in cells] for cells in rows], np.int32)  # 12.0 is 12
 
 
 def _check_line(where: str, cells: list[str], header: list[str], label: int | None) -> None:
