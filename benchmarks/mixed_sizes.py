@@ -46,7 +46,7 @@ def candidate(kind: str, mode: str, name: str, sides: list[int]) -> Candidate:
     """A forward, or a step of AdamW."""
     model, images = model_of(kind, name, mode), images_of(kind, sides)
     if kind == "engine":
-        return Candidate(partial(vit.Engine(model), images))
+        return Candidate(partial(vit.Engine(model, num_threads=torch.get_num_threads()), images))
     optimizer = (torch.optim if kind == "timm" else vit.optim).AdamW(model.parameters(), lr=1e-4)
 
     def forward() -> Tensor:

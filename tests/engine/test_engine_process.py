@@ -230,3 +230,15 @@ def test_the_quota_of_control_groups(tmp_path):
         given = [program, "beside", str(others), str(cores), str(limit)]
         got = subprocess.run(given, capture_output=True, text=True, check=True).stdout
         assert int(got) == threads, (others, cores, limit, got)
+    for (load, busy, mine, idle), cores, limit, others in (
+        ((2, 1, 1, 1), 2, 2, 0),  # the load is of programs that have ended
+        ((2, 2, 2, 0), 2, 2, 0),
+        ((1, 2, 4 / 3, 0), 2, 2, 1),  # one program beside two threads
+        ((6, 2, 0.5, 0), 2, 2, 6),  # six of them
+        ((0.2, 1.5, 0.5, 0.5), 2, 2, 1),  # one that has begun
+        ((8, 8, 0, 0), 8, 8, 8),
+        ((0, 0.1, 0.2, 1.9), 2, 2, 0),
+    ):
+        given = [program, "others", *(str(value) for value in (load, busy, mine, idle, cores, limit))]
+        got = subprocess.run(given, capture_output=True, text=True, check=True).stdout
+        assert float(got) == pytest.approx(others, abs=1e-4), (load, busy, mine, idle, got)

@@ -110,29 +110,61 @@ double used() {
   return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
-// Threads of other processes that want a core: the system's load, a mean that forgets within a minute, less this
-// process's own part of it, a mean of the same kind. Looked up once a second.
+// Seconds of processor time that programs have used since the start of the machine, and that none has; false where the
+// system does not say.
+bool machine_times(double& busy, double& idle) {
+  std::ifstream file("/proc/stat");
+  file.imbue(std::locale::classic());
+  std::string cpu;
+  double t[7] = {};  // user, nice, system, idle, waiting for devices, interrupts of two kinds
+  file >> cpu;
+  for (double& value : t)
+    if (!(file >> value)) return false;
+  const double second = static_cast<double>(sysconf(_SC_CLK_TCK));
+  busy = (t[0] + t[1] + t[2] + t[5] + t[6]) / second;
+  idle = (t[3] + t[4]) / second;
+  return cpu == "cpu";
+}
+
+// Other threads that run or wait for a core at this moment.
+double others_now() {
+  std::ifstream file("/proc/loadavg");
+  file.imbue(std::locale::classic());
+  double means[3] = {}, running = 0;
+  return file >> means[0] >> means[1] >> means[2] >> running ? std::max(running - 1, 0.0) : kNoLimit;
+}
+
+// Threads of other processes that want a core. Looked up once a second.
 class Others {
  public:
-  double operator()(int cores) {
+  double operator()(int cores, int limit) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) return found_;  // another thread looks, or did when this process was forked
     const double time = now();
     if (time - looked_ < 1) return found_;
     const double total = used();
+    double load = 0, busy = 0, idle = 0;
+    const bool known = machine_times(busy, idle), first = looked_ < 0;
+    const double seconds = time - looked_, mine = (total - used_) / seconds;
     // Of the time before the first look all that this process can have added is taken for its own.
-    if (looked_ < 0)
+    if (first)
       own_ = std::min(total / 60, static_cast<double>(cores));
     else
-      own_ += (1 - std::exp((looked_ - time) / 60)) * ((total - used_) / (time - looked_) - own_);
-    looked_ = time, used_ = total;
-    double load = 0;
-    return found_ = getloadavg(&load, 1) == 1 ? std::max(load - own_, 0.0) : 0;
+      own_ += (1 - std::exp(-seconds / 60)) * (mine - own_);
+    load = getloadavg(&load, 1) == 1 ? std::max(load - own_, 0.0) : 0;
+    if (first)
+      found_ = std::min(load, others_now());
+    else if (known)
+      found_ = others_of({load, (busy - busy_) / seconds, mine, (idle - idle_) / seconds}, cores, limit);
+    else
+      found_ = load;
+    looked_ = time, used_ = total, busy_ = busy, idle_ = idle;
+    return found_;
   }
 
  private:
   std::mutex mutex_;
-  double looked_ = -1, used_ = 0, own_ = 0;
+  double looked_ = -1, used_ = 0, own_ = 0, busy_ = 0, idle_ = 0;
   std::atomic<double> found_{0};
 };
 
@@ -153,6 +185,14 @@ double quota(const std::string& root) {
   return limit;
 }
 
+double others_of(const Look& look, int cores, int limit) {
+  const double rest = std::max(look.busy - look.mine, 0.0);
+  if (look.idle > 0.05 * cores) return rest;
+  // All cores were busy: n others beside our threads had n / (n + limit) of the time, or their load is less.
+  const double fair = look.mine > 0 ? rest * limit / look.mine : look.load;
+  return std::max(rest, std::min(fair, look.load));
+}
+
 int threads_beside(double others, int cores, int limit) {
   const double of_their_own = std::round(cores - others), share = std::floor(limit * cores / (others + limit));
   return static_cast<int>(std::clamp(std::max(of_their_own, share), 1.0, static_cast<double>(limit)));
@@ -170,7 +210,7 @@ int available_threads() {
 int default_threads() {
   static Others& others = *new Others;
   const int limit = available_threads(), cores = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  return limit == 1 ? 1 : threads_beside(others(cores), cores, limit);
+  return limit == 1 ? 1 : threads_beside(others(cores, limit), cores, limit);
 }
 
 }  // namespace vit::engine
