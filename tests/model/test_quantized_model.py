@@ -110,7 +110,7 @@ KEPT = [f"blocks.{i}.{layer}" for i in range(12) for layer in LAYERS if i < 6 or
         ("int8", False, [], 0.998),
         ("int8", True, [], 0.999),
         ("fp8", False, [], 0.992),
-        ("fp8", True, [], 0.995),
+        ("fp8", True, [], 0.992),
         ("fp8", True, KEPT, 0.999),
     ],
     ids=["int8", "int8-calibrated", "fp8", "fp8-calibrated", "fp8-mlps"],
