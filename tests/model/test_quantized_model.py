@@ -169,8 +169,8 @@ def test_its_layers_are_the_rounded_ones(form):
 @pytest.mark.parametrize("form", **FORMS)
 @pytest.mark.parametrize("name", OTHERS)
 def test_layers_of_other_families(name, form):
-    """All linear layers of the blocks, and nothing else; a bias that stood apart is theirs. With the biases as they were
-    the logits are those of the model with rounded weights whose layers are given rounded inputs."""
+    """All linear layers of the blocks, and nothing else; a bias that stood apart is theirs. With the biases as they
+    were the logits are those of the model with rounded weights whose layers are given rounded inputs."""
     model = other(name)
     quantized = vit.quantize(model, form.name)
     found = {n for n, layer in quantized.named_modules() if isinstance(layer, QuantLinear)}
@@ -240,7 +240,7 @@ def test_fused_and_unfused(backend, device, dtype, form, name):
     if dtype == torch.float32:
         assert cosine(fused, unfused) > 0.9999
         return
-    # Of bfloat16 each rounds elsewhere, and single images differ by up to 0.003: the mean errors are alike (0.7 to 1.2).
+    # Of bfloat16 each rounds elsewhere, and single images differ by up to 0.003: mean errors are alike (0.7 to 1.2).
     assert error(fused, truth) < 1.5 * error(unfused, truth) + 1e-5
 
 
