@@ -35,6 +35,10 @@ SMALL = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 64, "depth": 2, "nu
 # ---- the tables ----
 
 
+def embed_norm_eps(options: Options) -> float:
+    return options.norm_eps if options.embed_norm_eps is None else options.embed_norm_eps
+
+
 @pytest.mark.parametrize("name", sorted(n for n, entry in zoo.names().items() if entry.kind in ("vit", "deit")))
 def test_sizes_and_options_are_timms(name, monkeypatch):
     """What timm's function of that name gives to the class, which is not made."""
@@ -46,7 +50,9 @@ def test_sizes_and_options_are_timms(name, monkeypatch):
     given.pop("img_size", None)  # that of the weights, as the next test says
     theirs, ours = Options(**spelled(given)), Options(**zoo.names()[name].arch)
     assert ours.mlp_hidden == theirs.mlp_hidden
-    assert replace(ours, mlp_ratio=4.0) == replace(theirs, mlp_ratio=4.0)
+    assert embed_norm_eps(ours) == embed_norm_eps(theirs)
+    same = {"mlp_ratio": 4.0, "embed_norm_eps": None}
+    assert replace(ours, **same) == replace(theirs, **same)
 
 
 @pytest.mark.parametrize("full", sorted(zoo.tags()))
